@@ -282,7 +282,9 @@ def _register_study_pattern(
         return build(num_hidden_layers, num_kv_layers, position)
 
     pattern.__name__ = f"{partition}_{position}"
-    pattern.__doc__ = f"{partition.capitalize()}-{position} (Wu, Wu and Tu, NAACL 2025), with `num_kv_layers` layers that compute KV."
+    pattern.__doc__ = (
+        f"{partition.capitalize()}-{position} (Wu, Wu and Tu, NAACL 2025): `num_kv_layers` layers compute KV."
+    )
     register_pattern(pattern.__name__)(pattern)
 
 
