@@ -1,0 +1,76 @@
+# `make` alone lists the targets. Needed: make and Python 3.11 or later; everything else goes into $(VENV).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTEST_WORKERS ?= 2
+PIP_ARGS ?=
+# The first interpreter that is new enough and can make a virtual environment, unless one is given: make PYTHON=...
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+    $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+    && echo $$python && break; done)
+
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup train compare test test-slow test-gpu check format wheel wheel-smoke bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## make the virtual environment and install all that the tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+	    echo "make: no Python 3.11 or later with venv and ensurepip was found; install one (on Debian and Ubuntu also" \
+	        "python3-venv) or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; fi
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: Python 3.11 or later is needed, but \
+$(PYTHON) is %s; name another: make setup PYTHON=/path/to/python3.11" % sys.version.split()[0])'
+	@echo "==> making $(VENV) with $$("$(PYTHON)" --version) and installing into it; the first time takes some minutes"
+	"$(PYTHON)" -m venv "$(VENV)"
+	"$(RUN)" -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	@touch "$@"
+	@echo "==> $(VENV) is ready. Next: make train, or make test"
+
+train: $(STAMP) ## train the demo, a small LCKV model, on the CPU (about 5 minutes)
+	$(RUN) -m lckv.train experiment=demo_lckv
+
+compare: $(STAMP) ## train the demo as Llama and as LCKV and put them side by side (about 10 minutes)
+	$(RUN) -m lckv.train experiment=demo_llama
+	$(RUN) -m lckv.train experiment=demo_lckv
+	$(RUN) scripts/compare.py runs/demo_llama runs/demo_lckv
+
+test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (under 6 minutes)
+	$(RUN) -m pytest -n $(PYTEST_WORKERS) --durations=15
+
+test-slow: $(STAMP) ## run the slow tests
+	$(RUN) -m pytest -n $(PYTEST_WORKERS) -m slow --timeout=900 --durations=15
+
+test-gpu: $(STAMP) ## run the tests that need an accelerator
+	$(RUN) -m pytest -m gpu --timeout=300 --durations=15
+
+check: $(STAMP) ## lint, formatting, types, spelling, notebooks without outputs
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m codespell_lib
+	$(RUN) -m nbstripout --verify notebooks/*.ipynb
+
+format: $(STAMP) ## format the code and strip the notebooks
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(RUN) -m nbstripout notebooks/*.ipynb
+
+wheel: $(STAMP) ## build the wheel and the source archive into dist/
+	$(RUN) -m build --no-isolation --outdir dist .
+
+wheel-smoke: $(STAMP) ## build the wheel and train from it in an empty folder
+	$(RUN) -m pytest tests/e2e/test_wheel.py
+
+bench: $(STAMP) ## measure what docs/benchmarks.md reports
+	$(RUN) scripts/bench.py
+
+clean: ## remove what is built and cached, not .venv and not runs/
+	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find lckv tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""Settings of every test: one thread per process, no network, caches in a temporary folder."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Before torch or a Hugging Face library is imported, here or in a subprocess: they read these once. More than one
+# thread per process makes tiny models many times slower as soon as two test processes share two cores.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    MPLBACKEND="Agg",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps tokenisers and blocks that tests build out of the user's cache; all test processes share the folder."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "lckv_cache"
+    path.mkdir(exist_ok=True)
+    os.environ["LCKV_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Makes every test start from the same random state, in whatever order the tests run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m MODULE ARGUMENTS...` in the empty folder `tmp_path` and returns the finished process."""
+
+    def run(module: str, *arguments: str, timeout: float = 50, **options) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", module, *arguments]
+        options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": timeout, **options}
+        return subprocess.run(command, check=False, **options)
+
+    return run
