@@ -1,0 +1,204 @@
+"""What every entry point shares: Hydra composes the configuration, mistakes become one line and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from lckv import config, overrides
+from lckv.errors import UserError, near_miss
+
+_GROUPS_WITHOUT_KEY = ("experiment", "debug")
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+def run(main: Callable[[Any], None], config_name: str) -> None:
+    """Runs an entry point on the configuration that the command line asks for, once per job of a sweep.
+
+    Mistakes of the user are printed as one line each, and the process ends with exit code 2; in a sweep, after the
+    other jobs. Any other exception passes through, so that a bug shows its traceback.
+
+    Args:
+        main: gets the root dataclass of `config_name`, checked, with the run folder filled in.
+        config_name: the root YAML file, without its ending.
+    """
+    # Else Hydra itself prints exceptions and exits, before anything here can see them.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv[1:] = overrides.quote_overrides(sys.argv[1:])
+    config.register_schemas()
+    mistakes = _Mistakes(config_name)
+
+    def job(composed: DictConfig) -> None:
+        hydra_cfg = typing.cast(DictConfig, HydraConfig.get())
+        with mistakes.reported(job_name(hydra_cfg) if hydra_cfg.mode == RunMode.MULTIRUN else ""):
+            main(prepare(composed, hydra_cfg))
+
+    try:
+        with mistakes.reported(""), mistakes.composing():
+            hydra.main(config_path=str(config.config_dir()), config_name=config_name, version_base="1.3")(job)()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if mistakes.num_reported:
+        sys.exit(2)
+
+
+class _Mistakes:
+    """Prints the user's mistakes, one line each, and lets every other exception pass."""
+
+    def __init__(self, config_name: str) -> None:
+        self.config_name = config_name
+        self.num_reported = 0
+        self._from_job: Exception | None = None
+
+    @contextmanager
+    def reported(self, job: str) -> Iterator[None]:
+        """Reports user errors and files that cannot be written; `job` tells the jobs of a sweep apart."""
+        try:
+            yield
+        except UserError as error:
+            self._report(job, str(error))
+        except OSError as error:
+            if error.errno not in _CANNOT_WRITE:
+                self._from_job = error
+                raise
+            self._report(job, f"{error.filename or 'a file'}: {error.strerror}; check permissions and free space")
+        except Exception as error:
+            self._from_job = error
+            raise
+
+    @contextmanager
+    def composing(self) -> Iterator[None]:
+        """Reports what Hydra finds wrong with the configuration, which is the user's; errors inside jobs are not."""
+        try:
+            yield
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            if error is self._from_job:
+                raise
+            self._report("", describe(error, config.SCHEMAS[self.config_name]))
+
+    def _report(self, job: str, message: str) -> None:
+        line = " ".join(message.split())
+        sys.stderr.write(f"lckv.{self.config_name}: error: {job}{': ' if job else ''}{line}\n")
+        self.num_reported += 1
+
+
+def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
+    """Turns what Hydra composed into the root dataclass, with mistakes found that Hydra lets pass.
+
+    Raises:
+        UserError: if `layer_types` came in as a number, or is contradicted by the sharing group.
+    """
+    folders = [Path(source.path) for source in hydra_cfg.runtime.config_sources if source.schema == "file"]
+    choices = OmegaConf.to_container(hydra_cfg.runtime.choices)
+    files = overrides.config_files(folders, hydra_cfg.job.config_name, typing.cast(dict[str, Any], choices))
+    overrides.check_is_text(OmegaConf.select(composed, "model.layer_types"), "model.layer_types", files)
+    schema = OmegaConf.get_type(composed)
+    assert schema is not None
+    _check_keys(composed, schema)
+    _check_one_sharing(composed, list(hydra_cfg.overrides.task))
+    cfg = OmegaConf.to_object(composed)
+    if isinstance(cfg, config.TrainConfig):
+        _fill_run_dir(cfg, hydra_cfg)
+    return cfg
+
+
+def _check_keys(composed: DictConfig, schema: type, prefix: str = "") -> None:
+    """Refuses keys that `+key=value` has added: nothing would read them."""
+    types = typing.get_type_hints(schema)
+    for name in map(str, composed):
+        key = prefix + name
+        if name not in types:
+            raise UserError(f"unknown key {key!r}{_hint(key, schema, prefix)}")
+        if is_dataclass(types[name]):
+            _check_keys(composed[name], typing.cast(type, types[name]), f"{key}.")
+
+
+def _check_one_sharing(composed: DictConfig, given: list[str]) -> None:
+    """Refuses `sharing` on the command line where `model.layer_types` would win over it without a word."""
+    sharing = [override for override in given if re.match(r"\+{0,2}sharing[.=@]", override)]
+    layer_types = composed.model.layer_types
+    if sharing and layer_types is not None:
+        raise UserError(
+            f"{sharing[0]}: has no effect beside model.layer_types={layer_types}; "
+            "leave one of them out (model.layer_types=null lets the sharing group decide)"
+        )
+
+
+def _fill_run_dir(cfg: config.TrainConfig, hydra_cfg: DictConfig) -> None:
+    cfg.run_name = cfg.run_name or config.default_run_name(cfg)
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        cfg.run_dir = str(Path(hydra_cfg.sweep.dir) / job_name(hydra_cfg))
+    else:
+        cfg.run_dir = cfg.run_dir or str(Path("runs") / config.file_name(cfg.run_name))
+
+
+def job_name(hydra_cfg: DictConfig) -> str:
+    """The overrides of one job of a sweep as a folder name: `layer_types=0_0_2_2,seed=1`."""
+    parts = []
+    for override in hydra_cfg.overrides.task:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key not in ("run_dir", "run_name"):
+            parts.append(f"{key.rpartition('.')[2]}={value}")
+    return config.file_name(re.sub(r"['\"]", "", ",".join(parts)))
+
+
+def describe(error: Exception, schema: type) -> str:
+    """What a Hydra, OmegaConf or YAML error means, in one line that names the key and the nearest allowed one."""
+    cause = next((e for e in (error.__cause__, error.__context__) if isinstance(e, OmegaConfBaseException)), error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = [str(name) for name in error.options or ()]
+        allowed = f"; allowed are {', '.join(options)}" if options else ""
+        return f"{group or 'config'}={option}: there is no such file{allowed}{near_miss(option, options)}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return _describe_unknown_key(cause, error, schema)
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return f"{cause.full_key}: {str(cause.msg or cause).splitlines()[0]}{_where(error)}"
+    lines = [line for line in str(error).splitlines() if line.strip(" ^") and not line.startswith("See https://")]
+    if isinstance(error, OverrideParseException):
+        reasons = [line for line in lines if error.override not in line]
+        lines = [f"{error.override}: cannot be read as key=value", *reasons]
+    return "; ".join(lines)
+
+
+def _describe_unknown_key(cause: OmegaConfBaseException, error: Exception, schema: type) -> str:
+    key = str(cause.full_key or cause.key)
+    return f"unknown key {key!r}{_hint(key, schema)}{_where(error)}"
+
+
+def _hint(key: str, schema: type, prefix: str = "") -> str:
+    """The known key most like `key`: one of the same last part in another group, else the nearest spelling."""
+    keys = [*_keys(schema, prefix), *_GROUPS_WITHOUT_KEY]
+    same_name = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f"; did you mean {same_name[0]!r}?" if same_name else near_miss(key, keys)
+
+
+def _where(error: Exception) -> str:
+    """The YAML file that Hydra says an error is in."""
+    found = re.match(r"In '([^']+)'", str(error))
+    return f" (in {found[1]}.yaml)" if found else ""
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every key of a root dataclass, `model` and `model.hidden_size` alike."""
+    types = typing.get_type_hints(schema)
+    for item in fields(schema):
+        yield prefix + item.name
+        if is_dataclass(types[item.name]):
+            yield from _keys(typing.cast(type, types[item.name]), f"{prefix}{item.name}.")

@@ -1,0 +1,430 @@
+"""What can be configured: the dataclasses that own every key's name, type, default and check.
+
+The YAML files under `conf/` only choose among these values; `lckv.cli` composes them with Hydra and hands the result
+to an entry point as a [`TrainConfig`] or [`PlanConfig`]. No torch here, so that mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from hashlib import sha256
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from lckv.errors import UserError, near_miss
+from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
+
+CONVERGE = "converge"
+
+
+@dataclass
+class ModelConfig:
+    """The decoder: Llama's own names, then how layers share keys and values and how cycles are iterated.
+
+    Attributes:
+        name: what run folders call this size; every preset sets it.
+        layer_types: whose keys and values each layer reads, such as `0_0_2_2`; wins over the `sharing` group.
+        num_hidden_layers: number of layers; follows `layer_types` unless it is given too, and then both must agree.
+        default_num_hidden_layers: the preset's depth, used where neither of the two is given.
+        vocab_size: None takes the tokenizer's.
+        sliding_window: tokens that an entry with the suffix `s` sees, the query's own among them.
+        forward_passes: passes over a cycle without gradient, or `converge`.
+        backward_passes: passes over a cycle with gradient.
+        converge_tolerance: with `converge`, the relative change of the KV at which the iteration stops.
+        use_sequential: whether cycles run token by token, which is exact and slow.
+        force_nodiag: whether every layer hides a token's own key from it, not only those that read upward.
+    """
+
+    name: str = "custom"
+    # Not `str | None`: OmegaConf would silently turn YAML's number 222 into the text "222"; see `overrides`.
+    layer_types: Any = None
+    num_hidden_layers: int | None = None
+    default_num_hidden_layers: int = 8
+    vocab_size: int | None = None
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    sliding_window: int = 4096
+    forward_passes: Any = 7
+    backward_passes: int = 2
+    converge_tolerance: float = 1e-3
+    use_sequential: bool = False
+    force_nodiag: bool = False
+    attn_implementation: str = "sdpa"
+    dtype: str = "float32"
+
+
+@dataclass
+class SharingConfig:
+    """A named sharing pattern and its parameters; None leaves a parameter at the pattern's own default."""
+
+    name: str = "llama"
+    num_kv_layers: int | None = None
+    group_size: int | None = None
+    warmup_layers: int | None = None
+    num_self_layers: int | None = None
+
+
+@dataclass
+class DataConfig:
+    """Where the text comes from and how it becomes blocks of tokens.
+
+    Attributes:
+        name: the source: "bible" (embedded), "files" or "hub".
+        files: source "files": a path, a glob or a list of these; txt, jsonl (also compressed) and parquet.
+        validation_files: source "files": the same for the validation split; `files` is then training text only.
+        document_separator: source "files": what stands between the documents of one txt file (None: one document).
+        dataset: source "hub": name of the data set on the Hub, or a local folder of one.
+        subset: source "hub": its configuration, such as "en".
+        revision: source "hub": branch, tag or commit; a commit makes the text certain.
+        split: source "hub": the split with the training text.
+        validation_split: source "hub": the split with the validation text (None: a part of `split`, by document).
+        streaming: source "hub": read without downloading everything first; needs `max_documents`.
+        text_field: sources "files" (jsonl, parquet) and "hub": the field that holds the text.
+        validation_fraction: sources "files" and "hub", where no validation text is named: the part of the documents
+            that is held out, chosen by a hash of each document's text.
+        max_documents: read at most so many documents of each split (None: all).
+        block_size: tokens per block.
+        document_mask: whether position ids restart at each document, so that no token attends to another document;
+            else each block is one sequence (the predicted tokens stay the same).
+        cache_dir: where tokenised blocks and trained tokenizers are kept (None: $LCKV_CACHE, or ~/.cache/lckv).
+    """
+
+    name: str = "bible"
+    files: Any = None
+    validation_files: Any = None
+    document_separator: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    streaming: bool = False
+    text_field: str = "text"
+    validation_fraction: float = 0.05
+    max_documents: int | None = None
+    block_size: int = 256
+    document_mask: bool = True
+    cache_dir: str | None = None
+
+
+@dataclass
+class TokenizerConfig:
+    """What turns text into tokens.
+
+    Attributes:
+        name: "bpe" (a byte-level BPE trained on the training documents, cached), a tokenizer's name on the Hub, or a
+            local folder.
+        vocab_size: only for "bpe": number of tokens, the 256 bytes and the special tokens included.
+        revision: only for the Hub: branch, tag or commit.
+    """
+
+    name: str = "bpe"
+    vocab_size: int = 4096
+    revision: str | None = None
+
+
+@dataclass
+class TrainerConfig:
+    """The training loop.
+
+    The global batch is what the result depends on; how it is cut up is not: any micro batch and any number of
+    processes see the same blocks in the same step, and the loss is divided by all their predicted tokens together.
+
+    Attributes:
+        max_steps: optimizer steps.
+        global_batch_size: blocks per optimizer step, over all processes and accumulation steps.
+        micro_batch_size: blocks per forward pass of one process; what is missing to the global batch is accumulated.
+            None: the process's whole share at once.
+        eval_batch_size: blocks per forward pass in evaluation; None: as `micro_batch_size`. Changes no result.
+        eval_steps: evaluate on the validation split every so many steps and at the end; None: only at the end.
+        save_steps: save a checkpoint every so many steps and at the end; None: only at the end.
+        save_total_limit: how many checkpoints to keep; None: all.
+        logging_steps: write the training metrics every so many steps.
+        sample_steps: let the model continue `sample_prompt` every so many steps and at the end; None: only at the end.
+        sample_tokens: how many tokens it adds.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        torch_compile: compile the model; needs a C++ compiler, on a GPU also Triton.
+        use_liger_kernel: Liger's fused kernels; needs a GPU, Triton and liger-kernel.
+        precision: "fp32", or "bf16" or "fp16" for mixed precision.
+        max_grad_norm: gradients with a larger norm are scaled down to it; 0: never.
+        num_threads: torch's threads per process; None: $OMP_NUM_THREADS, or physical cores / processes per machine.
+        resume: whether the same command goes on with an interrupted run; false refuses a folder that holds one.
+        hf: any further field of transformers' `TrainingArguments`, e.g. `trainer.hf.fsdp=full_shard`,
+            `trainer.hf.deepspeed=zero2.json` or `trainer.hf.torch_compile_backend=eager`.
+    """
+
+    max_steps: int = 1000
+    global_batch_size: int = 16
+    micro_batch_size: int | None = None
+    eval_batch_size: int | None = None
+    eval_steps: int | None = 200
+    save_steps: int | None = 200
+    save_total_limit: int | None = 2
+    logging_steps: int = 10
+    sample_steps: int | None = 200
+    sample_prompt: str = "In the beginning"
+    sample_tokens: int = 40
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    use_liger_kernel: bool = False
+    precision: str = "fp32"
+    max_grad_norm: float = 1.0
+    dataloader_num_workers: int = 0
+    num_threads: int | None = None
+    resume: bool = True
+    hf: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and learning rate schedule.
+
+    Attributes:
+        name: "adamw", or "muon" (hidden matrices by Muon, the rest by AdamW).
+        learning_rate: the peak; Muon's updates are scaled so that AdamW's value suits it too.
+        min_learning_rate: what the schedules that decay end at; None: a tenth of the peak.
+        schedule: "cosine", "wsd" (warm up, stay, decay), "linear" or "constant"; all warm up linearly.
+        warmup_steps: None: 5 % of `trainer.max_steps`.
+        decay_steps: schedule "wsd": length of the decay; None: 20 % of `trainer.max_steps`.
+        weight_decay: for matrices; norms and biases have none.
+        betas: AdamW's.
+        eps: AdamW's.
+        momentum: Muon's.
+        fused: AdamW's one-kernel step; None: where torch has it.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    min_learning_rate: float | None = None
+    schedule: str = "cosine"
+    warmup_steps: int | None = None
+    decay_steps: int | None = None
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.95
+    fused: bool | None = None
+
+
+@dataclass
+class LoggerConfig:
+    """Where the training curves go beside `metrics.jsonl`, which is always written.
+
+    Attributes:
+        names: any of "tensorboard" and "wandb".
+        project: wandb's project.
+        mode: wandb's mode, "online" or "offline" (`wandb sync` uploads later).
+    """
+
+    names: list[str] = field(default_factory=list)
+    project: str = "lckv"
+    mode: str = "offline"
+
+
+@dataclass
+class TrainConfig:
+    """Everything that `python -m lckv.train` needs.
+
+    Attributes:
+        run_name: name of the run folder; None makes one from model, sharing and seed.
+        run_dir: the run folder; None puts it under `runs/`, and the jobs of a sweep under `runs/sweep/`.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sharing: SharingConfig = field(default_factory=SharingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    seed: int = 0
+    run_name: str | None = None
+    run_dir: str | None = None
+
+
+@dataclass
+class PlanConfig:
+    """Everything that `python -m lckv.plan` needs.
+
+    Attributes:
+        context_length: tokens in the context for which bytes and FLOPs are counted.
+        converge_passes: with `forward_passes=converge`, the passes without gradient to count; None leaves them open.
+        draw: an `.svg`, `.pdf` or `.png` file for the drawing.
+        json: whether to print one JSON object and nothing else.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sharing: SharingConfig = field(default_factory=SharingConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    context_length: int = 2048
+    converge_passes: int | None = None
+    draw: str | None = None
+    json: bool = False
+
+
+SCHEMAS: dict[str, type] = {"train": TrainConfig, "plan": PlanConfig}
+"""The root dataclass of each entry point, by the name of its YAML file."""
+
+
+def register_schemas() -> None:
+    """Tells Hydra the dataclasses, as `<name>_schema`, and the functions that the root YAML files use."""
+    OmegaConf.register_new_resolver(
+        "lckv.first_given", lambda *values: next(value for value in values if value is not None), replace=True
+    )
+    OmegaConf.register_new_resolver("lckv.temporary_folder", lambda name: str(Path(gettempdir()) / name), replace=True)
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema, provider="lckv")
+
+
+def config_dir() -> Path:
+    """The folder with the YAML files: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        UserError: if neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"no configuration files in {package / 'conf'} or {package.parent / 'conf'}: install lckv again")
+
+
+def resolve_layer_types(cfg: TrainConfig | PlanConfig) -> str:
+    """The `layer_types` string that the configuration asks for, checked: its own, or the sharing pattern's.
+
+    Raises:
+        UserError: if the string or the pattern's parameters are wrong, or the layer counts disagree.
+    """
+    model = cfg.model
+    if model.layer_types is not None:
+        try:
+            return parse_layer_types(model.layer_types, model.num_hidden_layers).layer_types
+        except UserError as error:
+            raise UserError(f"model.{error}") from None
+    num_hidden_layers = model.num_hidden_layers
+    if num_hidden_layers is None:
+        num_hidden_layers = model.default_num_hidden_layers
+    parameters = {item.name: getattr(cfg.sharing, item.name) for item in fields(cfg.sharing) if item.name != "name"}
+    given = {name: value for name, value in parameters.items() if value is not None}
+    return build_layer_types(cfg.sharing.name, num_hidden_layers, **given)
+
+
+def model_arguments(cfg: TrainConfig | PlanConfig, vocab_size: int) -> dict[str, Any]:
+    """The keyword arguments of `LCKVLlamaConfig` for this configuration.
+
+    Args:
+        cfg: the configuration.
+        vocab_size: size of the tokenizer's vocabulary; the model's own may be larger.
+
+    Raises:
+        UserError: if the sizes do not fit together; the message names the key.
+    """
+    layer_types = resolve_layer_types(cfg)
+    plan = parse_layer_types(layer_types)
+    check_model(cfg.model, plan)
+    if cfg.model.vocab_size is not None and cfg.model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size={cfg.model.vocab_size}: is smaller than the tokenizer's {vocab_size}; "
+            "leave it out to take the tokenizer's, or make it larger"
+        )
+    left_out = ("name", "default_num_hidden_layers")
+    arguments = {item.name: getattr(cfg.model, item.name) for item in fields(cfg.model) if item.name not in left_out}
+    arguments.update(
+        layer_types=layer_types,
+        num_hidden_layers=plan.num_hidden_layers,
+        vocab_size=cfg.model.vocab_size or vocab_size,
+        num_key_value_heads=cfg.model.num_key_value_heads or cfg.model.num_attention_heads,
+    )
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def check_model(model: ModelConfig, plan: SharingPlan) -> None:
+    """Checks what can be checked of a model before it is built.
+
+    Raises:
+        UserError: with the first mistake found; the message names the key, what was given and what is allowed.
+    """
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
+        _check_at_least(f"model.{name}", getattr(model, name), 1)
+    for name in ("num_key_value_heads", "head_dim", "vocab_size"):
+        if getattr(model, name) is not None:
+            _check_at_least(f"model.{name}", getattr(model, name), 1)
+    _check_at_least("model.sliding_window", model.sliding_window, 1)
+    _check_heads(model)
+    _check_passes(model, plan)
+    if not 0 <= model.attention_dropout < 1:
+        raise UserError(f"model.attention_dropout={model.attention_dropout}: allowed is 0 up to, but without, 1")
+
+
+def _check_at_least(key: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise UserError(f"{key}={value!r}: allowed is a whole number, {minimum} or more")
+
+
+def _check_heads(model: ModelConfig) -> None:
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    if model.hidden_size % heads:
+        raise UserError(
+            f"model.hidden_size={model.hidden_size}: is not divisible by model.num_attention_heads={heads}; "
+            f"nearest allowed is {max(1, round(model.hidden_size / heads)) * heads}"
+        )
+    if (model.head_dim or model.hidden_size // heads) % 2:
+        key = "model.head_dim" if model.head_dim else "model.hidden_size / model.num_attention_heads"
+        raise UserError(f"{key}={model.head_dim or model.hidden_size // heads}: rotary positions need an even size")
+    if kv_heads is not None and heads % kv_heads:
+        raise UserError(
+            f"model.num_attention_heads={heads}: is not divisible by model.num_key_value_heads={kv_heads}; "
+            f"allowed are {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}"
+        )
+
+
+def _check_passes(model: ModelConfig, plan: SharingPlan) -> None:
+    passes = model.forward_passes
+    if passes != CONVERGE and (isinstance(passes, bool) or not isinstance(passes, int) or passes < 0):
+        hint = near_miss(passes, [CONVERGE]) if isinstance(passes, str) else ""
+        raise UserError(
+            f"model.forward_passes={passes!r}: allowed is a whole number, 0 or more, or {CONVERGE!r}{hint}"
+        )
+    _check_at_least("model.backward_passes", model.backward_passes, 1)
+    if plan.has_cycles and model.backward_passes < 2:
+        raise UserError(
+            f"model.backward_passes={model.backward_passes}: with layers that read upward, 2 or more is needed; "
+            "at 1 the owners' K/V projections would get no gradient through the iteration"
+        )
+    if not model.converge_tolerance > 0:
+        raise UserError(f"model.converge_tolerance={model.converge_tolerance}: must be greater than 0")
+
+
+def default_run_name(cfg: TrainConfig) -> str:
+    """A name for the run folder: the model's size, how it shares and the seed."""
+    if cfg.model.layer_types is not None:
+        sharing = str(cfg.model.layer_types)
+    else:
+        parameters = [(item.name, getattr(cfg.sharing, item.name)) for item in fields(cfg.sharing)[1:]]
+        sharing = cfg.sharing.name + "".join(f"-{name}{value}" for name, value in parameters if value is not None)
+    return file_name(f"{cfg.model.name}-{sharing}-seed{cfg.seed}")
+
+
+def file_name(text: str, max_length: int = 100) -> str:
+    """`text` as one path component; what is too long is cut, with a hash of the whole behind it."""
+    name = re.sub(r"[^\w.,=+-]+", "_", text).strip("._") or "run"
+    if len(name) <= max_length:
+        return name
+    return f"{name[: max_length - 9]}-{sha256(text.encode()).hexdigest()[:8]}"

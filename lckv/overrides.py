@@ -1,0 +1,100 @@
+"""Keeps `layer_types` strings from being read as numbers, on the command line and in YAML files.
+
+To YAML and to Hydra `2_2_2` is the number 222, and YAML even reads `0_6_6_7` as octal. On the command line the text is
+still there to be quoted before Hydra sees it. In a YAML file it is too late for that, so a number is refused, with the
+line to write instead; the file itself still says what was meant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lckv.errors import UserError
+
+# Keys (their last part) whose value is text, though digits and underscores may be all that it has.
+_TEXT_KEYS = ("layer_types", "run_name", "run_dir")
+
+_KEY = re.compile(rf"(?:\+\+|[+~])?(?:[\w$/-]+\.)*(?:{'|'.join(_TEXT_KEYS)})(?:@[\w.]*)?=\s*", re.ASCII)
+_OPTIONAL_GROUP = re.compile(r"^\+(?=(?:experiment|debug)=)")
+_QUOTED = r"""(?P<kept>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\$\{[^}]*\})"""
+_NUMBER = r"(?P<number>[+-]?\d[\w.+-]*)(?![^\s,\])}])"
+_ELEMENT = re.compile(rf"{_QUOTED}|(?<![^\s,\[(=]){_NUMBER}", re.ASCII)
+_DICT_ITEM = re.compile(rf"{_QUOTED}|(?P<key>\blayer_types\s*:\s*){_NUMBER}", re.ASCII)
+
+
+def quote_overrides(arguments: Iterable[str]) -> list[str]:
+    """Puts quotes around the `layer_types` strings among command line arguments that Hydra would read as numbers.
+
+    Sweeps (`a,b`, `[a,b]`, `choice(a,b)`) are quoted element by element; what is quoted already, `null` and
+    `${interpolations}` stay as they are, and so does every other key: `trainer.max_steps=1_000` is a number. The plus
+    that Hydra's manual puts before an optional group (`+experiment=demo`) goes, since ours has the groups already.
+    """
+    return [argument if argument.startswith("-") else _quote_override(argument) for argument in arguments]
+
+
+def _quote_override(override: str) -> str:
+    override = _OPTIONAL_GROUP.sub("", override)
+    key = _KEY.match(override)
+    if key is None:
+        return _DICT_ITEM.sub(lambda found: found["kept"] or f"{found['key']}'{found['number']}'", override)
+    return key[0] + _ELEMENT.sub(lambda found: found["kept"] or f"'{found['number']}'", override[key.end() :])
+
+
+def check_is_text(value: Any, key: str, files: Iterable[Path] = ()) -> None:
+    """Refuses a `layer_types` value that YAML has turned into something else than text.
+
+    Args:
+        value: what the composed configuration holds.
+        key: the full key, for the message.
+        files: the YAML files that may have set it, the most likely first; they still have the original text.
+
+    Raises:
+        UserError: if `value` is neither a string nor None; the message names file and line and the line to write.
+    """
+    if value is None or isinstance(value, str):
+        return
+    name = key.rpartition(".")[2]
+    for file in files:
+        for text, line in _unquoted(file, name):
+            if yaml.safe_load(text) == value:
+                raise UserError(
+                    f'{file}, line {line}: YAML reads {name}: {text} as {value!r}; write {name}: "{text}" with quotes'
+                )
+    raise UserError(
+        f"{key}={value!r}: must be text, but the configuration holds a {type(value).__name__} (YAML reads unquoted "
+        f'digits and underscores as a number); write it in quotes, such as {name}: "0_0_2_2"'
+    )
+
+
+def _unquoted(file: Path, name: str) -> Iterator[tuple[str, int]]:
+    """Yields text and line number (from 1) of every unquoted value of the key `name` in a YAML file."""
+    pending: list[yaml.Node | None] = [yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, yaml.SequenceNode):
+            pending += node.value
+        elif isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                pending.append(value_node)
+                is_named = isinstance(key_node, yaml.ScalarNode) and key_node.value.rpartition(".")[2] == name
+                if is_named and isinstance(value_node, yaml.ScalarNode) and value_node.style is None:
+                    yield value_node.value, value_node.start_mark.line + 1
+
+
+def config_files(folders: Sequence[Path], config_name: str, choices: dict[str, Any]) -> list[Path]:
+    """The YAML files behind a composed configuration, the last to be merged first, then the others beside them.
+
+    Args:
+        folders: Hydra's search path.
+        config_name: the root configuration.
+        choices: the option chosen in each group, as in `hydra.runtime.choices`.
+    """
+    names = [f"{group.partition('@')[0]}/{option}" for group, option in choices.items() if isinstance(option, str)]
+    chosen = [folder / f"{name}.yaml" for name in reversed([config_name, *names]) for folder in folders]
+    others = [file for folder in folders for depth in ("*", "*/*") for file in sorted(folder.glob(f"{depth}.yaml"))]
+    return list(dict.fromkeys(file for file in chosen + others if file.is_file()))
