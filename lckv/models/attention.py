@@ -1,0 +1,186 @@
+"""Attention over keys and values that another layer may have computed, on any backend of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+
+from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.masks import VisibleKeys
+
+PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of the rotary embedding, each `(batch or 1, q_len, head_dim)`."""
+
+
+class LCKVAttention(nn.Module):
+    """Multi-head attention whose keys and values come from layer `kv_source`, perhaps another one.
+
+    A layer that no entry of `layer_types` names has no key and value projections.
+    """
+
+    def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_size = config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        if config.sharing_plan.layers[layer_idx].computes_kv:
+            self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+
+    def project_kv(
+        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes rotated keys, and values, each `(batch, num_kv_heads, q_len, head_dim)`."""
+        key_states = apply_rotary(self._split_heads(self.k_proj(hidden_states)), position_embeddings)
+        return key_states, self._split_heads(self.v_proj(hidden_states))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_states: torch.Tensor | None,
+        value_states: torch.Tensor | None,
+        visible_keys: VisibleKeys,
+        position_embeddings: PositionEmbeddings,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends to the given keys and values.
+
+        Args:
+            hidden_states: `(batch, q_len, hidden_size)`.
+            key_states: `(batch, num_kv_heads, kv_len, head_dim)`, or `None` if all keys and values are zero.
+            value_states: like `key_states`.
+            visible_keys: which keys each query sees.
+            position_embeddings: cosines and sines for the queries.
+            kwargs: passed on to the attention backend.
+
+        Returns:
+            The output `(batch, q_len, hidden_size)` and, from the eager backend, the attention weights
+            `(batch, num_heads, q_len, kv_len)`.
+        """
+        if key_states is None or value_states is None:
+            # Attention to all-zero values is zero whatever the weights, and leaves only the output's bias.
+            output = torch.zeros_like(hidden_states)
+            return (output if self.o_proj.bias is None else output + self.o_proj.bias), None
+        query_states = apply_rotary(self._split_heads(self.q_proj(hidden_states)), position_embeddings)
+        attn_output, attn_weights = attend(self, query_states, key_states, value_states, visible_keys, **kwargs)
+        return self.o_proj(attn_output.flatten(2)), attn_weights  # (batch, q_len, num_heads, head_dim) -> hidden_size
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, num_heads, q_len, head_dim)
+
+
+def apply_rotary(states: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
+    """Rotates queries or keys `(batch, num_heads, q_len, head_dim)` by the positions of their tokens."""
+    cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # (batch, 1, q_len, head_dim)
+    return states * cos + rotate_half(states) * sin
+
+
+def attend(
+    module: LCKVAttention,
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    visible_keys: VisibleKeys,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Calls the attention backend so that queries see their visible keys, and those without any get exactly zero.
+
+    Args:
+        module: the attention layer, from which backends read their settings.
+        query_states: `(batch, num_heads, q_len, head_dim)`.
+        key_states: `(batch, num_kv_heads, kv_len, head_dim)`.
+        value_states: `(batch, num_kv_heads, kv_len, head_dim)`.
+        visible_keys: which keys each query sees.
+        kwargs: passed on to the backend.
+
+    Returns:
+        The output `(batch, q_len, num_heads, head_dim)` and the weights, where the backend has them.
+    """
+    window = visible_keys.window
+    if window is not None and visible_keys.drop_own_token:
+        window -= 1
+
+    def backend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **backend_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            module.config._attn_implementation, eager_attention_forward
+        )
+        dropout = module.attention_dropout if module.training else 0.0
+        mask = visible_keys.mask
+        return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, **backend_kwargs)
+
+    if window is not None:
+        kwargs["sliding_window"] = window
+    if window == 0:
+        return torch.zeros_like(query_states).transpose(1, 2), None
+    if visible_keys.varlen is not None:
+        return _attend_varlen(backend, query_states, key_states, value_states, visible_keys, **kwargs), None
+    if visible_keys.drop_own_token:
+        return _attend_shifted(backend, query_states, key_states, value_states, **kwargs), None
+    attn_output, attn_weights = backend(query_states, key_states, value_states, **kwargs)
+    if visible_keys.sees_nothing is not None:
+        sees_nothing = visible_keys.sees_nothing[:, :, None, None]  # (batch, q_len, 1, 1)
+        attn_output = attn_output.masked_fill(sees_nothing, 0.0)
+        if attn_weights is not None:
+            attn_weights = attn_weights.masked_fill(sees_nothing.transpose(1, 2), 0.0)
+    return attn_output, attn_weights
+
+
+def _attend_shifted(
+    backend: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    """Hides each query's own token by plain causal attention over keys that end one token earlier."""
+    key, value = key[:, :, :-1], value[:, :, :-1]
+    num_blind = 1 if key.shape[2] < query.shape[2] else 0  # nothing is cached: the first query has no key
+    if num_blind and query.shape[2] == 1:
+        return torch.zeros_like(query).transpose(1, 2)
+    attn_output, _ = backend(query[:, :, num_blind:], key, value, **kwargs)
+    return nn.functional.pad(attn_output, (0, 0, 0, 0, num_blind, 0))
+
+
+def _attend_varlen(
+    backend: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible_keys: VisibleKeys,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Flash attention over the sequences of a padded or packed batch; queries without keys come out as zero."""
+    varlen = visible_keys.varlen
+    assert varlen is not None
+
+    def pick(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return states.transpose(1, 2).flatten(0, 1)[indices].transpose(0, 1)[None]  # (1, num_heads, picked, head_dim)
+
+    attn_output, _ = backend(
+        pick(query, varlen.query_indices),
+        pick(key, varlen.key_indices),
+        pick(value, varlen.key_indices),
+        cu_seq_lens_q=varlen.cu_seq_lens_q,
+        cu_seq_lens_k=varlen.cu_seq_lens_k,
+        max_length_q=int(varlen.cu_seq_lens_q.diff().max()),
+        max_length_k=int(varlen.cu_seq_lens_k.diff().max()),
+        **kwargs,
+    )
+    batch_size, num_heads, q_len, head_dim = query.shape
+    output = attn_output.new_zeros(batch_size * q_len, num_heads, head_dim)
+    output = output.index_copy(0, varlen.query_indices, attn_output[0])
+    return output.view(batch_size, q_len, num_heads, head_dim)
+
+
+__all__ = ["LCKVAttention", "PositionEmbeddings", "apply_rotary", "attend"]

@@ -1,0 +1,102 @@
+"""Configuration of Llama-shaped decoders that share keys and values across layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, cache_utils
+
+from lckv.errors import UserError
+from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
+
+# Older transformers have no cache layer for decoder layers without KV of their own. There, "moe" is the one name that
+# makes its caches keep nothing for a layer; newer ones ask `kv_sharing_modes`.
+_NO_KV_LAYER_TYPE = None if hasattr(cache_utils, "DummyLayer") else "moe"
+
+
+@strict
+class LCKVLlamaConfig(LlamaConfig):
+    """A [`LlamaConfig`] with the sharing pattern and the iteration of layers that read upward.
+
+    transformers gives `config.layer_types` a meaning of its own: a list with one of its kinds of cache per layer. So
+    the string moves to `kv_sharing` when the configuration is made, and `layer_types` becomes the list that fits it.
+    Files keep the string under `layer_types`, as the checkpoints of the LCKV authors do.
+
+    Args:
+        layer_types: whose keys and values each layer reads, e.g. `"0_6_6_6_6_6_6_7"`; `None` for Llama.
+            `num_hidden_layers` follows it.
+        forward_passes: ungraded passes over each cycle of layers before the graded ones, or `"converge"`: pass until
+            the cycle's keys and values stop changing.
+        backward_passes: graded passes over each cycle, at least 2 where layers read upward.
+        converge_tolerance: with `"converge"`, the relative change of keys and values (Frobenius norm) that ends it.
+        sliding_window: tokens, the query's own among them, that layers with an `s` see.
+        use_sequential: run the layers token by token, which is exact for every pattern and slow.
+        force_nodiag: no layer sees the token's own key.
+
+    Raises:
+        UserError: for a bad `layer_types` string and values out of range.
+    """
+
+    model_type = "lckv-llama"
+
+    num_hidden_layers: int | None = None
+    layer_types: list[str] | str | None = None
+    kv_sharing: str | None = None
+    forward_passes: int | str = 7
+    backward_passes: int = 2
+    converge_tolerance: float = 1e-3
+    sliding_window: int = 4096
+    use_sequential: bool = False
+    force_nodiag: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.layer_types, str):
+            self.kv_sharing = self.layer_types
+        elif self.layer_types is not None and self.kv_sharing is None:
+            raise UserError(f"layer_types={self.layer_types!r}: must be a string such as '0_0_2_2'")
+        if self.kv_sharing is None:
+            self.kv_sharing = build_layer_types("llama", self.num_hidden_layers or 32)
+        plan = parse_layer_types(self.kv_sharing, self.num_hidden_layers)
+        self.num_hidden_layers = plan.num_hidden_layers
+        self.layer_types = [_transformers_layer_type(plan, layer_idx) for layer_idx in range(plan.num_hidden_layers)]
+        _check_iteration(self.forward_passes, self.backward_passes, plan)
+        if self.sliding_window < 1:
+            raise UserError(f"sliding_window={self.sliding_window}: allowed is 1 or more")
+        super().__post_init__(**kwargs)
+
+    @property
+    def sharing_plan(self) -> SharingPlan:
+        """The parsed sharing pattern."""
+        assert self.kv_sharing is not None
+        return parse_layer_types(self.kv_sharing)
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None]:
+        """For transformers' caches: `"reuse"` for layers that compute no KV and so need no storage."""
+        return [None if layer.computes_kv else "reuse" for layer in self.sharing_plan.layers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialises the configuration with the pattern as one string under `layer_types`."""
+        output: dict[str, Any] = super().to_dict()
+        output["layer_types"] = output.pop("kv_sharing", self.kv_sharing)
+        return output
+
+
+def _transformers_layer_type(plan: SharingPlan, layer_idx: int) -> str:
+    """What transformers should keep for a layer: an owner keeps what its widest reader needs."""
+    layer = plan.layers[layer_idx]
+    if not layer.computes_kv and _NO_KV_LAYER_TYPE is not None:
+        return _NO_KV_LAYER_TYPE
+    is_sliding = plan.owner_is_sliding(layer_idx) if layer.computes_kv else layer.is_sliding
+    return "sliding_attention" if is_sliding else "full_attention"
+
+
+def _check_iteration(forward_passes: int | str, backward_passes: int, plan: SharingPlan) -> None:
+    if forward_passes != "converge" and (not isinstance(forward_passes, int) or forward_passes < 0):
+        raise UserError(f"forward_passes={forward_passes!r}: allowed is a whole number, 0 or more, or 'converge'")
+    if plan.has_cycles and backward_passes < 2:
+        raise UserError(
+            f"backward_passes={backward_passes}: must be 2 or more where layers read upward ({plan.layer_types}); "
+            "at 1 the owners' key and value projections would get no gradient from the layers below"
+        )

@@ -1,0 +1,397 @@
+"""The decoder: Llama's parts, with keys and values (KV) handed from the layers that compute them to their readers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+
+from lckv.models.attention import LCKVAttention, PositionEmbeddings
+from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.iteration import (
+    CacheView,
+    KeyValues,
+    PassSchedule,
+    new_sequential_cache,
+    owners_read_upward,
+    run_cycle,
+    with_past,
+)
+from lckv.models.masks import VisibleKeys, build_visible_keys, find_documents, has_cached_tokens
+from lckv.patterns import Segment
+
+AnyCache = Cache | CacheView
+
+
+@dataclass
+class LCKVModelOutputWithPast(BaseModelOutputWithPast):
+    """[`BaseModelOutputWithPast`] with `kv_residual`: how far KV still moved in the last pass (a scalar), if asked."""
+
+    kv_residual: torch.Tensor | None = None
+
+
+@dataclass
+class LCKVCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """[`CausalLMOutputWithPast`] with `kv_residual`: how far KV still moved in the last pass (a scalar), if asked."""
+
+    kv_residual: torch.Tensor | None = None
+
+
+class LCKVDecoderLayer(GradientCheckpointingLayer):
+    """One decoder layer. Keys and values of another layer come in as arguments, its own go out as results."""
+
+    def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.plan = config.sharing_plan.layers[layer_idx]
+        self.self_attn = LCKVAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_states: torch.Tensor | None = None,
+        value_states: torch.Tensor | None = None,
+        *,
+        visible_keys: VisibleKeys,
+        position_embeddings: PositionEmbeddings,
+        past_key_values: AnyCache | None = None,
+        kv_only: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Runs the layer.
+
+        Args:
+            hidden_states: `(batch, q_len, hidden_size)`.
+            key_states: `(batch, num_kv_heads, kv_len, head_dim)` of the layer that this one reads; unused if it reads
+                itself, `None` if all keys and values are zero.
+            value_states: like `key_states`.
+            visible_keys: which keys each query sees.
+            position_embeddings: cosines and sines for the new tokens.
+            past_key_values: where a layer that computes KV adds it to that of earlier tokens.
+            kv_only: stop after computing KV.
+            kwargs: passed on to the attention backend.
+
+        Returns:
+            The hidden states that leave the layer (`None` with `kv_only`), the layer's own keys and values for its
+            readers (`None` if it computes none), and the attention weights, if the backend has them.
+        """
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        own_keys = own_values = None
+        if self.plan.computes_kv:
+            own_keys, own_values = self.self_attn.project_kv(hidden_states, position_embeddings)
+            if past_key_values is not None:
+                own_keys, own_values = past_key_values.update(own_keys, own_values, self.layer_idx)
+        if kv_only:
+            return None, own_keys, own_values, None
+        if self.plan.kv_source == self.layer_idx:
+            key_states, value_states = own_keys, own_values
+        attn_output, attn_weights = self.self_attn(
+            hidden_states, key_states, value_states, visible_keys, position_embeddings, **kwargs
+        )
+        hidden_states = residual + attn_output
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, own_keys, own_values, attn_weights
+
+
+class LCKVPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about the family."""
+
+    config: LCKVLlamaConfig
+    config_class = LCKVLlamaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LCKVDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
+        """Leaves the 2D mask to the model, whose kinds of masks transformers does not know."""
+        return attention_mask
+
+
+@dataclass
+class _Call:
+    """What stays the same through all layers and passes of one forward call."""
+
+    visible_keys: list[VisibleKeys]
+    position_embeddings: PositionEmbeddings
+    past_key_values: Cache | None
+    layer_kwargs: dict[str, Any]
+    hidden_states: list[torch.Tensor] | None
+    attentions: list[torch.Tensor | None] | None
+    kv_residuals: list[torch.Tensor] | None
+
+
+class LCKVLlamaModel(LCKVPreTrainedModel):
+    """Llama's decoder stack with shared keys and values."""
+
+    def __init__(self, config: LCKVLlamaConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [LCKVDecoderLayer(config, layer_idx) for layer_idx in range(config.sharing_plan.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_kv_residual: bool = False,
+        **kwargs: Any,
+    ) -> LCKVModelOutputWithPast:
+        """Runs the decoder stack.
+
+        Args:
+            input_ids: `(batch, q_len)`.
+            attention_mask: `(batch, past + q_len)`, zero at padding; or boolean `(batch, 1, q_len, kv_len)`.
+            position_ids: `(batch or 1, q_len)`. Without an `attention_mask`, a new document begins wherever they
+                restart, and nothing is attended to across documents.
+            past_key_values: any transformers cache.
+            inputs_embeds: `(batch, q_len, hidden_size)`, instead of `input_ids`.
+            use_cache: whether to return a cache, a new one if none is given; by default `config.use_cache`.
+            output_hidden_states: whether to return what enters each layer and what leaves the last, after the norm.
+            output_attentions: whether to return each layer's attention weights (eager backend).
+            output_kv_residual: whether to return how far KV still moved in the last pass.
+            kwargs: passed on to the attention backend.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
+            past_key_values = DynamicCache(config=self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+
+        document_ids = None
+        has_past = has_cached_tokens(past_key_values, self.config.sharing_plan)
+        if position_ids is None:
+            position_ids = self._next_positions(inputs_embeds, past_key_values)
+        elif attention_mask is None and not has_past:
+            document_ids = find_documents(position_ids, inputs_embeds.shape[0])
+        call = _Call(
+            visible_keys=build_visible_keys(self.config, inputs_embeds, attention_mask, past_key_values, document_ids),
+            position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
+            past_key_values=past_key_values,
+            layer_kwargs=kwargs,
+            hidden_states=[inputs_embeds] if output_hidden_states else None,
+            attentions=[] if output_attentions else None,
+            kv_residuals=[] if output_kv_residual else None,
+        )
+        if self.config.use_sequential and inputs_embeds.shape[1] > 1:
+            hidden_states = self._run_token_by_token(call, inputs_embeds, attention_mask, document_ids)
+        else:
+            hidden_states = self._run_segments(call, inputs_embeds, has_past)
+        hidden_states = self.norm(hidden_states)
+        if call.hidden_states is not None:
+            call.hidden_states[-1] = hidden_states
+        return LCKVModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=None if call.hidden_states is None else tuple(call.hidden_states),
+            attentions=None if call.attentions is None else tuple(call.attentions),
+            kv_residual=torch.stack(call.kv_residuals).max() if call.kv_residuals else None,
+        )
+
+    def _next_positions(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
+        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+        if past_key_values is not None:
+            positions = positions + past_key_values.get_seq_length(self.config.sharing_plan.kv_owners[0])
+        return positions[None]  # (1, q_len)
+
+    def _run_segments(self, call: _Call, hidden_states: torch.Tensor, has_past: bool) -> torch.Tensor:
+        """Runs all layers from the bottom, each cycle as often as it needs."""
+        config, plan = self.config, self.config.sharing_plan
+        batch_size, num_new_tokens = hidden_states.shape[:2]
+        schedule = PassSchedule.from_config(
+            config.forward_passes, config.backward_passes, config.converge_tolerance, num_new_tokens
+        )
+        key_values: KeyValues = {}
+        for segment in plan.segments:
+            if not segment.is_cycle:
+                hidden_states, key_values = self._run_layers(
+                    call, segment, hidden_states, key_values, call.past_key_values, True
+                )
+                continue
+            owners = owners_read_upward(plan, segment)
+            if has_past:
+                zeros = self._zero_states(hidden_states)
+                key_values = with_past(key_values, owners, call.past_key_values, zeros)
+            run = partial(self._run_layers, call, segment)
+            hidden_states, key_values, residual = run_cycle(
+                run, hidden_states, key_values, call.past_key_values, owners, schedule
+            )
+            if call.kv_residuals is not None and residual is not None:
+                call.kv_residuals.append(residual)
+        return hidden_states
+
+    def _run_layers(
+        self,
+        call: _Call,
+        segment: Segment,
+        hidden_states: torch.Tensor,
+        key_values: KeyValues,
+        past_key_values: AnyCache | None,
+        is_last: bool,
+    ) -> tuple[torch.Tensor | None, KeyValues]:
+        """Runs the layers of a segment once; passes before the last end at the KV of the highest layer."""
+        key_values = dict(key_values)
+        output: torch.Tensor | None = hidden_states
+        for layer in self.layers[segment.start : segment.stop]:
+            key_states, value_states = key_values.get(layer.plan.kv_source, (None, None))
+            output, own_keys, own_values, attn_weights = layer(
+                output,
+                key_states,
+                value_states,
+                visible_keys=call.visible_keys[layer.layer_idx],
+                position_embeddings=call.position_embeddings,
+                past_key_values=past_key_values,
+                kv_only=not is_last and layer.layer_idx == segment.stop - 1,
+                **call.layer_kwargs,
+            )
+            if own_keys is not None and own_values is not None:
+                key_values[layer.layer_idx] = own_keys, own_values
+            if is_last and call.hidden_states is not None and output is not None:
+                call.hidden_states.append(output)
+            if is_last and call.attentions is not None:
+                call.attentions.append(attn_weights)
+        return output, key_values
+
+    def _zero_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """All-zero keys or values for the new tokens, `(batch, num_kv_heads, q_len, head_dim)`."""
+        attention = self.layers[0].self_attn
+        dtype = hidden_states.dtype
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            dtype = torch.get_autocast_dtype(hidden_states.device.type)
+        batch_size, q_len = hidden_states.shape[:2]
+        return hidden_states.new_zeros(
+            batch_size, self.config.num_key_value_heads, q_len, attention.head_dim, dtype=dtype
+        )
+
+    def _run_token_by_token(
+        self,
+        call: _Call,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Runs all layers for one token after the other, which is exact for every pattern."""
+        if attention_mask is not None and attention_mask.ndim == 4:
+            raise ValueError("use_sequential takes no 4D attention_mask")
+        cache = call.past_key_values
+        if cache is None:
+            cache = new_sequential_cache(self.config.num_hidden_layers)
+        num_past = int(cache.get_seq_length(self.config.sharing_plan.kv_owners[0]))
+        outputs = []
+        for position in range(inputs_embeds.shape[1]):
+            stop = num_past + position + 1
+            token = slice(position, position + 1)
+            mask = None if attention_mask is None else attention_mask[:, :stop]
+            step = _Call(
+                visible_keys=build_visible_keys(self.config, inputs_embeds[:, token], mask, cache, document_ids),
+                position_embeddings=tuple(table[:, token] for table in call.position_embeddings),
+                past_key_values=cache,
+                layer_kwargs=call.layer_kwargs,
+                hidden_states=None,
+                attentions=None,
+                kv_residuals=None,
+            )
+            outputs.append(self._run_segments(step, inputs_embeds[:, token], has_past=stop > 1))
+        return torch.cat(outputs, dim=1)  # (batch, q_len, hidden_size)
+
+
+class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
+    """The decoder stack with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LCKVLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LCKVLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_kv_residual: bool = False,
+        **kwargs: Any,
+    ) -> LCKVCausalLMOutputWithPast:
+        """Predicts the next token at every position.
+
+        Beside the arguments of [`LCKVLlamaModel.forward`]: `labels` `(batch, q_len)`, where the label at *i* is
+        predicted from position *i - 1* and -100 is not scored; `logits_to_keep`, the number of last positions to
+        compute logits for (0: all), or which positions. The loss is the mean over scored tokens, or their sum over
+        `num_items_in_batch` if that is given.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_kv_residual=output_kv_residual,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return LCKVCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            kv_residual=outputs.kv_residual,
+        )
