@@ -42,10 +42,10 @@ compare: $(STAMP) ## train the demo as Llama and as LCKV and put them side by si
 	$(RUN) scripts/compare.py runs/demo_llama runs/demo_lckv
 
 test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (under 6 minutes)
-	$(RUN) -m pytest -n $(PYTEST_WORKERS) --durations=15
+	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --durations=15
 
 test-slow: $(STAMP) ## run the slow tests
-	$(RUN) -m pytest -n $(PYTEST_WORKERS) -m slow --timeout=900 --durations=15
+	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup -m slow --timeout=900 --durations=15
 
 test-gpu: $(STAMP) ## run the tests that need an accelerator
 	$(RUN) -m pytest -m gpu --timeout=300 --durations=15
