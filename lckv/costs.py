@@ -1,0 +1,271 @@
+"""What a sharing plan costs, by arithmetic alone: KV bytes, parameters and FLOPs. No torch, no model.
+
+Matrix products count two FLOPs per multiply-add; norms, softmax, rotary positions and activations count nothing, and
+neither does the embedding look-up. A backward pass costs twice its forward pass (no recomputation). Sharing saves
+capacity but not reads, so what is written, what is kept and what is read are three figures, never one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from lckv.errors import UserError, near_miss
+from lckv.patterns import LayerPlan, Segment, SharingPlan, build_layer_types, parse_layer_types
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a Llama-shaped model, under transformers' names; `sliding_window` counts the query's own token."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    sliding_window: int
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    force_nodiag: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelSizes:
+        """Reads the sizes from an `LCKVLlamaConfig`, a `LlamaConfig`, or a mapping of its arguments."""
+        given = config if isinstance(config, Mapping) else vars(config)
+        values = {item.name: given[item.name] for item in fields(cls) if given.get(item.name) is not None}
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        values.setdefault("sliding_window", given["max_position_embeddings"])
+        return cls(**values)
+
+    @property
+    def query_size(self) -> int:
+        """Width of the queries, and of the attention output before its projection."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of a layer's keys, and of its values."""
+        return self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """Bytes of keys and values per token, over all layers.
+
+    Attributes:
+        written: stored for each new token.
+        resident: held in the cache per token of the context; below `written` where windows let a cache forget.
+        resident_total: held for the whole context.
+        read: loaded to decode one token at the end of the context, in all: every layer reads, sharing or not.
+    """
+
+    written: int
+    resident: float
+    resident_total: int
+    read: int
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """FLOPs per token; None where the number of passes depends on the data.
+
+    Attributes:
+        decode: decoding one token at the end of the context, every layer once.
+        forward: a parallel pass over the whole context, iterations included, on the average of its tokens.
+        train: the same with its backward pass.
+    """
+
+    decode: float
+    forward: float | None
+    train: float | None
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """How often cycles run: passes without gradient, None if that depends on the data, and passes with gradient."""
+
+    forward_passes: int | None = 7
+    backward_passes: int = 2
+    use_sequential: bool = False
+
+
+@dataclass(frozen=True)
+class Costs:
+    """All costs of one sharing plan at one context length."""
+
+    kv_bytes: KVBytes
+    num_parameters: int
+    flops_per_token: FlopsPerToken
+
+
+def count_costs(
+    plan: SharingPlan,
+    sizes: ModelSizes,
+    context_length: int,
+    *,
+    iteration: Iteration | None = None,
+    dtype: str = "bfloat16",
+) -> Costs:
+    """Counts everything for a context of `context_length` tokens and a KV cache of type `dtype`.
+
+    Raises:
+        UserError: if the context is empty or the type unknown.
+    """
+    return Costs(
+        count_kv_bytes(plan, sizes, context_length, dtype),
+        count_parameters(plan, sizes),
+        count_flops(plan, sizes, context_length, iteration or Iteration()),
+    )
+
+
+def llama_plan(plan: SharingPlan) -> SharingPlan:
+    """The plan that costs are compared with: as many layers, each with KV of its own and without windows."""
+    return parse_layer_types(build_layer_types("llama", plan.num_hidden_layers))
+
+
+def count_kv_bytes(plan: SharingPlan, sizes: ModelSizes, context_length: int, dtype: str = "bfloat16") -> KVBytes:
+    """Counts the bytes of keys and values that one sequence of `context_length` tokens needs.
+
+    An owner all of whose readers have a window keeps no more than the window; any other keeps the whole context.
+
+    Raises:
+        UserError: if the context is empty or the type unknown.
+    """
+    _check_context_length(context_length)
+    if dtype not in DTYPE_BYTES:
+        raise UserError(f"dtype={dtype!r}: allowed are {', '.join(DTYPE_BYTES)}{near_miss(dtype, DTYPE_BYTES)}")
+    per_token = 2 * sizes.kv_size * DTYPE_BYTES[dtype]  # keys and values of one layer
+    kept = sum(
+        min(sizes.sliding_window, context_length) if plan.owner_is_sliding(owner) else context_length
+        for owner in plan.kv_owners
+    )
+    read = sum(_num_keys(layer, sizes, context_length) for layer in plan.layers)
+    return KVBytes(
+        written=per_token * len(plan.kv_owners),
+        resident=per_token * kept / context_length,
+        resident_total=per_token * kept,
+        read=per_token * read,
+    )
+
+
+def count_parameters(plan: SharingPlan, sizes: ModelSizes) -> int:
+    """Counts the parameters; a layer that computes no KV has no key and value projections."""
+    num_embeddings = 1 if sizes.tie_word_embeddings else 2
+    total = num_embeddings * sizes.vocab_size * sizes.hidden_size + sizes.hidden_size
+    for layer in plan.layers:
+        total += sizes.hidden_size * (2 * sizes.query_size + 3 * sizes.intermediate_size + 2)
+        total += sizes.attention_bias * (sizes.query_size + sizes.hidden_size)
+        total += sizes.mlp_bias * (2 * sizes.intermediate_size + sizes.hidden_size)
+        total += layer.computes_kv * 2 * sizes.kv_size * (sizes.hidden_size + sizes.attention_bias)
+    return total
+
+
+def count_flops(
+    plan: SharingPlan, sizes: ModelSizes, context_length: int, iteration: Iteration | None = None
+) -> FlopsPerToken:
+    """Counts the FLOPs per token, as the iteration of cycles schedules them.
+
+    A pass without gradient costs its forward FLOPs, one with gradient three times that. In every pass over a cycle but
+    the last, the top layer only computes its keys and values. In the first pass, layers that read upward find no keys
+    yet: they need no query, no attention and no output projection.
+
+    Raises:
+        UserError: if the context is empty.
+    """
+    _check_context_length(context_length)
+    return _FlopCount(plan, sizes, context_length).per_token(iteration or Iteration())
+
+
+@dataclass(frozen=True)
+class _FlopCount:
+    """The FLOPs of the parts of each layer, and their sums over passes."""
+
+    plan: SharingPlan
+    sizes: ModelSizes
+    context_length: int
+
+    def per_token(self, iteration: Iteration) -> FlopsPerToken:
+        lm_head = 2 * self.sizes.vocab_size * self.sizes.hidden_size
+        decode = lm_head + sum(
+            self._layer(layer, _num_keys(layer, self.sizes, self.context_length)) for layer in self.plan.layers
+        )
+        forward: float | None = lm_head
+        train: float | None = 3 * lm_head
+        for segment in self.plan.segments:
+            segment_forward, segment_train = self._segment(segment, iteration)
+            forward = None if forward is None or segment_forward is None else forward + segment_forward
+            train = None if train is None or segment_train is None else train + segment_train
+        return FlopsPerToken(decode=decode, forward=forward, train=train)
+
+    def _segment(self, segment: Segment, iteration: Iteration) -> tuple[float | None, float | None]:
+        """Forward and train FLOPs of consecutive layers."""
+        layers = self.plan.layers[segment.start : segment.stop]
+        once = sum(self._layer(layer, self._mean_keys[layer.layer_idx]) for layer in layers)
+        if not segment.is_cycle or iteration.use_sequential:
+            return once, 3 * once
+        if iteration.forward_passes is None:
+            return None, None
+        # As many passes as tokens are exact, so no more are run.
+        num_graded = min(iteration.backward_passes, self.context_length)
+        num_ungraded = min(iteration.forward_passes, self.context_length - num_graded)
+        last = num_ungraded + num_graded - 1
+        passes = [once if index == last else self._unfinished(layers, index == 0) for index in range(last + 1)]
+        return sum(passes), sum(passes) + 2 * sum(passes[num_ungraded:])
+
+    def _unfinished(self, layers: tuple[LayerPlan, ...], is_first: bool) -> float:
+        """A pass over a cycle that another one follows: it ends at the keys and values of the top layer."""
+        total = float(self._key_value)
+        for layer in layers[:-1]:
+            total += self._mlp + layer.computes_kv * self._key_value
+            if not (is_first and layer.is_upward):
+                total += self._attention(self._mean_keys[layer.layer_idx])
+        return total
+
+    def _layer(self, layer: LayerPlan, num_keys: float) -> float:
+        return self._attention(num_keys) + self._mlp + layer.computes_kv * self._key_value
+
+    @property
+    def _key_value(self) -> int:
+        return 4 * self.sizes.hidden_size * self.sizes.kv_size
+
+    @property
+    def _mlp(self) -> int:
+        return 6 * self.sizes.hidden_size * self.sizes.intermediate_size
+
+    def _attention(self, num_keys: float) -> float:
+        """Query and output projections, scores and their product with the values."""
+        return 4 * self.sizes.query_size * (self.sizes.hidden_size + num_keys)
+
+    @cached_property
+    def _mean_keys(self) -> list[float]:
+        """For every layer, the keys that a query sees, on the average of all positions."""
+        return [_mean_num_keys(layer, self.sizes, self.context_length) for layer in self.plan.layers]
+
+
+def _check_context_length(context_length: int) -> None:
+    if context_length < 1:
+        raise UserError(f"context_length={context_length}: allowed is 1 or more")
+
+
+def _hides_own_key(layer: LayerPlan, sizes: ModelSizes) -> bool:
+    return layer.is_upward or sizes.force_nodiag
+
+
+def _num_keys(layer: LayerPlan, sizes: ModelSizes, context_length: int) -> int:
+    """Keys that the last of `context_length` tokens sees in this layer."""
+    num_keys = min(sizes.sliding_window, context_length) if layer.is_sliding else context_length
+    return num_keys - _hides_own_key(layer, sizes)
+
+
+def _mean_num_keys(layer: LayerPlan, sizes: ModelSizes, context_length: int) -> float:
+    """The mean of `_num_keys` over the contexts of 1 to `context_length` tokens."""
+    window = min(sizes.sliding_window, context_length) if layer.is_sliding else context_length
+    growing = window * (window + 1) // 2
+    return (growing + (context_length - window) * window) / context_length - _hides_own_key(layer, sizes)
