@@ -40,7 +40,7 @@ def run(main: Callable[[Any], None], config_name: str) -> None:
     """
     # Else Hydra itself prints exceptions and exits, before anything here can see them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv[1:] = overrides.quote_overrides(sys.argv[1:])
+    sys.argv[1:] = overrides.quote_overrides(sys.argv[1:], list(open_keys(config.SCHEMAS[config_name])))
     config.register_schemas()
     mistakes = _Mistakes(config_name)
 
@@ -202,3 +202,12 @@ def _keys(schema: type, prefix: str = "") -> Iterator[str]:
         yield prefix + item.name
         if is_dataclass(types[item.name]):
             yield from _keys(typing.cast(type, types[item.name]), f"{prefix}{item.name}.")
+
+
+def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """The keys of a root dataclass that hold dictionaries with entries of any name."""
+    for name, kind in typing.get_type_hints(schema).items():
+        if typing.get_origin(kind) is dict:
+            yield prefix + name
+        elif is_dataclass(kind):
+            yield from open_keys(typing.cast(type, kind), f"{prefix}{name}.")

@@ -20,6 +20,7 @@ from lckv.errors import UserError, near_miss
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 CONVERGE = "converge"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -32,6 +33,8 @@ class ModelConfig:
         num_hidden_layers: number of layers; follows `layer_types` unless it is given too, and then both must agree.
         default_num_hidden_layers: the preset's depth, used where neither of the two is given.
         vocab_size: None takes the tokenizer's.
+        rope_parameters: as in transformers, such as `{rope_type: linear, factor: 2.0, rope_theta: 10000.0}`; empty
+            takes transformers' default.
         sliding_window: tokens that an entry with the suffix `s` sees, the query's own among them.
         forward_passes: passes over a cycle without gradient, or `converge`.
         backward_passes: passes over a cycle with gradient.
@@ -54,7 +57,7 @@ class ModelConfig:
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -351,6 +354,7 @@ def model_arguments(cfg: TrainConfig | PlanConfig, vocab_size: int) -> dict[str,
         num_hidden_layers=plan.num_hidden_layers,
         vocab_size=cfg.model.vocab_size or vocab_size,
         num_key_value_heads=cfg.model.num_key_value_heads or cfg.model.num_attention_heads,
+        rope_parameters=cfg.model.rope_parameters or None,
     )
     return {name: value for name, value in arguments.items() if value is not None}
 
@@ -369,6 +373,10 @@ def check_model(model: ModelConfig, plan: SharingPlan) -> None:
     _check_at_least("model.sliding_window", model.sliding_window, 1)
     _check_heads(model)
     _check_passes(model, plan)
+    if model.dtype not in DTYPES:
+        raise UserError(
+            f"model.dtype={model.dtype!r}: allowed are {', '.join(DTYPES)}{near_miss(model.dtype, DTYPES)}"
+        )
     if not 0 <= model.attention_dropout < 1:
         raise UserError(f"model.attention_dropout={model.attention_dropout}: allowed is 0 up to, but without, 1")
 

@@ -27,14 +27,19 @@ _ELEMENT = re.compile(rf"{_QUOTED}|(?<![^\s,\[(=]){_NUMBER}", re.ASCII)
 _DICT_ITEM = re.compile(rf"{_QUOTED}|(?P<key>\blayer_types\s*:\s*){_NUMBER}", re.ASCII)
 
 
-def quote_overrides(arguments: Iterable[str]) -> list[str]:
-    """Puts quotes around the `layer_types` strings among command line arguments that Hydra would read as numbers.
+def quote_overrides(arguments: Iterable[str], open_keys: Sequence[str] = ()) -> list[str]:
+    """Makes command line arguments mean what they say, before Hydra parses them.
+
+    Puts quotes around the `layer_types` strings among command line arguments that Hydra would read as numbers.
 
     Sweeps (`a,b`, `[a,b]`, `choice(a,b)`) are quoted element by element; what is quoted already, `null` and
     `${interpolations}` stay as they are, and so does every other key: `trainer.max_steps=1_000` is a number. The plus
-    that Hydra's manual puts before an optional group (`+experiment=demo`) goes, since ours has the groups already.
+    that Hydra's manual puts before an optional group (`+experiment=demo`) goes, since ours has the groups already; and
+    the pluses that it wants before a new entry of one of the `open_keys`, whose entries are free, are added.
     """
-    return [argument if argument.startswith("-") else _quote_override(argument) for argument in arguments]
+    is_open = re.compile(rf"(?:{'|'.join(map(re.escape, open_keys)) or '(?!)'})[.=]").match
+    overrides = [argument if argument.startswith("-") else _quote_override(argument) for argument in arguments]
+    return [f"++{override}" if is_open(override) else override for override in overrides]
 
 
 def _quote_override(override: str) -> str:
