@@ -1,0 +1,126 @@
+"""Perplexity per token and bits per byte of a language model over blocks of tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+IGNORE_INDEX = -100
+
+
+class Blocks(Protocol):
+    """What is evaluated: items with `input_ids`, `position_ids` and `labels`, `(block_size,)` each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a text is predicted.
+
+    Attributes:
+        loss: mean negative log-likelihood in nats per predicted token.
+        num_tokens: number of predicted tokens.
+        num_bytes: UTF-8 bytes of the text that they stand for, where known.
+    """
+
+    loss: float
+    num_tokens: int
+    num_bytes: int | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity per token: depends on the tokenizer; infinite where it is beyond a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of text: does not depend on the tokenizer. `None` where the bytes are not known."""
+        if not self.num_bytes:
+            return None
+        return self.loss * self.num_tokens / self.num_bytes / math.log(2)
+
+
+@torch.no_grad()
+def evaluate_perplexity(
+    model: nn.Module,
+    blocks: Blocks,
+    *,
+    batch_size: int,
+    num_bytes: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    reduce_sum: Callable[[Tensor], Tensor] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Measures how well `model` predicts `blocks`; every predicted token counts the same, whatever the batch size.
+
+    The model is called in evaluation mode, and left in the mode that it was in. The random state does not move.
+
+    Args:
+        model: a causal language model of transformers.
+        blocks: see [`Blocks`]; labels of `IGNORE_INDEX` are not predicted.
+        batch_size: blocks per forward pass.
+        num_bytes: UTF-8 bytes of the text that the labels predict, for bits per byte.
+        rank: this process among `world_size`, of which each evaluates a share.
+        world_size: number of processes; all of them call the model equally often.
+        reduce_sum: adds a tensor up over the processes.
+        on_batch: told after each forward pass how many of this process's blocks are done, and of how many.
+
+    Raises:
+        ValueError: if there is nothing to predict.
+    """
+    device = next(model.parameters()).device
+    num_rounds = -(-len(blocks) // (batch_size * world_size))
+    totals = torch.zeros(2, dtype=torch.float64)  # summed loss, predicted tokens
+    with in_eval_mode(model):
+        for number in range(num_rounds):
+            start = (number * world_size + rank) * batch_size
+            items = [blocks[index] for index in range(start, min(start + batch_size, len(blocks)))]
+            batch = default_collate(items or [blocks[0]])
+            losses, is_predicted = token_losses(model, {name: value.to(device) for name, value in batch.items()})
+            if items:  # a process without blocks left keeps step with the others, but counts nothing
+                totals += torch.stack([losses.double().sum(), is_predicted.sum().double()]).cpu()
+            if on_batch is not None:
+                on_batch(number + 1, num_rounds)
+    if reduce_sum is not None:
+        totals = reduce_sum(totals)
+    loss_sum, num_tokens = totals.tolist()
+    if not num_tokens:
+        raise ValueError("there is nothing to predict: every label is ignored")
+    return Perplexity(loss_sum / num_tokens, int(num_tokens), num_bytes)
+
+
+def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of every label, `(batch, q_len - 1)`, 0 where ignored, and where it is predicted."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits  # (batch, q_len, vocab_size)
+    labels = batch["labels"][:, 1:]
+    # The class dimension second, as cross_entropy wants it.
+    losses = F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return losses, labels != IGNORE_INDEX
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and the random state kept: training goes on as if nothing had been in between."""
+    was_training = model.training
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)

@@ -1,0 +1,55 @@
+"""`python -m lckv.train`: trains a model from a configuration; see `conf/train.yaml`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+
+from rich.console import Console
+
+from lckv import cli
+from lckv.config import TrainConfig, check_model, model_arguments, resolve_layer_types
+from lckv.patterns import parse_layer_types
+
+
+def main(cfg: TrainConfig) -> None:
+    """Builds everything that the configuration names, trains, and shows the results."""
+    check_model(cfg.model, parse_layer_types(resolve_layer_types(cfg)))
+
+    # Behind the checks: importing torch and transformers takes seconds.
+    from transformers import set_seed
+
+    from lckv.data import build_dataset, build_tokenizer
+    from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+    from lckv.training.arguments import build_training_arguments, is_main_process, set_num_threads
+    from lckv.training.loggers import check_loggers
+    from lckv.training.report import show_results
+    from lckv.training.run_folder import RunFolder
+    from lckv.training.session import Session
+
+    console = Console(quiet=not is_main_process())
+    if not is_main_process():
+        logging.getLogger("lckv").setLevel(logging.ERROR)
+
+    folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
+    if is_main_process():
+        folder.claim(asdict(cfg), resume=cfg.trainer.resume)
+    if (results := folder.finished_results()) is not None:
+        console.print(f"this run is finished: {folder.path}", style="bold")
+        show_results(results, folder, console)
+        return
+
+    check_loggers(cfg.logger)
+    set_num_threads(cfg.trainer.num_threads)
+    args = build_training_arguments(cfg)
+    tokenizer = build_tokenizer(cfg.tokenizer, cfg.data)
+    data = build_dataset(cfg.data, tokenizer)
+    set_seed(cfg.seed)
+    config = LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)))
+    model = LCKVLlamaForCausalLM(config)
+    if (results := Session(cfg, args, model, tokenizer, data, folder, console).run()) is not None:
+        show_results(results, folder, console)
+
+
+if __name__ == "__main__":
+    cli.run(main, "train")

@@ -1,0 +1,1 @@
+"""The training loop: transformers' `Trainer` with callbacks, whole checkpoints and a plain run folder."""

@@ -1,0 +1,221 @@
+"""From our configuration to transformers' `TrainingArguments`, with every switch checked before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainingArguments
+
+from lckv.config import TrainConfig, TrainerConfig
+from lckv.errors import UserError, near_miss
+from lckv.training.optim import schedule_arguments
+
+_OURS = {
+    "output_dir": "run_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "run_name": "run_name",
+    "report_to": "logger.names",
+    "per_device_train_batch_size": "trainer.micro_batch_size",
+    "per_device_eval_batch_size": "trainer.eval_batch_size",
+    "gradient_accumulation_steps": "trainer.global_batch_size",
+    "num_train_epochs": "trainer.max_steps",
+    "activation_checkpointing": "trainer.gradient_checkpointing",
+    "bf16": "trainer.precision",
+    "fp16": "trainer.precision",
+    "resume_from_checkpoint": "trainer.resume",
+    "optim": "optim.name",
+    "lr_scheduler_type": "optim.schedule",
+    "lr_scheduler_kwargs": "optim.schedule",
+    "learning_rate": "optim.learning_rate",
+    "warmup_steps": "optim.warmup_steps",
+    "warmup_ratio": "optim.warmup_steps",
+    "weight_decay": "optim.weight_decay",
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
+    "adam_epsilon": "optim.eps",
+}
+"""Fields of `TrainingArguments` that have a key of their own here, which `trainer.hf` must not contradict."""
+
+# What the loop does in a way of its own, so that the field would have no effect or an undoing one.
+_FIXED = {
+    "eval_strategy", "save_strategy", "logging_strategy", "average_tokens_across_devices", "train_sampling_strategy",
+    "dataloader_drop_last", "disable_tqdm", "logging_nan_inf_filter", "remove_unused_columns", "do_train", "do_eval",
+    "do_predict", "load_best_model_at_end", "ignore_data_skip", "auto_find_batch_size", "save_only_model",
+    "label_smoothing_factor", "n_gpu",
+}  # fmt: skip
+
+
+def gradient_accumulation_steps(cfg: TrainerConfig, num_processes: int) -> tuple[int, int]:
+    """Cuts the global batch up: returns the micro batch size of a process, and how many of them it accumulates.
+
+    Raises:
+        UserError: if the global batch does not divide.
+    """
+    for name in ("global_batch_size", "micro_batch_size", "eval_batch_size"):
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise UserError(f"trainer.{name}={value}: allowed is a whole number, 1 or more")
+    if cfg.micro_batch_size is None and cfg.global_batch_size % num_processes == 0:
+        return cfg.global_batch_size // num_processes, 1
+    micro_batch_size = cfg.micro_batch_size or 1
+    at_once = micro_batch_size * num_processes
+    if cfg.global_batch_size % at_once:
+        micro = f"trainer.micro_batch_size={micro_batch_size} times " if cfg.micro_batch_size else ""
+        raise UserError(
+            f"trainer.global_batch_size={cfg.global_batch_size}: is not divisible by {micro}{num_processes} "
+            f"process{'es' * (num_processes > 1)}; nearest allowed is "
+            f"{max(1, round(cfg.global_batch_size / at_once)) * at_once}"
+        )
+    return micro_batch_size, cfg.global_batch_size // at_once
+
+
+def num_processes() -> int:
+    """How many processes train together, as `accelerate launch` and `torchrun` tell each of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def set_num_threads(num_threads: int | None) -> int:
+    """Sets torch's threads: the given number, $OMP_NUM_THREADS, or this process's share of the physical cores.
+
+    Raises:
+        UserError: if the number is below 1.
+    """
+    if num_threads is not None and num_threads < 1:
+        raise UserError(f"trainer.num_threads={num_threads}: allowed is a whole number, 1 or more")
+    if num_threads is None and "OMP_NUM_THREADS" not in os.environ:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = min(usable, psutil.cpu_count(logical=False) or usable)
+        num_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return torch.get_num_threads()
+
+
+def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
+    """Builds transformers' arguments for a run.
+
+    Raises:
+        UserError: if a number is out of range, a switch cannot work on this machine, or `trainer.hf` has an unknown
+            field, or one that has a key of its own.
+    """
+    trainer, optim = cfg.trainer, cfg.optim
+    _check_numbers(trainer)
+    _check_switches(trainer)
+    _check_pass_through(trainer.hf)
+    micro_batch_size, accumulation = gradient_accumulation_steps(trainer, num_processes())
+    schedule, schedule_kwargs, warmup_steps = schedule_arguments(optim, trainer.max_steps)
+    ours = {
+        "output_dir": str(Path(cfg.run_dir or ".") / "checkpoints"),
+        "seed": cfg.seed,
+        "run_name": cfg.run_name,
+        "report_to": "none",
+        "max_steps": trainer.max_steps,
+        "per_device_train_batch_size": micro_batch_size,
+        "per_device_eval_batch_size": trainer.eval_batch_size or micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "logging_steps": trainer.logging_steps,
+        "save_strategy": "steps",
+        "save_steps": trainer.save_steps or trainer.max_steps,
+        "eval_strategy": "steps",
+        "eval_steps": trainer.eval_steps or trainer.max_steps,
+        "learning_rate": optim.learning_rate,
+        "lr_scheduler_type": schedule,
+        "lr_scheduler_kwargs": schedule_kwargs,
+        "warmup_steps": warmup_steps,
+        "max_grad_norm": trainer.max_grad_norm,
+        "gradient_checkpointing": trainer.gradient_checkpointing,
+        "bf16": trainer.precision == "bf16",
+        "fp16": trainer.precision == "fp16",
+        "torch_compile": trainer.torch_compile,
+        "dataloader_num_workers": trainer.dataloader_num_workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_drop_last": True,
+        "average_tokens_across_devices": True,  # the loss is divided by the predicted tokens of all processes
+        "logging_nan_inf_filter": False,  # it would hide what must stop the run
+        "disable_tqdm": True,  # there is a bar of our own
+        "log_level": "warning",
+        # Every parameter takes part in every step; looking for idle ones would cost a walk through the graph.
+        "ddp_find_unused_parameters": False,
+    }
+    # Newer versions call it activation checkpointing.
+    if "activation_checkpointing" in _fields():
+        ours["activation_checkpointing"] = ours.pop("gradient_checkpointing")
+    try:
+        return TrainingArguments(**{**ours, **trainer.hf})
+    except (ValueError, ImportError, TypeError) as error:
+        raise UserError(f"transformers refuses these training arguments: {error}") from error
+
+
+def _fields() -> set[str]:
+    return {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+def _check_numbers(cfg: TrainerConfig) -> None:
+    for name in ("max_steps", "eval_steps", "save_steps", "save_total_limit", "logging_steps", "sample_steps"):
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            null = "" if name in ("max_steps", "logging_steps") else ", or null"
+            raise UserError(f"trainer.{name}={value}: allowed is a whole number, 1 or more{null}")
+    for name in ("sample_tokens", "dataloader_num_workers"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"trainer.{name}={getattr(cfg, name)}: allowed is a whole number, 0 or more")
+    if not 0 <= cfg.max_grad_norm < math.inf:
+        raise UserError(f"trainer.max_grad_norm={cfg.max_grad_norm}: allowed is a number, 0 (no clipping) or more")
+
+
+def _check_switches(cfg: TrainerConfig) -> None:
+    precisions = ("fp32", "bf16", "fp16")
+    if cfg.precision not in precisions:
+        hint = near_miss(cfg.precision, precisions)
+        raise UserError(f"trainer.precision={cfg.precision!r}: allowed are {', '.join(precisions)}{hint}")
+    if cfg.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("trainer.precision='fp16': needs a GPU, which torch does not see; use bf16 or fp32")
+    if cfg.use_liger_kernel:
+        for fault, is_there in (
+            ("a CUDA GPU, which torch does not see", torch.cuda.is_available()),
+            ("Triton, which is not installed", importlib.util.find_spec("triton") is not None),
+            ("liger-kernel: pip install 'lckv[gpu]'", importlib.util.find_spec("liger_kernel") is not None),
+        ):
+            if not is_there:
+                raise UserError(f"trainer.use_liger_kernel=true: needs {fault}")
+    backend = cfg.hf.get("torch_compile_backend") or "inductor"
+    if cfg.torch_compile and backend == "inductor":
+        _check_can_compile()
+
+
+def _check_can_compile() -> None:
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("triton") is None:
+            raise UserError("trainer.torch_compile=true: needs Triton, which is not installed")
+    elif shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
+        raise UserError(
+            "trainer.torch_compile=true: needs a C++ compiler on a CPU, and there is no g++ or clang++ on the PATH"
+        )
+
+
+def _check_pass_through(given: dict[str, Any]) -> None:
+    allowed = _fields()
+    ours = dict(_OURS, **{item.name: f"trainer.{item.name}" for item in dataclasses.fields(TrainerConfig)})
+    for name in given:
+        if name in ours:
+            raise UserError(f"trainer.hf.{name}: set {ours[name]} instead")
+        if name in _FIXED:
+            raise UserError(f"trainer.hf.{name}: is decided by the training loop and cannot be changed")
+        if name not in allowed:
+            raise UserError(
+                f"trainer.hf.{name}: transformers' TrainingArguments has no such field{near_miss(name, allowed)}"
+            )

@@ -1,0 +1,298 @@
+"""What a run measures, shows and writes down while it trains, one callback for each thing.
+
+Callbacks see `logs` in the order in which they were added: those that measure add their values to it, those behind
+them write it out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
+
+from lckv.evaluation.perplexity import in_eval_mode
+from lckv.training.hardware import peak_flops, peak_memory_bytes
+from lckv.training.run_folder import RunFolder
+
+
+class RhythmCallback(TrainerCallback):
+    """Decides what happens at which step, beside what transformers' own flow of control decides.
+
+    Before every checkpoint the metrics are logged, so that each logging window lies between two checkpoints and a
+    run that goes on from one logs the same values again. At the end, everything happens.
+
+    Args:
+        sample_steps: log every so many steps, because a sample is taken there; None: at the end.
+    """
+
+    def __init__(self, sample_steps: int | None) -> None:
+        self.sample_steps = sample_steps
+
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Turns on what is due."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+        if control.should_save or control.should_evaluate or is_due(state, self.sample_steps):
+            control.should_log = True
+
+
+def is_due(state: TrainerState, every: int | None) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now."""
+    return state.global_step >= state.max_steps or (every is not None and state.global_step % every == 0)
+
+
+class ThroughputCallback(TrainerCallback):
+    """Adds tokens so far, tokens per second, MFU where the device's peak is known, seconds so far and ETA.
+
+    Time spent in evaluation, sampling and saving counts as seconds and for the ETA, but not for the tokens per
+    second.
+
+    Args:
+        tokens_per_step: tokens of a global batch.
+        num_blocks: blocks of the training data, for the epoch.
+        global_batch_size: blocks per step.
+        flops_per_token: FLOPs of training on one token, iterations counted.
+        precision: as in `trainer.precision`.
+        seconds_before: how long earlier sessions of this run took.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens_per_step: int,
+        num_blocks: int,
+        global_batch_size: int,
+        flops_per_token: float | None,
+        precision: str,
+        seconds_before: float = 0.0,
+    ) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.epochs_per_step = global_batch_size / num_blocks
+        self.flops_per_token = flops_per_token
+        self.precision = precision
+        self.seconds_before = seconds_before
+
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Starts the clocks."""
+        self._first_step = self._logged_step = state.global_step
+        self._start = self._mark = time.perf_counter()
+        self._training_seconds = 0.0
+
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Counts the time since the last step, or since what came between."""
+        now = time.perf_counter()
+        self._training_seconds += now - self._mark
+        self._mark = now
+
+    def on_log(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Adds the measurements."""
+        logs["tokens"] = state.global_step * self.tokens_per_step
+        if "loss" in logs:
+            self._add_speed(args, state, logs)
+        self._mark = time.perf_counter()
+
+    def _add_speed(self, args: Arguments, state: TrainerState, logs: dict[str, Any]) -> None:
+        num_steps, self._logged_step = state.global_step - self._logged_step, state.global_step
+        logs["epoch"] = round(state.global_step * self.epochs_per_step, 4)
+        logs["tokens_per_second"] = round(num_steps * self.tokens_per_step / self._training_seconds, 1)
+        self._training_seconds = 0.0
+        peak = peak_flops(args.device, self.precision)
+        if peak and self.flops_per_token:
+            logs["mfu"] = logs["tokens_per_second"] * self.flops_per_token / (peak * args.world_size)
+        seconds = time.perf_counter() - self._start
+        logs["seconds"] = round(self.seconds_before + seconds, 3)
+        steps_left = state.max_steps - state.global_step
+        logs["eta_seconds"] = round(seconds / (state.global_step - self._first_step) * steps_left, 1)
+
+    def on_evaluate(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves the evaluation out of the speed."""
+        self._mark = time.perf_counter()
+
+    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves the checkpoint out of the speed."""
+        self._mark = time.perf_counter()
+
+
+class PerplexityCallback(TrainerCallback):
+    """Adds the perplexity of the training loss, and its bits per byte by the bytes per token of the text.
+
+    Args:
+        bytes_per_token: UTF-8 bytes that a predicted token stands for, on average.
+    """
+
+    def __init__(self, bytes_per_token: float | None) -> None:
+        self.bytes_per_token = bytes_per_token
+
+    def on_log(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Adds the values to the training metrics; evaluation brings its own."""
+        if "loss" not in logs:
+            return
+        logs["perplexity"] = math.exp(min(logs["loss"], 700.0))
+        if self.bytes_per_token:
+            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.bytes_per_token
+
+
+class MemoryCallback(TrainerCallback):
+    """Adds the peak memory of the first process: of its GPU, or of the process itself on a CPU."""
+
+    def on_log(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Adds the value to the training metrics."""
+        if "loss" in logs:
+            logs["peak_memory_bytes"] = peak_memory_bytes(args.device)
+
+
+class SampleCallback(TrainerCallback):
+    """Adds a text that the model writes, at every `sample_steps` steps and at the end.
+
+    Args:
+        generate: gets the model and returns the text.
+        sample_steps: how often.
+        on_every_process: whether all processes must call the model together, because it is sharded.
+    """
+
+    def __init__(self, generate: Callable[[nn.Module], str], sample_steps: int | None, on_every_process: bool) -> None:
+        self.generate = generate
+        self.sample_steps = sample_steps
+        self.on_every_process = on_every_process
+
+    def on_log(
+        self,
+        args: Arguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the sample to the training metrics of the steps that are due."""
+        if "loss" in logs and is_due(state, self.sample_steps):
+            if state.is_world_process_zero or self.on_every_process:
+                logs["sample"] = self.generate(model)
+
+
+def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
+    """Continues `prompt` by the likeliest token each time, up to `num_tokens`; the random state does not move."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    with in_eval_mode(model):
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max(1, min(num_tokens, room)),
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Writes every log as a line of `metrics.jsonl`."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_log(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Writes the line; transformers' own summary at the end of training is left out."""
+        if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+            self.folder.append_metrics({"step": state.global_step, **logs})
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with loss, tokens per second and ETA on a terminal; elsewhere a line per log.
+
+    Args:
+        console: where to show it.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._training = self._progress.add_task("training", shown="", visible=False)
+        self._evaluating = self._progress.add_task("evaluating", shown="", visible=False)
+
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Shows the bar."""
+        if state.is_world_process_zero:
+            self._progress.update(
+                self._training, total=state.max_steps, completed=state.global_step, visible=True, refresh=True
+            )
+            self._progress.start()
+
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Moves the bar."""
+        self._progress.update(self._training, completed=state.global_step)
+
+    def on_eval_batch(self, number: int, total: int) -> None:
+        """Moves the bar of the evaluation."""
+        self._progress.update(self._evaluating, completed=number, total=total, visible=number < total)
+
+    def on_log(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Shows the new values."""
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self._print(state, _describe_evaluation(logs))
+        elif "loss" in logs:
+            shown = _describe_training(logs)
+            self._progress.update(self._training, shown=shown)
+            if not self.console.is_terminal:
+                self._print(state, shown)
+            if "sample" in logs:
+                self._print(state, f"sample: {' '.join(logs['sample'].split())}")
+
+    def _print(self, state: TrainerState, text: str) -> None:
+        self.console.print(
+            f"step {state.global_step}/{state.max_steps}  {text}", markup=False, highlight=False, soft_wrap=True
+        )
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._progress.stop()
+
+
+def _describe_training(logs: dict[str, Any]) -> str:
+    parts = [f"loss {logs['loss']:.3f}", f"ppl {logs['perplexity']:,.1f}", f"{logs['tokens_per_second']:,.0f} tok/s"]
+    if "mfu" in logs:
+        parts.append(f"MFU {logs['mfu']:.1%}")
+    if "kv_residual" in logs:
+        parts.append(f"KV residual {logs['kv_residual']:.1e}")
+    parts.append(f"ETA {format_duration(logs['eta_seconds'])}")
+    return "  ".join(parts)
+
+
+def _describe_evaluation(logs: dict[str, Any]) -> str:
+    text = f"validation: loss {logs['eval_loss']:.3f}  perplexity {logs['eval_perplexity']:,.2f}"
+    bits = logs.get("eval_bits_per_byte")
+    return text if bits is None else f"{text}  bits per byte {bits:.3f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as `1:02` or `3:04:05`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,54 @@
+"""What the machine is: a GPU's peak speed and the peak memory of this process."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+# Dense tensor-core FLOP/s with 16-bit inputs, from the makers' data sheets; the first name found in the device's wins.
+_PEAK_FLOPS_16_BIT = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of a device, or `None` where it is not known.
+
+    Args:
+        device: where the model trains.
+        precision: as in `trainer.precision`. For "fp32" there is no figure: it depends on whether TF32 is allowed.
+    """
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_FLOPS_16_BIT.items() if key in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the GPU by torch, else of the machine by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,55 @@
+"""Liger's fused kernels in place of a model's own norms, MLPs and loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+
+def use_liger_kernels(model: PreTrainedModel) -> int:
+    """Exchanges every norm, gated SiLU MLP and the loss of a Llama-shaped model for Liger's; names and weights stay.
+
+    transformers' own switch knows models by their type and leaves others as they are without a word.
+
+    Returns:
+        The number of modules exchanged.
+    """
+    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
+
+    exchanged = 0
+    for name, module in list(model.named_modules()):
+        fused: nn.Module | None = None
+        if type(module) is LlamaRMSNorm:
+            fused = LigerRMSNorm(module.weight.shape[0], eps=module.variance_epsilon)
+        elif type(module) is LlamaMLP and module.config.hidden_act in ("silu", "swish") and not module.config.mlp_bias:
+            fused = LigerSwiGLUMLP(module.config)
+        if fused is not None:
+            fused.to(next(module.parameters()))
+            fused.load_state_dict(module.state_dict())
+            model.set_submodule(name, fused)
+            exchanged += 1
+    model.loss_function = liger_causal_lm_loss
+    return exchanged
+
+
+def liger_causal_lm_loss(
+    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
+) -> Tensor:
+    """The loss of causal language models (transformers' own) with Liger's cross entropy, which needs no copy of the logits.
+
+    Args:
+        logits: `(batch, q_len, vocab_size)`.
+        labels: `(batch, q_len)`, the one at *i* predicted from *i - 1*; -100 is not scored.
+        vocab_size: number of classes.
+        num_items_in_batch: what to divide the sum by; without it, the number of scored labels.
+        **kwargs: what transformers passes to loss functions beside these.
+    """
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)  # (batch * q_len)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = liger_cross_entropy(logits.reshape(-1, vocab_size), targets, ignore_index=-100, reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch

@@ -1,0 +1,189 @@
+"""Optimizers by name, and the learning rate schedules in transformers' terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from lckv.config import OptimConfig
+from lckv.errors import UserError, near_miss
+from lckv.registry import Registry
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+OPTIMIZERS: Registry[Callable[[NamedParameters, OptimConfig], Optimizer]] = Registry("optimizer")
+"""Builders of optimizers by name: `builder(named_parameters, cfg) -> Optimizer`."""
+
+register_optimizer = OPTIMIZERS.register
+
+SCHEDULES = {
+    "cosine": "cosine_with_min_lr",
+    "wsd": "warmup_stable_decay",
+    "linear": "polynomial",
+    "constant": "constant_with_warmup",
+}
+"""Our names of the schedules, and transformers' names of what they are made from."""
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
+    """Builds the optimizer that `cfg` names for the trainable parameters of `model`.
+
+    Raises:
+        UserError: if there is no such optimizer, or it cannot run here.
+    """
+    return OPTIMIZERS[cfg.name]([item for item in model.named_parameters() if item[1].requires_grad], cfg)
+
+
+@register_optimizer("adamw")
+def adamw(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
+    """AdamW (Loshchilov and Hutter, ICLR 2019), all parameters in one kernel where torch can."""
+    parameters = [parameter for _, parameter in named_parameters]
+    return AdamW(
+        decay_groups(parameters, cfg.weight_decay),
+        lr=cfg.learning_rate,
+        betas=cast(tuple[float, float], tuple(cfg.betas)),
+        eps=cfg.eps,
+        fused=_use_fused(parameters, cfg),
+    )
+
+
+@register_optimizer("muon")
+def muon(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
+    """Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for embeddings, head, norms and biases."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"optim.name='muon': torch {torch.__version__} does not have it; use torch 2.9 or later")
+    hidden, others = split_hidden_matrices(named_parameters)
+    if not hidden:
+        raise UserError("optim.name='muon': the model has no matrices in its layers; use optim.name=adamw")
+    by_muon = torch.optim.Muon(
+        hidden,
+        lr=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
+        momentum=cfg.momentum,
+        adjust_lr_fn="match_rms_adamw",  # updates as large as AdamW's, so that one learning rate suits both
+    )
+    return JointOptimizer([by_muon, adamw([("", parameter) for parameter in others], cfg)])
+
+
+def split_hidden_matrices(named_parameters: NamedParameters) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Splits off the matrices inside the layers from all other parameters."""
+    hidden = {name for name, parameter in named_parameters if parameter.ndim == 2 and ".layers." in f".{name}"}
+    return (
+        [parameter for name, parameter in named_parameters if name in hidden],
+        [parameter for name, parameter in named_parameters if name not in hidden],
+    )
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups parameters into matrices, which decay, and vectors (norms, biases), which do not."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _use_fused(parameters: Sequence[nn.Parameter], cfg: OptimConfig) -> bool | None:
+    kinds = {parameter.device.type for parameter in parameters}
+    can_fuse = kinds <= {"cpu", "cuda", "xpu", "mps"} and all(
+        parameter.is_floating_point() for parameter in parameters
+    )
+    if cfg.fused and not can_fuse:
+        raise UserError(f"optim.fused=true: torch has no fused AdamW for {', '.join(sorted(kinds))}; leave it out")
+    return can_fuse if cfg.fused is None else cfg.fused
+
+
+class JointOptimizer(Optimizer):
+    """Several optimizers with parameters of their own that step, are scheduled and saved as one.
+
+    The parameter groups are the very dictionaries of the optimizers within, so that a learning rate set here by a
+    scheduler is set there.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        super().__init__(groups, {"lr": groups[0]["lr"]})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Steps every optimizer once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all, in order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned."""
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        # Loading gives every optimizer new group dictionaries.
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+def schedule_arguments(cfg: OptimConfig, max_steps: int) -> tuple[str, dict[str, Any], int]:
+    """Says a schedule in transformers' terms: its name there, its own arguments, and the warm-up steps.
+
+    Raises:
+        UserError: if the name is unknown, a number is out of range, or a setting has no effect in this schedule.
+    """
+    if cfg.schedule not in SCHEDULES:
+        raise UserError(
+            f"optim.schedule={cfg.schedule!r}: allowed are {', '.join(SCHEDULES)}{near_miss(cfg.schedule, SCHEDULES)}"
+        )
+    _check_optim(cfg)
+    minimum = cfg.min_learning_rate if cfg.min_learning_rate is not None else cfg.learning_rate / 10
+    warmup_steps = _steps("warmup_steps", cfg.warmup_steps, 0.05, max_steps)
+    kwargs: dict[str, Any] = {
+        "cosine": {"min_lr_rate": minimum / cfg.learning_rate},
+        "linear": {"lr_end": minimum, "power": 1.0},
+        "wsd": {"min_lr_ratio": minimum / cfg.learning_rate},
+        "constant": {},
+    }[cfg.schedule]
+    if cfg.schedule == "wsd":
+        kwargs["num_decay_steps"] = _steps("decay_steps", cfg.decay_steps, 0.2, max_steps)
+        if warmup_steps + kwargs["num_decay_steps"] > max_steps:
+            raise UserError(
+                f"optim.decay_steps={kwargs['num_decay_steps']}: with optim.warmup_steps={warmup_steps} these are "
+                f"more than trainer.max_steps={max_steps}"
+            )
+    return SCHEDULES[cfg.schedule], kwargs, warmup_steps
+
+
+def _check_optim(cfg: OptimConfig) -> None:
+    if not cfg.learning_rate > 0:
+        raise UserError(f"optim.learning_rate={cfg.learning_rate}: must be greater than 0")
+    if cfg.min_learning_rate is not None:
+        if cfg.schedule == "constant":
+            raise UserError("optim.min_learning_rate: has no effect with optim.schedule='constant'; leave it out")
+        if not 0 <= cfg.min_learning_rate < cfg.learning_rate:
+            raise UserError(
+                f"optim.min_learning_rate={cfg.min_learning_rate}: must be 0 or more and below "
+                f"optim.learning_rate={cfg.learning_rate}"
+            )
+    if cfg.decay_steps is not None and cfg.schedule != "wsd":
+        raise UserError(f"optim.decay_steps: has no effect with optim.schedule={cfg.schedule!r}; leave it out")
+    if cfg.weight_decay < 0:
+        raise UserError(f"optim.weight_decay={cfg.weight_decay}: must be 0 or more")
+    if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
+        raise UserError(f"optim.betas={list(cfg.betas)}: allowed are two numbers, 0 up to, but without, 1")
+
+
+def _steps(name: str, given: int | None, fraction: float, max_steps: int) -> int:
+    if given is None:
+        return round(fraction * max_steps)
+    if not 0 <= given <= max_steps:
+        raise UserError(f"optim.{name}={given}: allowed is 0 to trainer.max_steps={max_steps}")
+    return given

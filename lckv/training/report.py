@@ -1,0 +1,166 @@
+"""What a finished run amounts to: `results.json` and the table at the end."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+import lckv
+from lckv.costs import Costs, Iteration, ModelSizes, count_costs, count_kv_bytes, llama_plan
+from lckv.data import TokenizedData
+from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
+from lckv.training.callbacks import format_duration
+from lckv.training.run_folder import RunFolder
+
+
+def sharing_plan_of(model: PreTrainedModel) -> SharingPlan:
+    """The model's sharing plan; a model of another family shares nothing."""
+    plan = getattr(model.config, "sharing_plan", None)
+    return plan or parse_layer_types(build_layer_types("llama", model.config.num_hidden_layers))
+
+
+def costs_of(model: PreTrainedModel, context_length: int) -> Costs:
+    """KV bytes (16-bit), parameters and FLOPs per token of a model."""
+    config = model.config
+    passes = getattr(config, "forward_passes", 0)
+    iteration = Iteration(
+        forward_passes=passes if isinstance(passes, int) else None,
+        backward_passes=getattr(config, "backward_passes", 1),
+        use_sequential=getattr(config, "use_sequential", False),
+    )
+    return count_costs(sharing_plan_of(model), ModelSizes.from_config(config), context_length, iteration=iteration)
+
+
+def build_results(
+    model: PreTrainedModel,
+    data: TokenizedData,
+    lines: Sequence[dict[str, Any]],
+    *,
+    run_name: str,
+    num_processes: int,
+    sample_prompt: str,
+) -> dict[str, Any]:
+    """Gathers the results of a run from the last lines of its metrics.
+
+    Args:
+        model: the trained model.
+        data: what it was trained and evaluated on.
+        lines: the lines of `metrics.jsonl`.
+        run_name: name of the run.
+        num_processes: how many processes trained together.
+        sample_prompt: what the samples start with.
+    """
+    train = [line for line in lines if "loss" in line]
+    evaluation = [line for line in lines if "eval_loss" in line][-1]
+    costs = costs_of(model, data.train.block_size)
+    plan, sizes = sharing_plan_of(model), ModelSizes.from_config(model.config)
+    samples = [line["sample"] for line in train if "sample" in line]
+    results = {
+        "run_name": run_name,
+        "layer_types": plan.layer_types,
+        "num_parameters": model.num_parameters(),
+        "steps": evaluation["step"],
+        "tokens": evaluation["tokens"],
+        "train_loss": train[-1]["loss"],
+        "eval_loss": evaluation["eval_loss"],
+        "eval_perplexity": evaluation["eval_perplexity"],
+        "eval_bits_per_byte": evaluation.get("eval_bits_per_byte"),
+        "unigram_loss": data.unigram_loss,
+        "unigram_perplexity": data.unigram_perplexity,
+        "kv_bytes_context_length": data.train.block_size,
+        "kv_bytes": asdict(costs.kv_bytes),
+        "kv_bytes_llama": asdict(count_kv_bytes(llama_plan(plan), sizes, data.train.block_size)),
+        "train_flops_per_token": costs.flops_per_token.train,
+        "seconds": train[-1]["seconds"],
+        "tokens_per_second": sorted(line["tokens_per_second"] for line in train)[len(train) // 2],
+        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in train),
+        "sample_prompt": sample_prompt,
+        "sample": samples[-1] if samples else None,
+        "data_fingerprint": data.fingerprint,
+        "num_processes": num_processes,
+        "versions": {
+            "lckv": lckv.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    for name in ("mfu", "kv_residual"):
+        if name in train[-1]:
+            results[name] = train[-1][name]
+    return results
+
+
+def show_results(results: dict[str, Any], folder: RunFolder, console: Console) -> None:
+    """Prints the results as a table, where the files are, and what to type next."""
+    table = Table(title=f"{results['run_name']}  {results['layer_types']}", title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(results):
+        table.add_row(name, value)
+    console.print(table)
+    paths = [("loss curve", folder.loss_plot), ("results", folder.results), ("metrics", folder.metrics)]
+    paths += [("checkpoints", folder.checkpoints.path), ("model", folder.model)]
+    for name, path in paths:
+        console.print(f"{name:<12} {path}", markup=False, highlight=False, soft_wrap=True)
+    console.print("\nnext:", style="bold")
+    for command in _next_commands(results, folder):
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    kv, llama = results["kv_bytes"], results["kv_bytes_llama"]
+    bits = results["eval_bits_per_byte"]
+    context = f"at {results['kv_bytes_context_length']} tokens"
+    rows = [
+        (
+            "validation perplexity",
+            f"{results['eval_perplexity']:,.2f}  (unigram {results['unigram_perplexity']:,.2f})",
+        ),
+        ("validation loss", f"{results['eval_loss']:.4f}  (unigram {results['unigram_loss']:.4f}; nats per token)"),
+        ("bits per byte", "unknown" if bits is None else f"{bits:.4f}"),
+        ("parameters", f"{results['num_parameters']:,}"),
+        (
+            "KV bytes per token",
+            f"written {kv['written']:,}, resident {kv['resident']:,.0f} {context}, in 16 bits  (Llama: "
+            f"{llama['written']:,}, {llama['resident']:,.0f})",
+        ),
+        ("KV bytes read to decode a token", f"{kv['read']:,} {context}  (Llama: {llama['read']:,})"),
+        (
+            "trained",
+            f"{results['steps']:,} steps, {results['tokens']:,} tokens in {format_duration(results['seconds'])}",
+        ),
+        ("speed", _speed(results)),
+        ("peak memory", f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+    ]
+    if "kv_residual" in results:
+        rows.append(("KV residual of the last pass", f"{results['kv_residual']:.2e}"))
+    if results["sample"] is not None:
+        rows.append(("sample", " ".join(results["sample"].split())))
+    return rows
+
+
+def _speed(results: dict[str, Any]) -> str:
+    mfu = f", MFU {results['mfu']:.1%}" if "mfu" in results else ""
+    return f"{results['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+
+def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:
+    layer_types = results["layer_types"]
+    num_layers = parse_layer_types(layer_types).num_hidden_layers
+    llama = build_layer_types("llama", num_layers)
+    other = build_layer_types("cla", num_layers) if layer_types == llama and num_layers > 1 else llama
+    return [
+        f"python -m lckv.plan model.layer_types={layer_types}   # who reads whom, and what it costs",
+        f"python -m lckv.train model.layer_types={other}   # the same with another pattern",
+        f'python -c "import lckv.models; from transformers import pipeline; '
+        f"print(pipeline('text-generation', '{folder.model}')('{results['sample_prompt']}'))\"",
+    ]

@@ -1,0 +1,145 @@
+"""The folder of one training run: whose it is, what is in it, and the files that are plain to read.
+
+config.yaml        every setting, resolved
+metrics.jsonl      one line per logging step and per evaluation
+results.json       written last: a run folder that has it is finished
+loss.png           training and validation loss
+checkpoints/       what an interrupted run goes on from
+model/             the trained model and its tokenizer, for `from_pretrained`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lckv.errors import UserError
+from lckv.training.checkpoints import CheckpointFolder
+
+_NOT_PART_OF_THE_RUN = ("run_dir", "trainer.resume")
+"""Settings that may differ when a run goes on: they say where it is and whether it may go on."""
+
+
+class RunFolder:
+    """The paths of a run and the rules about who may write there."""
+
+    def __init__(self, path: str | os.PathLike[str], save_total_limit: int | None = None) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.results = self.path / "results.json"
+        self.loss_plot = self.path / "loss.png"
+        self.model = self.path / "model"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints", save_total_limit)
+
+    def claim(self, config: Mapping[str, Any], *, resume: bool = True, write: bool = True) -> None:
+        """Makes the folder this run's own, or checks that it already is.
+
+        Args:
+            config: the resolved config, as nested plain mappings.
+            resume: whether a folder that holds this run already may be gone on with.
+            write: whether to write; of many processes only one may.
+
+        Raises:
+            UserError: if the folder holds another config or cannot be written to, or `resume` is off and it holds
+                a run.
+        """
+        if self.config.is_file():
+            self._check_same_config(config)
+            if not resume:
+                raise UserError(
+                    f"trainer.resume=false, but run_dir={self.path} holds this run already: give another run_dir=..., "
+                    "or leave trainer.resume out to go on with it"
+                )
+        elif self.path.is_dir() and any(self.path.glob("checkpoints/checkpoint-*")):
+            raise UserError(
+                f"run_dir={self.path}: has checkpoints but no {self.config.name} that says of which run; "
+                "give another run_dir=..."
+            )
+        if write:
+            self._check_writable()
+            self.checkpoints.clean()
+            if not self.config.is_file():
+                write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    def finished_results(self) -> dict[str, Any] | None:
+        """Returns the results if the run is finished, else `None`."""
+        if not self.results.is_file():
+            return None
+        return json.loads(self.results.read_text())
+
+    def run_id(self) -> str:
+        """A name for trackers that is the same whenever this run goes on."""
+        return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:12]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the lines of `metrics.jsonl` behind `step`, which will be written again, and a torn last line."""
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Adds one line to `metrics.jsonl`."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Returns the lines of `metrics.jsonl`, without a last one that was cut off in writing."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]  # behind the last newline: empty, or torn
+
+    def _check_same_config(self, config: Mapping[str, Any]) -> None:
+        try:
+            stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"{self.config}: is not readable as YAML, so run_dir={self.path} cannot be gone on with"
+            ) from error
+        before, now = dict(flatten(stored or {})), dict(flatten(config))
+        different = [
+            f"{key}={now.get(key)} (there: {before.get(key)})"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key not in _NOT_PART_OF_THE_RUN
+        ]
+        if different:
+            shown = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
+            raise UserError(
+                f"run_dir={self.path}: holds a run of another config; different are {shown}: "
+                "give another run_dir=..., or the same settings to go on with that run"
+            )
+
+    def _check_writable(self) -> None:
+        probe = self.path / f".probe-{uuid.uuid4().hex}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"run_dir={self.path}: cannot be written to ({error.strerror}); give another run_dir=..."
+            ) from error
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of nested mappings with dotted keys."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file that is never seen half-written."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

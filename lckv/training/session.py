@@ -1,0 +1,141 @@
+"""One training session: from built parts to results, going on from the last whole checkpoint if there is one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+
+from lckv.config import TrainConfig
+from lckv.data import TokenizedData, collate
+from lckv.training import callbacks as ours
+from lckv.training.checkpoints import step_of
+from lckv.training.loggers import build_loggers
+from lckv.training.optim import build_optimizer
+from lckv.training.plots import plot_loss
+from lckv.training.report import build_results, costs_of
+from lckv.training.run_folder import RunFolder, write_atomically
+from lckv.training.trainer import LCKVTrainer
+
+
+class Session:
+    """A trainer with everything around it.
+
+    Args:
+        cfg: the configuration.
+        args: transformers' arguments, built from it.
+        model: the model to train, initialised.
+        tokenizer: what made the data, saved with the model and used for samples.
+        data: training and validation blocks.
+        folder: the run folder, claimed.
+        console: where to show progress.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        args: TrainingArguments,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: TokenizedData,
+        folder: RunFolder,
+        console: Console,
+    ) -> None:
+        self.cfg = cfg
+        self.data = data
+        self.folder = folder
+        self.console = console
+        self.checkpoint = folder.checkpoints.latest()
+        self.first_step = step_of(self.checkpoint) if self.checkpoint else 0
+        if args.should_save:
+            folder.truncate_metrics(self.first_step)
+        self.progress = ours.ProgressCallback(console)
+        self.trainer = LCKVTrainer(
+            model,
+            args,
+            data.train,
+            data.validation,
+            eval_num_bytes=data.validation_num_bytes,
+            build_optimizer=partial(build_optimizer, cfg=cfg.optim),
+            checkpoints=folder.checkpoints,
+            data_collator=collate,
+            processing_class=tokenizer,
+        )
+        self.trainer.on_eval_batch = self.progress.on_eval_batch
+        self.trainer.remove_callback(PrinterCallback)
+        for callback in self._callbacks():
+            self.trainer.add_callback(callback)
+
+    def _callbacks(self) -> list[Any]:
+        cfg, trainer, data = self.cfg.trainer, self.trainer, self.data
+        seconds = [line["seconds"] for line in self.folder.read_metrics() if "seconds" in line]
+        sample = partial(
+            ours.sample_text,
+            tokenizer=trainer.processing_class,
+            prompt=cfg.sample_prompt,
+            num_tokens=cfg.sample_tokens,
+        )
+        measuring = [
+            ours.RhythmCallback(cfg.sample_steps),
+            ours.ThroughputCallback(
+                tokens_per_step=trainer.global_batch_size * data.train.block_size,
+                num_blocks=len(data.train),
+                global_batch_size=trainer.global_batch_size,
+                flops_per_token=costs_of(trainer.model, data.train.block_size).flops_per_token.train,
+                precision=cfg.precision,
+                seconds_before=seconds[-1] if seconds else 0.0,
+            ),
+            ours.PerplexityCallback(data.validation_num_bytes / max(1, data.num_predicted_tokens)),
+            ours.MemoryCallback(),
+            ours.SampleCallback(sample, cfg.sample_steps, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
+        ]
+        writing = [ours.MetricsFileCallback(self.folder), self.progress]
+        if trainer.is_world_process_zero():
+            run_name = self.cfg.run_name or self.folder.path.name
+            writing += build_loggers(self.cfg.logger, self.folder, run_name, asdict(self.cfg), self.first_step)
+        return measuring + writing
+
+    def run(self) -> dict[str, Any] | None:
+        """Trains to the end and writes model, picture and results.
+
+        Returns:
+            The results; `None` in every process but the first.
+        """
+        if self.checkpoint and self.trainer.is_world_process_zero():
+            self.console.print(f"going on from {self.checkpoint}", markup=False, highlight=False, soft_wrap=True)
+        try:
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        finally:
+            self.progress.close()
+        self.trainer.save_final(self.folder.model)
+        results = self._write_results() if self.trainer.is_world_process_zero() else None
+        self.trainer.accelerator.end_training()
+        return results
+
+    def _write_results(self) -> dict[str, Any]:
+        lines = self.folder.read_metrics()
+        results = build_results(
+            self.trainer.accelerator.unwrap_model(self.trainer.model),
+            self.data,
+            lines,
+            run_name=self.cfg.run_name or self.folder.path.name,
+            num_processes=self.trainer.args.world_size,
+            sample_prompt=self.cfg.trainer.sample_prompt,
+        )
+        title = f"{results['run_name']}   {results['layer_types']}"
+        plot_loss(lines, self.folder.loss_plot, title=title, unigram_loss=results["unigram_loss"])
+        write_atomically(self.folder.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        return results
+
+
+def interrupted(folder: RunFolder, console: Console) -> None:
+    """Says what an interrupted run is left with."""
+    latest: Path | None = folder.checkpoints.latest()
+    console.print(
+        f"interrupted; the same command goes on from {latest}" if latest else "interrupted before a checkpoint"
+    )

@@ -1,0 +1,256 @@
+"""transformers' `Trainer` with a data order of its own, whole checkpoints, and a loss that must be finite."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainingArguments
+
+from lckv.errors import UserError
+from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
+from lckv.training.checkpoints import CheckpointFolder, saving
+from lckv.training.order import TrainingOrder
+
+
+class LCKVTrainer(Trainer):
+    """Trains a causal language model on blocks of tokens.
+
+    Beside what transformers' class does: the blocks of a step depend on the seed alone, not on how processes and
+    accumulation share them; a checkpoint is whole or absent; a loss that is not finite stops the run; evaluation
+    weights every token alike; and how far the keys and values of a cycle still move is measured at logging steps.
+
+    Args:
+        model: the model.
+        args: built by [`build_training_arguments`].
+        train_dataset: blocks to train on.
+        eval_dataset: blocks to evaluate on.
+        eval_num_bytes: UTF-8 bytes of the text that these predict.
+        build_optimizer: makes the optimizer for a model.
+        checkpoints: where checkpoints go.
+        **kwargs: further arguments of `Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Blocks,
+        *,
+        eval_num_bytes: int | None,
+        build_optimizer: Callable[[nn.Module], Optimizer],
+        checkpoints: CheckpointFolder,
+        **kwargs: Any,
+    ) -> None:
+        self.order = TrainingOrder(
+            num_blocks=len(train_dataset),  # type: ignore[arg-type]
+            num_samples=args.max_steps * self._global_batch_size(args),
+            seed=args.seed,
+        )
+        self.on_eval_batch: Callable[[int, int], None] | None = None
+        self._eval_num_bytes = eval_num_bytes
+        self._build_optimizer = build_optimizer
+        self._checkpoints = checkpoints
+        self._residuals: list[Tensor] = []
+        self._num_micro_batches = 0
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self._has_residual = _returns_residual(model)
+
+    @staticmethod
+    def _global_batch_size(args: TrainingArguments) -> int:
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    @property
+    def global_batch_size(self) -> int:
+        """Blocks per optimizer step."""
+        return self._global_batch_size(self.args)
+
+    # What transformers' loop asks for.
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        return self.order
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Builds the optimizer once."""
+        if self.optimizer is None:
+            self.optimizer = self._build_optimizer(self.model if model is None else model)
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Computes loss and gradients of one micro batch.
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(loss.item()):
+            self._stop_at(inputs, loss.item())
+        self._num_micro_batches = (self._num_micro_batches + 1) % self.args.gradient_accumulation_steps
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Computes the loss; at logging steps also keeps the residual of the model's iteration."""
+        if not (self._has_residual and model.training and self._is_logging_step()):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "output_kv_residual": True}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if outputs.kv_residual is not None:
+            self._residuals.append(outputs.kv_residual.detach().float())
+        return (loss, outputs) if return_outputs else loss
+
+    def _is_logging_step(self) -> bool:
+        step = self.state.global_step + 1
+        return (
+            any(
+                step % every == 0 for every in (self.state.logging_steps, self.state.save_steps, self.state.eval_steps)
+            )
+            or step >= self.state.max_steps
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the residual to the training metrics and logs them."""
+        if "loss" in logs and self._residuals:
+            residual = torch.stack(self._residuals).mean()
+            logs["kv_residual"] = self.accelerator.reduce(residual, "mean").item()
+        self._residuals.clear()
+        super().log(logs, start_time)
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Blocks | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measures loss, perplexity and bits per byte, every token weighted alike, and logs them."""
+        result = evaluate_perplexity(
+            self._model_for_evaluation(),
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_bytes=self._eval_num_bytes if eval_dataset is None else None,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            reduce_sum=self._sum_over_processes,
+            on_batch=self.on_eval_batch,
+        )
+        metrics = {f"{metric_key_prefix}_loss": result.loss, f"{metric_key_prefix}_perplexity": result.perplexity}
+        if result.bits_per_byte is not None:
+            metrics[f"{metric_key_prefix}_bits_per_byte"] = result.bits_per_byte
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _model_for_evaluation(self) -> nn.Module:
+        # Sharded models can only be called through their wrapper, by all processes together.
+        return self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+
+    def _sum_over_processes(self, totals: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return totals
+        return self.accelerator.reduce(totals.to(self.args.device), "sum").cpu()
+
+    # Checkpoints.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Where `_save_checkpoint` puts `checkpoint-<step>`, and where it would rotate.
+        return str(self._checkpoints.staging(self.state.global_step))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Saves a checkpoint aside, and puts it in its place when every process has written its part.
+
+        Raises:
+            UserError: if the weights are not finite, or writing fails; earlier checkpoints stay as they are.
+        """
+        step = self.state.global_step
+        self._check_weights(model, step)
+        staging = self._checkpoints.staging(step)
+        latest = self._checkpoints.latest()
+        kept = f"{latest.name} is intact: make room and run the same command to go on from it" if latest else (
+            "there is no earlier checkpoint: make room and run the same command to start again"
+        )  # fmt: skip
+        with saving(f"the checkpoint of step {step}", staging, kept):
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._checkpoints.publish(step, staging / f"checkpoint-{step}")
+        self.accelerator.wait_for_everyone()
+
+    def save_final(self, path: Path) -> None:
+        """Saves the model and its tokenizer for `from_pretrained`, whole or not at all.
+
+        Raises:
+            UserError: if writing fails.
+        """
+        aside = path.with_name(f".{path.name}.saving")
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if self.model_wrapped is not None else None
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        model.config.use_cache = True  # off in training; whoever loads the model wants to generate
+        with saving("the trained model", aside, "make room and run the same command: training is not repeated"):
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(aside, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(aside)
+            shutil.rmtree(path, ignore_errors=True)
+            aside.rename(path)
+
+    # What must not happen.
+
+    def _check_weights(self, model: nn.Module, step: int) -> None:
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter.detach()).all():
+                raise UserError(
+                    f"step {step}: the weights of {name} are not finite although the loss was, so nothing was saved; "
+                    f"{self._advice()}"
+                )
+
+    def _stop_at(self, inputs: dict[str, Any], loss: float) -> None:
+        """Writes the batch of a loss that is not finite to a file, and stops."""
+        step = self.state.global_step + 1
+        indices = self._indices_of_micro_batch()
+        dump = Path(self.args.output_dir).parent / f"nonfinite_step{step}_rank{self.args.process_index}.pt"
+        tensors = {name: value.cpu() for name, value in inputs.items() if torch.is_tensor(value)}
+        torch.save({"step": step, "loss": loss, "block_indices": indices, "batch": tensors}, dump)
+        text = ""
+        if self.processing_class is not None and "input_ids" in tensors:
+            start = self.processing_class.decode(tensors["input_ids"][0, :24], skip_special_tokens=True)
+            text = f", the first beginning {' '.join(start.split())[:60]!r}"
+        shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+        raise UserError(
+            f"step {step}: the loss is {loss} on training blocks {shown}{text}; the batch is in {dump}, and the "
+            f"checkpoints are untouched; {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        latest = self._checkpoints.latest()
+        tries = [f"a lower optim.learning_rate (now {self.args.learning_rate:g})", "a longer optim.warmup_steps"]
+        if self.args.fp16:
+            tries.insert(0, "trainer.precision=bf16 in place of fp16")
+        elif self.args.bf16:
+            tries.append("trainer.precision=fp32")
+        norm = self.args.max_grad_norm
+        tries.append(f"a smaller trainer.max_grad_norm (now {norm:g})" if norm else "trainer.max_grad_norm=1")
+        return f"try {', '.join(tries)}, with another run_dir=... (last whole checkpoint: {latest or 'none'})"
+
+    def _indices_of_micro_batch(self) -> list[int]:
+        size = self.args.per_device_train_batch_size
+        start = self.state.global_step * self.global_batch_size
+        start += (self._num_micro_batches * self.args.world_size + self.args.process_index) * size
+        return list(self.order.slice(start, start + size))
+
+
+def _returns_residual(model: nn.Module) -> bool:
+    plan = getattr(getattr(model, "config", None), "sharing_plan", None)
+    return bool(plan and plan.has_cycles and "output_kv_residual" in inspect.signature(model.forward).parameters)
