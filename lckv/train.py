@@ -31,6 +31,7 @@ def main(cfg: TrainConfig) -> None:
     if not is_main_process():
         logging.getLogger("lckv").setLevel(logging.ERROR)
 
+    assert cfg.run_dir is not None  # filled in with the run's name
     folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
     if is_main_process():
         folder.claim(asdict(cfg), resume=cfg.trainer.resume)
@@ -45,8 +46,8 @@ def main(cfg: TrainConfig) -> None:
     tokenizer = build_tokenizer(cfg.tokenizer, cfg.data)
     data = build_dataset(cfg.data, tokenizer)
     set_seed(cfg.seed)
-    config = LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)))
-    model = LCKVLlamaForCausalLM(config)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = LCKVLlamaForCausalLM(LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)), **special))
     if (results := Session(cfg, args, model, tokenizer, data, folder, console).run()) is not None:
         show_results(results, folder, console)
 

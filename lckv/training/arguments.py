@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import TrainingArguments
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
@@ -91,10 +90,9 @@ class ThroughputCallback(TrainerCallback):
         self._training_seconds += now - self._mark
         self._mark = now
 
-    def on_log(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the measurements."""
+        logs = kwargs["logs"]
         logs["tokens"] = state.global_step * self.tokens_per_step
         if "loss" in logs:
             self._add_speed(args, state, logs)
@@ -132,10 +130,9 @@ class PerplexityCallback(TrainerCallback):
     def __init__(self, bytes_per_token: float | None) -> None:
         self.bytes_per_token = bytes_per_token
 
-    def on_log(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the values to the training metrics; evaluation brings its own."""
+        logs = kwargs["logs"]
         if "loss" not in logs:
             return
         logs["perplexity"] = math.exp(min(logs["loss"], 700.0))
@@ -146,10 +143,9 @@ class PerplexityCallback(TrainerCallback):
 class MemoryCallback(TrainerCallback):
     """Adds the peak memory of the first process: of its GPU, or of the process itself on a CPU."""
 
-    def on_log(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the value to the training metrics."""
+        logs = kwargs["logs"]
         if "loss" in logs:
             logs["peak_memory_bytes"] = peak_memory_bytes(args.device)
 
@@ -163,24 +159,19 @@ class SampleCallback(TrainerCallback):
         on_every_process: whether all processes must call the model together, because it is sharded.
     """
 
-    def __init__(self, generate: Callable[[nn.Module], str], sample_steps: int | None, on_every_process: bool) -> None:
+    def __init__(
+        self, generate: Callable[[PreTrainedModel], str], sample_steps: int | None, on_every_process: bool
+    ) -> None:
         self.generate = generate
         self.sample_steps = sample_steps
         self.on_every_process = on_every_process
 
-    def on_log(
-        self,
-        args: Arguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        model: nn.Module,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the sample to the training metrics of the steps that are due."""
+        logs = kwargs["logs"]
         if "loss" in logs and is_due(state, self.sample_steps):
             if state.is_world_process_zero or self.on_every_process:
-                logs["sample"] = self.generate(model)
+                logs["sample"] = self.generate(kwargs["model"])
 
 
 def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
@@ -188,14 +179,14 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     with in_eval_mode(model):
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=max(1, min(num_tokens, room)),
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 class MetricsFileCallback(TrainerCallback):
@@ -204,10 +195,9 @@ class MetricsFileCallback(TrainerCallback):
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
 
-    def on_log(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the line; transformers' own summary at the end of training is left out."""
+        logs = kwargs["logs"]
         if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
             self.folder.append_metrics({"step": state.global_step, **logs})
 
@@ -249,10 +239,9 @@ class ProgressCallback(TrainerCallback):
         """Moves the bar of the evaluation."""
         self._progress.update(self._evaluating, completed=number, total=total, visible=number < total)
 
-    def on_log(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Shows the new values."""
+        logs = kwargs["logs"]
         if not state.is_world_process_zero:
             return
         if "eval_loss" in logs:

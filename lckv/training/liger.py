@@ -38,7 +38,7 @@ def use_liger_kernels(model: PreTrainedModel) -> int:
 def liger_causal_lm_loss(
     logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
 ) -> Tensor:
-    """The loss of causal language models (transformers' own) with Liger's cross entropy, which needs no copy of the logits.
+    """The usual loss of causal language models by Liger's cross entropy, which needs no copy of the logits.
 
     Args:
         logits: `(batch, q_len, vocab_size)`.

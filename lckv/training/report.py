@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +21,9 @@ from lckv.data import TokenizedData
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.training.callbacks import format_duration
 from lckv.training.run_folder import RunFolder
+
+_OF_ONE_RUN = ("sharing", "model.layer_types", "model.num_hidden_layers", "run_name", "run_dir")
+"""Settings that another pattern's run cannot take over."""
 
 
 def sharing_plan_of(model: PreTrainedModel) -> SharingPlan:
@@ -157,10 +162,12 @@ def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:
     layer_types = results["layer_types"]
     num_layers = parse_layer_types(layer_types).num_hidden_layers
     llama = build_layer_types("llama", num_layers)
-    other = build_layer_types("cla", num_layers) if layer_types == llama and num_layers > 1 else llama
+    other, name = (llama, "llama") if layer_types != llama else (build_layer_types("cla", num_layers), "cla")
+    again = [given for given in sys.argv[1:] if not given.startswith(_OF_ONE_RUN)]
+    again += [f"model.layer_types={other}", f"run_name={results['run_name']}_{name}"]
     return [
-        f"python -m lckv.plan model.layer_types={layer_types}   # who reads whom, and what it costs",
-        f"python -m lckv.train model.layer_types={other}   # the same with another pattern",
-        f'python -c "import lckv.models; from transformers import pipeline; '
+        f"python -m lckv.plan model.layer_types={layer_types}",
+        f"python -m lckv.train {shlex.join(again)}",
+        'python -c "import lckv.models; from transformers import pipeline; '
         f"print(pipeline('text-generation', '{folder.model}')('{results['sample_prompt']}'))\"",
     ]

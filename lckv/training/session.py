@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 from lckv.config import TrainConfig
 from lckv.data import TokenizedData, collate
@@ -47,6 +48,8 @@ class Session:
         console: Console,
     ) -> None:
         self.cfg = cfg
+        self.model = model
+        self.tokenizer = tokenizer
         self.data = data
         self.folder = folder
         self.console = console
@@ -54,6 +57,7 @@ class Session:
         self.first_step = step_of(self.checkpoint) if self.checkpoint else 0
         if args.should_save:
             folder.truncate_metrics(self.first_step)
+        disable_progress_bar()  # transformers' own, for every file that it writes
         self.progress = ours.ProgressCallback(console)
         self.trainer = LCKVTrainer(
             model,
@@ -64,7 +68,7 @@ class Session:
             build_optimizer=partial(build_optimizer, cfg=cfg.optim),
             checkpoints=folder.checkpoints,
             data_collator=collate,
-            processing_class=tokenizer,
+            tokenizer=tokenizer,
         )
         self.trainer.on_eval_batch = self.progress.on_eval_batch
         self.trainer.remove_callback(PrinterCallback)
@@ -76,7 +80,7 @@ class Session:
         seconds = [line["seconds"] for line in self.folder.read_metrics() if "seconds" in line]
         sample = partial(
             ours.sample_text,
-            tokenizer=trainer.processing_class,
+            tokenizer=self.tokenizer,
             prompt=cfg.sample_prompt,
             num_tokens=cfg.sample_tokens,
         )
@@ -86,7 +90,7 @@ class Session:
                 tokens_per_step=trainer.global_batch_size * data.train.block_size,
                 num_blocks=len(data.train),
                 global_batch_size=trainer.global_batch_size,
-                flops_per_token=costs_of(trainer.model, data.train.block_size).flops_per_token.train,
+                flops_per_token=costs_of(self.model, data.train.block_size).flops_per_token.train,
                 precision=cfg.precision,
                 seconds_before=seconds[-1] if seconds else 0.0,
             ),
@@ -120,7 +124,7 @@ class Session:
     def _write_results(self) -> dict[str, Any]:
         lines = self.folder.read_metrics()
         results = build_results(
-            self.trainer.accelerator.unwrap_model(self.trainer.model),
+            self.model,
             self.data,
             lines,
             run_name=self.cfg.run_name or self.folder.path.name,

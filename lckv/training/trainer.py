@@ -7,13 +7,13 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
@@ -34,6 +34,7 @@ class LCKVTrainer(Trainer):
         train_dataset: blocks to train on.
         eval_dataset: blocks to evaluate on.
         eval_num_bytes: UTF-8 bytes of the text that these predict.
+        tokenizer: saved with the model.
         build_optimizer: makes the optimizer for a model.
         checkpoints: where checkpoints go.
         **kwargs: further arguments of `Trainer`.
@@ -41,12 +42,13 @@ class LCKVTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         args: TrainingArguments,
         train_dataset: Dataset,
         eval_dataset: Blocks,
         *,
         eval_num_bytes: int | None,
+        tokenizer: PreTrainedTokenizerBase,
         build_optimizer: Callable[[nn.Module], Optimizer],
         checkpoints: CheckpointFolder,
         **kwargs: Any,
@@ -57,12 +59,22 @@ class LCKVTrainer(Trainer):
             seed=args.seed,
         )
         self.on_eval_batch: Callable[[int, int], None] | None = None
+        self._eval_blocks = eval_dataset
         self._eval_num_bytes = eval_num_bytes
+        self._tokenizer = tokenizer
+        self._run_dir = checkpoints.path.parent
         self._build_optimizer = build_optimizer
         self._checkpoints = checkpoints
         self._residuals: list[Tensor] = []
         self._num_micro_batches = 0
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=cast(Dataset, eval_dataset),
+            processing_class=tokenizer,
+            **kwargs,
+        )
         self._has_residual = _returns_residual(model)
 
     @staticmethod
@@ -82,7 +94,7 @@ class LCKVTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Builds the optimizer once."""
         if self.optimizer is None:
-            self.optimizer = self._build_optimizer(self.model if model is None else model)
+            self.optimizer = self._build_optimizer(cast(nn.Module, self.model if model is None else model))
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -132,7 +144,7 @@ class LCKVTrainer(Trainer):
         """Measures loss, perplexity and bits per byte, every token weighted alike, and logs them."""
         result = evaluate_perplexity(
             self._model_for_evaluation(),
-            self.eval_dataset if eval_dataset is None else eval_dataset,
+            self._eval_blocks if eval_dataset is None else eval_dataset,
             batch_size=self.args.per_device_eval_batch_size,
             num_bytes=self._eval_num_bytes if eval_dataset is None else None,
             rank=self.args.process_index,
@@ -149,7 +161,8 @@ class LCKVTrainer(Trainer):
 
     def _model_for_evaluation(self) -> nn.Module:
         # Sharded models can only be called through their wrapper, by all processes together.
-        return self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return cast(nn.Module, self.model_wrapped if is_sharded else self.model)
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
         if self.args.world_size == 1:
@@ -193,7 +206,7 @@ class LCKVTrainer(Trainer):
             UserError: if writing fails.
         """
         aside = path.with_name(f".{path.name}.saving")
-        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if self.model_wrapped is not None else None
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped)  # gathered, if processes have parts of it
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)
@@ -201,8 +214,7 @@ class LCKVTrainer(Trainer):
         with saving("the trained model", aside, "make room and run the same command: training is not repeated"):
             shutil.rmtree(aside, ignore_errors=True)
             model.save_pretrained(aside, state_dict=state_dict)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(aside)
+            self._tokenizer.save_pretrained(aside)
             shutil.rmtree(path, ignore_errors=True)
             aside.rename(path)
 
@@ -220,16 +232,14 @@ class LCKVTrainer(Trainer):
         """Writes the batch of a loss that is not finite to a file, and stops."""
         step = self.state.global_step + 1
         indices = self._indices_of_micro_batch()
-        dump = Path(self.args.output_dir).parent / f"nonfinite_step{step}_rank{self.args.process_index}.pt"
+        dump = self._run_dir / f"nonfinite_step{step}_rank{self.args.process_index}.pt"
         tensors = {name: value.cpu() for name, value in inputs.items() if torch.is_tensor(value)}
         torch.save({"step": step, "loss": loss, "block_indices": indices, "batch": tensors}, dump)
-        text = ""
-        if self.processing_class is not None and "input_ids" in tensors:
-            start = self.processing_class.decode(tensors["input_ids"][0, :24], skip_special_tokens=True)
-            text = f", the first beginning {' '.join(start.split())[:60]!r}"
+        start = str(self._tokenizer.decode(tensors["input_ids"][0, :24], skip_special_tokens=True))
         shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
         raise UserError(
-            f"step {step}: the loss is {loss} on training blocks {shown}{text}; the batch is in {dump}, and the "
+            f"step {step}: the loss is {loss} on training blocks {shown}, the first beginning "
+            f"{' '.join(start.split())[:60]!r}; the batch is in {dump}, and the "
             f"checkpoints are untouched; {self._advice()}"
         )
 
