@@ -40,7 +40,7 @@ class LCKVLlamaConfig(LlamaConfig):
 
     model_type = "lckv-llama"
 
-    num_hidden_layers: int | None = None
+    num_hidden_layers: int | None = None  # type: ignore[assignment]  # filled in from the pattern
     layer_types: list[str] | str | None = None
     kv_sharing: str | None = None
     forward_passes: int | str = 7
@@ -59,7 +59,9 @@ class LCKVLlamaConfig(LlamaConfig):
             self.kv_sharing = build_layer_types("llama", self.num_hidden_layers or 32)
         plan = parse_layer_types(self.kv_sharing, self.num_hidden_layers)
         self.num_hidden_layers = plan.num_hidden_layers
-        self.layer_types = [_transformers_layer_type(plan, layer_idx) for layer_idx in range(plan.num_hidden_layers)]
+        self.layer_types = [
+            _transformers_layer_type(plan, layer_idx, self.sliding_window) for layer_idx in range(len(plan.layers))
+        ]
         _check_iteration(self.forward_passes, self.backward_passes, plan)
         if self.sliding_window < 1:
             raise UserError(f"sliding_window={self.sliding_window}: allowed is 1 or more")
@@ -83,13 +85,14 @@ class LCKVLlamaConfig(LlamaConfig):
         return output
 
 
-def _transformers_layer_type(plan: SharingPlan, layer_idx: int) -> str:
+def _transformers_layer_type(plan: SharingPlan, layer_idx: int, sliding_window: int) -> str:
     """What transformers should keep for a layer: an owner keeps what its widest reader needs."""
     layer = plan.layers[layer_idx]
     if not layer.computes_kv and _NO_KV_LAYER_TYPE is not None:
         return _NO_KV_LAYER_TYPE
     is_sliding = plan.owner_is_sliding(layer_idx) if layer.computes_kv else layer.is_sliding
-    return "sliding_attention" if is_sliding else "full_attention"
+    # For a window of one token, transformers' sliding cache layer keeps every key but announces none.
+    return "sliding_attention" if is_sliding and sliding_window > 1 else "full_attention"
 
 
 def _check_iteration(forward_passes: int | str, backward_passes: int, plan: SharingPlan) -> None:

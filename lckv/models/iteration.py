@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
@@ -51,11 +52,11 @@ class PassSchedule:
         return cls(num_ungraded, num_graded, tolerance)
 
 
-RunLayers = Callable[[torch.Tensor, KeyValues, Cache | None, bool], tuple[torch.Tensor | None, KeyValues]]
+RunLayers = Callable[[torch.Tensor, KeyValues, "Cache | CacheView | None", bool], tuple[torch.Tensor, KeyValues]]
 """`run(hidden_states, key_values, past_key_values, is_last)` runs a cycle's layers once.
 
-It returns the hidden states that leave the cycle (in the last pass only) and `key_values` with the cycle's entries
-replaced by what this pass computed.
+It returns the hidden states that leave the cycle (only the last pass has any) and `key_values` with the cycle's
+entries replaced by what this pass computed.
 """
 
 
@@ -94,7 +95,6 @@ def run_cycle(
         _, key_values = run(hidden_states, key_values, CacheView.of(past_key_values), False)
     previous = key_values
     output, key_values = run(hidden_states, previous, past_key_values, True)
-    assert output is not None
     is_single = num_ungraded + schedule.num_graded == 1
     residual = None if is_single else relative_change(previous, key_values, owners)
     return output, key_values, residual
@@ -136,7 +136,7 @@ class CacheView:
         """Returns the cached keys and values of `layer_idx` followed by the given ones."""
         if layer_idx >= len(self._cache.layers):
             return key_states, value_states
-        layer = self._cache.layers[layer_idx]
+        layer: Any = self._cache.layers[layer_idx]
         # Growing layers replace their tensors, so that a shallow copy protects the original; others write in place.
         layer = copy.copy(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer)
         keys, values = layer.update(key_states, value_states)

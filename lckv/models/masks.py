@@ -259,7 +259,10 @@ class _MaskBuilder:
         if self.document_ids is not None:
             documents = self.document_ids[:, :kv_length] + rows * self.document_ids.shape[1]
             query_sequences, key_sequences = documents[:, -self.q_length :].flatten(), documents.flatten()
-            is_query, is_key = torch.ones_like(query_sequences, dtype=torch.bool), key_sequences.isin(query_sequences)
+            is_query, is_key = (
+                torch.ones_like(query_sequences, dtype=torch.bool),
+                torch.isin(key_sequences, query_sequences),
+            )
         else:
             padding = prepare_padding_mask(self.attention_mask, kv_length, 0)
             assert padding is not None

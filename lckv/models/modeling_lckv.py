@@ -135,7 +135,7 @@ class _Call:
     past_key_values: Cache | None
     layer_kwargs: dict[str, Any]
     hidden_states: list[torch.Tensor] | None
-    attentions: list[torch.Tensor | None] | None
+    attentions: list[Any] | None
     kv_residuals: list[torch.Tensor] | None
 
 
@@ -157,9 +157,9 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -237,22 +237,20 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
     def _run_segments(self, call: _Call, hidden_states: torch.Tensor, has_past: bool) -> torch.Tensor:
         """Runs all layers from the bottom, each cycle as often as it needs."""
         config, plan = self.config, self.config.sharing_plan
-        batch_size, num_new_tokens = hidden_states.shape[:2]
+        num_new_tokens = hidden_states.shape[1]
         schedule = PassSchedule.from_config(
             config.forward_passes, config.backward_passes, config.converge_tolerance, num_new_tokens
         )
         key_values: KeyValues = {}
         for segment in plan.segments:
+            run = partial(self._run_layers, call, segment)
             if not segment.is_cycle:
-                hidden_states, key_values = self._run_layers(
-                    call, segment, hidden_states, key_values, call.past_key_values, True
-                )
+                hidden_states, key_values = run(hidden_states, key_values, call.past_key_values, True)
                 continue
             owners = owners_read_upward(plan, segment)
-            if has_past:
+            if has_past and call.past_key_values is not None:
                 zeros = self._zero_states(hidden_states)
                 key_values = with_past(key_values, owners, call.past_key_values, zeros)
-            run = partial(self._run_layers, call, segment)
             hidden_states, key_values, residual = run_cycle(
                 run, hidden_states, key_values, call.past_key_values, owners, schedule
             )
@@ -268,25 +266,26 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         key_values: KeyValues,
         past_key_values: AnyCache | None,
         is_last: bool,
-    ) -> tuple[torch.Tensor | None, KeyValues]:
+    ) -> tuple[torch.Tensor, KeyValues]:
         """Runs the layers of a segment once; passes before the last end at the KV of the highest layer."""
         key_values = dict(key_values)
-        output: torch.Tensor | None = hidden_states
-        for layer in self.layers[segment.start : segment.stop]:
-            key_states, value_states = key_values.get(layer.plan.kv_source, (None, None))
-            output, own_keys, own_values, attn_weights = layer(
+        output = hidden_states
+        for layer_idx in range(segment.start, segment.stop):
+            source = self.config.sharing_plan.kv_source[layer_idx]
+            key_states, value_states = key_values[source] if source in key_values else (None, None)
+            output, own_keys, own_values, attn_weights = self.layers[layer_idx](
                 output,
                 key_states,
                 value_states,
-                visible_keys=call.visible_keys[layer.layer_idx],
+                visible_keys=call.visible_keys[layer_idx],
                 position_embeddings=call.position_embeddings,
                 past_key_values=past_key_values,
-                kv_only=not is_last and layer.layer_idx == segment.stop - 1,
+                kv_only=not is_last and layer_idx == segment.stop - 1,
                 **call.layer_kwargs,
             )
-            if own_keys is not None and own_values is not None:
-                key_values[layer.layer_idx] = own_keys, own_values
-            if is_last and call.hidden_states is not None and output is not None:
+            if own_keys is not None:
+                key_values[layer_idx] = own_keys, own_values
+            if is_last and call.hidden_states is not None:
                 call.hidden_states.append(output)
             if is_last and call.attentions is not None:
                 call.attentions.append(attn_weights)
@@ -294,14 +293,13 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
 
     def _zero_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """All-zero keys or values for the new tokens, `(batch, num_kv_heads, q_len, head_dim)`."""
-        attention = self.layers[0].self_attn
         dtype = hidden_states.dtype
         if torch.is_autocast_enabled(hidden_states.device.type):
             dtype = torch.get_autocast_dtype(hidden_states.device.type)
         batch_size, q_len = hidden_states.shape[:2]
-        return hidden_states.new_zeros(
-            batch_size, self.config.num_key_value_heads, q_len, attention.head_dim, dtype=dtype
-        )
+        num_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        assert num_heads is not None and head_dim is not None  # the configuration fills them in
+        return hidden_states.new_zeros(batch_size, num_heads, q_len, head_dim, dtype=dtype)
 
     def _run_token_by_token(
         self,
@@ -315,8 +313,9 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             raise ValueError("use_sequential takes no 4D attention_mask")
         cache = call.past_key_values
         if cache is None:
-            cache = new_sequential_cache(self.config.num_hidden_layers)
+            cache = new_sequential_cache(self.config.sharing_plan.num_hidden_layers)
         num_past = int(cache.get_seq_length(self.config.sharing_plan.kv_owners[0]))
+        cos, sin = call.position_embeddings
         outputs = []
         for position in range(inputs_embeds.shape[1]):
             stop = num_past + position + 1
@@ -324,7 +323,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             mask = None if attention_mask is None else attention_mask[:, :stop]
             step = _Call(
                 visible_keys=build_visible_keys(self.config, inputs_embeds[:, token], mask, cache, document_ids),
-                position_embeddings=tuple(table[:, token] for table in call.position_embeddings),
+                position_embeddings=(cos[:, token], sin[:, token]),
                 past_key_values=cache,
                 layer_kwargs=call.layer_kwargs,
                 hidden_states=None,
@@ -350,12 +349,12 @@ class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,

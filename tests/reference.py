@@ -1,0 +1,180 @@
+"""A slow, plain reading of what a `layer_types` string means, against which the model is checked.
+
+It uses a model's weights and none of its code paths: one token at a time, one head at a time, explicit lists of keys.
+"""
+
+import torch
+from torch import nn
+
+from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
+
+WINDOW = 3
+
+PATTERNS = [
+    "0_1_2_3",
+    "0_0_2_2",
+    "0s_1s_2_2",
+    "0_1s_1s_0",
+    "0_3_3_3_4",
+    "0_3_3_3_3_5",
+    "3_3_3_3",
+    "0_2s_2_2s",
+    "2_1_2_1",
+    "1s_1s_3s_3s",
+    "2_0s_2s_0",
+    "1_2_3_3",
+]
+
+
+def tiny_config(layer_types, **kwargs):
+    defaults = dict(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        sliding_window=WINDOW,
+        forward_passes=2,
+        backward_passes=2,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="sdpa",
+    )
+    return LCKVLlamaConfig(layer_types=layer_types, **(defaults | kwargs))
+
+
+def tiny_model(layer_types, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return LCKVLlamaForCausalLM(tiny_config(layer_types, **kwargs)).eval()
+
+
+def token_ids(batch_size, length, seed=0, vocab_size=61):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab_size, (batch_size, length), generator=generator)
+
+
+def _rotate(vector, position, inv_freq):
+    half = vector.shape[-1] // 2
+    angles = position * inv_freq
+    first, second = vector[..., :half], vector[..., half:]
+    return torch.cat(
+        [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1
+    )
+
+
+def _attend(queries, keys, values, scaling):
+    """`queries` `(num_heads, head_dim)`; lists of keys and values `(num_kv_heads, head_dim)`."""
+    if not keys:
+        return torch.zeros_like(queries)
+    groups = queries.shape[0] // keys[0].shape[0]
+    outputs = []
+    for head in range(queries.shape[0]):
+        scores = torch.stack([queries[head] @ key[head // groups] for key in keys]) * scaling
+        weights = scores.softmax(dim=0)
+        outputs.append(sum(weight * value[head // groups] for weight, value in zip(weights, values, strict=True)))
+    return torch.stack(outputs)
+
+
+def _visible(layer, position, force_nodiag, window):
+    """The key positions that a query at `position` may see."""
+    stop = position if (layer.is_upward or force_nodiag) else position + 1
+    first = max(0, position - window + 1) if layer.is_sliding else 0
+    return range(first, stop)
+
+
+def _project_kv(layer, hidden, position, inv_freq):
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    keys = attention.k_proj(normed).view(-1, attention.head_dim)
+    values = attention.v_proj(normed).view(-1, attention.head_dim)
+    return _rotate(keys, position, inv_freq), values
+
+
+def _run_layer(layer, hidden, position, inv_freq, keys, values):
+    attention = layer.self_attn
+    queries = attention.q_proj(layer.input_layernorm(hidden)).view(-1, attention.head_dim)
+    queries = _rotate(queries, position, inv_freq)
+    hidden = hidden + attention.o_proj(_attend(queries, keys, values, attention.scaling).flatten())
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def exact_logits(model, input_ids):
+    """Token by token: every token passes all layers and reads earlier tokens' final keys and values.
+
+    Args:
+        input_ids: `(length,)`, one document.
+
+    Returns:
+        `(length, vocab_size)`.
+    """
+    config, plan = model.config, model.config.sharing_plan
+    inv_freq = model.model.rotary_emb.inv_freq
+    cache = {owner: ([], []) for owner in plan.kv_owners}
+    logits = []
+    for position, token in enumerate(input_ids):
+        hidden = model.model.embed_tokens(token)
+        for layer_plan, layer in zip(plan.layers, model.model.layers, strict=True):
+            if layer_plan.computes_kv:
+                key, value = _project_kv(layer, hidden, position, inv_freq)
+                cache[layer_plan.layer_idx][0].append(key)
+                cache[layer_plan.layer_idx][1].append(value)
+            keys, values = cache[layer_plan.kv_source]
+            seen = _visible(layer_plan, position, config.force_nodiag, config.sliding_window)
+            hidden = _run_layer(layer, hidden, position, inv_freq, [keys[i] for i in seen], [values[i] for i in seen])
+        logits.append(model.lm_head(model.model.norm(hidden)))
+    return torch.stack(logits)
+
+
+def plain_schedule_logits(model, input_ids, forward_passes, backward_passes):
+    """Every layer of a cycle in every pass, with nothing left out.
+
+    Args:
+        input_ids: `(length,)`, one document.
+
+    Returns:
+        `(length, vocab_size)`, with a gradient through the last `backward_passes` passes.
+    """
+    plan = model.config.sharing_plan
+    hidden = list(model.model.embed_tokens(input_ids))
+    key_values = {}
+    for segment in plan.segments:
+        layers = range(segment.start, segment.stop)
+        if not segment.is_cycle:
+            hidden = _run_pass(model, layers, hidden, key_values)
+            continue
+        entering = hidden
+        zeros = torch.zeros(model.config.num_key_value_heads, model.config.head_dim)
+        for owner in layers:
+            key_values[owner] = ([zeros] * len(hidden), [zeros] * len(hidden))
+        for _ in range(forward_passes):
+            with torch.no_grad():
+                _run_pass(model, layers, entering, key_values)
+        for _ in range(backward_passes):
+            hidden = _run_pass(model, layers, entering, key_values)
+    return torch.stack([model.lm_head(model.model.norm(token)) for token in hidden])
+
+
+def _run_pass(model, layers, hidden, key_values):
+    config, plan = model.config, model.config.sharing_plan
+    inv_freq = model.model.rotary_emb.inv_freq
+    for layer_idx in layers:
+        layer_plan, layer = plan.layers[layer_idx], model.model.layers[layer_idx]
+        if layer_plan.computes_kv:
+            pairs = [_project_kv(layer, token, position, inv_freq) for position, token in enumerate(hidden)]
+            key_values[layer_idx] = ([key for key, _ in pairs], [value for _, value in pairs])
+        keys, values = key_values[layer_plan.kv_source]
+        outputs = []
+        for position, token in enumerate(hidden):
+            seen = _visible(layer_plan, position, config.force_nodiag, config.sliding_window)
+            outputs.append(
+                _run_layer(layer, token, position, inv_freq, [keys[i] for i in seen], [values[i] for i in seen])
+            )
+        hidden = outputs
+    return hidden
+
+
+def cross_entropy(logits, input_ids):
+    """Mean next-token loss over a batch; `logits` `(batch, length, vocab_size)`."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
