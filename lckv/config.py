@@ -6,6 +6,7 @@ to an entry point as a [`TrainConfig`] or [`PlanConfig`]. No torch here, so that
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
@@ -263,20 +264,20 @@ class TrainConfig:
 
 
 @dataclass
-class PlanConfig:
-    """Everything that `python -m lckv.plan` needs.
+class PlanConfig(TrainConfig):
+    """Everything that `python -m lckv.plan` needs: any training configuration can be looked at before it runs.
 
     Attributes:
-        context_length: tokens in the context for which bytes and FLOPs are counted.
+        context_length: tokens in the context for which bytes and FLOPs are counted; None takes the longest that the
+            model allows.
+        kv_dtype: type of the KV cache whose bytes are counted.
         converge_passes: with `forward_passes=converge`, the passes without gradient to count; None leaves them open.
-        draw: an `.svg`, `.pdf` or `.png` file for the drawing.
+        draw: an SVG, PNG or PDF file for the drawing.
         json: whether to print one JSON object and nothing else.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    sharing: SharingConfig = field(default_factory=SharingConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    context_length: int = 2048
+    context_length: int | None = None
+    kv_dtype: str = "bfloat16"
     converge_passes: int | None = None
     draw: str | None = None
     json: bool = False
@@ -291,7 +292,9 @@ def register_schemas() -> None:
     OmegaConf.register_new_resolver(
         "lckv.first_given", lambda *values: next(value for value in values if value is not None), replace=True
     )
-    OmegaConf.register_new_resolver("lckv.temporary_folder", lambda name: str(Path(gettempdir()) / name), replace=True)
+    OmegaConf.register_new_resolver(
+        "lckv.temporary_folder", lambda name: str(Path(gettempdir()) / f"{name}-{os.getuid()}"), replace=True
+    )
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema, provider="lckv")
 
@@ -309,7 +312,7 @@ def config_dir() -> Path:
     raise UserError(f"no configuration files in {package / 'conf'} or {package.parent / 'conf'}: install lckv again")
 
 
-def resolve_layer_types(cfg: TrainConfig | PlanConfig) -> str:
+def resolve_layer_types(cfg: TrainConfig) -> str:
     """The `layer_types` string that the configuration asks for, checked: its own, or the sharing pattern's.
 
     Raises:
@@ -329,7 +332,7 @@ def resolve_layer_types(cfg: TrainConfig | PlanConfig) -> str:
     return build_layer_types(cfg.sharing.name, num_hidden_layers, **given)
 
 
-def model_arguments(cfg: TrainConfig | PlanConfig, vocab_size: int) -> dict[str, Any]:
+def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
     """The keyword arguments of `LCKVLlamaConfig` for this configuration.
 
     Args:

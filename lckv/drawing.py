@@ -171,7 +171,7 @@ def save_drawing(plans: SharingPlan | Mapping[str, SharingPlan], file: str | Pat
     """Draws one plan, or several side by side under their names, into an SVG, PNG or PDF file.
 
     Raises:
-        UserError: if the file's ending is another one, or its folder cannot be made.
+        UserError: if the file's ending is another one, or it cannot be written.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -205,8 +205,11 @@ def save_drawing(plans: SharingPlan | Mapping[str, SharingPlan], file: str | Pat
                 x += panel_width + gap
             top -= row_height
         _draw_legend(figure, panels, _FOOTER * 0.42 / height)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        except OSError as error:
+            raise UserError(f"{path}: the drawing cannot be written there: {error.strerror}") from error
 
 
 class _Panel:

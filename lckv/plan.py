@@ -1,0 +1,190 @@
+"""`python -m lckv.plan`: what a sharing pattern means and what it costs, without building a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lckv import cli
+from lckv.config import CONVERGE, PlanConfig, model_arguments
+from lckv.costs import Costs, Iteration, ModelSizes, count_costs, llama_plan
+from lckv.drawing import describe_layer, draw_in_terminal, save_drawing
+from lckv.errors import UserError
+from lckv.patterns import SharingPlan, parse_layer_types
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A sharing plan with what it costs, and what a Llama of the same size costs."""
+
+    plan: SharingPlan
+    sizes: ModelSizes
+    iteration: Iteration
+    context_length: int
+    dtype: str
+    costs: Costs
+    llama_costs: Costs
+
+
+def main(cfg: PlanConfig) -> None:
+    """Prints the report that `cfg` asks for, and draws it into a file if asked."""
+    report = build_report(cfg)
+    if cfg.draw is not None:
+        save_drawing(report.plan, cfg.draw)
+    console = Console(highlight=False, soft_wrap=True)
+    if cfg.json:
+        console.print_json(json.dumps(as_dict(report)))
+        return
+    print_report(report, console)
+    if cfg.draw is not None:
+        console.print(f"\ndrawn into {cfg.draw}")
+
+
+def build_report(cfg: PlanConfig) -> PlanReport:
+    """Resolves the plan and counts its costs.
+
+    Raises:
+        UserError: if the configuration is wrong, or does not say how large the vocabulary is.
+    """
+    arguments = model_arguments(cfg, _vocab_size(cfg))
+    plan = parse_layer_types(arguments["layer_types"])
+    sizes = ModelSizes.from_config(arguments)
+    forward_passes = cfg.converge_passes if cfg.model.forward_passes == CONVERGE else cfg.model.forward_passes
+    iteration = Iteration(forward_passes, cfg.model.backward_passes, cfg.model.use_sequential)
+    context_length = cfg.model.max_position_embeddings if cfg.context_length is None else cfg.context_length
+    costs, llama_costs = (
+        count_costs(each, sizes, context_length, iteration=iteration, dtype=cfg.kv_dtype)
+        for each in (plan, llama_plan(plan))
+    )
+    return PlanReport(plan, sizes, iteration, context_length, cfg.kv_dtype, costs, llama_costs)
+
+
+def _vocab_size(cfg: PlanConfig) -> int:
+    if cfg.model.vocab_size is not None:
+        return cfg.model.vocab_size
+    if cfg.tokenizer.name == "bpe":
+        return cfg.tokenizer.vocab_size
+    raise UserError(
+        f"model.vocab_size=null: the vocabulary of tokenizer.name={cfg.tokenizer.name} is known only once it is "
+        "loaded; give model.vocab_size"
+    )
+
+
+def as_dict(report: PlanReport) -> dict[str, Any]:
+    """The report as JSON-able data."""
+    plan = report.plan
+    return {
+        "layer_types": plan.layer_types,
+        "layers": [{**asdict(layer), "is_upward": layer.is_upward} for layer in plan.layers],
+        "kv_owners": list(plan.kv_owners),
+        "segments": [asdict(segment) for segment in plan.segments],
+        "iteration": asdict(report.iteration),
+        "sizes": asdict(report.sizes),
+        "context_length": report.context_length,
+        "kv_dtype": report.dtype,
+        "costs": asdict(report.costs),
+        "llama_costs": asdict(report.llama_costs),
+    }
+
+
+def print_report(report: PlanReport, console: Console) -> None:
+    """Prints the drawing, the layers, the iteration and the costs."""
+    console.print(Text(report.plan.layer_types, style="bold"), "\n", sep="")
+    console.print(draw_in_terminal(report.plan), end="")
+    console.print("\n".join(["", *_describe_iteration(report), ""]))
+    console.print(_layer_table(report))
+    console.print()
+    console.print(_cost_table(report))
+    console.print(
+        f"Costs for {report.context_length} tokens of context, {report.dtype} KV and a window of "
+        f"{report.sizes.sliding_window}.\n"
+        "Sharing saves what is written and kept, not what is read: every layer still reads KV."
+    )
+    if report.costs.flops_per_token.train is None:
+        console.print("converge_passes=N counts the FLOPs of N passes without gradient.")
+
+
+def _describe_iteration(report: PlanReport) -> list[str]:
+    """The cycles and how they are run, in words."""
+    if not report.plan.has_cycles:
+        return ["No layer reads upward: every layer runs once."]
+    lines = []
+    for segment in report.plan.segments:
+        layers = f"layers {segment.start} to {segment.stop - 1}"
+        if segment.stop - segment.start == 1:
+            layers = f"layer {segment.start}"
+        lines.append(f"{layers}: a cycle" if segment.is_cycle else f"{layers}: once")
+    iteration = report.iteration
+    if iteration.use_sequential:
+        return [*lines, "Cycles run token by token, which is exact and needs no iteration."]
+    ungraded = "until the KV stops changing"
+    if iteration.forward_passes is not None:
+        ungraded = f"{_times(iteration.forward_passes)} without gradient"
+    return [
+        *lines,
+        f"A cycle runs {ungraded}, then {_times(iteration.backward_passes)} with gradient.",
+        "Each pass reads the KV of the one before; the first reads zeros. In every pass",
+        "but the last, the top layer of a cycle only computes KV. Decoding never iterates.",
+    ]
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _layer_table(report: PlanReport) -> Table:
+    table = Table("layer", "attends to", "computes KV", "window", "reads upward", "in cycle", title="Layers")
+    cycles = [segment for segment in report.plan.segments if segment.is_cycle]
+    for layer in report.plan.layers:
+        cycle = next((f"{c.start} to {c.stop - 1}" for c in cycles if c.start <= layer.layer_idx < c.stop), "")
+        table.add_row(
+            str(layer.layer_idx),
+            describe_layer(layer).partition(",")[0].removeprefix("reads "),
+            "yes" if layer.computes_kv else "-",
+            str(report.sizes.sliding_window) if layer.is_sliding else "-",
+            "yes" if layer.is_upward else "-",
+            cycle or "-",
+        )
+    return table
+
+
+def _cost_table(report: PlanReport) -> Table:
+    table = Table("", title="Costs")
+    for heading in ("this", "Llama", "ratio"):
+        table.add_column(heading, justify="right")
+    kv, llama_kv = report.costs.kv_bytes, report.llama_costs.kv_bytes
+    flops, llama_flops = report.costs.flops_per_token, report.llama_costs.flops_per_token
+    table.add_row("KV bytes written per new token", *_compared(kv.written, llama_kv.written))
+    table.add_row("KV bytes resident per token", *_compared(kv.resident, llama_kv.resident))
+    table.add_row("KV bytes read per decoded token", *_compared(kv.read, llama_kv.read), end_section=True)
+    table.add_row(
+        "parameters", *_compared(report.costs.num_parameters, report.llama_costs.num_parameters), end_section=True
+    )
+    table.add_row("FLOPs per token, decoding", *_compared(flops.decode, llama_flops.decode))
+    table.add_row("FLOPs per token, forward", *_compared(flops.forward, llama_flops.forward))
+    table.add_row("FLOPs per token, training", *_compared(flops.train, llama_flops.train))
+    return table
+
+
+def _compared(value: float | None, llama: float | None) -> tuple[str, str, str]:
+    assert llama is not None  # a model without cycles has a fixed number of passes
+    if value is None:
+        return "depends on the data", _rounded(llama), "-"
+    return _rounded(value), _rounded(llama), f"{value / llama:.3f}" if llama else "-"
+
+
+def _rounded(value: float) -> str:
+    """Up to a million in full, above with four digits and a unit."""
+    if value < 1e6:
+        return f"{value:,.0f}"
+    unit, size = next(unit for unit in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if value >= unit[1])
+    return f"{value / size:.4g} {unit}"
+
+
+if __name__ == "__main__":
+    cli.run(main, "plan")
