@@ -48,7 +48,7 @@ def find_files(given: Any, key: str) -> list[Path]:
         raise UserError(f"{key}={given!r}: must be a path, a glob such as 'texts/*.jsonl', or a list of these")
     paths = [path for pattern in patterns for path in _match(str(pattern), key)]
     for path in paths:
-        if _kind(path) not in READERS:
+        if kind_of(path) not in READERS:
             raise UserError(
                 f"{key}: {str(path)!r} is of no known kind: allowed are {', '.join(READERS)}, also with .gz"
             )
@@ -72,7 +72,7 @@ def _match(pattern: str, key: str) -> list[Path]:
     raise UserError(f"{key}={pattern!r}: there is no such file{near_miss(path.name, siblings)}")
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """The suffix that says how to read `path`, that of the compression aside."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _OPENERS:
@@ -92,7 +92,7 @@ def read_documents(path: Path, text_field: str, document_separator: str | None) 
         UserError: if the file cannot be read as what its suffix says, naming the file and, in jsonl, the line.
     """
     with _explain_read_errors(path):
-        yield from READERS[_kind(path)](path, text_field, document_separator)
+        yield from READERS[kind_of(path)](path, text_field, document_separator)
 
 
 @contextmanager
@@ -119,9 +119,9 @@ def inspect_file(path: Path, document_separator: str | None) -> FileFacts:
             num_lines += chunk.count(b"\n")
             last = chunk[-1:]
     num_lines += last != b"\n"
-    kind = _kind(path)
-    if kind in _TEXT_SUFFIXES:
-        num_documents = 1 if document_separator is None else None
+    kind = kind_of(path)
+    if kind in TEXT_SUFFIXES:
+        num_documents = int(path.stat().st_size > 0) if document_separator is None else None
     elif kind in _JSONL_SUFFIXES:
         num_documents = None if path.suffix.lower() in _OPENERS else num_lines
     else:
@@ -201,11 +201,11 @@ def pick_text(row: dict[str, Any], text_field: str, where: str) -> str:
     return text
 
 
-_TEXT_SUFFIXES = (".txt", ".md")
+TEXT_SUFFIXES = (".txt", ".md")
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 READERS: dict[str, Callable[[Path, str, str | None], Iterator[Document]]] = {
-    **dict.fromkeys(_TEXT_SUFFIXES, _read_txt),
+    **dict.fromkeys(TEXT_SUFFIXES, _read_txt),
     **dict.fromkeys(_JSONL_SUFFIXES, _read_jsonl),
     ".parquet": _read_parquet,
 }

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lckv.data.cache import fingerprint
-from lckv.data.readers import Document, check_field, find_files, inspect_file, pick_text, read_documents
+from lckv.data.readers import (
+    TEXT_SUFFIXES,
+    Document,
+    check_field,
+    find_files,
+    inspect_file,
+    kind_of,
+    pick_text,
+    read_documents,
+)
 from lckv.errors import UserError
 from lckv.registry import Registry
 
@@ -177,7 +186,7 @@ def local_files(config: DataConfig) -> TextSource:
     separator = _unescape(config.document_separator)
     facts = [[inspect_file(path, separator) for path in paths] for paths in (training, validation)]
     counts = [fact.num_documents for split in facts for fact in split]
-    if not validation and counts == [1]:
+    if not validation and counts == [1] and kind_of(training[0]) in TEXT_SUFFIXES:
         raise UserError(
             f"data.files={config.files!r}: is a single document, which cannot be split into training and validation; "
             r"set data.document_separator (such as '\n\n') to cut it into documents, or name data.validation_files"

