@@ -7,9 +7,10 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -25,6 +26,7 @@ from lckv import config, overrides
 from lckv.errors import UserError, near_miss
 
 _GROUPS_WITHOUT_KEY = ("experiment", "debug")
+_CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -58,6 +60,26 @@ def run(main: Callable[[Any], None], config_name: str) -> None:
         sys.exit(2)
 
 
+def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
+    """The configuration that `python -m lckv.<config_name>` gets from these arguments, for notebooks and tests.
+
+    Raises:
+        UserError: if the arguments are wrong.
+    """
+    config.register_schemas()
+    schema = config.SCHEMAS[config_name]
+    given = overrides.quote_overrides(arguments, list(open_keys(schema)))
+    try:
+        with hydra.initialize_config_dir(str(config.config_dir()), version_base="1.3"):
+            composed = hydra.compose(config_name, given, return_hydra_config=True)
+        hydra_cfg = composed.hydra
+        with flag_override(composed, ["struct", "readonly"], False):
+            del composed["hydra"]
+        return prepare(composed, hydra_cfg)
+    except _CONFIG_ERRORS as error:
+        raise UserError(describe(error, schema)) from error
+
+
 class _Mistakes:
     """Prints the user's mistakes, one line each, and lets every other exception pass."""
 
@@ -87,7 +109,7 @@ class _Mistakes:
         """Reports what Hydra finds wrong with the configuration, which is the user's; errors inside jobs are not."""
         try:
             yield
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        except _CONFIG_ERRORS as error:
             if error is self._from_job:
                 raise
             self._report("", describe(error, config.SCHEMAS[self.config_name]))
@@ -183,10 +205,15 @@ def _describe_unknown_key(cause: OmegaConfBaseException, error: Exception, schem
 
 
 def _hint(key: str, schema: type, prefix: str = "") -> str:
-    """The known key most like `key`: one of the same last part in another group, else the nearest spelling."""
+    """The known key most like `key`: one of (nearly) the same last part anywhere, else one like it in its group."""
+    parent, _, name = key.rpartition(".")
     keys = [*_keys(schema, prefix), *_GROUPS_WITHOUT_KEY]
-    same_name = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    return f"; did you mean {same_name[0]!r}?" if same_name else near_miss(key, keys)
+    siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
+    anywhere = {known.rpartition(".")[2]: known for known in reversed(keys)} | siblings
+    for names, cutoff in (anywhere, 0.8), (siblings, 0.5):
+        for match in get_close_matches(name, names, n=1, cutoff=cutoff):
+            return f"; did you mean {names[match]!r}?"
+    return f"; allowed are {', '.join(siblings)}" if siblings else ""
 
 
 def _where(error: Exception) -> str:
