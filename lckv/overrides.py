@@ -21,6 +21,7 @@ _TEXT_KEYS = ("layer_types", "run_name", "run_dir")
 
 _KEY = re.compile(rf"(?:\+\+|[+~])?(?:[\w$/-]+\.)*(?:{'|'.join(_TEXT_KEYS)})(?:@[\w.]*)?=\s*", re.ASCII)
 _OPTIONAL_GROUP = re.compile(r"^\+(?=(?:experiment|debug)=)")
+_CHOICE = re.compile(r"choice\s*\((.*)\)\s*", re.DOTALL)
 _QUOTED = r"""(?P<kept>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\$\{[^}]*\})"""
 _NUMBER = r"(?P<number>[+-]?\d[\w.+-]*)(?![^\s,\])}])"
 _ELEMENT = re.compile(rf"{_QUOTED}|(?<![^\s,\[(=]){_NUMBER}", re.ASCII)
@@ -47,7 +48,10 @@ def _quote_override(override: str) -> str:
     key = _KEY.match(override)
     if key is None:
         return _DICT_ITEM.sub(lambda found: found["kept"] or f"{found['key']}'{found['number']}'", override)
-    return key[0] + _ELEMENT.sub(lambda found: found["kept"] or f"'{found['number']}'", override[key.end() :])
+    value = override[key.end() :]
+    if choice := _CHOICE.fullmatch(value):
+        value = choice[1]  # means the same, but Hydra would take the quotes off the elements of `choice(...)`
+    return key[0] + _ELEMENT.sub(lambda found: found["kept"] or f"'{found['number']}'", value)
 
 
 def check_is_text(value: Any, key: str, files: Iterable[Path] = ()) -> None:
