@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lckv.config import DataConfig, TokenizerConfig
 from lckv.data.sources import build_source
-from lckv.data.tokenizer import DocumentEncoder, build_tokenizer
+from lckv.data.tokenizer import DocumentEncoder, _num_bytes_by_offsets, build_tokenizer
 from lckv.errors import UserError
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -170,6 +171,12 @@ def test_bytes_of_a_tokenizer_whose_tokens_do_not_spell_the_text(word_level: Pre
     assert tokens["id"].tolist() == [2, 3, 0, 2, 4, 1]
     parts = ["The", "  CAFÉ", " of", " the", " house", " "]
     assert tokens["num_bytes"].tolist() == [len(part.encode()) for part in parts]
+
+
+def test_a_token_whose_offsets_lie_behind_stands_for_no_bytes() -> None:
+    """Some tokenizers give what they insert the offsets (0, 0), wherever it stands."""
+    encoding = SimpleNamespace(offsets=[(0, 2), (0, 0), (2, 3)])
+    assert _num_bytes_by_offsets("aé😀!", encoding).tolist() == [3, 0, 4, 1]
 
 
 @given(text=any_text)
