@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from tests.reference import tiny_model, token_ids
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench.py"
