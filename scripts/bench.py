@@ -34,7 +34,9 @@ class PlainScheduleModel(LCKVLlamaModel):
         self, call: Any, segment: Any, hidden_states: Any, key_values: Any, past_key_values: Any, is_last: bool
     ) -> Any:
         upward = {
-            layer.kv_source for layer in self.sharing_plan.layers[segment.start : segment.stop] if layer.is_upward
+            layer.kv_source
+            for layer in self.config.sharing_plan.layers[segment.start : segment.stop]
+            if layer.is_upward
         }
         zeros = self._zero_states(hidden_states)
         key_values = {owner: (zeros, zeros) for owner in upward} | key_values
