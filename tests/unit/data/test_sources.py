@@ -228,8 +228,8 @@ def test_mistakes_in_other_files(tmp_path: Path) -> None:
     fails("it has id, text; did you mean 'text'?", name="files", files=str(path), text_field="texts")
     path.write_bytes(path.read_bytes()[:100])
     fails("is not a whole parquet file", name="files", files=str(path))
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
-    fails("is not UTF-8 text (byte 3 is 0xe9)", name="files", files=str(tmp_path / "a.txt"), document_separator=" ")
+    (tmp_path / "a.txt").write_bytes(b"\xe9tude one")
+    fails("is not UTF-8 text (byte 0 is 0xe9)", name="files", files=str(tmp_path / "a.txt"), document_separator=" ")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-9])
     fails("cannot be read", name="files", files=str(tmp_path / "b.jsonl.gz"))
 
@@ -288,5 +288,5 @@ def test_mistakes_about_the_hub(data_set: str) -> None:
     fails("has no such field; it has id, text; did you mean 'text'?", name="hub", dataset=data_set, text_field="texts")
     fails("is this machine offline, or HF_HUB_OFFLINE set?", name="hub", dataset="no-such/data-set")
     for streaming in (False, True):
-        settings = {"split": "trian", "streaming": streaming, "max_documents": 9}
-        fails("plit", name="hub", dataset=data_set, **settings)
+        settings = {"split": "test", "streaming": streaming, "max_documents": 9}
+        fails("plit: test" if streaming else 'Unknown split "test"', name="hub", dataset=data_set, **settings)
