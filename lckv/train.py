@@ -31,6 +31,9 @@ def main(cfg: TrainConfig) -> None:
     if not is_main_process():
         logging.getLogger("lckv").setLevel(logging.ERROR)
 
+    set_num_threads(cfg.trainer.num_threads)
+    args = build_training_arguments(cfg)
+    check_loggers(cfg.logger)
     assert cfg.run_dir is not None  # filled in with the run's name
     folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
     if is_main_process():
@@ -40,9 +43,6 @@ def main(cfg: TrainConfig) -> None:
         show_results(results, folder, console)
         return
 
-    check_loggers(cfg.logger)
-    set_num_threads(cfg.trainer.num_threads)
-    args = build_training_arguments(cfg)
     tokenizer = build_tokenizer(cfg.tokenizer, cfg.data)
     data = build_dataset(cfg.data, tokenizer)
     set_seed(cfg.seed)

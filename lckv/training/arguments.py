@@ -155,9 +155,16 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     if "activation_checkpointing" in _fields():
         ours["activation_checkpointing"] = ours.pop("gradient_checkpointing")
     try:
-        return TrainingArguments(**{**ours, **trainer.hf})
+        args = TrainingArguments(**{**ours, **trainer.hf})
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"transformers refuses these training arguments: {error}") from error
+    if args.world_size != num_processes():
+        # Each would train alone, all into one run folder.
+        raise UserError(
+            f"{num_processes()} processes were launched but do not find each other; on a CPU, launch with "
+            "`accelerate launch --cpu --num_processes N`, or set ACCELERATE_USE_CPU=true"
+        )
+    return args
 
 
 def _fields() -> set[str]:

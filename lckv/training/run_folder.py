@@ -40,35 +40,29 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", save_total_limit)
 
-    def claim(self, config: Mapping[str, Any], *, resume: bool = True, write: bool = True) -> None:
-        """Makes the folder this run's own, or checks that it already is.
+    def claim(self, config: Mapping[str, Any], *, resume: bool = True) -> None:
+        """Makes the folder this run's own, or checks that it already is. Of many processes, the first does this.
 
         Args:
             config: the resolved config, as nested plain mappings.
             resume: whether a folder that holds this run already may be gone on with.
-            write: whether to write; of many processes only one may.
 
         Raises:
             UserError: if the folder holds another config or cannot be written to, or `resume` is off and it holds
                 a run.
         """
-        if self.config.is_file():
+        holds_a_run = self.metrics.is_file() or self.results.is_file() or self.checkpoints.latest() is not None
+        if holds_a_run:
             self._check_same_config(config)
             if not resume:
                 raise UserError(
                     f"trainer.resume=false, but run_dir={self.path} holds this run already: give another run_dir=..., "
                     "or leave trainer.resume out to go on with it"
                 )
-        elif self.path.is_dir() and any(self.path.glob("checkpoints/checkpoint-*")):
-            raise UserError(
-                f"run_dir={self.path}: has checkpoints but no {self.config.name} that says of which run; "
-                "give another run_dir=..."
-            )
-        if write:
-            self._check_writable()
-            self.checkpoints.clean()
-            if not self.config.is_file():
-                write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        self._check_writable()
+        self.checkpoints.clean()
+        if not holds_a_run:
+            write_atomically(self.config, _to_yaml(config))
 
     def finished_results(self) -> dict[str, Any] | None:
         """Returns the results if the run is finished, else `None`."""
@@ -100,11 +94,13 @@ class RunFolder:
     def _check_same_config(self, config: Mapping[str, Any]) -> None:
         try:
             stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (OSError, yaml.YAMLError) as error:
             raise UserError(
-                f"{self.config}: is not readable as YAML, so run_dir={self.path} cannot be gone on with"
+                f"run_dir={self.path}: holds a run, but {self.config.name} does not say which "
+                f"({type(error).__name__}); give another run_dir=..."
             ) from error
-        before, now = dict(flatten(stored or {})), dict(flatten(config))
+        # Written and read like the stored one, so that a tuple is equal to its list.
+        before, now = dict(flatten(stored or {})), dict(flatten(yaml.safe_load(_to_yaml(config))))
         different = [
             f"{key}={now.get(key)} (there: {before.get(key)})"
             for key in sorted(before.keys() | now.keys())
@@ -127,6 +123,10 @@ class RunFolder:
             raise UserError(
                 f"run_dir={self.path}: cannot be written to ({error.strerror}); give another run_dir=..."
             ) from error
+
+
+def _to_yaml(config: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

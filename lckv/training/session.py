@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -67,6 +66,7 @@ class Session:
             eval_num_bytes=data.validation_num_bytes,
             build_optimizer=partial(build_optimizer, cfg=cfg.optim),
             checkpoints=folder.checkpoints,
+            sample_steps=cfg.trainer.sample_steps,
             data_collator=collate,
             tokenizer=tokenizer,
         )
@@ -110,16 +110,25 @@ class Session:
         Returns:
             The results; `None` in every process but the first.
         """
-        if self.checkpoint and self.trainer.is_world_process_zero():
-            self.console.print(f"going on from {self.checkpoint}", markup=False, highlight=False, soft_wrap=True)
+        if self.checkpoint:
+            self._print(f"going on from {self.checkpoint}")
         try:
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        except KeyboardInterrupt:
+            self._print(
+                f"interrupted; the same command goes on from {self.folder.checkpoints.latest() or 'the start'}"
+            )
+            raise
         finally:
             self.progress.close()
         self.trainer.save_final(self.folder.model)
         results = self._write_results() if self.trainer.is_world_process_zero() else None
         self.trainer.accelerator.end_training()
         return results
+
+    def _print(self, text: str) -> None:
+        if self.trainer.is_world_process_zero():
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _write_results(self) -> dict[str, Any]:
         lines = self.folder.read_metrics()
@@ -135,11 +144,3 @@ class Session:
         plot_loss(lines, self.folder.loss_plot, title=title, unigram_loss=results["unigram_loss"])
         write_atomically(self.folder.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         return results
-
-
-def interrupted(folder: RunFolder, console: Console) -> None:
-    """Says what an interrupted run is left with."""
-    latest: Path | None = folder.checkpoints.latest()
-    console.print(
-        f"interrupted; the same command goes on from {latest}" if latest else "interrupted before a checkpoint"
-    )

@@ -41,6 +41,7 @@ class LCKVTrainer(Trainer):
         tokenizer: saved with the model.
         build_optimizer: makes the optimizer for a model.
         checkpoints: where checkpoints go.
+        sample_steps: how often a sample is logged, beside what `args` says about logging.
         **kwargs: further arguments of `Trainer`.
     """
 
@@ -55,6 +56,7 @@ class LCKVTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         build_optimizer: Callable[[nn.Module], Optimizer],
         checkpoints: CheckpointFolder,
+        sample_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.order = TrainingOrder(
@@ -69,6 +71,7 @@ class LCKVTrainer(Trainer):
         self._run_dir = checkpoints.path.parent
         self._build_optimizer = build_optimizer
         self._checkpoints = checkpoints
+        self._sample_steps = sample_steps
         self._residuals: list[Tensor] = []
         self._num_micro_batches = 0
         super().__init__(
@@ -126,13 +129,9 @@ class LCKVTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _is_logging_step(self) -> bool:
-        step = self.state.global_step + 1
-        return (
-            any(
-                step % every == 0 for every in (self.state.logging_steps, self.state.save_steps, self.state.eval_steps)
-            )
-            or step >= self.state.max_steps
-        )
+        step, state = self.state.global_step + 1, self.state
+        every = (state.logging_steps, state.save_steps, state.eval_steps, self._sample_steps)
+        return step >= state.max_steps or any(steps and step % steps == 0 for steps in every)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the residual to the training metrics and logs them."""
