@@ -210,7 +210,7 @@ def _hint(key: str, schema: type, prefix: str = "") -> str:
     keys = [*_keys(schema, prefix), *_GROUPS_WITHOUT_KEY]
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
     anywhere = {known.rpartition(".")[2]: known for known in reversed(keys)} | siblings
-    for names, cutoff in (anywhere, 1.0), (siblings, 0.7), (anywhere, 0.8), (siblings, 0.5):
+    for names, cutoff in (anywhere, 1.0), (siblings, 0.7), (anywhere, 0.8), (siblings, 0.6):
         for match in get_close_matches(name, names, n=1, cutoff=cutoff):
             return f"; did you mean {names[match]!r}?"
     return f"; allowed are {', '.join(siblings)}" if siblings else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field, fields
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
@@ -287,6 +288,7 @@ SCHEMAS: dict[str, type] = {"train": TrainConfig, "plan": PlanConfig}
 """The root dataclass of each entry point, by the name of its YAML file."""
 
 
+@cache
 def register_schemas() -> None:
     """Tells Hydra the dataclasses, as `<name>_schema`, and the functions that the root YAML files use."""
     OmegaConf.register_new_resolver(

@@ -1,0 +1,201 @@
+"""Entry points: what the user gets to see, with a main function that only looks at its configuration."""
+
+import errno
+import logging
+import sys
+
+import pytest
+
+from lckv import cli
+from lckv.config import PlanConfig, TrainConfig
+from lckv.errors import UserError
+
+
+@pytest.fixture
+def start(monkeypatch, capsys, tmp_path):
+    """Starts an entry point in an empty folder; returns exit code, the configurations that `main` got, and stderr."""
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+
+    def start(*arguments: str, main=None, config_name="train"):
+        seen: list[TrainConfig] = []
+        monkeypatch.setattr(sys, "argv", [f"lckv.{config_name}", *arguments])
+        code = 0
+        try:
+            cli.run(main or seen.append, config_name)
+        except SystemExit as stop:
+            code = stop.code
+        return code, seen, capsys.readouterr().err
+
+    yield start
+    root.handlers[:] = handlers  # Hydra's go to a stream that pytest closes
+    root.setLevel(level)
+
+
+def test_the_configuration_arrives_as_dataclasses(start, tmp_path):
+    code, (cfg,), err = start("model.layer_types=2_2_2", "seed=3")
+    assert (code, err) == (0, "")
+    assert type(cfg) is TrainConfig
+    assert (cfg.model.layer_types, cfg.seed) == ("2_2_2", 3)
+    assert list(tmp_path.iterdir()) == []  # Hydra leaves no folder of its own
+    _, (cfg,), _ = start("context_length=5", config_name="plan")
+    assert type(cfg) is PlanConfig
+
+
+def test_each_job_of_a_sweep_has_a_folder_of_its_own(start, tmp_path):
+    code, jobs, _ = start("-m", "model.layer_types=1_1_1,2_2_2", "seed=0,1")
+    assert code == 0
+    assert [(job.model.layer_types, job.seed) for job in jobs] == [
+        ("1_1_1", 0),
+        ("1_1_1", 1),
+        ("2_2_2", 0),
+        ("2_2_2", 1),
+    ]
+    assert [job.run_dir for job in jobs][:2] == [
+        "runs/sweep/layer_types=1_1_1,seed=0",
+        "runs/sweep/layer_types=1_1_1,seed=1",
+    ]
+    assert len({job.run_dir for job in jobs}) == 4
+    code, jobs, _ = start("-m", "run_dir=mine", "seed=0,1")
+    assert [job.run_dir for job in jobs] == ["mine/seed=0", "mine/seed=1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "runs"]
+
+
+ONE_LINERS = [
+    (["model.hiden_size=3"], "unknown key 'model.hiden_size'; did you mean 'model.hidden_size'?"),
+    (["hidden_size=3"], "unknown key 'hidden_size'; did you mean 'model.hidden_size'?"),
+    (["+model.hiden_size=3"], "unknown key 'model.hiden_size'; did you mean 'model.hidden_size'?"),
+    (["+nonsense=3"], "unknown key 'nonsense'; allowed are model, sharing,"),
+    (["experimnt=demo_lckv"], "unknown key 'experimnt'; did you mean 'experiment'?"),
+    (["experiment=demo_lkcv"], "experiment=demo_lkcv: there is no such file; allowed are demo_lckv, "),
+    (["debug=overfitt"], "did you mean 'overfit'?"),
+    (["model=tinny"], "model=tinny: there is no such file"),
+    (["model.hidden_size=big"], "model.hidden_size: Value 'big' of type 'str' could not be converted to Integer"),
+    (["seed=[1"], "seed=[1: cannot be read as key=value"),
+    (["seed"], "seed: cannot be read as key=value"),
+    (["--config-dir", "nowhere"], "nowhere' not found"),
+    (["sharing=cla", "model.layer_types=0_0"], "sharing=cla: has no effect beside model.layer_types=0_0"),
+    (["sharing.group_size=2", "model.layer_types=0_0"], "sharing.group_size=2: has no effect"),
+    (["-m", "model.hidden_size=64,big"], "model.hidden_size: Value 'big'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ONE_LINERS)
+def test_mistakes_are_one_line(start, arguments, message):
+    code, seen, err = start(*arguments)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if "INFO" not in line]
+    assert line.startswith("lckv.train: error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "model:\n  layer_types: 0_6_6_6_6_6_6_7",
+            "mine.yaml, line 3: YAML reads layer_types: 0_6_6_6_6_6_6_7 as 1797559",
+        ),
+        ("model:\n  layer_types: 0_6_6_6_6_6_6_7", 'write layer_types: "0_6_6_6_6_6_6_7"'),
+        (
+            "model:\n  layer_type: '0_1'",
+            "unknown key 'model.layer_type'; did you mean 'model.layer_types'? (in experiment/mine.yaml)",
+        ),
+        (
+            "model:\n  hidden_size: big",
+            "model.hidden_size: Value 'big' of type 'str' could not be converted to Integer (in exper",
+        ),
+        ("model: [", "mine.yaml"),
+        (
+            "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      model.layer_types: 1_1,2_2_2",
+            "model.layer_types=11: must be text",
+        ),
+    ],
+)
+def test_mistakes_in_yaml_name_the_file(start, tmp_path, text, message):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    code, seen, err = start("--config-dir", str(tmp_path), "experiment=mine")
+    assert (code, seen) == (2, [])
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_quoted_pattern_in_yaml_and_a_later_override_are_fine(start, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nmodel:\n  layer_types: '0_0'\n")
+    assert start("--config-dir", str(tmp_path), "experiment=mine")[1][0].model.layer_types == "0_0"
+    assert (
+        start("--config-dir", str(tmp_path), "+experiment=mine", "model.layer_types=1_1")[1][0].model.layer_types
+        == "1_1"
+    )
+    code, _, err = start("--config-dir", str(tmp_path), "experiment=mine", "sharing=cla")
+    assert code == 2 and "model.layer_types=null lets the sharing group decide" in err
+    cfg = start("--config-dir", str(tmp_path), "experiment=mine", "sharing=cla", "model.layer_types=null")[1][0]
+    assert (cfg.model.layer_types, cfg.sharing.name) == (None, "cla")
+
+
+def test_what_main_raises(start):
+    def raising(error):
+        def main(cfg):
+            raise error
+
+        return main
+
+    code, _, err = start(main=raising(UserError("data.files=x: no such\nfile")))
+    assert (code, err) == (2, "lckv.train: error: data.files=x: no such file\n")
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/x/model.safetensors")
+    code, _, err = start(main=raising(full))
+    assert code == 2 and err.startswith("lckv.train: error: runs/x/model.safetensors: No space left on device")
+    assert start(main=raising(KeyboardInterrupt()))[0] == 130
+    with pytest.raises(ZeroDivisionError):
+        start(main=raising(ZeroDivisionError()))
+    with pytest.raises(FileNotFoundError):
+        start(main=raising(FileNotFoundError(errno.ENOENT, "No such file", "bug")))
+
+
+def test_hydra_errors_of_main_are_bugs(start):
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def main(cfg):
+        OmegaConf.to_container(OmegaConf.create({"a": "${nowhere}"}), resolve=True)
+
+    with pytest.raises(OmegaConfBaseException):
+        start(main=main)
+
+
+def test_one_mistake_in_a_sweep_stops_no_other_job(start):
+    done = []
+
+    def main(cfg):
+        if cfg.seed == 1:
+            raise UserError("seed=1: unlucky")
+        done.append(cfg.seed)
+
+    code, _, err = start("-m", "seed=0,1,2", main=main)
+    assert (code, done) == (2, [0, 2])
+    assert "lckv.train: error: seed=1: seed=1: unlucky\n" in err
+
+
+def test_free_dictionaries_take_new_entries(start):
+    for given in ("trainer.hf.seed=1", "+trainer.hf.seed=1", "trainer.hf={seed:1}"):
+        assert start(given)[1][0].trainer.hf == {"seed": 1}
+    assert start("model.rope_parameters.rope_theta=5.0")[1][0].model.rope_parameters == {"rope_theta": 5.0}
+
+
+def test_help_names_groups_and_examples(start, capsys, monkeypatch):
+    for name in ("train", "plan"):
+        monkeypatch.setattr(sys, "argv", [f"lckv.{name}", "--help"])
+        with pytest.raises(SystemExit) as stop:
+            cli.run(print, name)
+        out = capsys.readouterr().out
+        assert stop.value.code == 0
+        for words in (
+            f"python -m lckv.{name} model.layer_types=",
+            "sharing: cla, ",
+            "experiment: ",
+            "hidden_size: 256",
+        ):
+            assert words in out
