@@ -11,8 +11,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from lckv.errors import UserError, near_miss
 from lckv.registry import Registry
@@ -53,9 +53,25 @@ class Segment:
 
 @dataclass(frozen=True)
 class SharingPlan:
-    """A checked `layer_types` string, layer by layer."""
+    """A checked `layer_types` string, layer by layer.
+
+    Attributes:
+        layers: what each layer does, from the bottom.
+        segments: the layers cut where cycles begin and end, from the bottom.
+        kv_source: for every layer, the layer whose KV it reads.
+        kv_owners: the layers that compute KV, from the bottom.
+    """
 
     layers: tuple[LayerPlan, ...]
+    segments: tuple[Segment, ...] = field(init=False)
+    kv_source: tuple[int, ...] = field(init=False)
+    kv_owners: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Plain attributes rather than cached properties, which torch.compile cannot trace.
+        object.__setattr__(self, "segments", _cut_at_cycles(self.layers))
+        object.__setattr__(self, "kv_source", tuple(layer.kv_source for layer in self.layers))
+        object.__setattr__(self, "kv_owners", tuple(layer.layer_idx for layer in self.layers if layer.computes_kv))
 
     @property
     def num_hidden_layers(self) -> int:
@@ -67,16 +83,6 @@ class SharingPlan:
         """The string in its shortest spelling; `parse_layer_types` reads it back to an equal plan."""
         return "_".join(f"{layer.kv_source}{'s' * layer.is_sliding}" for layer in self.layers)
 
-    @cached_property
-    def kv_source(self) -> tuple[int, ...]:
-        """For every layer, the layer whose KV it reads."""
-        return tuple(layer.kv_source for layer in self.layers)
-
-    @cached_property
-    def kv_owners(self) -> tuple[int, ...]:
-        """The layers that compute KV, from the bottom."""
-        return tuple(layer.layer_idx for layer in self.layers if layer.computes_kv)
-
     def readers(self, owner: int) -> tuple[LayerPlan, ...]:
         """The layers that read the KV of layer `owner`."""
         return tuple(layer for layer in self.layers if layer.kv_source == owner)
@@ -85,35 +91,35 @@ class SharingPlan:
         """Whether every reader of `owner` has a window, so that a cache may forget what the window has passed."""
         return all(layer.is_sliding for layer in self.readers(owner))
 
-    @cached_property
-    def segments(self) -> tuple[Segment, ...]:
-        """The layers from bottom to top, cut where cycles begin and end.
-
-        A cycle starts at the first layer that reads upward and stops behind the highest layer that upward entries
-        reach from inside it. Its passes are repeated, because each reads what a later layer of the pass before wrote.
-        """
-        segments: list[Segment] = []
-        start = layer_idx = 0
-        while layer_idx < len(self.layers):
-            if not self.layers[layer_idx].is_upward:
-                layer_idx += 1
-                continue
-            if start < layer_idx:
-                segments.append(Segment(start, layer_idx, is_cycle=False))
-            start, stop = layer_idx, layer_idx + 1
-            while layer_idx < stop:
-                stop = max(stop, self.layers[layer_idx].kv_source + 1)
-                layer_idx += 1
-            segments.append(Segment(start, stop, is_cycle=True))
-            start = stop
-        if start < layer_idx:
-            segments.append(Segment(start, layer_idx, is_cycle=False))
-        return tuple(segments)
-
     @property
     def has_cycles(self) -> bool:
         """Whether some layer reads upward, so that training has to iterate."""
         return any(layer.is_upward for layer in self.layers)
+
+
+def _cut_at_cycles(layers: tuple[LayerPlan, ...]) -> tuple[Segment, ...]:
+    """Cuts the layers where cycles begin and end.
+
+    A cycle starts at the first layer that reads upward and stops behind the highest layer that upward entries reach
+    from inside it. Its passes are repeated, because each reads what a later layer of the pass before wrote.
+    """
+    segments: list[Segment] = []
+    start = layer_idx = 0
+    while layer_idx < len(layers):
+        if not layers[layer_idx].is_upward:
+            layer_idx += 1
+            continue
+        if start < layer_idx:
+            segments.append(Segment(start, layer_idx, is_cycle=False))
+        start, stop = layer_idx, layer_idx + 1
+        while layer_idx < stop:
+            stop = max(stop, layers[layer_idx].kv_source + 1)
+            layer_idx += 1
+        segments.append(Segment(start, stop, is_cycle=True))
+        start = stop
+    if start < layer_idx:
+        segments.append(Segment(start, layer_idx, is_cycle=False))
+    return tuple(segments)
 
 
 @lru_cache(maxsize=256)

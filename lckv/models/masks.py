@@ -75,6 +75,7 @@ class VarlenBatch:
 
 def build_visible_keys(
     config: LCKVLlamaConfig,
+    plan: SharingPlan,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
@@ -84,14 +85,15 @@ def build_visible_keys(
 
     Args:
         config: the model's configuration; its attention implementation decides the form of the masks.
+        plan: the sharing pattern.
         inputs_embeds: `(batch, q_len, hidden_size)`, for its sizes, type and device.
         attention_mask: `(batch, past + q_len)` with zeros at padding, or a boolean `(batch, 1, q_len, kv_len)` that is
             true where a query may see a key (causality, windows and hidden own tokens are applied on top).
         past_key_values: the cache, before this call's tokens.
         document_ids: `(batch, past + q_len)`, equal for tokens that may see each other; `None` if all may.
     """
-    builder = _MaskBuilder(config, inputs_embeds, attention_mask, past_key_values, document_ids)
-    kinds = [builder.kind_of(layer) for layer in config.sharing_plan.layers]
+    builder = _MaskBuilder(config, plan, inputs_embeds, attention_mask, past_key_values, document_ids)
+    kinds = [builder.kind_of(layer) for layer in plan.layers]
     masks = {kind: builder.build(kind) for kind in set(kinds)}
     return [masks[kind] for kind in kinds]
 
@@ -102,13 +104,14 @@ class _MaskBuilder:
     def __init__(
         self,
         config: LCKVLlamaConfig,
+        plan: SharingPlan,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         document_ids: torch.Tensor | None,
     ) -> None:
         self.config = config
-        self.plan = config.sharing_plan
+        self.plan = plan
         self.batch_size, self.q_length = inputs_embeds.shape[:2]
         self.dtype, self.device = inputs_embeds.dtype, inputs_embeds.device
         self.past_key_values = past_key_values

@@ -50,8 +50,10 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
         super().__init__()
+        plan = config.sharing_plan.layers[layer_idx]
         self.layer_idx = layer_idx
-        self.plan = config.sharing_plan.layers[layer_idx]
+        self.computes_kv = plan.computes_kv
+        self.reads_itself = plan.kv_source == layer_idx
         self.self_attn = LCKVAttention(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -89,13 +91,13 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         own_keys = own_values = None
-        if self.plan.computes_kv:
+        if self.computes_kv:
             own_keys, own_values = self.self_attn.project_kv(hidden_states, position_embeddings)
             if past_key_values is not None:
                 own_keys, own_values = past_key_values.update(own_keys, own_values, self.layer_idx)
         if kv_only:
             return None, own_keys, own_values, None
-        if self.plan.kv_source == self.layer_idx:
+        if self.reads_itself:
             key_states, value_states = own_keys, own_values
         attn_output, attn_weights = self.self_attn(
             hidden_states, key_states, value_states, visible_keys, position_embeddings, **kwargs
@@ -146,9 +148,10 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
+        self.sharing_plan = config.sharing_plan
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            [LCKVDecoderLayer(config, layer_idx) for layer_idx in range(config.sharing_plan.num_hidden_layers)]
+            [LCKVDecoderLayer(config, layer_idx) for layer_idx in range(len(config.sharing_plan.layers))]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
@@ -199,13 +202,15 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             output_attentions = self.config.output_attentions
 
         document_ids = None
-        has_past = has_cached_tokens(past_key_values, self.config.sharing_plan)
+        has_past = has_cached_tokens(past_key_values, self.sharing_plan)
         if position_ids is None:
             position_ids = self._next_positions(inputs_embeds, past_key_values)
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
         call = _Call(
-            visible_keys=build_visible_keys(self.config, inputs_embeds, attention_mask, past_key_values, document_ids),
+            visible_keys=build_visible_keys(
+                self.config, self.sharing_plan, inputs_embeds, attention_mask, past_key_values, document_ids
+            ),
             position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
             past_key_values=past_key_values,
             layer_kwargs=kwargs,
@@ -231,12 +236,12 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
     def _next_positions(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
         if past_key_values is not None:
-            positions = positions + past_key_values.get_seq_length(self.config.sharing_plan.kv_owners[0])
+            positions = positions + past_key_values.get_seq_length(self.sharing_plan.kv_owners[0])
         return positions[None]  # (1, q_len)
 
     def _run_segments(self, call: _Call, hidden_states: torch.Tensor, has_past: bool) -> torch.Tensor:
         """Runs all layers from the bottom, each cycle as often as it needs."""
-        config, plan = self.config, self.config.sharing_plan
+        config, plan = self.config, self.sharing_plan
         num_new_tokens = hidden_states.shape[1]
         schedule = PassSchedule.from_config(
             config.forward_passes, config.backward_passes, config.converge_tolerance, num_new_tokens
@@ -271,7 +276,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         key_values = dict(key_values)
         output = hidden_states
         for layer_idx in range(segment.start, segment.stop):
-            source = self.config.sharing_plan.kv_source[layer_idx]
+            source = self.sharing_plan.kv_source[layer_idx]
             key_states, value_states = key_values[source] if source in key_values else (None, None)
             output, own_keys, own_values, attn_weights = self.layers[layer_idx](
                 output,
@@ -313,8 +318,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             raise ValueError("use_sequential takes no 4D attention_mask")
         cache = call.past_key_values
         if cache is None:
-            cache = new_sequential_cache(self.config.sharing_plan.num_hidden_layers)
-        num_past = int(cache.get_seq_length(self.config.sharing_plan.kv_owners[0]))
+            cache = new_sequential_cache(self.sharing_plan.num_hidden_layers)
+        num_past = int(cache.get_seq_length(self.sharing_plan.kv_owners[0]))
         cos, sin = call.position_embeddings
         outputs = []
         for position in range(inputs_embeds.shape[1]):
@@ -322,7 +327,9 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             token = slice(position, position + 1)
             mask = None if attention_mask is None else attention_mask[:, :stop]
             step = _Call(
-                visible_keys=build_visible_keys(self.config, inputs_embeds[:, token], mask, cache, document_ids),
+                visible_keys=build_visible_keys(
+                    self.config, self.sharing_plan, inputs_embeds[:, token], mask, cache, document_ids
+                ),
                 position_embeddings=(cos[:, token], sin[:, token]),
                 past_key_values=cache,
                 layer_kwargs=call.layer_kwargs,
