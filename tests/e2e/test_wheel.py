@@ -67,7 +67,7 @@ def test_plan_runs_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
 
 
 def test_training_runs_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
-    run([python, "-m", "lckv.train", "debug=cpu_smoke", "run_dir=out"], cwd=tmp_path)
+    run([python, "-m", "lckv.train", "debug=cpu_smoke", "data.max_documents=60", "run_dir=out"], cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "results.json").is_file()
     assert (tmp_path / "out" / "model" / "config.json").is_file()
