@@ -199,6 +199,9 @@ def _check_switches(cfg: TrainerConfig) -> None:
         ):
             if not is_there:
                 raise UserError(f"trainer.use_liger_kernel=true: needs {fault}")
+    for name in ("torch_compile_backend", "torch_compile_mode"):
+        if cfg.hf.get(name) and not cfg.torch_compile:  # transformers would switch compiling on without a word
+            raise UserError(f"trainer.hf.{name}={cfg.hf[name]}: only with trainer.torch_compile=true")
     backend = cfg.hf.get("torch_compile_backend") or "inductor"
     if cfg.torch_compile and backend == "inductor":
         _check_can_compile()

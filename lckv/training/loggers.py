@@ -32,7 +32,7 @@ def check_loggers(cfg: LoggerConfig) -> None:
     for name in cfg.names:
         LOGGERS[name]
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"logger.names={name}: is not installed; pip install {name}")
+            raise UserError(f"logger.names={name}: is not installed; pip install 'lckv[track]'")
     if "wandb" in cfg.names and cfg.mode not in ("online", "offline"):
         raise UserError(f"logger.mode={cfg.mode!r}: allowed are online, offline")
 

@@ -43,7 +43,8 @@ def plot_loss(lines: Sequence[dict[str, Any]], path: Path, *, title: str, unigra
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     aside = path.with_name(f".{path.name}.tmp")
     figure.savefig(aside, format="png")
     os.replace(aside, path)

@@ -1,0 +1,179 @@
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
+
+from lckv.training import callbacks, hardware
+from lckv.training.callbacks import (
+    PerplexityCallback,
+    ProgressCallback,
+    RhythmCallback,
+    ThroughputCallback,
+    format_duration,
+    sample_text,
+)
+
+
+class Clock:
+    """A clock that moves when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(callbacks, "time", clock)
+    return clock
+
+
+def throughput(**settings) -> ThroughputCallback:
+    defaults = {
+        "tokens_per_step": 1000,
+        "num_blocks": 40,
+        "global_batch_size": 10,
+        "flops_per_token": 1e9,
+        "precision": "bf16",
+    }
+    return ThroughputCallback(**{**defaults, **settings})
+
+
+ARGS = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+
+
+def take_steps(callback: ThroughputCallback, state: TrainerState, clock: Clock, seconds: list[float]) -> None:
+    for second in seconds:
+        clock.now += second
+        state.global_step += 1
+        callback.on_step_end(ARGS, state, TrainerControl())
+
+
+def log(callback, state: TrainerState, **logs) -> dict:
+    callback.on_log(ARGS, state, TrainerControl(), logs=logs)
+    return logs
+
+
+def test_throughput_leaves_out_what_is_not_training(clock: Clock):
+    callback, state = throughput(seconds_before=50.0), TrainerState(max_steps=10)
+    callback.on_train_begin(ARGS, state, TrainerControl())
+    take_steps(callback, state, clock, [1.0, 1.0])
+    clock.now += 3.0  # a sample
+    logs = log(callback, state, loss=1.0)
+    assert logs["tokens"] == 2000
+    assert logs["tokens_per_second"] == 1000
+    assert logs["epoch"] == 0.5
+    assert logs["seconds"] == 55
+    assert logs["eta_seconds"] == 20  # 2.5 seconds per step so far, all told
+    clock.now += 7.0  # an evaluation and a checkpoint
+    callback.on_evaluate(ARGS, state, TrainerControl())
+    callback.on_save(ARGS, state, TrainerControl())
+    take_steps(callback, state, clock, [0.5])
+    assert log(callback, state, loss=1.0)["tokens_per_second"] == 2000
+    assert log(callback, state, eval_loss=1.0) == {"eval_loss": 1.0, "tokens": 3000}
+
+
+def test_mfu_only_where_the_peak_is_known(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    callback, state = throughput(), TrainerState(max_steps=10)
+    callback.on_train_begin(ARGS, state, TrainerControl())
+    take_steps(callback, state, clock, [1.0])
+    assert "mfu" not in log(callback, state, loss=1.0)
+    monkeypatch.setattr(callbacks, "peak_flops", lambda device, precision: 1e13)
+    take_steps(callback, state, clock, [1.0])
+    assert log(callback, state, loss=1.0)["mfu"] == pytest.approx(1000 * 1e9 / (2 * 1e13))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("NVIDIA L4", "bf16", 121e12),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),
+        ("Something else", "bf16", None),
+    ],
+)
+def test_peak_flops(monkeypatch: pytest.MonkeyPatch, name: str, precision: str, peak: float | None):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert hardware.peak_flops(torch.device("cuda", 0), precision) == peak
+    assert hardware.peak_flops(torch.device("cpu"), precision) is None
+
+
+def test_perplexity_and_bits_per_byte():
+    logs = log(PerplexityCallback(bytes_per_token=4.0), TrainerState(), loss=2.0794415416798357)
+    assert logs["perplexity"] == pytest.approx(8.0)
+    assert logs["bits_per_byte"] == pytest.approx(3 / 4)
+    assert "bits_per_byte" not in log(PerplexityCallback(None), TrainerState(), loss=1.0)
+    assert log(PerplexityCallback(4.0), TrainerState(), eval_loss=1.0) == {"eval_loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("step", "sample_steps", "saves", "logs"),
+    [(3, None, False, False), (4, 2, False, True), (3, 2, True, True), (9, None, False, True)],
+)
+def test_a_checkpoint_or_sample_is_logged_and_the_last_step_does_everything(step, sample_steps, saves, logs):
+    control = TrainerControl(should_save=saves)
+    RhythmCallback(sample_steps).on_step_end(ARGS, TrainerState(global_step=step, max_steps=9), control)
+    assert control.should_log == logs
+    assert (control.should_evaluate, control.should_save) == ((True, True) if step == 9 else (False, saves))
+
+
+def test_progress_without_a_terminal_is_a_line_per_log():
+    output = io.StringIO()
+    progress = ProgressCallback(Console(file=output, width=200))
+    state = TrainerState(global_step=3, max_steps=9, is_world_process_zero=True)
+    progress.on_train_begin(ARGS, state, TrainerControl())
+    train = {"loss": 2.0, "perplexity": 7.39, "tokens_per_second": 1234.5, "eta_seconds": 83.0, "sample": "a\n[b] c"}
+    log(progress, state, **train)
+    log(progress, state, eval_loss=1.5, eval_perplexity=4.48, eval_bits_per_byte=0.9)
+    progress.close()
+    assert output.getvalue().splitlines() == [
+        "step 3/9  loss 2.000  ppl 7.4  1,234 tok/s  ETA 1:23",
+        "step 3/9  sample: a [b] c",
+        "step 3/9  validation: loss 1.500  perplexity 4.48  bits per byte 0.900",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    output = io.StringIO()
+    progress = ProgressCallback(Console(file=output, width=120, force_terminal=True))
+    state = TrainerState(global_step=0, max_steps=9, is_world_process_zero=True)
+    progress.on_train_begin(ARGS, state, TrainerControl())
+    state.global_step = 3
+    progress.on_step_end(ARGS, state, TrainerControl())
+    log(progress, state, loss=2.0, perplexity=7.39, tokens_per_second=1234.5, eta_seconds=83.0, mfu=0.4)
+    progress._progress.refresh()
+    progress.close()
+    shown = output.getvalue()
+    for part in ("training", "3/9", "loss 2.000", "1,234 tok/s", "MFU 40.0%", "ETA 1:23"):
+        assert part in shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (62, "1:02"), (3725, "1:02:05")])
+def test_duration(seconds: float, shown: str):
+    assert format_duration(seconds) == shown
+
+
+def test_sample_is_greedy_and_leaves_mode_and_random_state(make_session):
+    session = make_session()
+    session.model.train()
+    before = torch.get_rng_state()
+    texts = {sample_text(session.model, session.tokenizer, "in the", 6) for _ in range(2)}
+    assert len(texts) == 1
+    assert texts.pop().startswith("in the")
+    assert session.model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sample_never_outgrows_the_model(make_session):
+    session = make_session(model__max_position_embeddings=40)
+    text = sample_text(session.model, session.tokenizer, "in", 1000)
+    assert len(session.tokenizer(text)["input_ids"]) <= 41
