@@ -26,7 +26,7 @@ from lckv import config, overrides
 from lckv.errors import UserError, near_miss
 
 _GROUPS_WITHOUT_KEY = ("experiment", "debug")
-_CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
+_CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)  # ValueError: Hydra's own checks
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -76,6 +76,8 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
         with flag_override(composed, ["struct", "readonly"], False):
             del composed["hydra"]
         return prepare(composed, hydra_cfg)
+    except UserError:
+        raise
     except _CONFIG_ERRORS as error:
         raise UserError(describe(error, schema)) from error
 
@@ -110,7 +112,7 @@ class _Mistakes:
         try:
             yield
         except _CONFIG_ERRORS as error:
-            if error is self._from_job:
+            if error is self._from_job or isinstance(error, UserError):
                 raise
             self._report("", describe(error, config.SCHEMAS[self.config_name]))
 
@@ -124,17 +126,21 @@ def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
     """Turns what Hydra composed into the root dataclass, with mistakes found that Hydra lets pass.
 
     Raises:
-        UserError: if `layer_types` came in as a number, or is contradicted by the sharing group.
+        UserError: if `layer_types` came in as a number or is contradicted by the sharing group, a key was added that
+            nothing reads, or a value refers to a key that does not exist.
     """
     folders = [Path(source.path) for source in hydra_cfg.runtime.config_sources if source.schema == "file"]
     choices = OmegaConf.to_container(hydra_cfg.runtime.choices)
     files = overrides.config_files(folders, hydra_cfg.job.config_name, typing.cast(dict[str, Any], choices))
-    overrides.check_is_text(OmegaConf.select(composed, "model.layer_types"), "model.layer_types", files)
     schema = OmegaConf.get_type(composed)
     assert schema is not None
+    try:
+        cfg: Any = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:  # such as an interpolation of a key that does not exist
+        raise UserError(describe(error, schema)) from error
+    overrides.check_is_text(cfg.model.layer_types, "model.layer_types", files)
     _check_keys(composed, schema)
-    _check_one_sharing(composed, list(hydra_cfg.overrides.task))
-    cfg = OmegaConf.to_object(composed)
+    _check_one_sharing(cfg, list(hydra_cfg.overrides.task))
     if isinstance(cfg, config.TrainConfig):
         _fill_run_dir(cfg, hydra_cfg)
     return cfg
@@ -151,10 +157,10 @@ def _check_keys(composed: DictConfig, schema: type, prefix: str = "") -> None:
             _check_keys(composed[name], typing.cast(type, types[name]), f"{key}.")
 
 
-def _check_one_sharing(composed: DictConfig, given: list[str]) -> None:
+def _check_one_sharing(cfg: config.TrainConfig, given: list[str]) -> None:
     """Refuses `sharing` on the command line where `model.layer_types` would win over it without a word."""
     sharing = [override for override in given if re.match(r"\+{0,2}sharing[.=@]", override)]
-    layer_types = composed.model.layer_types
+    layer_types = cfg.model.layer_types
     if sharing and layer_types is not None:
         raise UserError(
             f"{sharing[0]}: has no effect beside model.layer_types={layer_types}; "
@@ -182,7 +188,8 @@ def job_name(hydra_cfg: DictConfig) -> str:
 
 def describe(error: Exception, schema: type) -> str:
     """What a Hydra, OmegaConf or YAML error means, in one line that names the key and the nearest allowed one."""
-    cause = next((e for e in (error.__cause__, error.__context__) if isinstance(e, OmegaConfBaseException)), error)
+    chain = (error, error.__cause__, error.__context__)
+    cause = next((each for each in chain if isinstance(each, OmegaConfBaseException)), error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = [str(name) for name in error.options or ()]
@@ -190,8 +197,8 @@ def describe(error: Exception, schema: type) -> str:
         return f"{group or 'config'}={option}: there is no such file{allowed}{near_miss(option, options)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _describe_unknown_key(cause, error, schema)
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return f"{cause.full_key}: {str(cause.msg or cause).splitlines()[0]}{_where(error)}"
+    if isinstance(cause, OmegaConfBaseException) and (full_key := re.search(r"^ *full_key: (\S+)", str(cause), re.M)):
+        return f"{full_key[1]}: {str(cause).splitlines()[0]}{_where(error)}"
     lines = [line for line in str(error).splitlines() if line.strip(" ^") and not line.startswith("See https://")]
     if isinstance(error, OverrideParseException):
         reasons = [line for line in lines if error.override not in line]
@@ -201,6 +208,8 @@ def describe(error: Exception, schema: type) -> str:
 
 def _describe_unknown_key(cause: OmegaConfBaseException, error: Exception, schema: type) -> str:
     key = str(cause.full_key or cause.key)
+    if key in _GROUPS_WITHOUT_KEY:
+        return f"{_where(error).strip(' ()') or key}: needs '# @package _global_' as its first line"
     return f"unknown key {key!r}{_hint(key, schema)}{_where(error)}"
 
 

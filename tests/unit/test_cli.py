@@ -77,6 +77,12 @@ ONE_LINERS = [
     (["--config-dir", "nowhere"], "nowhere' not found"),
     (["sharing=cla", "model.layer_types=0_0"], "sharing=cla: has no effect beside model.layer_types=0_0"),
     (["sharing.group_size=2", "model.layer_types=0_0"], "sharing.group_size=2: has no effect"),
+    (["run_name=${nowhere}"], "Interpolation key 'nowhere' not found"),
+    (["model=null"], "Config group override must be a string or a list"),
+    (
+        ["model.layer_types=[0_0,1_1]"],
+        "model.layer_types=['0_0', '1_1']: must be text, but the configuration holds a list",
+    ),
     (["-m", "model.hidden_size=64,big"], "model.hidden_size: Value 'big'"),
 ]
 
@@ -107,6 +113,7 @@ def test_mistakes_are_one_line(start, arguments, message):
             "model.hidden_size: Value 'big' of type 'str' could not be converted to Integer (in exper",
         ),
         ("model: [", "mine.yaml"),
+        ("seed: ${nowhere}", "seed: Interpolation key 'nowhere' not found"),
         (
             "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      model.layer_types: 1_1,2_2_2",
             "model.layer_types=11: must be text",
@@ -120,6 +127,16 @@ def test_mistakes_in_yaml_name_the_file(start, tmp_path, text, message):
     assert (code, seen) == (2, [])
     assert message in err
     assert "Traceback" not in err
+
+
+def test_an_experiment_without_its_first_line(start, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("seed: 3\n")
+    code, _, err = start("--config-dir", str(tmp_path), "experiment=mine")
+    assert (code, err) == (
+        2,
+        "lckv.train: error: in experiment/mine.yaml: needs '# @package _global_' as its first line\n",
+    )
 
 
 def test_a_quoted_pattern_in_yaml_and_a_later_override_are_fine(start, tmp_path):
