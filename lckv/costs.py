@@ -222,8 +222,9 @@ class _FlopCount:
     def _unfinished(self, layers: tuple[LayerPlan, ...], is_first: bool) -> float:
         """A pass over a cycle that another one follows: it ends at the keys and values of the top layer."""
         total = float(self._key_value)
+        read_again = {layer.kv_source for layer in layers[:-1]}
         for layer in layers[:-1]:
-            total += self._mlp + layer.computes_kv * self._key_value
+            total += self._mlp + (layer.layer_idx in read_again) * self._key_value
             if not (is_first and layer.is_upward):
                 total += self._attention(self._mean_keys[layer.layer_idx])
         return total

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
-    BlockMask,
+    add_offsets_to_mask_function,
     find_packed_sequence_indices,
     prepare_padding_mask,
 )
@@ -208,6 +209,9 @@ class _MaskBuilder:
                 own_token = nothing[batch_idx, q_idx - q_offset] & (kv_idx == q_idx)
                 return sees(batch_idx, head_idx, q_idx, kv_idx) | own_token
 
+        if self.config._attn_implementation == "flex_attention" and self.device.type == "cpu":
+            mask = self._block_mask_on_cpu(mask_function, kv_length, kv_offset, q_offset)
+            return VisibleKeys(mask=mask, sees_nothing=sees_nothing)
         mask = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
             batch_size=self.batch_size,
             q_length=self.q_length,
@@ -223,6 +227,19 @@ class _MaskBuilder:
             device=self.device,
         )
         return VisibleKeys(mask=mask, sees_nothing=sees_nothing)
+
+    def _block_mask_on_cpu(
+        self, mask_function: Callable[..., Any], kv_length: int, kv_offset: int, q_offset: int | torch.Tensor
+    ) -> BlockMask:
+        """What transformers' function does, but without compiling it: inductor's C++ for such masks does not build."""
+        return create_block_mask(
+            mask_mod=add_offsets_to_mask_function(mask_function, cast(int, q_offset), kv_offset),
+            B=self.batch_size,
+            H=None,
+            Q_LEN=self.q_length,
+            KV_LEN=kv_length,
+            device=self.device,
+        )
 
     def _rows_without_keys(
         self, sees: Callable[..., Any], kv_length: int, kv_offset: int, q_offset: int | torch.Tensor

@@ -68,7 +68,8 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         visible_keys: VisibleKeys,
         position_embeddings: PositionEmbeddings,
         past_key_values: AnyCache | None = None,
-        kv_only: bool = False,
+        needs_kv: bool = True,
+        needs_output: bool = True,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Runs the layer.
@@ -81,21 +82,22 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
             visible_keys: which keys each query sees.
             position_embeddings: cosines and sines for the new tokens.
             past_key_values: where a layer that computes KV adds it to that of earlier tokens.
-            kv_only: stop after computing KV.
+            needs_kv: whether somebody reads this layer's KV.
+            needs_output: whether somebody uses the hidden states that leave the layer.
             kwargs: passed on to the attention backend.
 
         Returns:
-            The hidden states that leave the layer (`None` with `kv_only`), the layer's own keys and values for its
-            readers (`None` if it computes none), and the attention weights, if the backend has them.
+            The hidden states that leave the layer, its own keys and values for its readers, and the attention weights,
+            if the backend has them; `None` for what is not needed.
         """
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         own_keys = own_values = None
-        if self.computes_kv:
+        if self.computes_kv and needs_kv:
             own_keys, own_values = self.self_attn.project_kv(hidden_states, position_embeddings)
             if past_key_values is not None:
                 own_keys, own_values = past_key_values.update(own_keys, own_values, self.layer_idx)
-        if kv_only:
+        if not needs_output:
             return None, own_keys, own_values, None
         if self.reads_itself:
             key_states, value_states = own_keys, own_values
@@ -272,9 +274,11 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         past_key_values: AnyCache | None,
         is_last: bool,
     ) -> tuple[torch.Tensor, KeyValues]:
-        """Runs the layers of a segment once; passes before the last end at the KV of the highest layer."""
+        """Runs the layers of a segment once; passes before the last do only what the next pass will read."""
         key_values = dict(key_values)
         output = hidden_states
+        top = segment.stop - 1
+        read_again = {top, *self.sharing_plan.kv_source[segment.start : top]}
         for layer_idx in range(segment.start, segment.stop):
             source = self.sharing_plan.kv_source[layer_idx]
             key_states, value_states = key_values[source] if source in key_values else (None, None)
@@ -285,7 +289,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
                 visible_keys=call.visible_keys[layer_idx],
                 position_embeddings=call.position_embeddings,
                 past_key_values=past_key_values,
-                kv_only=not is_last and layer_idx == segment.stop - 1,
+                needs_kv=is_last or layer_idx in read_again,
+                needs_output=is_last or layer_idx != top,
                 **call.layer_kwargs,
             )
             if own_keys is not None:

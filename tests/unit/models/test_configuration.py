@@ -1,0 +1,70 @@
+import copy
+import json
+
+import pytest
+from transformers import AutoConfig, DynamicCache, LlamaConfig
+
+from lckv import LCKVLlamaConfig
+from lckv.errors import UserError
+
+
+def test_string_survives_saving_and_copying(tmp_path):
+    config = LCKVLlamaConfig(layer_types="0_1s_1_3s", hidden_size=32, num_attention_heads=4)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["layer_types"] == "0_1s_1_3s"
+    for other in (AutoConfig.from_pretrained(tmp_path), copy.deepcopy(config), LCKVLlamaConfig(**config.to_dict())):
+        assert type(other) is LCKVLlamaConfig
+        assert (other.kv_sharing, other.layer_types) == (config.kv_sharing, config.layer_types)
+        assert other.num_hidden_layers == 4
+
+
+def test_reads_the_authors_config_json(tmp_path):
+    old = {
+        "architectures": ["LCKVLlamaForCausalLM"],
+        "model_type": "lckv-llama",
+        "layer_types": "0_2_2_3",
+        "num_hidden_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "rope_theta": 5000.0,
+        "rope_scaling": None,
+        "torch_dtype": "float32",
+        "forward_passes": 7,
+        "backward_passes": 2,
+        "transformers_version": "4.40.0",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.kv_sharing == "0_2_2_3"
+    assert config.rope_parameters["rope_theta"] == 5000.0
+
+
+def test_without_a_string_it_is_llama():
+    assert LCKVLlamaConfig(num_hidden_layers=3).kv_sharing == "0_1_2"
+    assert LCKVLlamaConfig().num_hidden_layers == LlamaConfig().num_hidden_layers
+    assert LCKVLlamaConfig(layer_types="0_0").num_hidden_layers == 2
+
+
+def test_caches_keep_what_the_widest_reader_needs():
+    config = LCKVLlamaConfig(layer_types="0s_1s_1_3s_3s", sliding_window=8, hidden_size=32, num_attention_heads=4)
+    cache = DynamicCache(config=config)
+    assert [getattr(layer, "is_sliding", None) for layer in cache.layers][:2] == [True, False]
+    assert getattr(cache.layers[3], "is_sliding", False)
+    assert config.kv_sharing_modes == [None, None, "reuse", None, "reuse"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_types": "0_1", "num_hidden_layers": 3}, "has 2 entries, but num_hidden_layers=3"),
+        ({"layer_types": "0_4"}, "entry 1 is '4', but there is no layer 4"),
+        ({"layer_types": "1_1", "backward_passes": 1}, "backward_passes=1"),
+        ({"layer_types": "0_1", "forward_passes": "convert"}, "forward_passes='convert'"),
+        ({"layer_types": "0_1", "forward_passes": -1}, "forward_passes=-1"),
+        ({"layer_types": "0_1", "sliding_window": 0}, "sliding_window=0"),
+        ({"layer_types": ["full_attention"]}, "must be a string"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        LCKVLlamaConfig(**options)

@@ -1,0 +1,244 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from lckv import LCKVLlamaForCausalLM
+from lckv.models.masks import VarlenBatch, build_visible_keys
+from tests.reference import exact_logits, tiny_config, tiny_model, token_ids
+
+LENGTH = 9
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}], ids=str)
+def test_identity_pattern_is_llama(options, attn_implementation):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, **options))
+    llama.set_attn_implementation(attn_implementation)
+    model = LCKVLlamaForCausalLM(tiny_config("0_1_2", attn_implementation=attn_implementation, **options))
+    model.load_state_dict(llama.state_dict())
+    input_ids = token_ids(2, LENGTH)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, :3] = 0
+    for mask in (torch.ones_like(input_ids), attention_mask):
+        labels = input_ids.masked_fill(mask == 0, -100).masked_fill(mask.diff(dim=1, prepend=mask[:, :1]) == 1, -100)
+        expected = llama(input_ids, attention_mask=mask, labels=labels)
+        actual = model(input_ids, attention_mask=mask, labels=labels)
+        assert_close(actual.loss, expected.loss, 1e-6)
+        assert_close(actual.logits[mask == 1], expected.logits[mask == 1], 1e-6)
+
+
+def test_layers_without_kv_have_no_kv_projections():
+    names = set(tiny_model("0_2_2_3").state_dict())
+    for layer_idx, computes_kv in enumerate([True, False, True, True]):
+        for projection in ("k_proj", "v_proj"):
+            assert (f"model.layers.{layer_idx}.self_attn.{projection}.weight" in names) == computes_kv
+
+
+layer_types_strings = st.integers(1, 6).flatmap(
+    lambda count: st.lists(st.tuples(st.integers(0, count - 1), st.booleans()), min_size=count, max_size=count).map(
+        lambda entries: "_".join(f"{source}{'s' * is_sliding}" for source, is_sliding in entries)
+    )
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(layer_types_strings, st.integers(1, 4), st.booleans(), st.data())
+def test_any_pattern_parallel_cached_checkpointed_and_token_by_token_agree(layer_types, window, force_nodiag, data):
+    length = 6
+    chunks = data.draw(st.lists(st.integers(1, 4), min_size=length, max_size=length))
+    options = {"sliding_window": window, "force_nodiag": force_nodiag}
+    model = tiny_model(layer_types, forward_passes=length, **options)
+    input_ids = token_ids(1, length)
+    expected = exact_logits(model, input_ids[0]).detach()[None]
+    outputs = model(input_ids, labels=input_ids, use_cache=False)
+    outputs.loss.backward()
+    assert_close(outputs.logits, expected)
+    with torch.no_grad():
+        assert_close(model(input_ids, use_cache=True).logits, expected)
+        cache = DynamicCache(config=model.config)
+        pieces = []
+        while (done := sum(piece.shape[1] for piece in pieces)) < length:
+            chunk = input_ids[:, done : done + chunks.pop()]
+            pieces.append(model(chunk, past_key_values=cache).logits)
+        assert_close(torch.cat(pieces, dim=1), expected)
+        packed = torch.cat([input_ids[:, 2:], input_ids], dim=1)
+        position_ids = torch.cat([torch.arange(length - 2), torch.arange(length)])[None]
+        assert_close(model(packed, position_ids=position_ids).logits[:, length - 2 :], expected)
+    recomputed = copy.deepcopy(model).train()
+    recomputed.zero_grad()
+    recomputed.gradient_checkpointing_enable({"use_reentrant": False})
+    recomputed(input_ids, labels=input_ids).loss.backward()
+    for (name, parameter), other in zip(model.named_parameters(), recomputed.parameters(), strict=True):
+        if parameter.grad is not None:
+            assert_close(other.grad, parameter.grad), name
+
+
+@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4", "1s_1s_3s_3s"])
+def test_compiled_in_one_graph_equals_eager(layer_types):
+    torch._dynamo.reset()
+    model = tiny_model(layer_types).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    input_ids = token_ids(2, LENGTH)
+    position_ids = torch.cat([torch.arange(4), torch.arange(LENGTH - 4)])[None].expand(2, -1)
+    for options in ({}, {"position_ids": position_ids}, {"attention_mask": torch.ones_like(input_ids)}):
+        losses, gradients = [], []
+        for forward in (model, compiled):
+            model.zero_grad()
+            loss = forward(input_ids, labels=input_ids, use_cache=False, **options).loss
+            loss.backward()
+            losses.append(loss.detach())
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        assert_close(losses[1], losses[0], 1e-6)
+        for actual, expected in zip(*gradients, strict=True):
+            assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_2_2_3"])
+def test_compiled_with_inductor_equals_eager(layer_types):
+    torch._dynamo.reset()
+    model = tiny_model(layer_types).train()
+    input_ids = token_ids(2, LENGTH)
+    expected = model(input_ids, labels=input_ids, use_cache=False)
+    actual = torch.compile(model, fullgraph=True)(input_ids, labels=input_ids, use_cache=False)
+    assert_close(actual.logits, expected.logits, 1e-5)
+    actual.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layer_types", ["0_3_3_3_4", "0s_1s_2_2"])
+@torch.no_grad()
+def test_compiled_decoding_with_a_static_cache(layer_types):
+    torch._dynamo.reset()
+    model = tiny_model(layer_types)
+    input_ids = token_ids(2, 6)
+    step = torch.compile(model, backend="eager")
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    logits = [model(input_ids[:, :2], past_key_values=cache).logits]
+    logits += [step(token, past_key_values=cache).logits for token in input_ids[:, 2:].split(1, dim=1)]
+    expected = torch.stack([exact_logits(model, row) for row in input_ids])
+    assert_close(torch.cat(logits, dim=1), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("layer_types", ["0_3_3_3_4", "0s_2_2_2", "1s_1s_3s_3s"])
+@torch.no_grad()
+def test_flex_attention_is_exact(layer_types):
+    torch._dynamo.reset()
+    model = tiny_model(layer_types, attn_implementation="flex_attention", forward_passes=LENGTH)
+    input_ids = token_ids(2, LENGTH)
+    rows = [exact_logits(model, row) for row in input_ids]
+    assert_close(model(input_ids).logits, torch.stack(rows))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, :4] = 0
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    logits = model(input_ids, attention_mask=attention_mask, position_ids=position_ids).logits
+    assert logits.isfinite().all()
+    assert_close(logits[1, 4:], exact_logits(model, input_ids[1, 4:]))
+    position_ids = torch.cat([torch.arange(4), torch.arange(LENGTH - 4)])[None].expand(2, -1)
+    assert_close(model(input_ids, position_ids=position_ids).logits[1, 4:], exact_logits(model, input_ids[1, 4:]))
+
+
+def _flash_like(model, input_ids, **options):
+    """The sequences that flash attention would get, for a layer that hides its own token."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "flash_attention_2"
+    embeds = model.model.embed_tokens(input_ids)
+    arguments = {"attention_mask": None, "past_key_values": None, "document_ids": None} | options
+    return build_visible_keys(config, config.sharing_plan, embeds, **arguments)
+
+
+def _spans(varlen: VarlenBatch):
+    cuts = zip(varlen.cu_seq_lens_q.tolist(), varlen.cu_seq_lens_k.tolist(), strict=True)
+    cuts = list(cuts)
+    return [
+        (varlen.query_indices[q0:q1].tolist(), varlen.key_indices[k0:k1].tolist())
+        for (q0, k0), (q1, k1) in zip(cuts, cuts[1:], strict=False)
+    ]
+
+
+def test_flash_attention_gets_padded_and_packed_batches_as_sequences():
+    model = tiny_model("1_1")
+    input_ids = token_ids(2, 4)
+    padded = _flash_like(model, input_ids, attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]))
+    assert _spans(padded[0].varlen) == [([2, 3], [2]), ([4, 5, 6], [4, 5])]
+    assert _spans(padded[1].varlen) == [([2, 3], [2, 3]), ([4, 5, 6], [4, 5, 6])]
+    packed = _flash_like(model, input_ids, document_ids=torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1]]))
+    assert _spans(packed[0].varlen) == [([0, 1, 2], [0, 1]), ([3], []), ([4, 5], [4]), ([6, 7], [6])]
+    plain = _flash_like(model, input_ids)
+    assert plain[0].varlen is None and plain[0].drop_own_token and not plain[1].drop_own_token
+
+
+@torch.no_grad()
+def test_four_dimensional_mask():
+    model = tiny_model("0_2_2_3", forward_passes=LENGTH)
+    input_ids = token_ids(1, LENGTH)
+    documents = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    mask = (documents[:, None] == documents[None, :])[None, None]
+    for attn_implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(attn_implementation)
+        logits = model(input_ids, attention_mask=mask, position_ids=position_ids).logits
+        assert_close(logits[0, 4:], exact_logits(model, input_ids[0, 4:]))
+
+
+@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4", "2s_2_2_0", "3_3_3_3"])
+@torch.no_grad()
+def test_generate(layer_types):
+    model = tiny_model(layer_types, forward_passes=16)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    input_ids = token_ids(2, 6)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, :3] = 0
+    options = {"attention_mask": attention_mask, "max_new_tokens": 6, "do_sample": False}
+    uncached = model.generate(input_ids, use_cache=False, **options)
+    assert torch.equal(model.generate(input_ids, **options), uncached)
+    static = model.generate(input_ids, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, uncached)
+    beams = [model.generate(input_ids, num_beams=3, use_cache=use_cache, **options) for use_cache in (True, False)]
+    assert torch.equal(*beams)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_come_from_the_last_pass():
+    model = tiny_model("0_2_2_3", attn_implementation="eager")
+    outputs = model(token_ids(2, LENGTH), output_hidden_states=True, output_attentions=True)
+    assert len(outputs.hidden_states) == 5 and len(outputs.attentions) == 4
+    assert torch.equal(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    upward = outputs.attentions[1]  # (batch, num_heads, q_len, kv_len)
+    assert upward[:, :, 0].abs().max() == 0
+    assert_close(upward[:, :, 1:].sum(-1), torch.ones_like(upward[:, :, 1:, 0]))
+    assert upward.triu().abs().max() == 0
+
+
+@torch.no_grad()
+def test_kv_residual_shrinks_with_passes():
+    input_ids = token_ids(2, LENGTH)
+    residuals = [
+        tiny_model("0_3_3_3_4", forward_passes=passes)(input_ids, output_kv_residual=True).kv_residual
+        for passes in (0, 2, 4)
+    ]
+    assert residuals[0] > residuals[1] > residuals[2] > 0
+    assert tiny_model("0_0_2_2")(input_ids, output_kv_residual=True).kv_residual is None
+
+
+@torch.no_grad()
+def test_saved_checkpoint_loads_through_auto_classes(tmp_path):
+    model = tiny_model("0_2_2_3")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is LCKVLlamaForCausalLM
+    input_ids = token_ids(1, LENGTH)
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
