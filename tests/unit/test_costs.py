@@ -116,7 +116,7 @@ def test_tinyllama_has_as_many_parameters_as_published():
         ("0_2_2_2_3", 3, 4),
         ("1_1_3_3", 2, 3),
         ("2_1_2_2", 1, 2),
-        ("2_2_1", 2, 2),
+        ("2_2_1_2", 2, 2),
     ],
 )
 def test_matrix_products_are_those_that_torch_counts(string, forward_passes, backward_passes):
