@@ -10,10 +10,12 @@ from rich.console import Console
 from lckv import cli
 from lckv.config import TrainConfig, check_model, model_arguments, resolve_layer_types
 from lckv.patterns import parse_layer_types
+from lckv.training.launch import launch_missing_processes
 
 
 def main(cfg: TrainConfig) -> None:
     """Builds everything that the configuration names, trains, and shows the results."""
+    launch_missing_processes("lckv.train")
     check_model(cfg.model, parse_layer_types(resolve_layer_types(cfg)))
 
     # Behind the checks: importing torch and transformers takes seconds.

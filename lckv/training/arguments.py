@@ -116,6 +116,8 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     _check_numbers(trainer)
     _check_switches(trainer)
     _check_pass_through(trainer.hf)
+    if num_processes() > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else processes under torchrun do not find each other
     micro_batch_size, accumulation = gradient_accumulation_steps(trainer, num_processes())
     schedule, schedule_kwargs, warmup_steps = schedule_arguments(optim, trainer.max_steps)
     ours = {
@@ -161,8 +163,8 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     if args.world_size != num_processes():
         # Each would train alone, all into one run folder.
         raise UserError(
-            f"{num_processes()} processes were launched but do not find each other; on a CPU, launch with "
-            "`accelerate launch --cpu --num_processes N`, or set ACCELERATE_USE_CPU=true"
+            f"{num_processes()} processes were launched, but this one is on its own; launch with `torchrun` or "
+            "`accelerate launch`, which set RANK and LOCAL_RANK, and with as many processes as there are devices"
         )
     return args
 

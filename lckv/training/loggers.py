@@ -80,4 +80,12 @@ def wandb(
         dir=str(folder.path),
         config=dict(config),
     )
-    return WandbCallback()
+
+    class Callback(WandbCallback):
+        """Ends the tracker's run with ours: a sweep's next job in this process starts its own."""
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            super().on_train_end(*args, **kwargs)
+            wandb_package.finish()
+
+    return Callback()

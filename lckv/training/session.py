@@ -123,7 +123,7 @@ class Session:
             self.progress.close()
         self.trainer.save_final(self.folder.model)
         results = self._write_results() if self.trainer.is_world_process_zero() else None
-        self.trainer.accelerator.end_training()
+        self.trainer.accelerator.wait_for_everyone()
         return results
 
     def _print(self, text: str) -> None:

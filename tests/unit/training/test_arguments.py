@@ -79,7 +79,7 @@ def test_compiling_is_refused_without_a_compiler(make_config: MakeConfig, monkey
 def test_processes_that_do_not_find_each_other_are_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(UserError, match="2 processes were launched but do not find each other"):
+    with pytest.raises(UserError, match="2 processes were launched, but this one is on its own"):
         build_training_arguments(make_config())
 
 

@@ -1,0 +1,44 @@
+"""Two processes and one: the same loss curve."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lckv import cli, train
+from tests.e2e import training
+from tests.e2e.conftest import FinishedRun
+
+pytestmark = pytest.mark.xdist_group("training")
+
+# Dropout draws other random numbers in every process.
+ALIKE = ["model.attention_dropout=0", "trainer.max_steps=12", "trainer.eval_steps=6", "trainer.save_steps=6"]
+
+
+def launch(arguments: list[str]) -> list[str]:
+    """The same command in two processes."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    return [*launcher, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *arguments[1:]]
+
+
+def assert_same_curve(first: Path, second: Path) -> None:
+    one, other = training.read_metrics(first), training.read_metrics(second)
+    assert [line["step"] for line in one] == [line["step"] for line in other]
+    for mine, theirs in zip(one, other, strict=True):
+        for name in ("loss", "eval_loss", "grad_norm", "tokens"):
+            assert theirs.get(name) == pytest.approx(mine.get(name), abs=1e-4)
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_give_the_curve_of_one(finished_run: FinishedRun, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train.main(cli.compose(training.command(finished_run.corpus, one, *ALIKE)[3:]))
+    # Other micro batches than alone: 2 of 2 blocks in each of 2 processes, not 2 of 4.
+    process = training.run(
+        launch(training.command(finished_run.corpus, two, *ALIKE, "trainer.micro_batch_size=2")), cwd=tmp_path
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert_same_curve(one, two)
+    assert json.loads((two / "results.json").read_text())["num_processes"] == 2
+    assert process.stdout.count("validation perplexity") == 1
