@@ -23,7 +23,7 @@ def use_liger_kernels(model: PreTrainedModel) -> int:
     for name, module in list(model.named_modules()):
         fused: nn.Module | None = None
         if type(module) is LlamaRMSNorm:
-            fused = LigerRMSNorm(module.weight.shape[0], eps=module.variance_epsilon)
+            fused = LigerRMSNorm(module.weight.shape[0], eps=module.variance_epsilon, in_place=False)
         elif type(module) is LlamaMLP and module.config.hidden_act in ("silu", "swish") and not module.config.mlp_bias:
             fused = LigerSwiGLUMLP(module.config)
         if fused is not None:

@@ -15,6 +15,7 @@ from lckv.config import TrainConfig
 from lckv.data import TokenizedData, collate
 from lckv.training import callbacks as ours
 from lckv.training.checkpoints import step_of
+from lckv.training.liger import use_liger_kernels
 from lckv.training.loggers import build_loggers
 from lckv.training.optim import build_optimizer
 from lckv.training.plots import plot_loss
@@ -56,6 +57,8 @@ class Session:
         self.first_step = step_of(self.checkpoint) if self.checkpoint else 0
         if args.should_save:
             folder.truncate_metrics(self.first_step)
+        if cfg.trainer.use_liger_kernel:
+            use_liger_kernels(model)
         disable_progress_bar()  # transformers' own, for every file that it writes
         self.progress = ours.ProgressCallback(console)
         self.trainer = LCKVTrainer(
