@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.reference import tiny_model, token_ids
@@ -18,12 +19,13 @@ def test_prints_a_row_per_model(tmp_path: Path) -> None:
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=50)
     assert process.returncode == 0, process.stderr
     rows = [line.split("│")[1].strip() for line in process.stdout.splitlines() if line.startswith("│")]
-    assert rows == ["transformers' Llama", "0_0_2", "1_1_2", "1_1_2, plain"]
+    assert rows == ["transformers' Llama", "0_0_2", "1_1_2", "1_1_2, plain", "1_1_2, plain, masked"]
 
 
-def test_plain_schedule_computes_the_same() -> None:
+@pytest.mark.parametrize("schedule", ["plain", "plain, masked"])
+def test_plain_schedule_computes_the_same(schedule: str) -> None:
     model, plain = tiny_model("0_3_3_3_4"), tiny_model("0_3_3_3_4")
-    plain.model.__class__ = runpy.run_path(str(SCRIPT))["PlainScheduleModel"]
+    plain.model.__class__ = runpy.run_path(str(SCRIPT))["PLAIN"][schedule]
     input_ids = token_ids(2, 20)
     losses = [each(input_ids=input_ids, labels=input_ids).loss for each in (model, plain)]
     for loss in losses:
