@@ -171,7 +171,7 @@ class TrainerConfig:
         max_grad_norm: gradients with a larger norm are scaled down to it; 0: never.
         num_threads: torch's threads per process; None: $OMP_NUM_THREADS, or physical cores / processes per machine.
         resume: whether the same command goes on with an interrupted run; false refuses a folder that holds one.
-        hf: any further field of transformers' `TrainingArguments`, e.g. `trainer.hf.fsdp=full_shard`,
+        hf: any further field of transformers' `TrainingArguments`, e.g. `trainer.hf.fsdp=true`,
             `trainer.hf.deepspeed=zero2.json` or `trainer.hf.torch_compile_backend=eager`.
     """
 

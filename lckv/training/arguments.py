@@ -116,7 +116,7 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     _check_numbers(trainer)
     _check_switches(trainer)
     _check_pass_through(trainer.hf)
-    if num_processes() > 1 and not torch.accelerator.is_available():
+    if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else processes under torchrun do not find each other
     micro_batch_size, accumulation = gradient_accumulation_steps(trainer, num_processes())
     schedule, schedule_kwargs, warmup_steps = schedule_arguments(optim, trainer.max_steps)
@@ -143,6 +143,7 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
         "bf16": trainer.precision == "bf16",
         "fp16": trainer.precision == "fp16",
         "torch_compile": trainer.torch_compile,
+        "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"),  # else no bf16 there
         "dataloader_num_workers": trainer.dataloader_num_workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_drop_last": True,

@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lckv.config import TrainConfig
 from lckv.data import TokenizedData, collate
+from lckv.errors import UserError
 from lckv.training import callbacks as ours
 from lckv.training.checkpoints import step_of
 from lckv.training.liger import use_liger_kernels
@@ -73,6 +74,8 @@ class Session:
             data_collator=collate,
             tokenizer=tokenizer,
         )
+        if args.fsdp and not self.trainer.is_fsdp_enabled:
+            raise UserError("trainer.hf.fsdp: accelerate shards on accelerators only, in two or more processes")
         self.trainer.on_eval_batch = self.progress.on_eval_batch
         self.trainer.remove_callback(PrinterCallback)
         for callback in self._callbacks():

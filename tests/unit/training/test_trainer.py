@@ -90,6 +90,15 @@ def test_gradient_checkpointing_does_not_change_the_curve(make_session: MakeSess
     assert_same_curve(reference, checkpointed, 1e-5)
 
 
+def test_mixed_precision_hardly_changes_the_curve(make_session: MakeSession, reference: Session):
+    mixed = make_session("mixed", trainer__precision="bf16")
+    mixed.run()
+    assert mixed.model.dtype == torch.float32
+    losses = [[line["loss"] for line in curve(session) if "loss" in line] for session in (reference, mixed)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
 def test_compiling_does_not_change_the_curve(make_session: MakeSession):
     small = {"model__layer_types": "1_1", "trainer__max_steps": 2, "trainer__save_steps": None}
     plain = make_session("plain", **small)
