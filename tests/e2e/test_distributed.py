@@ -10,8 +10,6 @@ from lckv import cli, train
 from tests.e2e import training
 from tests.e2e.conftest import FinishedRun
 
-pytestmark = pytest.mark.xdist_group("training")
-
 # Dropout draws other random numbers in every process.
 ALIKE = ["model.attention_dropout=0", "trainer.max_steps=12", "trainer.eval_steps=6", "trainer.save_steps=6"]
 
@@ -30,7 +28,7 @@ def assert_same_curve(first: Path, second: Path) -> None:
             assert theirs.get(name) == pytest.approx(mine.get(name), abs=1e-4)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(250)
 def test_two_processes_give_the_curve_of_one(finished_run: FinishedRun, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     train.main(cli.compose(training.command(finished_run.corpus, one, *ALIKE)[3:]))

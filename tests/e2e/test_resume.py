@@ -14,13 +14,11 @@ from safetensors.torch import load_file
 from tests.e2e import training
 from tests.e2e.conftest import FinishedRun
 
-pytestmark = pytest.mark.xdist_group("training")
-
 
 def kill_when(condition: Callable[[], bool], arguments: list[str], cwd: Path) -> None:
     """Starts a command and kills it, with a signal that it cannot see, as soon as `condition` holds."""
     with subprocess.Popen(arguments, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 50
+        deadline = time.monotonic() + 100
         while process.poll() is None and not condition():
             assert time.monotonic() < deadline, "the run never got there"
         process.send_signal(signal.SIGKILL)
@@ -34,6 +32,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.timeout(250)
 def test_killed_while_saving_and_resumed_is_the_undisturbed_run_bit_for_bit(
     finished_run: FinishedRun, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from lckv import cli, train
 from tests.e2e import training
 from tests.e2e.conftest import FinishedRun
 
-pytestmark = pytest.mark.xdist_group("training")
+pytestmark = pytest.mark.timeout(150)  # the first test to come trains the run that all of them look at
 
 
 def test_run_folder_has_everything(finished_run: FinishedRun) -> None:
@@ -34,14 +34,14 @@ def test_model_learns_and_the_results_say_so(finished_run: FinishedRun) -> None:
 
 
 def test_output_ends_with_results_places_and_what_to_type_next(finished_run: FinishedRun) -> None:
-    output = finished_run.process.stdout
+    output = finished_run.stdout
     for part in ("validation perplexity", "unigram", "bits per byte", "KV bytes per token", "sample", "peak memory"):
         assert part in output
     for name in ("loss.png", "results.json", "metrics.jsonl", "checkpoints", "model"):
         assert str(finished_run.folder / name) in output
     assert output.index("next:") > output.index("loss.png")
     assert "python -m lckv.train debug=default" in output
-    assert "Traceback" not in finished_run.process.stderr
+    assert "Traceback" not in finished_run.stderr
 
 
 def test_finished_run_shows_its_results_again(finished_run: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:

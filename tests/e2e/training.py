@@ -33,7 +33,7 @@ def command(corpus: Path, run_dir: Path, *settings: str) -> list[str]:
 
 
 def run(arguments: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    options: dict[str, Any] = {"cwd": cwd, "capture_output": True, "text": True, "timeout": 55}
+    options: dict[str, Any] = {"cwd": cwd, "capture_output": True, "text": True, "timeout": 100}
     return subprocess.run(arguments, check=False, env={**os.environ, **environment}, **options)
 
 

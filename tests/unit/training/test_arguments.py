@@ -5,6 +5,7 @@ import torch
 
 from lckv.config import TrainConfig, TrainerConfig
 from lckv.errors import UserError
+from lckv.training import arguments
 from lckv.training.arguments import build_training_arguments, gradient_accumulation_steps, set_num_threads
 
 MakeConfig = Callable[..., TrainConfig]
@@ -76,9 +77,10 @@ def test_compiling_is_refused_without_a_compiler(make_config: MakeConfig, monkey
     assert build_training_arguments(make_config(trainer__torch_compile=True, trainer__hf=backend)).torch_compile
 
 
-def test_processes_that_do_not_find_each_other_are_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+def test_processes_that_would_train_alone_into_one_folder_are_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(arguments, "num_processes", lambda: 2)
     with pytest.raises(UserError, match="2 processes were launched, but this one is on its own"):
         build_training_arguments(make_config())
 
