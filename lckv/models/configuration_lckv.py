@@ -21,11 +21,12 @@ class LCKVLlamaConfig(LlamaConfig):
 
     transformers gives `config.layer_types` a meaning of its own: a list with one of its kinds of cache per layer. So
     the string moves to `kv_sharing` when the configuration is made, and `layer_types` becomes the list that fits it.
-    Files keep the string under `layer_types`, as the checkpoints of the LCKV authors do.
+    Both are saved. A file that has the string under `layer_types`, as the LCKV authors' checkpoints do, loads too.
 
     Args:
         layer_types: whose keys and values each layer reads, e.g. `"0_6_6_6_6_6_6_7"`; `None` for Llama.
             `num_hidden_layers` follows it.
+        kv_sharing: the same string, where a saved configuration has it; a string in `layer_types` comes first.
         forward_passes: ungraded passes over each cycle of layers before the graded ones, or `"converge"`: pass until
             the cycle's keys and values stop changing.
         backward_passes: graded passes over each cycle, at least 2 where layers read upward.
@@ -67,6 +68,13 @@ class LCKVLlamaConfig(LlamaConfig):
             raise UserError(f"sliding_window={self.sliding_window}: allowed is 1 or more")
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Makes a configuration from a saved one; a `layer_types` among the keywords replaces the saved pattern."""
+        if "layer_types" in kwargs:
+            config_dict = config_dict | {"layer_types": kwargs.pop("layer_types")}
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def sharing_plan(self) -> SharingPlan:
         """The parsed sharing pattern."""
@@ -77,12 +85,6 @@ class LCKVLlamaConfig(LlamaConfig):
     def kv_sharing_modes(self) -> list[str | None]:
         """For transformers' caches: `"reuse"` for layers that compute no KV and so need no storage."""
         return [None if layer.computes_kv else "reuse" for layer in self.sharing_plan.layers]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Serialises the configuration with the pattern as one string under `layer_types`."""
-        output: dict[str, Any] = super().to_dict()
-        output["layer_types"] = output.pop("kv_sharing", self.kv_sharing)
-        return output
 
 
 def _transformers_layer_type(plan: SharingPlan, layer_idx: int, sliding_window: int) -> str:

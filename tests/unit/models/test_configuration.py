@@ -2,7 +2,7 @@ import copy
 import json
 
 import pytest
-from transformers import AutoConfig, DynamicCache, LlamaConfig
+from transformers import AutoConfig, DynamicCache, LlamaConfig, PreTrainedConfig
 
 from lckv import LCKVLlamaConfig
 from lckv.errors import UserError
@@ -11,7 +11,9 @@ from lckv.errors import UserError
 def test_string_survives_saving_and_copying(tmp_path):
     config = LCKVLlamaConfig(layer_types="0_1s_1_3s", hidden_size=32, num_attention_heads=4)
     config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["layer_types"] == "0_1s_1_3s"
+    assert json.loads((tmp_path / "config.json").read_text())["kv_sharing"] == "0_1s_1_3s"
+    PreTrainedConfig.from_pretrained(tmp_path)  # so do tools that know nothing of this class
+    assert AutoConfig.from_pretrained(tmp_path, layer_types="0_0_2_2").kv_sharing == "0_0_2_2"
     for other in (AutoConfig.from_pretrained(tmp_path), copy.deepcopy(config), LCKVLlamaConfig(**config.to_dict())):
         assert type(other) is LCKVLlamaConfig
         assert (other.kv_sharing, other.layer_types) == (config.kv_sharing, config.layer_types)
