@@ -165,14 +165,16 @@ class TrainerConfig:
         sample_steps: let the model continue `sample_prompt` every so many steps and at the end; None: only at the end.
         sample_tokens: how many tokens it adds.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        torch_compile: compile the model; needs a C++ compiler, on a GPU also Triton.
+        torch_compile: compile the decoder layers; needs a C++ compiler, on a GPU Triton.
+        torch_compile_backend: torch.compile's backend; only "inductor" generates code.
+        torch_compile_mode: torch.compile's mode, such as "max-autotune"; None: torch's default.
         use_liger_kernel: Liger's fused kernels; needs a GPU, Triton and liger-kernel.
         precision: "fp32", or "bf16" or "fp16" for mixed precision.
         max_grad_norm: gradients with a larger norm are scaled down to it; 0: never.
         num_threads: torch's threads per process; None: $OMP_NUM_THREADS, or physical cores / processes per machine.
         resume: whether the same command goes on with an interrupted run; false refuses a folder that holds one.
         hf: any further field of transformers' `TrainingArguments`, e.g. `trainer.hf.fsdp=true`,
-            `trainer.hf.deepspeed=zero2.json` or `trainer.hf.torch_compile_backend=eager`.
+            `trainer.hf.deepspeed=zero2.json` or `trainer.hf.ddp_timeout=3600`.
     """
 
     max_steps: int = 1000
@@ -188,6 +190,8 @@ class TrainerConfig:
     sample_tokens: int = 40
     gradient_checkpointing: bool = False
     torch_compile: bool = False
+    torch_compile_backend: str = "inductor"
+    torch_compile_mode: str | None = None
     use_liger_kernel: bool = False
     precision: str = "fp32"
     max_grad_norm: float = 1.0

@@ -142,7 +142,6 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
         "gradient_checkpointing": trainer.gradient_checkpointing,
         "bf16": trainer.precision == "bf16",
         "fp16": trainer.precision == "fp16",
-        "torch_compile": trainer.torch_compile,
         "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"),  # else no bf16 there
         "dataloader_num_workers": trainer.dataloader_num_workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -202,15 +201,17 @@ def _check_switches(cfg: TrainerConfig) -> None:
         ):
             if not is_there:
                 raise UserError(f"trainer.use_liger_kernel=true: needs {fault}")
-    for name in ("torch_compile_backend", "torch_compile_mode"):
-        if cfg.hf.get(name) and not cfg.torch_compile:  # transformers would switch compiling on without a word
-            raise UserError(f"trainer.hf.{name}={cfg.hf[name]}: only with trainer.torch_compile=true")
-    backend = cfg.hf.get("torch_compile_backend") or "inductor"
-    if cfg.torch_compile and backend == "inductor":
-        _check_can_compile()
+    if cfg.torch_compile:
+        _check_can_compile(cfg.torch_compile_backend)
 
 
-def _check_can_compile() -> None:
+def _check_can_compile(backend: str) -> None:
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if backend not in backends:
+        hint = near_miss(backend, backends)
+        raise UserError(f"trainer.torch_compile_backend={backend!r}: allowed are {', '.join(backends)}{hint}")
+    if backend != "inductor":
+        return
     if torch.cuda.is_available():
         if importlib.util.find_spec("triton") is None:
             raise UserError("trainer.torch_compile=true: needs Triton, which is not installed")

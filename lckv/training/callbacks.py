@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
@@ -178,7 +179,8 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     """Continues `prompt` by the likeliest token each time, up to `num_tokens`; the random state does not move."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
-    with in_eval_mode(model):
+    # A compiled layer would be compiled again for the lengths that only decoding has.
+    with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
         output = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=max(1, min(num_tokens, room)),

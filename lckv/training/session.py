@@ -16,6 +16,7 @@ from lckv.data import TokenizedData, collate
 from lckv.errors import UserError
 from lckv.training import callbacks as ours
 from lckv.training.checkpoints import step_of
+from lckv.training.compilation import compile_layers
 from lckv.training.liger import use_liger_kernels
 from lckv.training.loggers import build_loggers
 from lckv.training.optim import build_optimizer
@@ -60,6 +61,8 @@ class Session:
             folder.truncate_metrics(self.first_step)
         if cfg.trainer.use_liger_kernel:
             use_liger_kernels(model)
+        if cfg.trainer.torch_compile:
+            compile_layers(model, cfg.trainer.torch_compile_backend, cfg.trainer.torch_compile_mode)
         disable_progress_bar()  # transformers' own, for every file that it writes
         self.progress = ours.ProgressCallback(console)
         self.trainer = LCKVTrainer(

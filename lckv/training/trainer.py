@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import load_fsdp_model  # type: ignore[import-untyped]
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import load_sharded_checkpoint
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
@@ -201,18 +197,6 @@ class LCKVTrainer(Trainer):
             if self.args.should_save:
                 self._checkpoints.publish(step, staging / f"checkpoint-{step}")
         self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # transformers' own reads config.json without knowing the model, and refuses a string under `layer_types`.
-        model = self.model if model is None else model
-        assert model is not None
-        folder = Path(resume_from_checkpoint)
-        if self.is_fsdp_enabled:
-            load_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, model, resume_from_checkpoint)
-        elif (folder / SAFE_WEIGHTS_NAME).is_file():
-            load_model(model, folder / SAFE_WEIGHTS_NAME)
-        else:
-            load_sharded_checkpoint(model, resume_from_checkpoint, strict=False)
 
     def save_final(self, path: Path) -> None:
         """Saves the model and its tokenizer for `from_pretrained`, whole or not at all.

@@ -45,7 +45,8 @@ def test_global_batch_that_does_not_divide_is_refused(global_size, micro_size, p
         ({"trainer__hf": {"per_device_train_batch_size": 4}}, "set trainer.micro_batch_size instead"),
         ({"trainer__hf": {"gradient_checkpointing": True}}, "set trainer.gradient_checkpointing instead"),
         ({"trainer__hf": {"save_strategy": "no"}}, "decided by the training loop"),
-        ({"trainer__hf": {"torch_compile_mode": "default"}}, "only with trainer.torch_compile=true"),
+        ({"trainer__hf": {"torch_compile": True}}, "set trainer.torch_compile instead"),
+        ({"trainer__torch_compile": True, "trainer__torch_compile_backend": "inducter"}, "did you mean 'inductor'"),
     ],
 )
 def test_mistakes_name_the_key(make_config: MakeConfig, settings: dict, message: str):
@@ -73,8 +74,8 @@ def test_compiling_is_refused_without_a_compiler(make_config: MakeConfig, monkey
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="needs a C.. compiler"):
         build_training_arguments(make_config(trainer__torch_compile=True))
-    backend = {"torch_compile_backend": "aot_eager"}  # generates no code
-    assert build_training_arguments(make_config(trainer__torch_compile=True, trainer__hf=backend)).torch_compile
+    no_code = {"trainer__torch_compile": True, "trainer__torch_compile_backend": "aot_eager"}
+    build_training_arguments(make_config(**no_code))
 
 
 def test_processes_that_would_train_alone_into_one_folder_are_refused(

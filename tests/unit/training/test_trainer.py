@@ -104,10 +104,12 @@ def test_compiling_does_not_change_the_curve(make_session: MakeSession):
     plain = make_session("plain", **small)
     plain.run()
     # Traced and differentiated as by every backend, but without code generation, which takes a minute.
-    backend = {"torch_compile_backend": "aot_eager"}
-    compiled = make_session("compiled", **small, trainer__torch_compile=True, trainer__hf=backend)
+    torch._dynamo.reset()
+    backend = {"trainer__torch_compile": True, "trainer__torch_compile_backend": "aot_eager"}
+    compiled = make_session("compiled", **small, **backend)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compiled.run()
-    assert isinstance(compiled.trainer.model_wrapped, torch._dynamo.OptimizedModule)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     assert_same_curve(plain, compiled, 1e-4)
 
 
