@@ -176,15 +176,18 @@ class SampleCallback(TrainerCallback):
 
 
 def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
-    """Continues `prompt` by the likeliest token each time, up to `num_tokens`; the random state does not move."""
+    """Continues `prompt` by up to `num_tokens` drawn at random, the same draw each time; the random state stays."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     # A compiled layer would be compiled again for the lengths that only decoding has.
     with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(0)
         output = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=max(1, min(num_tokens, room)),
-            do_sample=False,
+            do_sample=True,
+            temperature=0.8,
+            top_k=50,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )

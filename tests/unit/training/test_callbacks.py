@@ -162,7 +162,7 @@ def test_duration(seconds: float, shown: str):
     assert format_duration(seconds) == shown
 
 
-def test_sample_is_greedy_and_leaves_mode_and_random_state(make_session):
+def test_sample_is_the_same_each_time_and_leaves_mode_and_random_state(make_session):
     session = make_session()
     session.model.train()
     before = torch.get_rng_state()
