@@ -27,7 +27,14 @@ from lckv.models.masks import VisibleKeys
 from lckv.models.modeling_lckv import LCKVLlamaModel
 from lckv.patterns import parse_layer_types
 
-PATTERNS = ("0_1_2_3_4_5_6_7", "0_0_2_2_4_4_6_6", "0_1_1_1_1_1_1_1", "0_6_6_6_6_6_6_7", "0_4_4_4_4_4_4_7")
+PATTERNS = (
+    "0_1_2_3_4_5_6_7",
+    "0_0_2_2_4_4_6_6",
+    "0s_1s_2s_3s_4_4_4_4",
+    "0_1_1_1_1_1_1_1",
+    "0_6_6_6_6_6_6_7",
+    "0_4_4_4_4_4_4_7",
+)
 BASELINE = "transformers' Llama"
 
 
@@ -85,7 +92,11 @@ def build_models(arguments: argparse.Namespace) -> dict[str, torch.nn.Module]:
     }
     for layer_types in arguments.patterns:
         config = LCKVLlamaConfig(
-            layer_types=layer_types, forward_passes=arguments.passes[0], backward_passes=arguments.passes[1], **sizes
+            layer_types=layer_types,
+            forward_passes=arguments.passes[0],
+            backward_passes=arguments.passes[1],
+            sliding_window=max(1, arguments.length // 4),
+            **sizes,
         )
         models[layer_types] = LCKVLlamaForCausalLM(copy.deepcopy(config))
         if parse_layer_types(layer_types).has_cycles:

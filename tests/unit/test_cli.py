@@ -213,6 +213,6 @@ def test_help_names_groups_and_examples(start, capsys, monkeypatch):
             f"python -m lckv.{name} model.layer_types=",
             "sharing: cla, ",
             "experiment: ",
-            "hidden_size: 256",
+            "hidden_size: 192",
         ):
             assert words in out
