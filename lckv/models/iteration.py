@@ -67,6 +67,8 @@ def run_cycle(
     past_key_values: Cache | None,
     owners: tuple[int, ...],
     schedule: PassSchedule,
+    *,
+    needs_residual: bool,
 ) -> tuple[torch.Tensor, KeyValues, torch.Tensor | None]:
     """Runs a cycle as often as its schedule says.
 
@@ -77,10 +79,12 @@ def run_cycle(
         past_key_values: the cache; only the last pass writes to it.
         owners: the owners that are read upward, whose KV has to settle.
         schedule: how often to run.
+        needs_residual: whether to measure how far KV still moved in the last pass.
 
     Returns:
         The hidden states that leave the cycle, `key_values` with the cycle's own entries, and how far the KV of
-        `owners` moved in the last pass relative to its size (a scalar), or `None` after a single pass.
+        `owners` moved in the last pass relative to its size (a scalar), or `None` if that is not needed, or there was
+        but one pass.
     """
     num_ungraded = 0
     with _without_gradient():
@@ -95,9 +99,9 @@ def run_cycle(
         _, key_values = run(hidden_states, key_values, CacheView.of(past_key_values), False)
     previous = key_values
     output, key_values = run(hidden_states, previous, past_key_values, True)
-    is_single = num_ungraded + schedule.num_graded == 1
-    residual = None if is_single else relative_change(previous, key_values, owners)
-    return output, key_values, residual
+    if not needs_residual or num_ungraded + schedule.num_graded == 1:
+        return output, key_values, None
+    return output, key_values, relative_change(previous, key_values, owners)
 
 
 def _without_gradient() -> AbstractContextManager[object]:
@@ -107,11 +111,9 @@ def _without_gradient() -> AbstractContextManager[object]:
 @torch.no_grad()
 def relative_change(before: KeyValues, after: KeyValues, owners: tuple[int, ...]) -> torch.Tensor:
     """Distance between the KV of two passes over the size of the later, in the Frobenius norm: a scalar."""
-    distance = size = torch.zeros((), dtype=torch.float32)
-    for owner in owners:
-        for old, new in zip(before[owner], after[owner], strict=True):
-            distance = distance.to(new.device) + (new.float() - old.float()).square().sum()
-            size = size.to(new.device) + new.float().square().sum()
+    pairs = [pair for owner in owners for pair in zip(before[owner], after[owner], strict=True)]
+    distance = torch.stack([(new.float() - old.float()).square().sum() for old, new in pairs]).sum()
+    size = torch.stack([new.float().square().sum() for _, new in pairs]).sum()
     return (distance / size.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
 
 

@@ -119,6 +119,7 @@ class _MaskBuilder:
         self.attention_mask = attention_mask
         if attention_mask is not None:
             self.attention_mask = attention_mask.to(device=self.device, dtype=torch.bool)
+        self.is_unpadded = self._nothing_is_padded()  # waits for the device, so once
         self.document_ids = document_ids
 
     def kind_of(self, layer: LayerPlan) -> MaskKind:
@@ -145,9 +146,9 @@ class _MaskBuilder:
         window = kind.window
         if window is not None and isinstance(q_offset, int) and q_offset + self.q_length <= window:
             window = None
-        is_plain = window is None and self.document_ids is None and self._nothing_is_padded()
+        is_plain = window is None and self.document_ids is None and self.is_unpadded
         if implementation in FLASH_ATTENTION:
-            return self._flash(kind, kv_length, window, is_plain)
+            return self._flash(kind, kv_length, window)
         if implementation == "sdpa" and is_plain and isinstance(q_offset, int) and self._is_aligned(kv_length):
             return VisibleKeys(mask=None, drop_own_token=kind.hides_own_token)
         return self._dense_or_block(kind.hides_own_token, window, kv_length, kv_offset, q_offset)
@@ -265,11 +266,11 @@ class _MaskBuilder:
         num_keys_before = torch.nn.functional.pad(padding.long().cumsum(dim=1), (1, 0))
         return num_keys_before.gather(1, stop) == num_keys_before.gather(1, first.minimum(stop))
 
-    def _flash(self, kind: MaskKind, kv_length: int, window: int | None, is_plain: bool) -> VisibleKeys:
+    def _flash(self, kind: MaskKind, kv_length: int, window: int | None) -> VisibleKeys:
         """Flash attention is causal and windowed by itself; only padding and documents have to be cut out."""
         if self.attention_mask is not None and self.attention_mask.ndim == 4:
             raise ValueError("flash attention takes no 4D attention_mask: use attn_implementation='sdpa'")
-        is_uncut = is_plain or (self.document_ids is None and self._nothing_is_padded())
+        is_uncut = self.document_ids is None and self.is_unpadded
         varlen = None if is_uncut else self._varlen(kind.hides_own_token, kv_length)
         return VisibleKeys(drop_own_token=kind.hides_own_token, varlen=varlen, window=window)
 

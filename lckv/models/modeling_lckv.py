@@ -259,7 +259,13 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
                 zeros = self._zero_states(hidden_states)
                 key_values = with_past(key_values, owners, call.past_key_values, zeros)
             hidden_states, key_values, residual = run_cycle(
-                run, hidden_states, key_values, call.past_key_values, owners, schedule
+                run,
+                hidden_states,
+                key_values,
+                call.past_key_values,
+                owners,
+                schedule,
+                needs_residual=call.kv_residuals is not None,
             )
             if call.kv_residuals is not None and residual is not None:
                 call.kv_residuals.append(residual)
