@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -162,12 +167,33 @@ def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:
     layer_types = results["layer_types"]
     num_layers = parse_layer_types(layer_types).num_hidden_layers
     llama = build_layer_types("llama", num_layers)
-    other, name = (llama, "llama") if layer_types != llama else (build_layer_types("cla", num_layers), "cla")
-    again = [given for given in sys.argv[1:] if not given.startswith(_OF_ONE_RUN)]
-    again += [f"model.layer_types={other}", f"run_name={results['run_name']}_{name}"]
-    return [
-        f"python -m lckv.plan model.layer_types={layer_types}",
-        f"python -m lckv.train {shlex.join(again)}",
-        'python -c "import lckv.models; from transformers import pipeline; '
-        f"print(pipeline('text-generation', '{folder.model}')('{results['sample_prompt']}'))\"",
-    ]
+    python = shlex.quote(_interpreter())
+    commands = [f"{python} -m lckv.plan model.layer_types={layer_types}"]
+    if num_layers > 1:  # a single layer has nothing to share
+        other, name = (llama, "llama") if layer_types != llama else (build_layer_types("cla", num_layers), "cla")
+        again = [given for given in _arguments() if not given.lstrip("+").startswith(_OF_ONE_RUN)]
+        again += [f"model.layer_types={other}", f"run_name={results['run_name']}_{name}"]
+        commands.append(f"{python} -m lckv.train {shlex.join(again)}")
+    path, prompt = (json.dumps(text, ensure_ascii=False) for text in (str(folder.model), results["sample_prompt"]))
+    generate = (
+        f'import lckv.models; from transformers import pipeline; print(pipeline("text-generation", {path})({prompt}))'
+    )
+    return [*commands, f"{python} -c {shlex.quote(generate)}"]
+
+
+def _interpreter() -> str:
+    """What to type for this Python: `python` where the shell finds the same, else its path."""
+    executable = Path(sys.executable)
+    found = shutil.which("python")
+    if found is not None and Path(found).absolute().parent == executable.parent:
+        return "python"
+    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
+
+
+def _arguments() -> list[str]:
+    """The command line of this run; for a job of a sweep, what runs this job alone."""
+    given = sys.argv[1:]
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return given
+    flags = [item for item in given if (item.startswith("-") or "=" not in item) and item not in ("-m", "--multirun")]
+    return [*flags, *HydraConfig.get().overrides.task]

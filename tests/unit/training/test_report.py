@@ -1,0 +1,65 @@
+"""The end of a run: what it says to type next is what can be typed."""
+
+import ast
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from lckv.training.report import _arguments, _next_commands
+from lckv.training.run_folder import RunFolder
+
+
+def commands(layer_types: str, folder: Path, prompt: str = "In the beginning") -> list[list[str]]:
+    results = {"layer_types": layer_types, "run_name": "mine", "sample_prompt": prompt}
+    return [shlex.split(command) for command in _next_commands(results, RunFolder(str(folder)))]
+
+
+def test_the_next_run_differs_in_its_pattern_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["train", "--config-dir", "d", "sharing=cla", "++run_dir=x", "data.files=a b.txt"]
+    )
+    _, train, _ = commands("0_0_2_2", tmp_path)
+    assert train[1:] == [
+        *("-m", "lckv.train", "--config-dir", "d", "data.files=a b.txt"),
+        *("model.layer_types=0_1_2_3", "run_name=mine_llama"),
+    ]
+    assert commands("0_1_2_3", tmp_path)[1][-2:] == ["model.layer_types=0_0_2_2", "run_name=mine_cla"]
+
+
+def test_a_single_layer_has_nothing_to_compare_with(tmp_path):
+    plan, generate = commands("0", tmp_path)
+    assert plan[1:] == ["-m", "lckv.plan", "model.layer_types=0"]
+    assert generate[1] == "-c"
+
+
+def test_any_prompt_survives_the_shell(tmp_path):
+    prompt = 'He said: "it\'s $HOME" \\ n'
+    code = commands("0_0", tmp_path / "a 'run'", prompt)[-1][-1]
+    texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert set(texts) == {"text-generation", str(tmp_path / "a 'run'" / "model"), prompt}
+
+
+@pytest.mark.parametrize(
+    ("on_path", "executable", "typed"),
+    [
+        (".venv/bin", ".venv/bin/python", "python"),
+        ("other/bin", ".venv/bin/python", ".venv/bin/python"),
+        (None, ".venv/bin/python3", ".venv/bin/python3"),
+        ("other/bin", "/opt/my env/bin/python", "/opt/my env/bin/python"),
+    ],
+)
+def test_the_interpreter_is_one_that_the_shell_finds(monkeypatch, tmp_path, on_path, executable, typed):
+    for folder in (".venv/bin", "other/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "python").touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / on_path) if on_path else str(tmp_path / "empty"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / executable))
+    assert {command[0] for command in commands("0_0", tmp_path)} == {typed}
+
+
+def test_without_hydra_the_command_line_is_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "seed=0,1"])
+    assert _arguments() == ["-m", "seed=0,1"]
