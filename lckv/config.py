@@ -335,7 +335,12 @@ def resolve_layer_types(cfg: TrainConfig) -> str:
         num_hidden_layers = model.default_num_hidden_layers
     parameters = {item.name: getattr(cfg.sharing, item.name) for item in fields(cfg.sharing) if item.name != "name"}
     given = {name: value for name, value in parameters.items() if value is not None}
-    return build_layer_types(cfg.sharing.name, num_hidden_layers, **given)
+    try:
+        return build_layer_types(cfg.sharing.name, num_hidden_layers, **given)
+    except UserError as error:  # names a parameter without its group
+        name = str(error).partition("=")[0]
+        group = "sharing." if name in parameters else "model." if name == "num_hidden_layers" else ""
+        raise UserError(f"{group}{error}") from None
 
 
 def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:

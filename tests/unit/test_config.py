@@ -111,8 +111,10 @@ def test_parameters_of_another_pattern_are_refused():
         resolve_layer_types(cli.compose(["sharing=lckv", "sharing.group_size=3"]))
     with pytest.raises(UserError, match="unknown sharing pattern 'lkcv'.*did you mean 'lckv'"):
         resolve_layer_types(cli.compose(["sharing.name=lkcv"]))
-    with pytest.raises(UserError, match="group_size=0"):
+    with pytest.raises(UserError, match="^sharing.group_size=0"):
         resolve_layer_types(cli.compose(["sharing=cla", "sharing.group_size=0"]))
+    with pytest.raises(UserError, match="^model.num_hidden_layers=0"):
+        resolve_layer_types(cli.compose(["sharing=cla", "model.num_hidden_layers=0"]))
 
 
 @pytest.mark.parametrize(
