@@ -19,10 +19,10 @@ def main(cfg: TrainConfig) -> None:
     check_model(cfg.model, parse_layer_types(resolve_layer_types(cfg)))
 
     # Behind the checks: importing torch and transformers takes seconds.
-    from transformers import set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
     from lckv.data import build_dataset, build_tokenizer
-    from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+    from lckv.models import LCKVLlamaConfig
     from lckv.training.arguments import build_training_arguments, is_main_process, set_num_threads
     from lckv.training.loggers import check_loggers
     from lckv.training.report import show_results
@@ -49,7 +49,7 @@ def main(cfg: TrainConfig) -> None:
     data = build_dataset(cfg.data, tokenizer)
     set_seed(cfg.seed)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = LCKVLlamaForCausalLM(LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)), **special))
+    model = AutoModelForCausalLM.from_config(LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)), **special))
     if (results := Session(cfg, args, model, tokenizer, data, folder, console).run()) is not None:
         show_results(results, folder, console)
 

@@ -114,6 +114,7 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     """
     trainer, optim = cfg.trainer, cfg.optim
     _check_numbers(trainer)
+    _check_combinations(cfg)
     _check_switches(trainer)
     _check_pass_through(trainer.hf)
     if not torch.accelerator.is_available():
@@ -203,6 +204,16 @@ def _check_switches(cfg: TrainerConfig) -> None:
                 raise UserError(f"trainer.use_liger_kernel=true: needs {fault}")
     if cfg.torch_compile:
         _check_can_compile(cfg.torch_compile_backend)
+
+
+def _check_combinations(cfg: TrainConfig) -> None:
+    """Refuses settings of the model and of the loop that do not go together."""
+    model, trainer = cfg.model, cfg.trainer
+    if model.dtype == "float16" and trainer.precision == "fp16":
+        raise UserError(
+            "model.dtype=float16: cannot be trained with trainer.precision=fp16, whose loss scaling needs gradients "
+            "in float32; leave model.dtype out"
+        )
 
 
 def _check_can_compile(backend: str) -> None:
