@@ -176,8 +176,8 @@ def _attend_varlen(
         pick(value, varlen.key_indices),
         cu_seq_lens_q=varlen.cu_seq_lens_q,
         cu_seq_lens_k=varlen.cu_seq_lens_k,
-        max_length_q=int(varlen.cu_seq_lens_q.diff().max()),
-        max_length_k=int(varlen.cu_seq_lens_k.diff().max()),
+        max_length_q=varlen.max_length_q,
+        max_length_k=varlen.max_length_k,
         **kwargs,
     )
     batch_size, num_heads, q_len, head_dim = query.shape

@@ -64,16 +64,19 @@ class LCKVLlamaConfig(LlamaConfig):
             _transformers_layer_type(plan, layer_idx, self.sliding_window) for layer_idx in range(len(plan.layers))
         ]
         _check_iteration(self.forward_passes, self.backward_passes, plan)
+        if not self.converge_tolerance > 0:
+            raise UserError(f"converge_tolerance={self.converge_tolerance}: allowed is a number above 0")
         if self.sliding_window < 1:
             raise UserError(f"sliding_window={self.sliding_window}: allowed is 1 or more")
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Makes a configuration from a saved one; a `layer_types` among the keywords replaces the saved pattern."""
-        if "layer_types" in kwargs:
-            config_dict = config_dict | {"layer_types": kwargs.pop("layer_types")}
-        return super().from_dict(config_dict, **kwargs)
+        """Makes a configuration from a saved one; keywords replace what is saved, and are checked with it."""
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
+        if "kv_sharing" in given:
+            given.setdefault("layer_types", given["kv_sharing"])
+        return super().from_dict(config_dict | given, **kwargs)
 
     @property
     def sharing_plan(self) -> SharingPlan:

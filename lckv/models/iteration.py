@@ -138,11 +138,22 @@ class CacheView:
         """Returns the cached keys and values of `layer_idx` followed by the given ones."""
         if layer_idx >= len(self._cache.layers):
             return key_states, value_states
-        layer: Any = self._cache.layers[layer_idx]
-        # Growing layers replace their tensors, so that a shallow copy protects the original; others write in place.
-        layer = copy.copy(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer)
+        layer = _copy_to_write(self._cache.layers[layer_idx])
+        if layer.is_initialized and layer.keys.device != key_states.device:  # the cache is offloaded
+            layer.keys, layer.values = layer.keys.to(key_states.device), layer.values.to(key_states.device)
         keys, values = layer.update(key_states, value_states)
         return keys, values
+
+
+def _copy_to_write(layer: Any) -> Any:
+    """A copy of a cache layer whose updates leave the original alone."""
+    copied = copy.copy(layer)
+    if isinstance(layer, DynamicLayer):
+        return copied  # growing layers replace their tensors, static ones write into them
+    copied.cumulative_length = layer.cumulative_length.clone()
+    if layer.is_initialized:
+        copied.keys, copied.values = layer.keys.clone(), layer.values.clone()
+    return copied
 
 
 def with_past(

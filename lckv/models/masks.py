@@ -66,12 +66,16 @@ class VarlenBatch:
         key_indices: positions in the flattened `(batch * kv_len)` keys to keep, `(num_keys,)`.
         cu_seq_lens_q: where each sequence's queries begin, and their end, `(num_sequences + 1,)`.
         cu_seq_lens_k: the same for keys.
+        max_length_q: most queries of a sequence.
+        max_length_k: most keys of a sequence.
     """
 
     query_indices: torch.Tensor
     key_indices: torch.Tensor
     cu_seq_lens_q: torch.Tensor
     cu_seq_lens_k: torch.Tensor
+    max_length_q: int
+    max_length_k: int
 
 
 def build_visible_keys(
@@ -88,15 +92,33 @@ def build_visible_keys(
         config: the model's configuration; its attention implementation decides the form of the masks.
         plan: the sharing pattern.
         inputs_embeds: `(batch, q_len, hidden_size)`, for its sizes, type and device.
-        attention_mask: `(batch, past + q_len)` with zeros at padding, or a boolean `(batch, 1, q_len, kv_len)` that is
-            true where a query may see a key (causality, windows and hidden own tokens are applied on top).
+        attention_mask: `(batch, past + q_len)` with zeros at padding, or `(batch or 1, 1, q_len, past + q_len)`,
+            boolean or additive, for which queries may see which keys (causality, windows and hidden own tokens are
+            applied on top).
         past_key_values: the cache, before this call's tokens.
         document_ids: `(batch, past + q_len)`, equal for tokens that may see each other; `None` if all may.
     """
+    if attention_mask is not None:
+        attention_mask = _as_boolean(attention_mask.to(inputs_embeds.device))
     builder = _MaskBuilder(config, plan, inputs_embeds, attention_mask, past_key_values, document_ids)
     kinds = [builder.kind_of(layer) for layer in plan.layers]
     masks = {kind: builder.build(kind) for kind in set(kinds)}
     return [masks[kind] for kind in kinds]
+
+
+def _as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
+    """True where a key may be seen; additive masks have a zero there.
+
+    Raises:
+        ValueError: for a mask per head.
+    """
+    if attention_mask.ndim != 4:
+        return attention_mask.bool()
+    if attention_mask.shape[1] != 1:
+        raise ValueError(
+            f"a 4D attention_mask of shape {tuple(attention_mask.shape)}: allowed is (batch, 1, q_len, kv_len)"
+        )
+    return attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask.bool()
 
 
 class _MaskBuilder:
@@ -115,12 +137,10 @@ class _MaskBuilder:
         self.plan = plan
         self.batch_size, self.q_length = inputs_embeds.shape[:2]
         self.dtype, self.device = inputs_embeds.dtype, inputs_embeds.device
-        self.past_key_values = past_key_values
         self.attention_mask = attention_mask
-        if attention_mask is not None:
-            self.attention_mask = attention_mask.to(device=self.device, dtype=torch.bool)
-        self.is_unpadded = self._nothing_is_padded()  # waits for the device, so once
+        self.past_key_values = past_key_values
         self.document_ids = document_ids
+        self.is_unpadded = self._nothing_is_padded()  # waits for the device, so once
 
     def kind_of(self, layer: LayerPlan) -> MaskKind:
         """The kind of mask that `layer` needs."""
@@ -179,11 +199,13 @@ class _MaskBuilder:
     ) -> VisibleKeys:
         """A mask from transformers' own function for the backend, with our rule for who sees whom."""
         if self.attention_mask is not None and self.attention_mask.ndim == 4:
-            allowed = self.attention_mask[:, 0, :, :kv_length]  # (batch, q_len, kv_len)
-            padding = None
+            allowed, padding = self._allowed_pairs(self.attention_mask, kv_length, kv_offset), None
         else:
             allowed, padding = None, prepare_padding_mask(self.attention_mask, kv_length, kv_offset)
         documents = self.document_ids
+        if documents is not None:  # a static cache has room behind them
+            room = max(0, kv_length + kv_offset - documents.shape[1])
+            documents = torch.nn.functional.pad(documents, (0, room), value=-1)
 
         def sees(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
             visible = kv_idx < q_idx if hides_own_token else kv_idx <= q_idx
@@ -229,6 +251,11 @@ class _MaskBuilder:
         )
         return VisibleKeys(mask=mask, sees_nothing=sees_nothing)
 
+    def _allowed_pairs(self, attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor:
+        """The part `(batch, q_len, kv_len)` of a 4D mask for the keys from `kv_offset` on, false where it has none."""
+        allowed = attention_mask[:, 0, :, kv_offset : kv_offset + kv_length].expand(self.batch_size, -1, -1)
+        return torch.nn.functional.pad(allowed, (0, kv_length - allowed.shape[-1]))
+
     def _block_mask_on_cpu(
         self, mask_function: Callable[..., Any], kv_length: int, kv_offset: int, q_offset: int | torch.Tensor
     ) -> BlockMask:
@@ -270,6 +297,8 @@ class _MaskBuilder:
         """Flash attention is causal and windowed by itself; only padding and documents have to be cut out."""
         if self.attention_mask is not None and self.attention_mask.ndim == 4:
             raise ValueError("flash attention takes no 4D attention_mask: use attn_implementation='sdpa'")
+        if is_compileable(self.past_key_values):
+            raise ValueError("flash attention takes no static cache: use attn_implementation='sdpa'")
         is_uncut = self.document_ids is None and self.is_unpadded
         varlen = None if is_uncut else self._varlen(kind.hides_own_token, kv_length)
         return VisibleKeys(drop_own_token=kind.hides_own_token, varlen=varlen, window=window)
@@ -294,11 +323,18 @@ class _MaskBuilder:
         query_indices, query_sequences = is_query.nonzero().flatten(), query_sequences[is_query]
         key_indices, key_sequences = is_key.nonzero().flatten(), key_sequences[is_key]
         sequences, num_keys = key_sequences.unique_consecutive(return_counts=True)
-        num_queries = (query_sequences[None, :] == sequences[:, None]).sum(dim=1)
+        num_queries = torch.bincount(torch.searchsorted(sequences, query_sequences), minlength=len(sequences))
         if hides_own_token:
             key_indices = key_indices[_not_last_of(num_keys)]
             num_keys = num_keys - 1
-        return VarlenBatch(query_indices, key_indices, _offsets(num_queries), _offsets(num_keys))
+        return VarlenBatch(
+            query_indices,
+            key_indices,
+            _offsets(num_queries),
+            _offsets(num_keys),
+            max_length_q=int(num_queries.max()),
+            max_length_k=int(num_keys.max()),
+        )
 
 
 def _not_last_of(lengths: torch.Tensor) -> torch.Tensor:

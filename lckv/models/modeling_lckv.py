@@ -122,12 +122,21 @@ class LCKVPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _can_compile_fullgraph = True  # but for several tokens with forward_passes="converge", which looks at values
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
-        """Leaves the 2D mask to the model, whose kinds of masks transformers does not know."""
-        return attention_mask
+    def create_masks_for_generate(
+        attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None, **_: Any
+    ) -> torch.Tensor | None:
+        """Leaves the 2D mask to the model, whose kinds of masks transformers does not know.
+
+        It gets the width of the static cache, so that a compiled decoding step sees the same shapes every time.
+        """
+        if attention_mask is None or past_key_values is None:
+            return attention_mask
+        return nn.functional.pad(
+            attention_mask, (0, max(0, past_key_values.get_max_length() - attention_mask.shape[1]))
+        )
 
 
 @dataclass
@@ -177,7 +186,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
 
         Args:
             input_ids: `(batch, q_len)`.
-            attention_mask: `(batch, past + q_len)`, zero at padding; or boolean `(batch, 1, q_len, kv_len)`.
+            attention_mask: `(batch, past + q_len)`, zero at padding; or boolean or additive
+                `(batch or 1, 1, q_len, past + q_len)`.
             position_ids: `(batch or 1, q_len)`. Without an `attention_mask`, a new document begins wherever they
                 restart, and nothing is attended to across documents.
             past_key_values: any transformers cache.
@@ -185,16 +195,18 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             use_cache: whether to return a cache, a new one if none is given; by default `config.use_cache`.
             output_hidden_states: whether to return what enters each layer and what leaves the last, after the norm.
             output_attentions: whether to return each layer's attention weights (eager backend).
-            output_kv_residual: whether to return how far KV still moved in the last pass.
+            output_kv_residual: whether to return how far KV still moved in the last pass, where layers iterate.
             kwargs: passed on to the attention backend.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for options that
+                `use_sequential` or the attention backend does not have.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        is_sequential = self.config.use_sequential and inputs_embeds.shape[1] > 1
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
@@ -203,6 +215,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
 
+        if is_sequential:
+            self._check_sequential(attention_mask, output_hidden_states or output_attentions)
         document_ids = None
         has_past = has_cached_tokens(past_key_values, self.sharing_plan)
         if position_ids is None:
@@ -210,7 +224,9 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
         call = _Call(
-            visible_keys=build_visible_keys(
+            visible_keys=[]
+            if is_sequential
+            else build_visible_keys(
                 self.config, self.sharing_plan, inputs_embeds, attention_mask, past_key_values, document_ids
             ),
             position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
@@ -220,7 +236,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             attentions=[] if output_attentions else None,
             kv_residuals=[] if output_kv_residual else None,
         )
-        if self.config.use_sequential and inputs_embeds.shape[1] > 1:
+        if is_sequential:
             hidden_states = self._run_token_by_token(call, inputs_embeds, attention_mask, document_ids)
         else:
             hidden_states = self._run_segments(call, inputs_embeds, has_past)
@@ -234,6 +250,14 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             attentions=None if call.attentions is None else tuple(call.attentions),
             kv_residual=torch.stack(call.kv_residuals).max() if call.kv_residuals else None,
         )
+
+    def _check_sequential(self, attention_mask: torch.Tensor | None, needs_each_layer: bool | None) -> None:
+        if self.gradient_checkpointing and self.training:
+            raise ValueError("use_sequential needs a cache, which gradient checkpointing takes away: switch one off")
+        if attention_mask is not None and attention_mask.ndim == 4:
+            raise ValueError("use_sequential takes no 4D attention_mask: give a 2D one")
+        if needs_each_layer:
+            raise ValueError("use_sequential returns no hidden states or attentions of single layers")
 
     def _next_positions(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -325,8 +349,6 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         document_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """Runs all layers for one token after the other, which is exact for every pattern."""
-        if attention_mask is not None and attention_mask.ndim == 4:
-            raise ValueError("use_sequential takes no 4D attention_mask")
         cache = call.past_key_values
         if cache is None:
             cache = new_sequential_cache(self.sharing_plan.num_hidden_layers)

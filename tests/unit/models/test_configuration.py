@@ -14,6 +14,10 @@ def test_string_survives_saving_and_copying(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["kv_sharing"] == "0_1s_1_3s"
     PreTrainedConfig.from_pretrained(tmp_path)  # so do tools that know nothing of this class
     assert AutoConfig.from_pretrained(tmp_path, layer_types="0_0_2_2").kv_sharing == "0_0_2_2"
+    replaced = AutoConfig.from_pretrained(tmp_path, kv_sharing="0_1_2_3")
+    assert replaced.layer_types == ["full_attention"] * 4
+    with pytest.raises(UserError, match="backward_passes=1"):
+        AutoConfig.from_pretrained(tmp_path, layer_types="3_3_3_3", backward_passes=1)
     for other in (AutoConfig.from_pretrained(tmp_path), copy.deepcopy(config), LCKVLlamaConfig(**config.to_dict())):
         assert type(other) is LCKVLlamaConfig
         assert (other.kv_sharing, other.layer_types) == (config.kv_sharing, config.layer_types)
@@ -64,6 +68,7 @@ def test_caches_keep_what_the_widest_reader_needs():
         ({"layer_types": "0_1", "forward_passes": "convert"}, "forward_passes='convert'"),
         ({"layer_types": "0_1", "forward_passes": -1}, "forward_passes=-1"),
         ({"layer_types": "0_1", "sliding_window": 0}, "sliding_window=0"),
+        ({"layer_types": "0_1", "converge_tolerance": -1.0}, "converge_tolerance=-1.0"),
         ({"layer_types": ["full_attention"]}, "must be a string"),
     ],
 )

@@ -191,17 +191,73 @@ def test_flash_attention_gets_padded_and_packed_batches_as_sequences():
     assert plain[0].varlen is None and plain[0].drop_own_token and not plain[1].drop_own_token
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @torch.no_grad()
-def test_four_dimensional_mask():
-    model = tiny_model("0_2_2_3", forward_passes=LENGTH)
-    input_ids = token_ids(1, LENGTH)
+def test_four_dimensional_masks_boolean_and_additive(attn_implementation):
+    model = tiny_model("0_2_2_3", forward_passes=LENGTH, attn_implementation=attn_implementation)
+    input_ids = token_ids(2, LENGTH)
     documents = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
     position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    mask = (documents[:, None] == documents[None, :])[None, None]
-    for attn_implementation in ("sdpa", "eager"):
-        model.set_attn_implementation(attn_implementation)
+    boolean = (documents[:, None] == documents[None, :])[None, None]
+    additive = torch.zeros(1, 1, LENGTH, LENGTH).masked_fill(~boolean, torch.finfo(torch.float32).min)
+    for mask in (boolean, additive):
         logits = model(input_ids, attention_mask=mask, position_ids=position_ids).logits
         assert_close(logits[0, 4:], exact_logits(model, input_ids[0, 4:]))
+    with pytest.raises(ValueError, match="4D attention_mask"):
+        model(input_ids, attention_mask=boolean.expand(-1, 4, -1, -1))
+
+
+@pytest.mark.parametrize("layer_types", ["0s_1s_2s", "0_1s_2s", "2s_2s_2"])
+@torch.no_grad()
+def test_four_dimensional_mask_with_a_cache_equals_the_two_dimensional(layer_types):
+    model = tiny_model(layer_types)
+    input_ids = token_ids(2, 12)
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[0, 9] = False
+    logits = []
+    for mask in (padding, padding[:, None, None].expand(-1, -1, 2, -1)):
+        cache = DynamicCache(config=model.config)
+        model(input_ids[:, :10], past_key_values=cache)
+        logits.append(model(input_ids[:, 10:], attention_mask=mask, past_key_values=cache).logits)
+    assert_close(*logits)
+
+
+@torch.no_grad()
+def test_packed_documents_fill_a_static_cache():
+    model = tiny_model("0_2_2_3", forward_passes=LENGTH)
+    input_ids = token_ids(1, LENGTH)
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    logits = model(input_ids, position_ids=position_ids, past_key_values=cache).logits
+    assert_close(logits[0, 4:], exact_logits(model, input_ids[0, 4:]))
+
+
+def test_gradients_flow_while_a_static_cache_fills():
+    model = tiny_model("0_2_2_3")
+    input_ids = token_ids(1, LENGTH)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    with torch.no_grad():
+        model(input_ids[:, :4], past_key_values=cache)
+    logits = model(input_ids[:, 4:8], past_key_values=cache).logits
+    assert_close(logits[0], exact_logits(model, input_ids[0])[4:8])
+
+
+def test_options_that_sequential_does_not_have_are_refused():
+    model = tiny_model("0_2_2_3", use_sequential=True)
+    input_ids = token_ids(1, LENGTH)
+    with pytest.raises(ValueError, match="hidden states"):
+        model(input_ids, output_hidden_states=True)
+    with pytest.raises(ValueError, match="4D attention_mask"):
+        model(input_ids, attention_mask=torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model.train()(input_ids)
+
+
+def test_flash_attention_takes_no_static_cache():
+    model = tiny_model("0_2_2_3")
+    with pytest.raises(ValueError, match="static cache"):
+        _flash_like(model, token_ids(1, 4), past_key_values=StaticCache(config=model.config, max_cache_len=8))
 
 
 @pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4", "2s_2_2_0", "3_3_3_3"])
