@@ -88,9 +88,11 @@ def evaluate_perplexity(
             start = (number * world_size + rank) * batch_size
             items = [blocks[index] for index in range(start, min(start + batch_size, len(blocks)))]
             batch = default_collate(items or [blocks[0]])
-            losses, is_predicted = token_losses(model, {name: value.to(device) for name, value in batch.items()})
+            losses = token_losses(model, {name: value.to(device) for name, value in batch.items()})
             if items:  # a process without blocks left keeps step with the others, but counts nothing
-                totals += torch.stack([losses.double().sum(), is_predicted.sum().double()]).cpu()
+                is_predicted = batch["labels"][:, 1:] != IGNORE_INDEX
+                # Summed on the CPU: not every device has float64.
+                totals += torch.stack([losses.cpu().double().sum(), is_predicted.sum().double()])
             if on_batch is not None:
                 on_batch(number + 1, num_rounds)
     if reduce_sum is not None:
@@ -101,16 +103,13 @@ def evaluate_perplexity(
     return Perplexity(loss_sum / num_tokens, int(num_tokens), num_bytes)
 
 
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of every label, `(batch, q_len - 1)`, 0 where ignored, and where it is predicted."""
+def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Negative log-likelihood of every label, `(batch, q_len - 1)`, 0 where ignored."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits  # (batch, q_len, vocab_size)
     labels = batch["labels"][:, 1:]
     # The class dimension second, as cross_entropy wants it.
-    losses = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return losses, labels != IGNORE_INDEX
+    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 @contextlib.contextmanager

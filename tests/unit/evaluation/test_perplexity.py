@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lckv.evaluation import perplexity
 from lckv.evaluation.perplexity import Perplexity, evaluate_perplexity
 
 BLOCK_SIZE, VOCAB_SIZE = 12, 40
@@ -84,6 +85,27 @@ def test_processes_share_the_work_and_call_the_model_equally_often(model, world_
     whole = evaluate_perplexity(model, blocks, batch_size=7)
     assert totals[1] == whole.num_tokens
     assert (totals[0] / totals[1]).item() == pytest.approx(whole.loss, rel=1e-6)
+
+
+class WithoutFloat64(torch.Tensor):
+    """A tensor as on a device that has no float64."""
+
+    def double(self):
+        raise TypeError("Cannot convert to float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_device_needs_no_float64(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    expected = evaluate_perplexity(model, make_blocks(), batch_size=2)
+    token_losses = perplexity.token_losses
+
+    def on_device(*args) -> torch.Tensor:
+        return token_losses(*args).as_subclass(WithoutFloat64)
+
+    monkeypatch.setattr(perplexity, "token_losses", on_device)
+    assert evaluate_perplexity(model, make_blocks(), batch_size=2) == expected
 
 
 @pytest.mark.parametrize("training", [True, False])
