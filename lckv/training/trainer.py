@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +68,7 @@ class LCKVTrainer(Trainer):
         self._checkpoints = checkpoints
         self._sample_steps = sample_steps
         self._residuals: list[Tensor] = []
-        self._num_micro_batches = 0
+        self._window: list[tuple[dict[str, Any], Tensor]] = []  # micro batches of this step and their losses
         super().__init__(
             model,
             args,
@@ -101,15 +100,15 @@ class LCKVTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Computes loss and gradients of one micro batch.
+        """Computes loss and gradients of one micro batch; with the last one of a step, looks at the losses of all.
 
         Raises:
-            UserError: if the loss is not finite.
+            UserError: if a loss is not finite; the optimizer has not used its gradients.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(loss.item()):
-            self._stop_at(inputs, loss.item())
-        self._num_micro_batches = (self._num_micro_batches + 1) % self.args.gradient_accumulation_steps
+        self._window.append((inputs, loss.detach()))
+        if self.accelerator.sync_gradients:
+            self._check_losses()
         return loss
 
     def compute_loss(
@@ -219,6 +218,15 @@ class LCKVTrainer(Trainer):
 
     # What must not happen.
 
+    def _check_losses(self) -> None:
+        """Stops at the first loss of the step that is not finite; the one wait for the device per step."""
+        window, self._window = self._window, []
+        if torch.isfinite(torch.stack([loss for _, loss in window])).all():
+            return
+        for number, (inputs, loss) in enumerate(window):
+            if not torch.isfinite(loss):
+                self._stop_at(number, inputs, loss.item())
+
     def _check_weights(self, model: nn.Module, step: int) -> None:
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter.detach()).all():
@@ -227,10 +235,10 @@ class LCKVTrainer(Trainer):
                     f"{self._advice()}"
                 )
 
-    def _stop_at(self, inputs: dict[str, Any], loss: float) -> None:
-        """Writes the batch of a loss that is not finite to a file, and stops."""
+    def _stop_at(self, number: int, inputs: dict[str, Any], loss: float) -> None:
+        """Writes the batch of a loss that is not finite, the step's micro batch `number`, to a file, and stops."""
         step = self.state.global_step + 1
-        indices = self._indices_of_micro_batch()
+        indices = self._indices_of_micro_batch(number)
         dump = self._run_dir / f"nonfinite_step{step}_rank{self.args.process_index}.pt"
         tensors = {name: value.cpu() for name, value in inputs.items() if torch.is_tensor(value)}
         torch.save({"step": step, "loss": loss, "block_indices": indices, "batch": tensors}, dump)
@@ -253,10 +261,10 @@ class LCKVTrainer(Trainer):
         tries.append(f"a smaller trainer.max_grad_norm (now {norm:g})" if norm else "trainer.max_grad_norm=1")
         return f"try {', '.join(tries)}, with another run_dir=... (last whole checkpoint: {latest or 'none'})"
 
-    def _indices_of_micro_batch(self) -> list[int]:
+    def _indices_of_micro_batch(self, number: int) -> list[int]:
         size = self.args.per_device_train_batch_size
         start = self.state.global_step * self.global_batch_size
-        start += (self._num_micro_batches * self.args.world_size + self.args.process_index) * size
+        start += (number * self.args.world_size + self.args.process_index) * size
         return list(self.order.slice(start, start + size))
 
 

@@ -218,6 +218,42 @@ def test_loss_that_is_not_a_number_stops_the_run(make_session: MakeSession):
     assert [path.name for path in session.folder.checkpoints.path.iterdir()] == ["checkpoint-2"]
 
 
+@pytest.mark.parametrize(("at_call", "step", "blocks"), [(5, 3, (8, 10)), (11, 6, (20, 22)), (12, 6, (22, 24))])
+def test_micro_batch_whose_loss_is_not_a_number_is_told_from_the_others_of_its_step(
+    make_session: MakeSession, at_call: int, step: int, blocks: tuple[int, int]
+):
+    session = make_session("nan", trainer__save_steps=None, trainer__micro_batch_size=2)
+    break_loss(session, at_call)
+    steps = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            steps.append(state.global_step + 1)
+
+    session.trainer.add_callback(Watch())
+    with pytest.raises(UserError, match=f"^step {step}: the loss is nan"):
+        session.run()
+    assert steps == list(range(1, step))  # the optimizer has seen nothing of the step that failed
+    assert not any(value.isnan().any() for value in weights(session).values())
+    dump = torch.load(session.folder.path / f"nonfinite_step{step}_rank0.pt")
+    assert dump["block_indices"] == list(session.trainer.order.slice(*blocks))
+    ids = [session.data.train[index]["input_ids"] for index in dump["block_indices"]]
+    assert torch.equal(dump["batch"]["input_ids"], torch.stack(ids))
+
+
+def test_losses_are_looked_at_once_per_step(make_session: MakeSession, monkeypatch: pytest.MonkeyPatch):
+    session = make_session("once", trainer__max_steps=2, trainer__micro_batch_size=1)
+    sizes, check = [], session.trainer._check_losses
+
+    def count() -> None:
+        sizes.append(len(session.trainer._window))
+        check()
+
+    monkeypatch.setattr(session.trainer, "_check_losses", count)
+    session.run()
+    assert sizes == [4, 4]
+
+
 def test_weights_that_are_not_numbers_are_not_saved(make_session: MakeSession):
     session = make_session("nan", trainer__save_steps=2)
 
