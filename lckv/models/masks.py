@@ -121,25 +121,20 @@ def _as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask.bool()
 
 
+@dataclass
 class _MaskBuilder:
     """The arguments of [`build_visible_keys`], and how a mask follows from them and the kind of layer."""
 
-    def __init__(
-        self,
-        config: LCKVLlamaConfig,
-        plan: SharingPlan,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        document_ids: torch.Tensor | None,
-    ) -> None:
-        self.config = config
-        self.plan = plan
-        self.batch_size, self.q_length = inputs_embeds.shape[:2]
-        self.dtype, self.device = inputs_embeds.dtype, inputs_embeds.device
-        self.attention_mask = attention_mask
-        self.past_key_values = past_key_values
-        self.document_ids = document_ids
+    config: LCKVLlamaConfig
+    plan: SharingPlan
+    inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor | None
+    past_key_values: Cache | None
+    document_ids: torch.Tensor | None
+
+    def __post_init__(self) -> None:
+        self.batch_size, self.q_length = self.inputs_embeds.shape[:2]
+        self.dtype, self.device = self.inputs_embeds.dtype, self.inputs_embeds.device
         self.is_unpadded = self._nothing_is_padded()  # waits for the device, so once
 
     def kind_of(self, layer: LayerPlan) -> MaskKind:

@@ -202,19 +202,14 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for options that
                 `use_sequential` or the attention backend does not have.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = self._embed(input_ids, inputs_embeds)
         is_sequential = self.config.use_sequential and inputs_embeds.shape[1] > 1
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-
+        config = self.config
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if is_sequential:
             self._check_sequential(attention_mask, output_hidden_states or output_attentions)
         document_ids = None
@@ -224,10 +219,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
         call = _Call(
-            visible_keys=[]
-            if is_sequential
-            else build_visible_keys(
-                self.config, self.sharing_plan, inputs_embeds, attention_mask, past_key_values, document_ids
+            visible_keys=build_visible_keys(
+                config, self.sharing_plan, inputs_embeds, attention_mask, past_key_values, document_ids
             ),
             position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
             past_key_values=past_key_values,
@@ -250,6 +243,11 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             attentions=None if call.attentions is None else tuple(call.attentions),
             kv_residual=torch.stack(call.kv_residuals).max() if call.kv_residuals else None,
         )
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _check_sequential(self, attention_mask: torch.Tensor | None, needs_each_layer: bool | None) -> None:
         if self.gradient_checkpointing and self.training:
