@@ -24,6 +24,7 @@ def main(cfg: TrainConfig) -> None:
     from lckv.data import build_dataset, build_tokenizer
     from lckv.models import LCKVLlamaConfig
     from lckv.training.arguments import build_training_arguments, is_main_process, set_num_threads
+    from lckv.training.callbacks import check_sample_prompt
     from lckv.training.loggers import check_loggers
     from lckv.training.report import show_results
     from lckv.training.run_folder import RunFolder
@@ -40,13 +41,17 @@ def main(cfg: TrainConfig) -> None:
     folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
     if is_main_process():
         folder.claim(asdict(cfg), resume=cfg.trainer.resume)
+
+    tokenizer = build_tokenizer(cfg.tokenizer, cfg.data)
+    check_sample_prompt(tokenizer, cfg.trainer.sample_prompt)
+    data = build_dataset(cfg.data, tokenizer)
+    if is_main_process():
+        folder.claim_data(data.fingerprint)
     if (results := folder.finished_results()) is not None:
         console.print(f"this run is finished: {folder.path}", style="bold")
         show_results(results, folder, console)
         return
 
-    tokenizer = build_tokenizer(cfg.tokenizer, cfg.data)
-    data = build_dataset(cfg.data, tokenizer)
     set_seed(cfg.seed)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model = AutoModelForCausalLM.from_config(LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)), **special))

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
+from lckv.errors import UserError
 from lckv.evaluation.perplexity import in_eval_mode
 from lckv.training.hardware import peak_flops, peak_memory_bytes
 from lckv.training.run_folder import RunFolder
@@ -122,10 +123,13 @@ class ThroughputCallback(TrainerCallback):
 
 
 class PerplexityCallback(TrainerCallback):
-    """Adds the perplexity of the training loss, and its bits per byte by the bytes per token of the text.
+    """Adds the perplexity of the training loss, and its bits per byte.
+
+    The bytes of the training text are not counted: its bits per byte take the validation text's bytes per token, and
+    are exact as far as the two texts are alike.
 
     Args:
-        bytes_per_token: UTF-8 bytes that a predicted token stands for, on average.
+        bytes_per_token: UTF-8 bytes that a predicted token of the validation text stands for, on average.
     """
 
     def __init__(self, bytes_per_token: float | None) -> None:
@@ -173,6 +177,19 @@ class SampleCallback(TrainerCallback):
         if "loss" in logs and is_due(state, self.sample_steps):
             if state.is_world_process_zero or self.on_every_process:
                 logs["sample"] = self.generate(kwargs["model"])
+
+
+def check_sample_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """Checks that there is something to continue.
+
+    Raises:
+        UserError: if the prompt has no token.
+    """
+    if not tokenizer(prompt)["input_ids"]:
+        raise UserError(
+            f"trainer.sample_prompt={prompt!r}: encodes to no token with this tokenizer, which adds none of its own; "
+            "give some text"
+        )
 
 
 def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:

@@ -1,6 +1,7 @@
 """The folder of one training run: whose it is, what is in it, and the files that are plain to read.
 
 config.yaml        every setting, resolved
+data.json          a short name for the text, its split and its tokens
 metrics.jsonl      one line per logging step and per evaluation
 results.json       written last: a run folder that has it is finished
 loss.png           training and validation loss
@@ -33,6 +34,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str], save_total_limit: int | None = None) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
         self.results = self.path / "results.json"
         self.loss_plot = self.path / "loss.png"
@@ -51,7 +53,7 @@ class RunFolder:
             UserError: if the folder holds another config or cannot be written to, or `resume` is off and it holds
                 a run.
         """
-        holds_a_run = self.metrics.is_file() or self.results.is_file() or self.checkpoints.latest() is not None
+        holds_a_run = self._holds_a_run()
         if holds_a_run:
             self._check_same_config(config)
             if not resume:
@@ -63,6 +65,21 @@ class RunFolder:
         self.checkpoints.clean()
         if not holds_a_run:
             write_atomically(self.config, _to_yaml(config))
+
+    def claim_data(self, fingerprint: str) -> None:
+        """Notes what the run is trained on, or checks that it is what the folder's run was trained on.
+
+        Raises:
+            UserError: if the folder holds a run on other data.
+        """
+        text = json.dumps({"fingerprint": fingerprint}) + "\n"
+        if not (self._holds_a_run() and self.data.is_file()):
+            write_atomically(self.data, text)
+        elif self.data.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"run_dir={self.path}: holds a run on other data: the text or its tokens have changed since; "
+                "give another run_dir=..., or put the data back as it was"
+            )
 
     def finished_results(self) -> dict[str, Any] | None:
         """Returns the results if the run is finished, else `None`."""
@@ -90,6 +107,9 @@ class RunFolder:
             return []
         lines = self.metrics.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]  # behind the last newline: empty, or torn
+
+    def _holds_a_run(self) -> bool:
+        return self.metrics.is_file() or self.results.is_file() or self.checkpoints.latest() is not None
 
     def _check_same_config(self, config: Mapping[str, Any]) -> None:
         try:

@@ -1,17 +1,21 @@
 import io
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import processors
 from transformers import TrainerControl, TrainerState
 
+from lckv.errors import UserError
 from lckv.training import callbacks, hardware
 from lckv.training.callbacks import (
     PerplexityCallback,
     ProgressCallback,
     RhythmCallback,
     ThroughputCallback,
+    check_sample_prompt,
     format_duration,
     sample_text,
 )
@@ -105,6 +109,15 @@ def test_peak_flops(monkeypatch: pytest.MonkeyPatch, name: str, precision: str, 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert hardware.peak_flops(torch.device("cuda", 0), precision) == peak
     assert hardware.peak_flops(torch.device("cpu"), precision) is None
+
+
+def test_prompt_without_a_token_is_refused(corpus):
+    check_sample_prompt(corpus.tokenizer, "")  # starts with bos
+    without_bos = deepcopy(corpus.tokenizer)
+    without_bos.backend_tokenizer.post_processor = processors.ByteLevel()
+    check_sample_prompt(without_bos, "In")
+    with pytest.raises(UserError, match="^trainer.sample_prompt='': encodes to no token with this tokenizer"):
+        check_sample_prompt(without_bos, "")
 
 
 def test_perplexity_and_bits_per_byte():

@@ -43,6 +43,17 @@ def test_folder_in_which_nothing_has_been_trained_yet_can_be_taken_over(folder: 
     assert "seed: 1" in folder.config.read_text()
 
 
+def test_run_on_other_data_is_refused_and_left_as_it_is(folder: RunFolder):
+    folder.claim_data("first")
+    folder.claim_data("second")  # nothing has been trained yet
+    folder.append_metrics({"step": 1})
+    folder.claim_data("second")
+    with pytest.raises(UserError, match=r"run_dir=\S+run: holds a run on other data.*another run_dir=") as raised:
+        folder.claim_data("third")
+    assert "\n" not in str(raised.value)
+    assert json.loads(folder.data.read_text()) == {"fingerprint": "second"}
+
+
 def test_run_without_readable_config_is_refused(folder: RunFolder):
     folder.append_metrics({"step": 1})
     folder.config.write_text("a: [")
