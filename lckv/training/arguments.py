@@ -42,6 +42,7 @@ _OURS = {
     "adam_beta1": "optim.betas",
     "adam_beta2": "optim.betas",
     "adam_epsilon": "optim.eps",
+    "use_cpu": "the environment variable ACCELERATE_USE_CPU",
 }
 """Fields of `TrainingArguments` that have a key of their own here, which `trainer.hf` must not contradict."""
 
@@ -50,7 +51,9 @@ _FIXED = {
     "eval_strategy", "save_strategy", "logging_strategy", "average_tokens_across_devices", "train_sampling_strategy",
     "dataloader_drop_last", "disable_tqdm", "logging_nan_inf_filter", "remove_unused_columns", "do_train", "do_eval",
     "do_predict", "load_best_model_at_end", "ignore_data_skip", "auto_find_batch_size", "save_only_model",
-    "label_smoothing_factor", "n_gpu",
+    "label_smoothing_factor", "n_gpu", "optim_args", "optim_target_modules", "liger_kernel_config", "bf16_full_eval",
+    "fp16_full_eval", "prediction_loss_only", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
+    "eval_do_concat_batches", "eval_use_gather_object", "metric_for_best_model", "greater_is_better",
 }  # fmt: skip
 
 
@@ -112,13 +115,29 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
         UserError: if a number is out of range, a switch cannot work on this machine, or `trainer.hf` has an unknown
             field, or one that has a key of its own.
     """
-    trainer, optim = cfg.trainer, cfg.optim
+    trainer = cfg.trainer
     _check_numbers(trainer)
     _check_combinations(cfg)
     _check_switches(trainer)
     _check_pass_through(trainer.hf)
     if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else processes under torchrun do not find each other
+    try:
+        args = TrainingArguments(**{**_fields_set_here(cfg), **trainer.hf})
+    except (ValueError, ImportError, TypeError) as error:
+        raise UserError(f"transformers refuses these training arguments: {error}") from error
+    if args.world_size != num_processes():
+        # Each would train alone, all into one run folder.
+        raise UserError(
+            f"{num_processes()} processes were launched, but this one is on its own; launch with `torchrun` or "
+            "`accelerate launch`, which set RANK and LOCAL_RANK, and with as many processes as there are devices"
+        )
+    return args
+
+
+def _fields_set_here(cfg: TrainConfig) -> dict[str, Any]:
+    """The fields of `TrainingArguments` that follow from our configuration, or that our loop relies on."""
+    trainer, optim = cfg.trainer, cfg.optim
     micro_batch_size, accumulation = gradient_accumulation_steps(trainer, num_processes())
     schedule, schedule_kwargs, warmup_steps = schedule_arguments(optim, trainer.max_steps)
     ours = {
@@ -157,17 +176,7 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     # Newer versions call it activation checkpointing.
     if "activation_checkpointing" in _fields():
         ours["activation_checkpointing"] = ours.pop("gradient_checkpointing")
-    try:
-        args = TrainingArguments(**{**ours, **trainer.hf})
-    except (ValueError, ImportError, TypeError) as error:
-        raise UserError(f"transformers refuses these training arguments: {error}") from error
-    if args.world_size != num_processes():
-        # Each would train alone, all into one run folder.
-        raise UserError(
-            f"{num_processes()} processes were launched, but this one is on its own; launch with `torchrun` or "
-            "`accelerate launch`, which set RANK and LOCAL_RANK, and with as many processes as there are devices"
-        )
-    return args
+    return ours
 
 
 def _fields() -> set[str]:
@@ -214,6 +223,15 @@ def _check_combinations(cfg: TrainConfig) -> None:
             "model.dtype=float16: cannot be trained with trainer.precision=fp16, whose loss scaling needs gradients "
             "in float32; leave model.dtype out"
         )
+    if model.use_sequential and trainer.gradient_checkpointing:
+        raise UserError("model.use_sequential=true: cannot be trained with trainer.gradient_checkpointing=true")
+    if trainer.use_liger_kernel and (model.hidden_act not in ("silu", "swish") or model.mlp_bias):
+        given = "model.mlp_bias=true" if model.mlp_bias else f"model.hidden_act={model.hidden_act}"
+        raise UserError(f"trainer.use_liger_kernel=true: Liger has no MLP for {given}, only for silu without bias")
+    for name in ("torch_compile_backend", "torch_compile_mode"):
+        value = getattr(trainer, name)
+        if not trainer.torch_compile and value != getattr(TrainerConfig, name):
+            raise UserError(f"trainer.{name}={value}: has no effect without trainer.torch_compile=true")
 
 
 def _check_can_compile(backend: str) -> None:

@@ -175,6 +175,8 @@ def _check_optim(cfg: OptimConfig) -> None:
             )
     if cfg.decay_steps is not None and cfg.schedule != "wsd":
         raise UserError(f"optim.decay_steps: has no effect with optim.schedule={cfg.schedule!r}; leave it out")
+    if cfg.name == "adamw" and cfg.momentum != OptimConfig.momentum:
+        raise UserError(f"optim.momentum={cfg.momentum}: has no effect with optim.name='adamw', only with 'muon'")
     if cfg.weight_decay < 0:
         raise UserError(f"optim.weight_decay={cfg.weight_decay}: must be 0 or more")
     if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):

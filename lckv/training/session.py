@@ -21,9 +21,24 @@ from lckv.training.liger import use_liger_kernels
 from lckv.training.loggers import build_loggers
 from lckv.training.optim import build_optimizer
 from lckv.training.plots import plot_loss
-from lckv.training.report import build_results, costs_of
+from lckv.training.report import build_results, costs_of, sharing_plan_of
 from lckv.training.run_folder import RunFolder, write_atomically
 from lckv.training.trainer import LCKVTrainer
+
+
+def check_passes(model: PreTrainedModel, *, is_sharded: bool) -> None:
+    """Checks that processes which hold parts of one model pass over its layers equally often.
+
+    Raises:
+        UserError: if each would stop where its own batch has converged, and wait for the others' parts for ever.
+    """
+    config = model.config
+    iterates = getattr(config, "forward_passes", 0) == "converge" and not config.use_sequential
+    if is_sharded and iterates and sharing_plan_of(model).has_cycles:
+        raise UserError(
+            "model.forward_passes=converge: processes would need different numbers of passes, which FSDP and "
+            "DeepSpeed do not allow; give a number, such as model.forward_passes=7"
+        )
 
 
 class Session:
@@ -79,6 +94,7 @@ class Session:
         )
         if args.fsdp and not self.trainer.is_fsdp_enabled:
             raise UserError("trainer.hf.fsdp: accelerate shards on accelerators only, in two or more processes")
+        check_passes(model, is_sharded=self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
         self.trainer.on_eval_batch = self.progress.on_eval_batch
         self.trainer.remove_callback(PrinterCallback)
         for callback in self._callbacks():

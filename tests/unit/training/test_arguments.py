@@ -48,6 +48,14 @@ def test_global_batch_that_does_not_divide_is_refused(global_size, micro_size, p
         ({"trainer__hf": {"torch_compile": True}}, "set trainer.torch_compile instead"),
         ({"trainer__torch_compile": True, "trainer__torch_compile_backend": "inducter"}, "did you mean 'inductor'"),
         ({"model__dtype": "float16", "trainer__precision": "fp16"}, "model.dtype=float16: cannot be trained with"),
+        ({"model__use_sequential": True, "trainer__gradient_checkpointing": True}, "trainer.gradient_checkpointing"),
+        ({"model__hidden_act": "gelu", "trainer__use_liger_kernel": True}, "has no MLP for model.hidden_act=gelu"),
+        ({"model__mlp_bias": True, "trainer__use_liger_kernel": True}, "has no MLP for model.mlp_bias=true"),
+        ({"trainer__torch_compile_mode": "max-autotune"}, "trainer.torch_compile_mode=max-autotune: has no effect"),
+        ({"trainer__torch_compile_backend": "eager"}, "has no effect without trainer.torch_compile=true"),
+        ({"trainer__hf": {"use_cpu": True}}, "set the environment variable ACCELERATE_USE_CPU instead"),
+        ({"trainer__hf": {"metric_for_best_model": "loss"}}, "trainer.hf.metric_for_best_model: is decided"),
+        ({"optim__momentum": 0.9}, "optim.momentum=0.9: has no effect with optim.name='adamw'"),
     ],
 )
 def test_mistakes_name_the_key(make_config: MakeConfig, settings: dict, message: str):

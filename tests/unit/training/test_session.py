@@ -1,0 +1,21 @@
+"""What a session refuses before it trains."""
+
+import pytest
+
+from lckv.errors import UserError
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.training.session import check_passes
+
+
+def build_model(layer_types: str, **settings) -> LCKVLlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
+    return LCKVLlamaForCausalLM(LCKVLlamaConfig(layer_types=layer_types, **sizes, **settings))
+
+
+def test_sharded_models_must_pass_equally_often_in_every_process():
+    until_converged = build_model("0_2_2_3", forward_passes="converge")
+    check_passes(until_converged, is_sharded=False)
+    with pytest.raises(UserError, match="^model.forward_passes=converge: .*FSDP"):
+        check_passes(until_converged, is_sharded=True)
+    check_passes(build_model("0_2_2_3", forward_passes=3), is_sharded=True)
+    check_passes(build_model("0_0_2_2", forward_passes="converge"), is_sharded=True)
