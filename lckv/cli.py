@@ -141,6 +141,7 @@ def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
     overrides.check_is_text(cfg.model.layer_types, "model.layer_types", files)
     _check_keys(composed, schema)
     _check_one_sharing(cfg, list(hydra_cfg.overrides.task))
+    _check_vocab_size(cfg, list(hydra_cfg.overrides.task))
     if isinstance(cfg, config.TrainConfig):
         _fill_run_dir(cfg, hydra_cfg)
     return cfg
@@ -168,9 +169,23 @@ def _check_one_sharing(cfg: config.TrainConfig, given: list[str]) -> None:
         )
 
 
+def _check_vocab_size(cfg: config.TrainConfig, given: list[str]) -> None:
+    """Refuses `tokenizer.vocab_size` on the command line for a tokenizer that has a size of its own."""
+    if cfg.tokenizer.name != "bpe" and any(re.match(r"\+{0,2}tokenizer\.vocab_size=", each) for each in given):
+        raise UserError(
+            f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}: has no effect with tokenizer.name={cfg.tokenizer.name}; "
+            "leave it out"
+        )
+
+
 def _fill_run_dir(cfg: config.TrainConfig, hydra_cfg: DictConfig) -> None:
     cfg.run_name = cfg.run_name or config.default_run_name(cfg)
     if hydra_cfg.mode == RunMode.MULTIRUN:
+        if not isinstance(cfg, config.PlanConfig) and cfg.run_dir and Path(cfg.run_dir) != Path(hydra_cfg.sweep.dir):
+            raise UserError(
+                f"run_dir={cfg.run_dir}: has no effect in a sweep beside hydra.sweep.dir={hydra_cfg.sweep.dir}; "
+                "leave one of them out"
+            )
         cfg.run_dir = str(Path(hydra_cfg.sweep.dir) / job_name(hydra_cfg))
     else:
         cfg.run_dir = cfg.run_dir or str(Path("runs") / config.file_name(cfg.run_name))

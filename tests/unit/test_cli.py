@@ -62,6 +62,20 @@ def test_each_job_of_a_sweep_has_a_folder_of_its_own(start, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "runs"]
 
 
+def test_two_folders_for_one_sweep_are_refused(start):
+    code, jobs, error = start("-m", "run_dir=mine", "hydra.sweep.dir=other", "seed=0")
+    assert (code, jobs) == (2, [])
+    assert "run_dir=mine: has no effect in a sweep beside hydra.sweep.dir=other" in error
+    assert start("-m", "hydra.sweep.dir=other", "seed=0")[1][0].run_dir == "other/seed=0"
+
+
+def test_vocab_size_of_a_tokenizer_that_has_its_own_is_refused(start):
+    code, jobs, error = start("tokenizer.name=gpt2", "tokenizer.vocab_size=300")
+    assert (code, jobs) == (2, [])
+    assert "tokenizer.vocab_size=300: has no effect with tokenizer.name=gpt2" in error
+    assert start("tokenizer.vocab_size=300")[0] == 0
+
+
 ONE_LINERS = [
     (["model.hiden_size=3"], "unknown key 'model.hiden_size'; did you mean 'model.hidden_size'?"),
     (["hidden_size=3"], "unknown key 'hidden_size'; did you mean 'model.hidden_size'?"),
