@@ -173,8 +173,8 @@ def _check_vocab_size(cfg: config.TrainConfig, given: list[str]) -> None:
     """Refuses `tokenizer.vocab_size` on the command line for a tokenizer that has a size of its own."""
     if cfg.tokenizer.name != "bpe" and any(re.match(r"\+{0,2}tokenizer\.vocab_size=", each) for each in given):
         raise UserError(
-            f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}: has no effect with tokenizer.name={cfg.tokenizer.name}; "
-            "leave it out"
+            f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}: has no effect with "
+            f"tokenizer.name={cfg.tokenizer.name}; leave it out"
         )
 
 
