@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from huggingface_hub import constants
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -67,8 +71,10 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 def _load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
     name = os.path.expanduser(config.name)
+    # Without the Hub, a downloaded tokenizer still loads; asking in vain takes more than a minute.
+    offline = not os.path.isdir(name) and not hub_answers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision, local_files_only=offline)
     except (OSError, ValueError, KeyError) as error:
         hint = near_miss(config.name, [BPE])
         raise UserError(
@@ -80,6 +86,18 @@ def _load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer.name={config.name!r}: has no eos token, which is to end every document")
     return tokenizer
+
+
+def hub_answers(timeout: float = 10.0) -> bool:
+    """Whether the Hub can be reached at all, asked once, where its own client would try again and again."""
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError as error:
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # the client has certificates of its own
+    return True
 
 
 def _train_bpe(source: TextSource, vocab_size: int) -> PreTrainedTokenizerFast:

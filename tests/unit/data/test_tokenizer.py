@@ -2,6 +2,9 @@
 
 import json
 import logging
+import ssl
+import urllib.error
+from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lckv.config import DataConfig, TokenizerConfig
 from lckv.data.sources import build_source
-from lckv.data.tokenizer import DocumentEncoder, _num_bytes_by_offsets, build_tokenizer
+from lckv.data.tokenizer import DocumentEncoder, _num_bytes_by_offsets, build_tokenizer, hub_answers
 from lckv.errors import UserError
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -233,6 +236,25 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": ')
     fails("cannot be loaded", TokenizerConfig(name=str(tmp_path)))
     fails("the training text is empty", TokenizerConfig(), files_config(tmp_path, ["", " "], tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("error", "answers"),
+    [
+        (urllib.error.URLError(OSError("Name or service not known")), False),
+        (TimeoutError("timed out"), False),
+        (urllib.error.URLError(ssl.SSLError("unknown authority")), True),
+        (urllib.error.HTTPError("https://hub", 429, "Too Many Requests", Message(), None), True),
+    ],
+)
+def test_only_a_hub_that_says_nothing_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, answers: bool
+) -> None:
+    def urlopen(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert hub_answers() is answers
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
