@@ -23,6 +23,7 @@ from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 CONVERGE = "converge"
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
 @dataclass
@@ -387,10 +388,10 @@ def check_model(model: ModelConfig, plan: SharingPlan) -> None:
     _check_at_least("model.sliding_window", model.sliding_window, 1)
     _check_heads(model)
     _check_passes(model, plan)
-    if model.dtype not in DTYPES:
-        raise UserError(
-            f"model.dtype={model.dtype!r}: allowed are {', '.join(DTYPES)}{near_miss(model.dtype, DTYPES)}"
-        )
+    for name, allowed in ("dtype", DTYPES), ("attn_implementation", ATTENTIONS):
+        value = getattr(model, name)
+        if value not in allowed:
+            raise UserError(f"model.{name}={value!r}: allowed are {', '.join(allowed)}{near_miss(value, allowed)}")
     if not 0 <= model.attention_dropout < 1:
         raise UserError(f"model.attention_dropout={model.attention_dropout}: allowed is 0 up to, but without, 1")
 

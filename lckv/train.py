@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lckv import cli
 from lckv.config import TrainConfig, check_model, model_arguments, resolve_layer_types
+from lckv.errors import UserError, near_miss
 from lckv.patterns import parse_layer_types
 from lckv.training.launch import launch_missing_processes
 
@@ -20,6 +21,7 @@ def main(cfg: TrainConfig) -> None:
 
     # Behind the checks: importing torch and transformers takes seconds.
     from transformers import AutoModelForCausalLM, set_seed
+    from transformers.activations import ACT2FN
 
     from lckv.data import build_dataset, build_tokenizer
     from lckv.models import LCKVLlamaConfig
@@ -34,6 +36,9 @@ def main(cfg: TrainConfig) -> None:
     if not is_main_process():
         logging.getLogger("lckv").setLevel(logging.ERROR)
 
+    if cfg.model.hidden_act not in ACT2FN:
+        hint = near_miss(cfg.model.hidden_act, ACT2FN)
+        raise UserError(f"model.hidden_act={cfg.model.hidden_act!r}: allowed are {', '.join(ACT2FN)}{hint}")
     set_num_threads(cfg.trainer.num_threads)
     args = build_training_arguments(cfg)
     check_loggers(cfg.logger)
@@ -54,7 +59,11 @@ def main(cfg: TrainConfig) -> None:
 
     set_seed(cfg.seed)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = AutoModelForCausalLM.from_config(LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)), **special))
+    model_config = LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)), **special)
+    try:
+        model = AutoModelForCausalLM.from_config(model_config)
+    except ImportError as error:  # such as FlashAttention's package
+        raise UserError(f"model.attn_implementation={cfg.model.attn_implementation!r}: {error}") from error
     if (results := Session(cfg, args, model, tokenizer, data, folder, console).run()) is not None:
         show_results(results, folder, console)
 

@@ -116,6 +116,8 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
             field, or one that has a key of its own.
     """
     trainer = cfg.trainer
+    if not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}: allowed is a whole number, 0 to {2**32 - 1}")
     _check_numbers(trainer)
     _check_combinations(cfg)
     _check_switches(trainer)

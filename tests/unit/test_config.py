@@ -141,6 +141,7 @@ def test_parameters_of_another_pattern_are_refused():
         ({"converge_tolerance": 0.0}, "model.converge_tolerance=0.0: must be greater than 0"),
         ({"attention_dropout": 1.0}, "model.attention_dropout=1.0"),
         ({"dtype": "bf16"}, "model.dtype='bf16': allowed are float32, bfloat16, float16"),
+        ({"attn_implementation": "spda"}, "model.attn_implementation='spda': allowed are eager.*did you mean 'sdpa'"),
         ({"vocab_size": 255}, "model.vocab_size=255: is smaller than the tokenizer's 256"),
     ],
 )

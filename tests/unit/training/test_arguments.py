@@ -35,6 +35,7 @@ def test_global_batch_that_does_not_divide_is_refused(global_size, micro_size, p
     ("settings", "message"),
     [
         ({"trainer__max_steps": 0}, "trainer.max_steps=0"),
+        ({"seed": -1}, "seed=-1: allowed is a whole number, 0 to 4294967295"),
         ({"trainer__eval_steps": 0}, "trainer.eval_steps=0: allowed is a whole number, 1 or more, or null"),
         ({"trainer__micro_batch_size": 0}, "trainer.micro_batch_size=0"),
         ({"trainer__sample_tokens": -1}, "trainer.sample_tokens=-1"),
