@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lckv import cli
-from lckv.config import CONVERGE, PlanConfig, model_arguments
+from lckv.config import PlanConfig
 from lckv.costs import Costs, Iteration, ModelSizes, count_costs, llama_plan
 from lckv.drawing import describe_layer, draw_in_terminal, save_drawing
 from lckv.errors import UserError
+from lckv.model_arguments import CONVERGE, model_arguments
 from lckv.patterns import SharingPlan, parse_layer_types
 
 

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from rich.console import Console
 
 from lckv import cli
-from lckv.config import TrainConfig, check_model, model_arguments, resolve_layer_types
+from lckv.config import TrainConfig
 from lckv.errors import UserError, near_miss
+from lckv.model_arguments import check_model, model_arguments, resolve_layer_types
 from lckv.patterns import parse_layer_types
 from lckv.training.launch import launch_missing_processes
 

@@ -7,17 +7,9 @@ import pytest
 import yaml
 
 from lckv import cli
-from lckv.config import (
-    ModelConfig,
-    TrainConfig,
-    check_model,
-    config_dir,
-    default_run_name,
-    file_name,
-    model_arguments,
-    resolve_layer_types,
-)
+from lckv.config import ModelConfig, TrainConfig, config_dir, default_run_name, file_name
 from lckv.errors import UserError
+from lckv.model_arguments import check_model, model_arguments, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
 

@@ -22,13 +22,22 @@ LAYERS = [
     ["errors", "registry"],
     ["patterns"],
     ["costs", "config", "overrides", "drawing"],
+    ["model_arguments"],
     ["data", "models"],
     ["evaluation", "training"],
     ["cli", "plan", "train"],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
 STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "training": {"models"}}
-TORCH_FREE = ["lckv", "lckv.errors", "lckv.registry", "lckv.patterns", "lckv.costs", "lckv.config"]
+TORCH_FREE = [
+    "lckv",
+    "lckv.errors",
+    "lckv.registry",
+    "lckv.patterns",
+    "lckv.costs",
+    "lckv.config",
+    "lckv.model_arguments",
+]
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 SOURCES = sorted(PACKAGE.rglob("*.py"))

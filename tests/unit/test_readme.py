@@ -9,8 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from lckv.config import config_dir, register_schemas, resolve_layer_types
+from lckv.config import config_dir, register_schemas
 from lckv.costs import ModelSizes, count_costs
+from lckv.model_arguments import resolve_layer_types
 from lckv.overrides import quote_overrides
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
 

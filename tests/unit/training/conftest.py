@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast, set_seed
 
-from lckv.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TrainerConfig, model_arguments
+from lckv.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TrainerConfig
 from lckv.data import TokenizedData, build_dataset, build_tokenizer
+from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.training.arguments import build_training_arguments
 from lckv.training.run_folder import RunFolder
