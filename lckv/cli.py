@@ -42,7 +42,8 @@ def run(main: Callable[[Any], None], config_name: str) -> None:
     """
     # Else Hydra itself prints exceptions and exits, before anything here can see them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv[1:] = overrides.quote_overrides(sys.argv[1:], list(open_keys(config.SCHEMAS[config_name])))
+    arguments = overrides.flags_first(sys.argv[1:])
+    sys.argv[1:] = overrides.quote_overrides(arguments, list(open_keys(config.SCHEMAS[config_name])))
     config.register_schemas()
     mistakes = _Mistakes(config_name)
 

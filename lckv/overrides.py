@@ -19,6 +19,11 @@ from lckv.errors import UserError
 # Keys (their last part) whose value is text, though digits and underscores may be all that it has.
 _TEXT_KEYS = ("layer_types", "run_name", "run_dir")
 
+_FLAGS_WITH_VALUE = (
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--package", "-p", "--experimental-rerun"),
+)
+
 _KEY = re.compile(rf"(?:\+\+|[+~])?(?:[\w$/-]+\.)*(?:{'|'.join(_TEXT_KEYS)})(?:@[\w.]*)?=\s*", re.ASCII)
 _OPTIONAL_GROUP = re.compile(r"^\+(?=(?:experiment|debug)=)")
 _CHOICE = re.compile(r"choice\s*\((.*)\)\s*", re.DOTALL)
@@ -26,6 +31,16 @@ _QUOTED = r"""(?P<kept>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\$\{[^}]*\})"""
 _NUMBER = r"(?P<number>[+-]?\d[\w.+-]*)(?![^\s,\])}])"
 _ELEMENT = re.compile(rf"{_QUOTED}|(?<![^\s,\[(=]){_NUMBER}", re.ASCII)
 _DICT_ITEM = re.compile(rf"{_QUOTED}|(?P<key>\blayer_types\s*:\s*){_NUMBER}", re.ASCII)
+
+
+def flags_first(arguments: Iterable[str]) -> list[str]:
+    """Puts Hydra's flags, with their values, before the `key=value` pairs: its parser takes no pairs on both sides."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        is_flag = argument.startswith("-") or bool(flags and flags[-1] in _FLAGS_WITH_VALUE)
+        (flags if is_flag else overrides).append(argument)
+    return flags + overrides
 
 
 def quote_overrides(arguments: Iterable[str], open_keys: Sequence[str] = ()) -> list[str]:

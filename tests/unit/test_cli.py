@@ -76,6 +76,15 @@ def test_vocab_size_of_a_tokenizer_that_has_its_own_is_refused(start):
     assert start("tokenizer.vocab_size=300")[0] == 0
 
 
+def test_flags_may_stand_anywhere(start, tmp_path):
+    (tmp_path / "a=b" / "experiment").mkdir(parents=True)
+    (tmp_path / "a=b" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    code, (cfg,), err = start("model=nano", "--config-dir", "a=b", "experiment=mine")
+    assert (code, err, cfg.seed, cfg.model.name) == (0, "", 7, "nano")
+    code, jobs, _ = start("model=nano", "-m", "seed=0,1", "model.layer_types=1_1")
+    assert [(job.seed, job.model.layer_types) for job in jobs] == [(0, "1_1"), (1, "1_1")]
+
+
 ONE_LINERS = [
     (["model.hiden_size=3"], "unknown key 'model.hiden_size'; did you mean 'model.hidden_size'?"),
     (["hidden_size=3"], "unknown key 'hidden_size'; did you mean 'model.hidden_size'?"),
