@@ -136,8 +136,8 @@ def parse_layer_types(layer_types: str, num_hidden_layers: int | None = None) ->
     """
     if not isinstance(layer_types, str):
         raise UserError(
-            f"layer_types={layer_types!r}: must be a string such as '0_0_2_2', but a {type(layer_types).__name__} was "
-            "given (YAML reads unquoted digits and underscores as a number: put the string in quotes)"
+            f"layer_types={layer_types!r}: must be a string such as '0_0_2_2', not {type(layer_types).__name__} "
+            "(YAML reads unquoted digits and underscores as a number: put the string in quotes)"
         )
     if not layer_types:
         raise UserError("layer_types='': is empty; give one entry per layer, such as '0_0_2_2' for four layers")

@@ -225,6 +225,11 @@ def _check_combinations(cfg: TrainConfig) -> None:
             "model.dtype=float16: cannot be trained with trainer.precision=fp16, whose loss scaling needs gradients "
             "in float32; leave model.dtype out"
         )
+    if cfg.data.block_size > model.max_position_embeddings:
+        raise UserError(
+            f"data.block_size={cfg.data.block_size}: longer than model.max_position_embeddings="
+            f"{model.max_position_embeddings}; lower the one or raise the other"
+        )
     if model.use_sequential and trainer.gradient_checkpointing:
         raise UserError("model.use_sequential=true: cannot be trained with trainer.gradient_checkpointing=true")
     if trainer.use_liger_kernel and (model.hidden_act not in ("silu", "swish") or model.mlp_bias):

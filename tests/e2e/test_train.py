@@ -16,7 +16,8 @@ pytestmark = pytest.mark.timeout(150)  # the first test to come trains the run t
 def test_run_folder_has_everything(finished_run: FinishedRun) -> None:
     folder = finished_run.folder
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "results.json", "loss.png", "checkpoints", "model"}
+    files = {"config.yaml", "data.json", "metrics.jsonl", "results.json", "loss.png"}
+    assert names == files | {"checkpoints", "model"}
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["layer_types"] == "0_2_2_3"
     assert config["trainer"]["max_steps"] == 60

@@ -47,6 +47,7 @@ def test_global_batch_that_does_not_divide_is_refused(global_size, micro_size, p
         ({"trainer__hf": {"gradient_checkpointing": True}}, "set trainer.gradient_checkpointing instead"),
         ({"trainer__hf": {"save_strategy": "no"}}, "decided by the training loop"),
         ({"trainer__hf": {"torch_compile": True}}, "set trainer.torch_compile instead"),
+        ({"model__max_position_embeddings": 8}, "longer than model.max_position_embeddings=8"),
         ({"trainer__torch_compile": True, "trainer__torch_compile_backend": "inducter"}, "did you mean 'inductor'"),
         ({"model__dtype": "float16", "trainer__precision": "fp16"}, "model.dtype=float16: cannot be trained with"),
         ({"model__use_sequential": True, "trainer__gradient_checkpointing": True}, "trainer.gradient_checkpointing"),
