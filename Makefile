@@ -36,7 +36,7 @@ $(PYTHON) is %s; name another: make setup PYTHON=/path/to/python3.11" % sys.vers
 train: $(STAMP) ## train the demo, a small LCKV model, on the CPU (about 5 minutes)
 	$(RUN) -m lckv.train experiment=demo_lckv
 
-compare: $(STAMP) ## train the demo as Llama and as LCKV and put them side by side (about 10 minutes)
+compare: $(STAMP) ## train the demo as Llama and as LCKV and put them side by side (about 7 minutes)
 	$(RUN) -m lckv.train experiment=demo_llama
 	$(RUN) -m lckv.train experiment=demo_lckv
 	$(RUN) scripts/compare.py runs/demo_llama runs/demo_lckv
