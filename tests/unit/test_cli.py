@@ -31,6 +31,9 @@ def start(monkeypatch, capsys, tmp_path):
     yield start
     root.handlers[:] = handlers  # Hydra's go to a stream that pytest closes
     root.setLevel(level)
+    for logger in root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False  # Hydra's --help switches off whatever there is
 
 
 def test_the_configuration_arrives_as_dataclasses(start, tmp_path):
