@@ -91,6 +91,12 @@ def apply_rotary(states: torch.Tensor, position_embeddings: PositionEmbeddings) 
     return states * cos + rotate_half(states) * sin
 
 
+def last_positions(position_embeddings: PositionEmbeddings, num_tokens: int) -> PositionEmbeddings:
+    """The cosines and sines of the last `num_tokens` tokens."""
+    cos, sin = position_embeddings
+    return cos[:, -num_tokens:], sin[:, -num_tokens:]
+
+
 def attend(
     module: LCKVAttention,
     query_states: torch.Tensor,
@@ -186,4 +192,4 @@ def _attend_varlen(
     return output.view(batch_size, q_len, num_heads, head_dim)
 
 
-__all__ = ["LCKVAttention", "PositionEmbeddings", "apply_rotary", "attend"]
+__all__ = ["LCKVAttention", "PositionEmbeddings", "apply_rotary", "attend", "last_positions"]

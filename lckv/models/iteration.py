@@ -17,6 +17,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from lckv.models.sharing_cache import SharingCache
 from lckv.patterns import Segment, SharingPlan
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -52,6 +53,20 @@ class PassSchedule:
         return cls(num_ungraded, num_graded, tolerance)
 
 
+@dataclass(frozen=True)
+class CycleReport:
+    """What the passes over one cycle came to.
+
+    Attributes:
+        num_passes: how many there were.
+        residual: how far the KV of the owners read upward moved in the last pass, relative to its size (a scalar);
+            `None` if that was not asked for, or there was but one pass.
+    """
+
+    num_passes: int
+    residual: torch.Tensor | None
+
+
 RunLayers = Callable[[torch.Tensor, KeyValues, "Cache | CacheView | None", bool], tuple[torch.Tensor, KeyValues]]
 """`run(hidden_states, key_values, past_key_values, is_last)` runs a cycle's layers once.
 
@@ -69,7 +84,7 @@ def run_cycle(
     schedule: PassSchedule,
     *,
     needs_residual: bool,
-) -> tuple[torch.Tensor, KeyValues, torch.Tensor | None]:
+) -> tuple[torch.Tensor, KeyValues, CycleReport]:
     """Runs a cycle as often as its schedule says.
 
     Args:
@@ -82,9 +97,7 @@ def run_cycle(
         needs_residual: whether to measure how far KV still moved in the last pass.
 
     Returns:
-        The hidden states that leave the cycle, `key_values` with the cycle's own entries, and how far the KV of
-        `owners` moved in the last pass relative to its size (a scalar), or `None` if that is not needed, or there was
-        but one pass.
+        The hidden states that leave the cycle, `key_values` with the cycle's own entries, and what it took.
     """
     num_ungraded = 0
     with _without_gradient():
@@ -99,9 +112,9 @@ def run_cycle(
         _, key_values = run(hidden_states, key_values, CacheView.of(past_key_values), False)
     previous = key_values
     output, key_values = run(hidden_states, previous, past_key_values, True)
-    if not needs_residual or num_ungraded + schedule.num_graded == 1:
-        return output, key_values, None
-    return output, key_values, relative_change(previous, key_values, owners)
+    num_passes = num_ungraded + schedule.num_graded
+    residual = relative_change(previous, key_values, owners) if needs_residual and num_passes > 1 else None
+    return output, key_values, CycleReport(num_passes, residual)
 
 
 def _without_gradient() -> AbstractContextManager[object]:
@@ -136,6 +149,8 @@ class CacheView:
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeyValue:
         """Returns the cached keys and values of `layer_idx` followed by the given ones."""
+        if isinstance(self._cache, SharingCache):
+            return self._cache.peek(key_states, value_states, layer_idx)
         if layer_idx >= len(self._cache.layers):
             return key_states, value_states
         layer = _copy_to_write(self._cache.layers[layer_idx])

@@ -17,6 +17,7 @@ from transformers.masking_utils import (
 )
 
 from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.sharing_cache import SharingCache
 from lckv.patterns import LayerPlan, SharingPlan
 
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -85,6 +86,7 @@ def build_visible_keys(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     document_ids: torch.Tensor | None,
+    num_queries: int | None = None,
 ) -> list[VisibleKeys]:
     """Builds what the queries of every layer see in one forward call, before the cache takes the call's tokens.
 
@@ -97,10 +99,23 @@ def build_visible_keys(
             applied on top).
         past_key_values: the cache, before this call's tokens.
         document_ids: `(batch, past + q_len)`, equal for tokens that may see each other; `None` if all may.
+        num_queries: how many of the last new tokens have queries; `None` if all do.
     """
+    num_new_tokens = inputs_embeds.shape[1]
+    num_queries = num_new_tokens if num_queries is None else num_queries
     if attention_mask is not None:
         attention_mask = _as_boolean(attention_mask.to(inputs_embeds.device))
-    builder = _MaskBuilder(config, plan, inputs_embeds, attention_mask, past_key_values, document_ids)
+        if attention_mask.ndim == 4:
+            attention_mask = attention_mask[:, :, -num_queries:]
+    builder = _MaskBuilder(
+        config,
+        plan,
+        inputs_embeds[:, -num_queries:],
+        attention_mask,
+        past_key_values,
+        document_ids,
+        num_tokens_before=num_new_tokens - num_queries,
+    )
     kinds = [builder.kind_of(layer) for layer in plan.layers]
     masks = {kind: builder.build(kind) for kind in set(kinds)}
     return [masks[kind] for kind in kinds]
@@ -123,7 +138,10 @@ def _as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _MaskBuilder:
-    """The arguments of [`build_visible_keys`], and how a mask follows from them and the kind of layer."""
+    """The arguments of [`build_visible_keys`], and how a mask follows from them and the kind of layer.
+
+    `inputs_embeds` are those of the tokens with queries, `num_tokens_before` counts the new tokens before them.
+    """
 
     config: LCKVLlamaConfig
     plan: SharingPlan
@@ -131,6 +149,7 @@ class _MaskBuilder:
     attention_mask: torch.Tensor | None
     past_key_values: Cache | None
     document_ids: torch.Tensor | None
+    num_tokens_before: int
 
     def __post_init__(self) -> None:
         self.batch_size, self.q_length = self.inputs_embeds.shape[:2]
@@ -158,25 +177,34 @@ class _MaskBuilder:
         if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
             return VisibleKeys(mask=None)
         kv_length, kv_offset, q_offset = self._geometry(kind.geometry_layer)
+        key_positions = self._key_positions(kind.geometry_layer)
         window = kind.window
         if window is not None and isinstance(q_offset, int) and q_offset + self.q_length <= window:
             window = None
         is_plain = window is None and self.document_ids is None and self.is_unpadded
         if implementation in FLASH_ATTENTION:
-            return self._flash(kind, kv_length, window)
+            return self._flash(kind, kv_length, window, key_positions)
         if implementation == "sdpa" and is_plain and isinstance(q_offset, int) and self._is_aligned(kv_length):
             return VisibleKeys(mask=None, drop_own_token=kind.hides_own_token)
-        return self._dense_or_block(kind.hides_own_token, window, kv_length, kv_offset, q_offset)
+        return self._dense_or_block(kind.hides_own_token, window, kv_length, kv_offset, q_offset, key_positions)
 
     def _geometry(self, layer_idx: int) -> tuple[int, int, int | torch.Tensor]:
         """Number of keys, position of the first, and position of the first query."""
+        num_new_tokens = self.num_tokens_before + self.q_length
         if self.past_key_values is None:
-            return self.q_length, 0, 0
-        q_offset = self.past_key_values.get_seq_length(layer_idx)
+            return num_new_tokens, 0, self.num_tokens_before
+        q_offset = self.past_key_values.get_seq_length(layer_idx) + self.num_tokens_before
         if isinstance(q_offset, torch.Tensor):
             q_offset = q_offset.to(self.device)
-        kv_length, kv_offset = self.past_key_values.get_mask_sizes(self.q_length, layer_idx)
+        kv_length, kv_offset = self.past_key_values.get_mask_sizes(num_new_tokens, layer_idx)
         return kv_length, kv_offset, q_offset
+
+    def _key_positions(self, layer_idx: int) -> torch.Tensor | None:
+        """The position of each key, `(batch or 1, kv_len)`; `None` where they are consecutive."""
+        if not isinstance(self.past_key_values, SharingCache):
+            return None
+        positions = self.past_key_values.get_key_positions(self.num_tokens_before + self.q_length, layer_idx)
+        return None if positions is None else positions.to(self.device).expand(self.batch_size, -1)
 
     def _is_aligned(self, kv_length: int) -> bool:
         """Whether causality follows from the lengths: nothing cached, or one query behind all keys."""
@@ -190,11 +218,18 @@ class _MaskBuilder:
         return bool(self.attention_mask.all())
 
     def _dense_or_block(
-        self, hides_own_token: bool, window: int | None, kv_length: int, kv_offset: int, q_offset: int | torch.Tensor
+        self,
+        hides_own_token: bool,
+        window: int | None,
+        kv_length: int,
+        kv_offset: int,
+        q_offset: int | torch.Tensor,
+        key_positions: torch.Tensor | None,
     ) -> VisibleKeys:
         """A mask from transformers' own function for the backend, with our rule for who sees whom."""
         if self.attention_mask is not None and self.attention_mask.ndim == 4:
-            allowed, padding = self._allowed_pairs(self.attention_mask, kv_length, kv_offset), None
+            allowed = self._allowed_pairs(self.attention_mask, kv_length, kv_offset, key_positions)
+            padding = None
         else:
             allowed, padding = None, prepare_padding_mask(self.attention_mask, kv_length, kv_offset)
         documents = self.document_ids
@@ -203,6 +238,9 @@ class _MaskBuilder:
             documents = torch.nn.functional.pad(documents, (0, room), value=-1)
 
         def sees(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+            index = kv_idx - kv_offset
+            if key_positions is not None:
+                kv_idx = key_positions[batch_idx, index]
             visible = kv_idx < q_idx if hides_own_token else kv_idx <= q_idx
             if window is not None:
                 visible = visible & (kv_idx > q_idx - window)
@@ -211,20 +249,21 @@ class _MaskBuilder:
             if documents is not None:
                 visible = visible & (documents[batch_idx, q_idx] == documents[batch_idx, kv_idx])
             if allowed is not None:
-                visible = visible & allowed[batch_idx, q_idx - q_offset, kv_idx - kv_offset]
+                visible = visible & allowed[batch_idx, q_idx - q_offset, index]
             return visible
 
         sees_nothing = None
         mask_function: Callable[..., Any] = sees
         if hides_own_token or padding is not None or allowed is not None:
-            if allowed is not None:
+            if allowed is not None or key_positions is not None:
                 nothing = self._rows_without_keys(sees, kv_length, kv_offset, q_offset)
             else:
                 nothing = self._rows_without_earlier_keys(hides_own_token, window, padding, q_offset)
             sees_nothing = nothing if hides_own_token else None
 
             def mask_function(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
-                own_token = nothing[batch_idx, q_idx - q_offset] & (kv_idx == q_idx)
+                position = kv_idx if key_positions is None else key_positions[batch_idx, kv_idx - kv_offset]
+                own_token = nothing[batch_idx, q_idx - q_offset] & (position == q_idx)
                 return sees(batch_idx, head_idx, q_idx, kv_idx) | own_token
 
         if self.config._attn_implementation == "flex_attention" and self.device.type == "cpu":
@@ -246,9 +285,14 @@ class _MaskBuilder:
         )
         return VisibleKeys(mask=mask, sees_nothing=sees_nothing)
 
-    def _allowed_pairs(self, attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor:
+    def _allowed_pairs(
+        self, attention_mask: torch.Tensor, kv_length: int, kv_offset: int, key_positions: torch.Tensor | None
+    ) -> torch.Tensor:
         """The part `(batch, q_len, kv_len)` of a 4D mask for the keys from `kv_offset` on, false where it has none."""
-        allowed = attention_mask[:, 0, :, kv_offset : kv_offset + kv_length].expand(self.batch_size, -1, -1)
+        allowed = attention_mask[:, 0].expand(self.batch_size, -1, -1)
+        if key_positions is not None:
+            return allowed.gather(2, key_positions[:, None].expand(-1, self.q_length, -1))
+        allowed = allowed[..., kv_offset : kv_offset + kv_length]
         return torch.nn.functional.pad(allowed, (0, kv_length - allowed.shape[-1]))
 
     def _block_mask_on_cpu(
@@ -288,17 +332,19 @@ class _MaskBuilder:
         num_keys_before = torch.nn.functional.pad(padding.long().cumsum(dim=1), (1, 0))
         return num_keys_before.gather(1, stop) == num_keys_before.gather(1, first.minimum(stop))
 
-    def _flash(self, kind: MaskKind, kv_length: int, window: int | None) -> VisibleKeys:
+    def _flash(
+        self, kind: MaskKind, kv_length: int, window: int | None, key_positions: torch.Tensor | None
+    ) -> VisibleKeys:
         """Flash attention is causal and windowed by itself; only padding and documents have to be cut out."""
         if self.attention_mask is not None and self.attention_mask.ndim == 4:
             raise ValueError("flash attention takes no 4D attention_mask: use attn_implementation='sdpa'")
         if is_compileable(self.past_key_values):
             raise ValueError("flash attention takes no static cache: use attn_implementation='sdpa'")
         is_uncut = self.document_ids is None and self.is_unpadded
-        varlen = None if is_uncut else self._varlen(kind.hides_own_token, kv_length)
+        varlen = None if is_uncut else self._varlen(kind.hides_own_token, kv_length, key_positions)
         return VisibleKeys(drop_own_token=kind.hides_own_token, varlen=varlen, window=window)
 
-    def _varlen(self, hides_own_token: bool, kv_length: int) -> VarlenBatch:
+    def _varlen(self, hides_own_token: bool, kv_length: int, key_positions: torch.Tensor | None) -> VarlenBatch:
         """Cuts the batch into its documents, or rows without padding; each loses its last key if own tokens hide."""
         rows = torch.arange(self.batch_size, device=self.device)[:, None]
         if self.document_ids is not None:
@@ -311,7 +357,7 @@ class _MaskBuilder:
         else:
             padding = prepare_padding_mask(self.attention_mask, kv_length, 0)
             assert padding is not None
-            padding = padding[:, -kv_length:]
+            padding = padding[:, -kv_length:] if key_positions is None else padding.gather(1, key_positions)
             is_key, key_sequences = padding.flatten(), rows.expand_as(padding).flatten()
             is_query = padding[:, -self.q_length :].flatten()
             query_sequences = rows.expand(-1, self.q_length).flatten()

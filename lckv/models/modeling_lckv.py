@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
-from lckv.models.attention import LCKVAttention, PositionEmbeddings
+from lckv.models.attention import LCKVAttention, PositionEmbeddings, last_positions
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.iteration import (
     CacheView,
+    CycleReport,
     KeyValues,
     PassSchedule,
     new_sequential_cache,
@@ -26,6 +27,7 @@ from lckv.models.iteration import (
     with_past,
 )
 from lckv.models.masks import VisibleKeys, build_visible_keys, find_documents, has_cached_tokens
+from lckv.models.sharing_cache import SharingCache
 from lckv.patterns import Segment
 
 AnyCache = Cache | CacheView
@@ -33,15 +35,22 @@ AnyCache = Cache | CacheView
 
 @dataclass
 class LCKVModelOutputWithPast(BaseModelOutputWithPast):
-    """[`BaseModelOutputWithPast`] with `kv_residual`: how far KV still moved in the last pass (a scalar), if asked."""
+    """[`BaseModelOutputWithPast`] with what iterating over layers that read upward came to.
 
+    Args:
+        num_passes: passes over the cycle that took most; 1 where none was needed.
+        kv_residual: how far KV still moved in the last pass (a scalar), if asked for.
+    """
+
+    num_passes: int | None = None
     kv_residual: torch.Tensor | None = None
 
 
 @dataclass
 class LCKVCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """[`CausalLMOutputWithPast`] with `kv_residual`: how far KV still moved in the last pass (a scalar), if asked."""
+    """[`CausalLMOutputWithPast`] with `num_passes` and `kv_residual` as in [`LCKVModelOutputWithPast`]."""
 
+    num_passes: int | None = None
     kv_residual: torch.Tensor | None = None
 
 
@@ -69,7 +78,7 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: PositionEmbeddings,
         past_key_values: AnyCache | None = None,
         needs_kv: bool = True,
-        needs_output: bool = True,
+        num_outputs: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Runs the layer.
@@ -79,11 +88,11 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
             key_states: `(batch, num_kv_heads, kv_len, head_dim)` of the layer that this one reads; unused if it reads
                 itself, `None` if all keys and values are zero.
             value_states: like `key_states`.
-            visible_keys: which keys each query sees.
+            visible_keys: which keys each query sees, of the last `num_outputs` tokens.
             position_embeddings: cosines and sines for the new tokens.
             past_key_values: where a layer that computes KV adds it to that of earlier tokens.
             needs_kv: whether somebody reads this layer's KV.
-            needs_output: whether somebody uses the hidden states that leave the layer.
+            num_outputs: how many of the last tokens' outgoing hidden states somebody uses; `None` for all.
             kwargs: passed on to the attention backend.
 
         Returns:
@@ -97,8 +106,11 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
             own_keys, own_values = self.self_attn.project_kv(hidden_states, position_embeddings)
             if past_key_values is not None:
                 own_keys, own_values = past_key_values.update(own_keys, own_values, self.layer_idx)
-        if not needs_output:
+        if num_outputs == 0:
             return None, own_keys, own_values, None
+        if num_outputs is not None:
+            residual, hidden_states = residual[:, -num_outputs:], hidden_states[:, -num_outputs:]
+            position_embeddings = last_positions(position_embeddings, num_outputs)
         if self.reads_itself:
             key_states, value_states = own_keys, own_values
         attn_output, attn_weights = self.self_attn(
@@ -147,9 +159,13 @@ class _Call:
     position_embeddings: PositionEmbeddings
     past_key_values: Cache | None
     layer_kwargs: dict[str, Any]
-    hidden_states: list[torch.Tensor] | None
-    attentions: list[Any] | None
-    kv_residuals: list[torch.Tensor] | None
+    schedule: PassSchedule
+    num_outputs: int | None = None  # of the last tokens, from the highest layer that computes KV on; `None` for all
+    visible_keys_of_outputs: list[VisibleKeys] | None = None
+    hidden_states: list[torch.Tensor] | None = None
+    attentions: list[Any] | None = None
+    needs_residual: bool = False
+    reports: list[CycleReport] = field(default_factory=list)
 
 
 class LCKVLlamaModel(LCKVPreTrainedModel):
@@ -180,6 +196,9 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_kv_residual: bool = False,
+        forward_passes: int | str | None = None,
+        converge_tolerance: float | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> LCKVModelOutputWithPast:
         """Runs the decoder stack.
@@ -196,6 +215,11 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             output_hidden_states: whether to return what enters each layer and what leaves the last, after the norm.
             output_attentions: whether to return each layer's attention weights (eager backend).
             output_kv_residual: whether to return how far KV still moved in the last pass, where layers iterate.
+            forward_passes: instead of the configuration's.
+            converge_tolerance: instead of the configuration's.
+            logits_to_keep: how many of the last tokens' hidden states are wanted (0: all). Nothing else leaves the
+                layers above the highest one that computes KV, so they run for these tokens alone. For positions in a
+                tensor, and where every layer's output is asked for, all are returned.
             kwargs: passed on to the attention backend.
 
         Raises:
@@ -203,13 +227,16 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
                 `use_sequential` or the attention backend does not have.
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds)
-        is_sequential = self.config.use_sequential and inputs_embeds.shape[1] > 1
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        config, num_new_tokens = self.config, inputs_embeds.shape[1]
+        use_cache = config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
-            past_key_values = DynamicCache(config=self.config)
-        config = self.config
+            past_key_values = DynamicCache(config=config)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        is_sequential = num_new_tokens > 1 and config.use_sequential
+        if isinstance(past_key_values, SharingCache):
+            past_key_values.begin_forward(self.sharing_plan, attention_mask, num_new_tokens)
+            is_sequential |= num_new_tokens > 1 and past_key_values.needs_single_tokens(num_new_tokens)
         if is_sequential:
             self._check_sequential(attention_mask, output_hidden_states or output_attentions)
         document_ids = None
@@ -218,30 +245,51 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             position_ids = self._next_positions(inputs_embeds, past_key_values)
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
+        num_outputs = None
+        if isinstance(logits_to_keep, int) and 0 < logits_to_keep < num_new_tokens:
+            num_outputs = None if output_hidden_states or output_attentions else logits_to_keep
+        build_masks = partial(
+            build_visible_keys,
+            config,
+            self.sharing_plan,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            document_ids,
+        )
         call = _Call(
-            visible_keys=build_visible_keys(
-                config, self.sharing_plan, inputs_embeds, attention_mask, past_key_values, document_ids
-            ),
+            visible_keys=[] if is_sequential else build_masks(),
             position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
             past_key_values=past_key_values,
             layer_kwargs=kwargs,
+            schedule=PassSchedule.from_config(
+                config.forward_passes if forward_passes is None else forward_passes,
+                config.backward_passes,
+                config.converge_tolerance if converge_tolerance is None else converge_tolerance,
+                num_new_tokens,
+            ),
+            num_outputs=None if is_sequential else num_outputs,
             hidden_states=[inputs_embeds] if output_hidden_states else None,
             attentions=[] if output_attentions else None,
-            kv_residuals=[] if output_kv_residual else None,
+            needs_residual=output_kv_residual,
         )
+        if call.num_outputs is not None:
+            call.visible_keys_of_outputs = build_masks(num_queries=num_outputs)
         if is_sequential:
             hidden_states = self._run_token_by_token(call, inputs_embeds, attention_mask, document_ids)
         else:
             hidden_states = self._run_segments(call, inputs_embeds, has_past)
-        hidden_states = self.norm(hidden_states)
+        hidden_states = self.norm(hidden_states if num_outputs is None else hidden_states[:, -num_outputs:])
         if call.hidden_states is not None:
             call.hidden_states[-1] = hidden_states
+        residuals = [report.residual for report in call.reports if report.residual is not None]
         return LCKVModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=None if call.hidden_states is None else tuple(call.hidden_states),
             attentions=None if call.attentions is None else tuple(call.attentions),
-            kv_residual=torch.stack(call.kv_residuals).max() if call.kv_residuals else None,
+            num_passes=max([1, *[report.num_passes for report in call.reports]]),
+            kv_residual=torch.stack(residuals).max() if residuals else None,
         )
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -259,17 +307,15 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
 
     def _next_positions(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-        if past_key_values is not None:
+        if isinstance(past_key_values, SharingCache):
+            positions = positions + past_key_values.get_next_position()
+        elif past_key_values is not None:
             positions = positions + past_key_values.get_seq_length(self.sharing_plan.kv_owners[0])
         return positions[None]  # (1, q_len)
 
     def _run_segments(self, call: _Call, hidden_states: torch.Tensor, has_past: bool) -> torch.Tensor:
         """Runs all layers from the bottom, each cycle as often as it needs."""
-        config, plan = self.config, self.sharing_plan
-        num_new_tokens = hidden_states.shape[1]
-        schedule = PassSchedule.from_config(
-            config.forward_passes, config.backward_passes, config.converge_tolerance, num_new_tokens
-        )
+        plan = self.sharing_plan
         key_values: KeyValues = {}
         for segment in plan.segments:
             run = partial(self._run_layers, call, segment)
@@ -280,17 +326,16 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             if has_past and call.past_key_values is not None:
                 zeros = self._zero_states(hidden_states)
                 key_values = with_past(key_values, owners, call.past_key_values, zeros)
-            hidden_states, key_values, residual = run_cycle(
+            hidden_states, key_values, report = run_cycle(
                 run,
                 hidden_states,
                 key_values,
                 call.past_key_values,
                 owners,
-                schedule,
-                needs_residual=call.kv_residuals is not None,
+                call.schedule,
+                needs_residual=call.needs_residual,
             )
-            if call.kv_residuals is not None and residual is not None:
-                call.kv_residuals.append(residual)
+            call.reports.append(report)
         return hidden_states
 
     def _run_layers(
@@ -307,18 +352,24 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         output = hidden_states
         top = segment.stop - 1
         read_again = {top, *self.sharing_plan.kv_source[segment.start : top]}
+        highest_owner = self.sharing_plan.kv_owners[-1]
         for layer_idx in range(segment.start, segment.stop):
             source = self.sharing_plan.kv_source[layer_idx]
+            visible_keys, num_outputs = call.visible_keys, None
+            if not is_last and layer_idx == top:
+                num_outputs = 0
+            elif is_last and call.visible_keys_of_outputs is not None and layer_idx >= highest_owner:
+                visible_keys, num_outputs = call.visible_keys_of_outputs, call.num_outputs
             key_states, value_states = key_values[source] if source in key_values else (None, None)
             output, own_keys, own_values, attn_weights = self.layers[layer_idx](
                 output,
                 key_states,
                 value_states,
-                visible_keys=call.visible_keys[layer_idx],
+                visible_keys=visible_keys[layer_idx],
                 position_embeddings=call.position_embeddings,
                 past_key_values=past_key_values,
                 needs_kv=is_last or layer_idx in read_again,
-                needs_output=is_last or layer_idx != top,
+                num_outputs=num_outputs,
                 **call.layer_kwargs,
             )
             if own_keys is not None:
@@ -357,16 +408,16 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             stop = num_past + position + 1
             token = slice(position, position + 1)
             mask = None if attention_mask is None else attention_mask[:, :stop]
-            step = _Call(
+            if isinstance(cache, SharingCache):
+                cache.begin_forward(self.sharing_plan, mask, 1)
+            step = replace(
+                call,
                 visible_keys=build_visible_keys(
                     self.config, self.sharing_plan, inputs_embeds[:, token], mask, cache, document_ids
                 ),
                 position_embeddings=(cos[:, token], sin[:, token]),
                 past_key_values=cache,
-                layer_kwargs=call.layer_kwargs,
-                hidden_states=None,
-                attentions=None,
-                kv_residuals=None,
+                schedule=PassSchedule(num_ungraded=0, num_graded=1, tolerance=None),
             )
             outputs.append(self._run_segments(step, inputs_embeds[:, token], has_past=stop > 1))
         return torch.cat(outputs, dim=1)  # (batch, q_len, hidden_size)
@@ -398,6 +449,8 @@ class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_kv_residual: bool = False,
+        forward_passes: int | str | None = None,
+        converge_tolerance: float | None = None,
         **kwargs: Any,
     ) -> LCKVCausalLMOutputWithPast:
         """Predicts the next token at every position.
@@ -417,6 +470,9 @@ class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_kv_residual=output_kv_residual,
+            forward_passes=forward_passes,
+            converge_tolerance=converge_tolerance,
+            logits_to_keep=0 if labels is not None else logits_to_keep,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -430,5 +486,6 @@ class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            num_passes=outputs.num_passes,
             kv_residual=outputs.kv_residual,
         )

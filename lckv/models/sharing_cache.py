@@ -1,0 +1,45 @@
+"""What a cache may tell the model beyond what transformers' caches do."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache
+
+from lckv.patterns import SharingPlan
+
+
+class SharingCache(Cache):
+    """A [`Cache`] that may drop tokens from the middle, renumber positions or need tokens one at a time.
+
+    The model takes any transformers cache; of one of this class it asks the questions below.
+    """
+
+    def begin_forward(self, plan: SharingPlan, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
+        """Is told what the coming forward call holds, before masks are built and anything is written.
+
+        Args:
+            plan: the model's sharing pattern.
+            attention_mask: as the model got it, `(batch, past + q_len)` with zeros at padding, 4D, or `None`.
+            num_new_tokens: `q_len`.
+        """
+
+    def needs_single_tokens(self, num_new_tokens: int) -> bool:
+        """Whether `num_new_tokens` tokens must go through the model one after the other to be exact."""
+        return False
+
+    def get_key_positions(self, num_new_tokens: int, layer_idx: int) -> torch.Tensor | None:
+        """Which tokens the keys belong to that `update` is about to return, `(batch or 1, kv_len)`.
+
+        Tokens count from 0, padding included; `None` if they are consecutive, as `get_mask_sizes` describes them.
+        """
+        return None
+
+    def get_next_position(self) -> int | torch.Tensor:
+        """The rotary position of the next token, where the caller gives the model none."""
+        return self.get_seq_length()
+
+    def peek(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `update` would return, but without keeping anything: for passes before the last one."""
+        raise NotImplementedError
