@@ -24,11 +24,12 @@ LAYERS = [
     ["costs", "config", "overrides", "drawing"],
     ["model_arguments"],
     ["data", "models"],
-    ["evaluation", "training"],
-    ["cli", "plan", "train"],
+    ["cache"],
+    ["evaluation", "generation", "training"],
+    ["cli", "plan", "train", "generate", "benchmark"],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
-STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "training": {"models"}}
+STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "cache": {"data", "config"}, "training": {"models"}}
 TORCH_FREE = [
     "lckv",
     "lckv.errors",

@@ -1,0 +1,6 @@
+"""Caches of keys and values (KV) that keep what the sharing pattern says must be kept, and no more."""
+
+from lckv.cache.base import CACHES, KVCache, KVLayer, build_cache
+from lckv.cache.dynamic import DynamicKVCache
+
+__all__ = ["CACHES", "DynamicKVCache", "KVCache", "KVLayer", "build_cache"]
