@@ -1,0 +1,122 @@
+"""Fills a cache with a prompt, in chunks, iterating each chunk until its keys and values (KV) are final."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from lckv.errors import UserError
+
+
+@dataclass
+class PrefillReport:
+    """What a prefill came to.
+
+    Attributes:
+        logits: of the token after the prompt, `(batch, vocab_size)`.
+        num_passes: for each chunk, how often the layers of a cycle ran; 1 where no layer reads upward.
+        residuals: for each chunk that took several passes, how far KV still moved in the last one, relative to its
+            size.
+        seconds: wall time.
+    """
+
+    logits: torch.Tensor
+    num_passes: list[int] = field(default_factory=list)
+    residuals: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def residual(self) -> float | None:
+        """The largest residual of all chunks, if there is any."""
+        return max(self.residuals, default=None)
+
+
+@torch.inference_mode()
+def prefill(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    past_key_values: Cache,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    forward_passes: int | str | None = None,
+    tolerance: float | None = None,
+    on_chunk: Callable[[int], Any] | None = None,
+) -> PrefillReport:
+    """Writes the prompt's KV to the cache.
+
+    The layers above the highest one that computes KV run for one position of a chunk only. Where layers read upward,
+    a chunk is iterated before the next begins, so that the chunks behind it read KV that is final up to `tolerance`.
+    Memory grows with `chunk_size` times the length of the prompt, not with the length's square.
+
+    Args:
+        model: the model, in evaluation mode.
+        input_ids: `(batch, q_len)`, the tokens that are not in the cache yet.
+        past_key_values: the cache to fill, empty or not.
+        attention_mask: `(batch, past + q_len)`, zero at padding.
+        chunk_size: how many tokens to run at once; all by default.
+        forward_passes: passes before the two (`backward_passes`) last ones, or `"converge"`; by default the model's.
+        tolerance: with `"converge"`, the relative change of KV that ends the iteration; by default the model's.
+        on_chunk: called after each chunk with the number of its tokens, for a progress bar.
+
+    Raises:
+        UserError: if the prompt is empty, or the chunk size below 1.
+    """
+    check_prefill(input_ids.shape[1], chunk_size, forward_passes, tolerance)
+    num_past = int(past_key_values.get_seq_length())
+    position_ids = _positions(attention_mask)
+    report = PrefillReport(logits=input_ids.new_empty(0))
+    start_time = time.perf_counter()
+    for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
+        stop = num_past + chunk.shape[1]
+        outputs = model(
+            chunk,
+            attention_mask=None if attention_mask is None else attention_mask[:, :stop],
+            position_ids=None if position_ids is None else position_ids[:, num_past:stop],
+            past_key_values=past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
+            forward_passes=forward_passes,
+            converge_tolerance=tolerance,
+            output_kv_residual=True,
+        )
+        num_past = stop
+        report.logits = outputs.logits[:, -1]
+        report.num_passes.append(outputs.num_passes)
+        if outputs.kv_residual is not None:
+            report.residuals.append(float(outputs.kv_residual))
+        if on_chunk is not None:
+            on_chunk(chunk.shape[1])
+    if input_ids.is_cuda:
+        torch.cuda.synchronize(input_ids.device)
+    report.seconds = time.perf_counter() - start_time
+    return report
+
+
+def check_prefill(
+    num_tokens: int, chunk_size: int | None, forward_passes: int | str | None, tolerance: float | None
+) -> None:
+    """Refuses what makes no prefill.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    if num_tokens < 1:
+        raise UserError("the prompt is empty: give at least one token")
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"prefill chunk={chunk_size}: allowed is 1 or more")
+    is_number = isinstance(forward_passes, int) and forward_passes >= 0
+    if not (forward_passes is None or forward_passes == "converge" or is_number):
+        raise UserError(f"prefill passes={forward_passes!r}: allowed is a whole number, 0 or more, or 'converge'")
+    if tolerance is not None and not tolerance > 0:
+        raise UserError(f"prefill tolerance={tolerance}: allowed is a number above 0")
+
+
+def _positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Each token's position among the real tokens of its row, `(batch, past + q_len)`; 0 for padding before them."""
+    return None if attention_mask is None else (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
