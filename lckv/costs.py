@@ -7,7 +7,7 @@ capacity but not reads, so what is written, what is kept and what is read are th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -78,11 +78,14 @@ class FlopsPerToken:
 
     Attributes:
         decode: decoding one token at the end of the context, every layer once.
+        prefill: taking in the whole context to predict the one token behind it, on the average of its tokens. Nothing
+            but the last token leaves the layers above the highest one that computes KV, nor that one itself.
         forward: a parallel pass over the whole context, iterations included, on the average of its tokens.
         train: the same with its backward pass.
     """
 
     decode: float
+    prefill: float | None
     forward: float | None
     train: float | None
 
@@ -196,28 +199,32 @@ class _FlopCount:
         decode = lm_head + sum(
             self._layer(layer, _num_keys(layer, self.sizes, self.context_length)) for layer in self.plan.layers
         )
-        forward: float | None = lm_head
-        train: float | None = 3 * lm_head
-        for segment in self.plan.segments:
-            segment_forward, segment_train = self._segment(segment, iteration)
-            forward = None if forward is None or segment_forward is None else forward + segment_forward
-            train = None if train is None or segment_train is None else train + segment_train
-        return FlopsPerToken(decode=decode, forward=forward, train=train)
+        segments = [self._segment(segment, iteration) for segment in self.plan.segments]
+        prefill, forward, train = (_sum_of_known(parts) for parts in zip(*segments, strict=True))
+        return FlopsPerToken(
+            decode=decode,
+            prefill=None if prefill is None else prefill + lm_head / self.context_length,
+            forward=None if forward is None else forward + lm_head,
+            train=None if train is None else train + 3 * lm_head,
+        )
 
-    def _segment(self, segment: Segment, iteration: Iteration) -> tuple[float | None, float | None]:
-        """Forward and train FLOPs of consecutive layers."""
+    def _segment(self, segment: Segment, iteration: Iteration) -> tuple[float | None, float | None, float | None]:
+        """Prefill, forward and train FLOPs of consecutive layers."""
         layers = self.plan.layers[segment.start : segment.stop]
         once = sum(self._layer(layer, self._mean_keys[layer.layer_idx]) for layer in layers)
+        # Token by token, every token goes through all layers.
+        finished = once if iteration.use_sequential else sum(self._prefilled_layer(layer) for layer in layers)
         if not segment.is_cycle or iteration.use_sequential:
-            return once, 3 * once
+            return finished, once, 3 * once
         if iteration.forward_passes is None:
-            return None, None
+            return None, None, None
         # As many passes as tokens are exact, so no more are run.
         num_graded = min(iteration.backward_passes, self.context_length)
         num_ungraded = min(iteration.forward_passes, self.context_length - num_graded)
-        last = num_ungraded + num_graded - 1
-        passes = [once if index == last else self._unfinished(layers, index == 0) for index in range(last + 1)]
-        return sum(passes), sum(passes) + 2 * sum(passes[num_ungraded:])
+        unfinished = [self._unfinished(layers, index == 0) for index in range(num_ungraded + num_graded - 1)]
+        graded = sum(unfinished[num_ungraded:]) + once
+        forward = sum(unfinished) + once
+        return sum(unfinished) + finished, forward, forward + 2 * graded
 
     def _unfinished(self, layers: tuple[LayerPlan, ...], is_first: bool) -> float:
         """A pass over a cycle that another one follows: it ends at the keys and values of the top layer."""
@@ -231,6 +238,14 @@ class _FlopCount:
 
     def _layer(self, layer: LayerPlan, num_keys: float) -> float:
         return self._attention(num_keys) + self._mlp + layer.computes_kv * self._key_value
+
+    def _prefilled_layer(self, layer: LayerPlan) -> float:
+        """A layer in the last pass of a prefill; from the highest owner on, only the last token leaves it."""
+        if layer.layer_idx < self.plan.kv_owners[-1]:
+            return self._layer(layer, self._mean_keys[layer.layer_idx])
+        num_keys = _num_keys(layer, self.sizes, self.context_length)
+        last_token = self._attention(num_keys) + self._mlp
+        return layer.computes_kv * self._key_value + last_token / self.context_length
 
     @property
     def _key_value(self) -> int:
@@ -248,6 +263,16 @@ class _FlopCount:
     def _mean_keys(self) -> list[float]:
         """For every layer, the keys that a query sees, on the average of all positions."""
         return [_mean_num_keys(layer, self.sizes, self.context_length) for layer in self.plan.layers]
+
+
+def _sum_of_known(parts: Iterable[float | None]) -> float | None:
+    """The sum, or `None` if a part is unknown."""
+    total = 0.0
+    for part in parts:
+        if part is None:
+            return None
+        total += part
+    return total
 
 
 def _check_context_length(context_length: int) -> None:

@@ -167,6 +167,7 @@ def _cost_table(report: PlanReport) -> Table:
         "parameters", *_compared(report.costs.num_parameters, report.llama_costs.num_parameters), end_section=True
     )
     table.add_row("FLOPs per token, decoding", *_compared(flops.decode, llama_flops.decode))
+    table.add_row("FLOPs per token, prefill", *_compared(flops.prefill, llama_flops.prefill))
     table.add_row("FLOPs per token, forward", *_compared(flops.forward, llama_flops.forward))
     table.add_row("FLOPs per token, training", *_compared(flops.train, llama_flops.train))
     return table

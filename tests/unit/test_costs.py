@@ -144,6 +144,72 @@ def test_matrix_products_are_those_that_torch_counts(string, forward_passes, bac
     assert [flops.forward, flops.train] == counted
 
 
+@pytest.mark.parametrize(
+    ("string", "forward_passes", "backward_passes"),
+    [
+        ("0_1_2", 7, 2),
+        ("0_0_2_2", 7, 2),
+        ("0_1_2_2_2", 7, 2),
+        ("0_3_3_3_4", 7, 2),
+        ("0_3_3_3_3_3", 2, 2),
+        ("0_2_2_2_3", 3, 4),
+        ("1_1_3_3", 2, 3),
+        ("2_0_2_0", 2, 2),
+        ("1_2_3_3", 7, 2),
+    ],
+)
+def test_matrix_products_of_a_prefill_are_those_that_torch_counts(string, forward_passes, backward_passes):
+    """As above, without attention; then with it, for the layers that attend from the last token alone."""
+    windowed = "_".join(f"{entry}s" for entry in string.split("_"))
+    passes = dict(forward_passes=forward_passes, backward_passes=backward_passes)
+    config = tiny_config(windowed, sliding_window=1, force_nodiag=True, **passes)
+    flops = count_flops(
+        config.sharing_plan, ModelSizes.from_config(config), 12, Iteration(forward_passes, backward_passes)
+    )
+    assert sum(prefill_flops(config, "aten.mm", "aten.addmm")) / 12 == pytest.approx(flops.prefill, rel=1e-12)
+
+
+@pytest.mark.parametrize("string", ["0", "0_0_0", "0_0_0_0s"])
+def test_whole_prefills_are_what_torch_counts_where_only_the_last_token_attends(string):
+    config = tiny_config(string, sliding_window=64, attn_implementation="eager")
+    flops = count_flops(config.sharing_plan, ModelSizes.from_config(config), 12)
+    assert sum(prefill_flops(config)) / 12 == pytest.approx(flops.prefill, rel=1e-12)
+
+
+def prefill_flops(config: LCKVLlamaConfig, *names: str) -> list[int]:
+    """What torch counts, of all operations or of some, while a real model takes in 12 tokens."""
+    model = LCKVLlamaForCausalLM(config).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.arange(12)[None], logits_to_keep=1)
+    counted = counter.get_flop_counts()["Global"].items()
+    return [flops for name, flops in counted if not names or str(name) in names]
+
+
+def test_a_prefill_by_hand():
+    lm_head, kv, mlp = 2 * 100 * 8, 4 * 8 * 4, 6 * 8 * 20
+
+    def attention(num_keys):
+        return 4 * 8 * 8 + 4 * 8 * num_keys
+
+    # Llama's last layer gives KV for all 9 tokens, the rest for one; the others run whole (1 to 9 keys: 5 on average).
+    llama = count_flops(parse_layer_types("0_1"), SIZES, 9)
+    assert llama.prefill == pytest.approx(kv + mlp + attention(5) + kv + (mlp + attention(9) + lm_head) / 9)
+    # Readers above the highest owner run for one token; a window of 4 shows it 4 keys.
+    shared = count_flops(parse_layer_types("0_0_0s"), SIZES, 9)
+    assert shared.prefill == pytest.approx(kv + (3 * mlp + 2 * attention(9) + attention(4) + lm_head) / 9)
+    # One token at a time goes through everything.
+    sequential = count_flops(parse_layer_types("0_2_2"), SIZES, 9, Iteration(7, 2, use_sequential=True))
+    assert sequential.prefill == pytest.approx(sequential.forward - lm_head * 8 / 9)
+
+
+def test_a_prefill_of_yoco_is_half_of_llamas():
+    sizes = dataclasses.replace(SIZES, sliding_window=512)
+    yoco, llama = (
+        count_flops(parse_layer_types(build_layer_types(name, 32)), sizes, 2048).prefill for name in ("yoco", "llama")
+    )
+    assert yoco < 0.52 * llama
+
+
 def test_flops_by_hand():
     lm_head, kv, mlp = 2 * 100 * 8, 4 * 8 * 4, 6 * 8 * 20
 
@@ -170,7 +236,7 @@ def test_flops_by_hand():
 
 def test_passes_that_depend_on_the_data_are_left_open():
     flops = count_flops(parse_layer_types("0_2_2"), SIZES, 9, Iteration(None, 2))
-    assert flops.forward is None and flops.train is None and flops.decode > 0
+    assert flops.forward is None and flops.train is None and flops.prefill is None and flops.decode > 0
     assert count_flops(parse_layer_types("0_0_2"), SIZES, 9, Iteration(None, 2)).train is not None
 
 
@@ -195,6 +261,7 @@ def test_bounds_that_hold_for_every_pattern(string, context_length):
     assert costs.kv_bytes.resident <= costs.kv_bytes.written
     assert costs.kv_bytes.read <= llama.kv_bytes.read
     assert costs.flops_per_token.decode <= llama.flops_per_token.decode
+    assert costs.flops_per_token.prefill <= costs.flops_per_token.forward
     if not plan.has_cycles:
         assert costs.flops_per_token.train <= llama.flops_per_token.train
 
