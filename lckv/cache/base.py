@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError, near_miss
 from lckv.models.iteration import KeyValue
 from lckv.models.sharing_cache import SharingCache
@@ -82,12 +83,19 @@ class KVLayer(CacheLayerMixin):
     def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
         """Returns what `update` would, but keeps nothing."""
 
-    @abstractmethod
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens; 0 only ends the recording of dropped ones.
+    def check_rollback(self, tokens_to_remove: int) -> None:
+        """Refuses, before anything changes, what `crop` cannot do.
 
         Raises:
             RuntimeError: if tokens that are needed again have been dropped.
+        """
+
+    @abstractmethod
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens, and drops recorded ones that have left the window.
+
+        Raises:
+            RuntimeError: if tokens that are needed again have been dropped; nothing has changed then.
         """
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -141,7 +149,10 @@ class KVLayer(CacheLayerMixin):
         return forked
 
     def activate_past_recording(self) -> None:
-        """Keeps tokens that leave the window until the next `crop`, so that it can bring them back."""
+        """From now on tokens that leave the window stay until the next `crop`, so that it can bring them back.
+
+        As in transformers this holds until `reset`, or until `record_past` is set to false.
+        """
         self.record_past = True
 
     def reset(self) -> None:
@@ -307,14 +318,47 @@ class KVCache(SharingCache):
         """Bytes of all live tensors of the cache."""
         return sum(layer.num_bytes() for layer in self.owners().values())
 
+    def planned_bytes(self, seq_length: int, batch_size: int, dtype: torch.dtype) -> int:
+        """Bytes that `num_bytes` will report once the cache has seen this much, by arithmetic.
+
+        Args:
+            seq_length: tokens of each sequence, padding included.
+            batch_size: number of sequences.
+            dtype: type of the keys and values that the model computes.
+        """
+        if seq_length == 0:
+            return 0
+        sizes, dtype_name = ModelSizes.from_config(self.config), str(dtype).removeprefix("torch.")
+        return batch_size * count_kv_bytes(self.plan, sizes, seq_length, dtype_name).resident_total
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch; -1 while the cache is empty."""
+        tensors = [tensor for layer in self.owners().values() for tensor in layer.tensors().values()]
+        return tensors[0].shape[0] if tensors else -1
+
     def begin_forward(self, plan: SharingPlan, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
         """Refuses a model with another pattern than the cache was made for."""
         if plan.layer_types != self.plan.layer_types:
-            raise ValueError(f"a cache for layer_types {self.plan.layer_types} in a model with {plan.layer_types}")
+            raise UserError(
+                f"a cache for layer_types {self.plan.layer_types!r} in a model with {plan.layer_types!r}: "
+                "allowed is a cache made from the model's own configuration"
+            )
 
     def peek(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeyValue:
         """What `update` would return, but keeps nothing."""
         return self.owners()[layer_idx].peek(key_states, value_states)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens of every sequence.
+
+        Raises:
+            ValueError: unless there are as many.
+            RuntimeError: if tokens that are needed again have been dropped; nothing has changed then.
+        """
+        for layer in self.owners().values():
+            layer.check_rollback(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def fork(self) -> Self:
         """A cache with the same content; what is done to one from now on does not disturb the other."""

@@ -30,6 +30,10 @@ class FullLayer(KVLayer):
         self.seq_length += key_states.shape[2]
         return self.keys, self.values
 
+    def check_rollback(self, tokens_to_remove: int) -> None:
+        """Refuses to take back more tokens than there are."""
+        check_crop(tokens_to_remove, self.seq_length)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens."""
         num_removed = check_crop(tokens_to_remove, self.seq_length)
@@ -44,16 +48,17 @@ class FullLayer(KVLayer):
 class RingLayer(KVLayer):
     """Keeps the last `window` tokens in tensors `(batch, num_kv_heads, min(seq_len, window), head_dim)`.
 
-    The token at position *p* lies in slot `p % window`, and is overwritten by the one `window` later. While dropped
-    tokens are recorded, for a rollback, the tensors are in order and as long as it takes.
+    Once they are full, the token at position *p* lies in slot `p % window`, and is overwritten by the one `window`
+    later. Until then, and while dropped tokens are recorded for a rollback, the tensors are in order.
     """
 
-    scalar_names = ("seq_length", "num_kept", "record_past")
+    scalar_names = ("seq_length", "num_kept", "is_ring", "record_past")
     window: int
 
     def __init__(self, window: int) -> None:
         super().__init__(window)
-        self.num_kept = 0  # how many of the last tokens are in the tensors
+        self.num_kept = 0  # how many of the last tokens are in the tensors; what lies before them is stale
+        self.is_ring = False
 
     def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
         """The last `window - 1` cached keys and values, oldest first, followed by the new ones."""
@@ -72,20 +77,26 @@ class RingLayer(KVLayer):
             self.lazy_initialization(key_states, value_states)
         num_new = key_states.shape[2]
         states = self.peek(key_states, value_states)
-        is_full = self.keys.shape[2] == self.window
-        self.seq_length += num_new
-        self.num_kept += num_new
         if self.record_past:
-            self.keys = torch.cat([self.keys, key_states], dim=2)
-            self.values = torch.cat([self.values, value_states], dim=2)
-        elif is_full and num_new < self.window:
+            self._record(key_states, value_states)
+        elif self.is_ring and num_new < self.window:
             self._overwrite_oldest(key_states, value_states)
         else:
-            self._lay_out(*states)
+            self._lay_out(*states, self.seq_length + num_new, self.num_kept + num_new)
         return states
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens; 0 only ends the recording of dropped ones."""
+        """Takes back the last `-tokens_to_remove` tokens, and drops recorded ones that have left the window."""
+        self.check_rollback(tokens_to_remove)
+        num_removed = -tokens_to_remove
+        num_left = self.seq_length - num_removed
+        if self.is_initialized and (num_removed or not self.is_ring):
+            keys, values = self._in_order()
+            stop = keys.shape[2] - num_removed
+            self._lay_out(keys[:, :, :stop], values[:, :, :stop], num_left, self.num_kept - num_removed)
+
+    def check_rollback(self, tokens_to_remove: int) -> None:
+        """Refuses to go back to where the window needs a dropped token."""
         num_removed = check_crop(tokens_to_remove, self.seq_length)
         num_left = self.seq_length - num_removed
         if self.num_kept - num_removed < min(num_left, self.window - 1):
@@ -93,50 +104,53 @@ class RingLayer(KVLayer):
                 f"a window of {self.window} tokens has dropped what taking back {num_removed} of {self.seq_length} "
                 "tokens needs; call activate_past_recording() before the tokens that may be taken back"
             )
-        if self.is_initialized:
-            keys, values = self._in_order()
-            first, stop = keys.shape[2] - self.num_kept, keys.shape[2] - num_removed
-            self.seq_length, self.num_kept, self.record_past = num_left, stop - first, False
-            self._lay_out(keys[:, :, first:stop], values[:, :, first:stop])
-        self.record_past = False
-
-    def activate_past_recording(self) -> None:
-        """Keeps tokens that leave the window until the next `crop`, so that it can bring them back."""
-        if self.is_initialized and not self.record_past:
-            self.keys, self.values = self._in_order()
-        self.record_past = True
 
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.num_kept = 0
+        self.num_kept, self.is_ring = 0, False
 
     def _in_order(self) -> KeyValue:
-        """Everything in the tensors, oldest first; after a rollback the first `window - num_kept` are stale."""
-        if self.record_past or self.keys.shape[2] < self.window:
+        """Everything in the tensors, oldest first."""
+        if not self.is_ring:
             return self.keys, self.values
         oldest = self.seq_length % self.window
         return self.keys.roll(-oldest, dims=2), self.values.roll(-oldest, dims=2)
 
-    def _lay_out(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _record(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Appends, whatever the window."""
+        keys, values = self._in_order()
+        self.keys, self.values = torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+        self.seq_length += key_states.shape[2]
+        self.num_kept += key_states.shape[2]
+        self.is_ring = False
+
+    def _lay_out(self, keys: torch.Tensor, values: torch.Tensor, seq_length: int, num_kept: int) -> None:
         """Fills the tensors anew with the last of these tokens, which are in order and end at `seq_length`."""
-        self.num_kept = min(self.num_kept, self.window)
-        num_slots = min(self.seq_length, self.window)
-        num_stale = num_slots - self.num_kept
-        self.keys, self.values = (
-            torch.nn.functional.pad(states[:, :, states.shape[2] - self.num_kept :], (0, 0, num_stale, 0))
-            for states in (keys, values)
-        )
-        if num_slots == self.window:
-            oldest = self.seq_length % self.window
-            self.keys, self.values = self.keys.roll(oldest, dims=2), self.values.roll(oldest, dims=2)
-        self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+        num_slots = min(seq_length, self.window)
+        self.seq_length, self.num_kept, self.is_ring = seq_length, min(num_kept, num_slots), num_slots == self.window
+        oldest = seq_length % self.window if self.is_ring else 0
+        self.keys, self.values = (_last_tokens(states, num_slots).roll(oldest, dims=2) for states in (keys, values))
 
     def _overwrite_oldest(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.num_kept = min(self.num_kept, self.window)
-        positions = torch.arange(self.seq_length - key_states.shape[2], self.seq_length, device=self.device)
+        num_new = key_states.shape[2]
+        positions = torch.arange(self.seq_length, self.seq_length + num_new, device=self.keys.device)
+        self.keys, self.values = writable(self.keys), writable(self.values)
         self.keys.index_copy_(2, positions % self.window, key_states)
         self.values.index_copy_(2, positions % self.window, value_states)
+        self.seq_length += num_new
+        self.num_kept = min(self.num_kept + num_new, self.window)
+
+
+def _last_tokens(states: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """The last tokens of `(batch, num_kv_heads, seq_len, head_dim)`, after zeros if there are too few."""
+    states = states[:, :, max(0, states.shape[2] - num_slots) :]
+    return torch.nn.functional.pad(states, (0, 0, num_slots - states.shape[2], 0))
+
+
+def writable(states: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy if it was made in inference mode, which allows no writing outside that mode."""
+    return states.clone() if states.is_inference() and not torch.is_inference_mode_enabled() else states
 
 
 def check_crop(tokens_to_remove: int, seq_length: int) -> int:
