@@ -236,6 +236,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         is_sequential = num_new_tokens > 1 and config.use_sequential
         if isinstance(past_key_values, SharingCache):
             past_key_values.begin_forward(self.sharing_plan, attention_mask, num_new_tokens)
+            past_key_values.begin_positions(are_given=position_ids is not None)
             is_sequential |= num_new_tokens > 1 and past_key_values.needs_single_tokens(num_new_tokens)
         if is_sequential:
             self._check_sequential(attention_mask, output_hidden_states or output_attentions)

@@ -34,6 +34,9 @@ class SharingCache(Cache):
         """
         return None
 
+    def begin_positions(self, are_given: bool) -> None:
+        """Is told whether the caller says at which positions the coming tokens are, before `get_next_position`."""
+
     def get_next_position(self) -> int | torch.Tensor:
         """The rotary position of the next token, where the caller gives the model none."""
         return self.get_seq_length()
