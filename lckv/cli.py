@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,7 @@ def run(main: Callable[[Any], None], config_name: str) -> None:
     """
     # Else Hydra itself prints exceptions and exits, before anything here can see them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    arguments = overrides.flags_first(sys.argv[1:])
-    sys.argv[1:] = overrides.quote_overrides(arguments, list(open_keys(config.SCHEMAS[config_name])))
-    config.register_schemas()
+    sys.argv[1:] = _prepare_arguments(sys.argv[1:], config.SCHEMAS[config_name])
     mistakes = _Mistakes(config_name)
 
     def job(composed: DictConfig) -> None:
@@ -57,6 +56,9 @@ def run(main: Callable[[Any], None], config_name: str) -> None:
             hydra.main(config_path=str(config.config_dir()), config_name=config_name, version_base="1.3")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     if mistakes.num_reported:
         sys.exit(2)
 
@@ -67,9 +69,8 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
     Raises:
         UserError: if the arguments are wrong.
     """
-    config.register_schemas()
     schema = config.SCHEMAS[config_name]
-    given = overrides.quote_overrides(arguments, list(open_keys(schema)))
+    given = _prepare_arguments(arguments, schema)
     try:
         with hydra.initialize_config_dir(str(config.config_dir()), version_base="1.3"):
             composed = hydra.compose(config_name, given, return_hydra_config=True)
@@ -81,6 +82,14 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
         raise
     except _CONFIG_ERRORS as error:
         raise UserError(describe(error, schema)) from error
+
+
+def _prepare_arguments(arguments: Sequence[str], schema: type) -> list[str]:
+    """Makes arguments for Hydra, and registers what it needs to compose them."""
+    others, literals = overrides.take_literals(arguments, literal_keys(schema))
+    config.register_schemas()
+    config.register_literals({key: overrides.escape(text) for key, text in literals.items()})
+    return overrides.quote_overrides(overrides.flags_first(others), list(open_keys(schema)))
 
 
 class _Mistakes:
@@ -127,25 +136,34 @@ def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
     """Turns what Hydra composed into the root dataclass, with mistakes found that Hydra lets pass.
 
     Raises:
-        UserError: if `layer_types` came in as a number or is contradicted by the sharing group, a key was added that
-            nothing reads, or a value refers to a key that does not exist.
+        UserError: if a key was added that nothing reads or a value refers to a key that does not exist; in a training
+            configuration, if `layer_types` came in as a number or is contradicted by the sharing group.
     """
-    folders = [Path(source.path) for source in hydra_cfg.runtime.config_sources if source.schema == "file"]
-    choices = OmegaConf.to_container(hydra_cfg.runtime.choices)
-    files = overrides.config_files(folders, hydra_cfg.job.config_name, typing.cast(dict[str, Any], choices))
     schema = OmegaConf.get_type(composed)
     assert schema is not None
     try:
         cfg: Any = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:  # such as an interpolation of a key that does not exist
         raise UserError(describe(error, schema)) from error
-    overrides.check_is_text(cfg.model.layer_types, "model.layer_types", files)
-    _check_keys(composed, schema)
-    _check_one_sharing(cfg, list(hydra_cfg.overrides.task))
-    _check_vocab_size(cfg, list(hydra_cfg.overrides.task))
     if isinstance(cfg, config.TrainConfig):
+        overrides.check_is_text(cfg.model.layer_types, "model.layer_types", _config_files(hydra_cfg))
+    _check_keys(composed, schema)
+    for key in literal_keys(schema):
+        group, _, name = key.rpartition(".")
+        parent = reduce(getattr, group.split("."), cfg) if group else cfg
+        setattr(parent, name, overrides.unescape(getattr(parent, name)))
+    if isinstance(cfg, config.TrainConfig):
+        _check_one_sharing(cfg, list(hydra_cfg.overrides.task))
+        _check_vocab_size(cfg, list(hydra_cfg.overrides.task))
         _fill_run_dir(cfg, hydra_cfg)
     return cfg
+
+
+def _config_files(hydra_cfg: DictConfig) -> list[Path]:
+    """The YAML files behind a composed configuration."""
+    folders = [Path(source.path) for source in hydra_cfg.runtime.config_sources if source.schema == "file"]
+    choices = OmegaConf.to_container(hydra_cfg.runtime.choices)
+    return overrides.config_files(folders, hydra_cfg.job.config_name, typing.cast(dict[str, Any], choices))
 
 
 def _check_keys(composed: DictConfig, schema: type, prefix: str = "") -> None:
@@ -232,7 +250,7 @@ def _describe_unknown_key(cause: OmegaConfBaseException, error: Exception, schem
 def _hint(key: str, schema: type, prefix: str = "") -> str:
     """The known key most like `key`: one of (nearly) the same last part anywhere, else one like it in its group."""
     parent, _, name = key.rpartition(".")
-    keys = [*_keys(schema, prefix), *_GROUPS_WITHOUT_KEY]
+    keys = [*_keys(schema, prefix), *(_GROUPS_WITHOUT_KEY if issubclass(schema, config.TrainConfig) else ())]
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
     anywhere = {known.rpartition(".")[2]: known for known in reversed(keys)} | siblings
     for names, cutoff in (anywhere, 1.0), (siblings, 0.7), (anywhere, 0.8), (siblings, 0.6):
@@ -263,3 +281,13 @@ def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
             yield prefix + name
         elif is_dataclass(kind):
             yield from open_keys(typing.cast(type, kind), f"{prefix}{name}.")
+
+
+def literal_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """The keys of a root dataclass whose values the command line gives as they stand; see `lckv.config.literal`."""
+    types = typing.get_type_hints(schema)
+    for item in fields(schema):
+        if item.metadata.get("literal"):
+            yield prefix + item.name
+        elif is_dataclass(types[item.name]):
+            yield from literal_keys(typing.cast(type, types[item.name]), f"{prefix}{item.name}.")

@@ -1,13 +1,14 @@
 """What can be configured: the dataclasses that own every key's name, type, default and check.
 
 The YAML files under `conf/` only choose among these values; `lckv.cli` composes them with Hydra and hands the result
-to an entry point as a [`TrainConfig`] or [`PlanConfig`]. No torch here, so that mistakes are reported at once.
+to an entry point as the root dataclass that [`SCHEMAS`] names. No torch here, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from hashlib import sha256
@@ -16,6 +17,7 @@ from tempfile import gettempdir
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lckv.errors import UserError
@@ -284,7 +286,120 @@ class PlanConfig(TrainConfig):
     json: bool = False
 
 
-SCHEMAS: dict[str, type] = {"train": TrainConfig, "plan": PlanConfig}
+@dataclass
+class CacheConfig:
+    """How keys and values are kept while text is generated; None leaves an option at the cache's own default.
+
+    Attributes:
+        name: "dynamic", "static", "sink", "paged" or "quantized".
+        max_length: cache "static": for how many tokens to make room, the prompt's among them; None: just enough.
+        num_sinks: cache "sink": how many of the first tokens are kept for good.
+        window: cache "sink": how many of the last tokens are kept beside them.
+        page_size: caches of pages: tokens per page.
+        num_pages: caches of pages: pages per layer that computes KV; None: as many as are needed.
+        bits: cache "quantized": bits per number, 2, 4 or 8.
+        group_size: cache "quantized": how many numbers share a scale and a zero point.
+        residual_length: cache "quantized": how many of the last tokens stay in full precision.
+        key_axis: cache "quantized": what the numbers of a group of keys have in common, "channel" or "token".
+        value_axis: cache "quantized": the same for values.
+        layout: cache "quantized": "dynamic" or "paged".
+    """
+
+    name: str = "dynamic"
+    max_length: int | None = None
+    num_sinks: int | None = None
+    window: int | None = None
+    page_size: int | None = None
+    num_pages: int | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    residual_length: int | None = None
+    key_axis: str | None = None
+    value_axis: str | None = None
+    layout: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The options that are given."""
+        options = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "name"}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def literal() -> Any:
+    """A key for text that the command line takes as it stands, up to the end of the argument; None by default.
+
+    Nothing in it means anything to Hydra: neither commas, quotes and braces nor `null` or `${...}`.
+    """
+    return field(default=None, metadata={"literal": True})
+
+
+@dataclass
+class GenerateConfig:
+    """Everything that `python -m lckv.generate` needs.
+
+    Attributes:
+        model: a run folder of `lckv.train`, a folder with a model and its tokenizer, a GGUF file, or a name on the
+            Hub; the models are ours, or Llamas.
+        revision: only for the Hub: branch, tag or commit.
+        prompt: the text to continue.
+        prompt_file: a file with the text to continue, `-` for standard input. Where nothing else is given, text is
+            read from standard input, if that is no terminal.
+        prompts_file: a file with one prompt per line, `-` for standard input; they are continued in batches.
+        batch_size: with `prompts_file`, how many prompts to continue at once.
+        chat: whether the prompt is a message that the tokenizer's chat template makes a prompt of; None: if it has
+            one.
+        system: the system message of the chat.
+        max_new_tokens: where to stop at the latest.
+        greedy: whether to take the likeliest token every time; None: unless one of `temperature`, `top_k`, `top_p` and
+            `seed` is given.
+        temperature: sampling: logits are divided by it; None: 1.
+        top_k: sampling: only among the so many likeliest tokens; None: all.
+        top_p: sampling: only among the likeliest tokens that together have this probability; None: all.
+        seed: sampling: where the random numbers start; None: somewhere else each time.
+        repetition_penalty: above 1, tokens that occurred already become less likely.
+        num_beams: how many continuations beam search pursues; 1: no beam search.
+        stream: "tokens" prints the text as it comes, "off" at the end; "endless" goes on beyond any length with
+            cache=sink, up to `max_new_tokens` if that is given; None: "tokens", where one text is printed.
+        prefill_chunk: how many tokens of the prompt to run at once, which bounds memory; None: all.
+        prefill_passes: where layers read upward: passes over the prompt before the last ones, or `converge`; None: the
+            model's.
+        prefill_tolerance: with `converge`: the relative change of the KV at which a chunk is done; None: the model's.
+        compile: whether decoding is compiled; needs cache=static.
+        device: such as "cpu", "cuda" or "cuda:1"; "auto": an accelerator, if there is one.
+        dtype: "float32", "bfloat16" or "float16"; "auto": as the model was saved.
+        num_threads: torch's threads on a CPU; None: torch's own choice.
+        json: whether to print one JSON object, with the texts and what was measured, and nothing else.
+    """
+
+    model: str | None = literal()
+    revision: str | None = None
+    prompt: str | None = literal()
+    prompt_file: str | None = literal()
+    prompts_file: str | None = literal()
+    batch_size: int = 16
+    chat: bool | None = None
+    system: str | None = literal()
+    max_new_tokens: int | None = None
+    greedy: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+    stream: str | None = None
+    prefill_chunk: int | None = None
+    # Not `int | str | None`, which OmegaConf does not know.
+    prefill_passes: Any = None
+    prefill_tolerance: float | None = None
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    compile: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    num_threads: int | None = None
+    json: bool = False
+
+
+SCHEMAS: dict[str, type] = {"train": TrainConfig, "plan": PlanConfig, "generate": GenerateConfig}
 """The root dataclass of each entry point, by the name of its YAML file."""
 
 
@@ -297,8 +412,24 @@ def register_schemas() -> None:
     OmegaConf.register_new_resolver(
         "lckv.temporary_folder", lambda name: str(Path(gettempdir()) / f"{name}-{os.getuid()}"), replace=True
     )
+    OmegaConf.register_new_resolver("lckv.groups", _list_groups, replace=True)
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema, provider="lckv")
+    register_literals({})
+
+
+def register_literals(values: Mapping[str, str]) -> None:
+    """Tells Hydra the values of keys that are [`literal`], which root YAML files merge last, under `literals`."""
+    node = OmegaConf.create()
+    for key, value in values.items():
+        OmegaConf.update(node, key, value)
+    ConfigStore.instance().store(name="literals", node=node, provider="lckv")
+
+
+def _list_groups(*names: str) -> str:
+    """For help texts: the options of these groups, one group a line, the user's own folders included."""
+    loader = GlobalHydra.instance().config_loader()
+    return "".join(f"{name}: {', '.join(sorted(loader.get_group_options(name)))}\n" for name in names)
 
 
 def config_dir() -> Path:

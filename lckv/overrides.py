@@ -1,4 +1,4 @@
-"""Keeps `layer_types` strings from being read as numbers, on the command line and in YAML files.
+"""Keeps text from being read as something else: `layer_types` strings as numbers, and prompts as Hydra's grammar.
 
 To YAML and to Hydra `2_2_2` is the number 222, and YAML even reads `0_6_6_7` as octal. On the command line the text is
 still there to be quoted before Hydra sees it. In a YAML file it is too late for that, so a number is refused, with the
@@ -56,6 +56,41 @@ def quote_overrides(arguments: Iterable[str], open_keys: Sequence[str] = ()) -> 
     is_open = re.compile(rf"(?:{'|'.join(map(re.escape, open_keys)) or '(?!)'})[.=]").match
     overrides = [argument if argument.startswith("-") else _quote_override(argument) for argument in arguments]
     return [f"++{override}" if is_open(override) else override for override in overrides]
+
+
+def take_literals(arguments: Iterable[str], literal_keys: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes the arguments that set one of `literal_keys` out of the others.
+
+    Hydra never sees them: its grammar would find lists, sweeps, numbers and quotes in any longer text, and a key such
+    as `model` would be a group to it.
+
+    Returns:
+        The other arguments, and each key's text.
+    """
+    others: list[str] = []
+    literals: dict[str, str] = {}
+    keys = set(literal_keys)
+    for argument in arguments:
+        key, is_set, text = argument.partition("=")
+        if is_set and key.lstrip("+") in keys:
+            literals[key.lstrip("+")] = text
+        else:
+            others.append(argument)
+    return others, literals
+
+
+def escape(text: str) -> str:
+    """Any text of a command line as a value that OmegaConf reads as that text, once `unescape` has been through."""
+    if text == "???":  # its mark of a missing value
+        return "\0???"  # a command line has no zero bytes
+    if "${" not in text:  # else it takes no notice of backslashes
+        return text
+    return re.sub(r"(\\*)\$\{", lambda found: rf"{found[1]}{found[1]}\${{", text)
+
+
+def unescape(text: str | None) -> str | None:
+    """Takes back what OmegaConf leaves of `escape`."""
+    return None if text is None else text.removeprefix("\0")
 
 
 def _quote_override(override: str) -> str:
