@@ -2,5 +2,7 @@
 
 from lckv.cache.base import CACHES, KVCache, KVLayer, build_cache
 from lckv.cache.dynamic import DynamicKVCache
+from lckv.cache.sink import SinkKVCache
+from lckv.cache.static import StaticKVCache
 
-__all__ = ["CACHES", "DynamicKVCache", "KVCache", "KVLayer", "build_cache"]
+__all__ = ["CACHES", "DynamicKVCache", "KVCache", "KVLayer", "SinkKVCache", "StaticKVCache", "build_cache"]

@@ -1,0 +1,412 @@
+"""A cache for endless text: the first tokens, the last ones, and nothing between (StreamingLLM).
+
+Language models put much of their attention on the first tokens, whatever these say, and fall apart when a window
+drops them. Kept as "attention sinks" in front of the window, they hold the model together for texts of any length
+(Xiao et al., ICLR 2024). What counts as a token's position is its place in the cache, not in the text.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from lckv.cache.base import CACHES, KVCache, KVLayer
+from lckv.cache.dynamic import RingLayer, check_crop, writable
+from lckv.errors import UserError
+from lckv.models.attention import PositionEmbeddings, apply_rotary
+from lckv.models.iteration import KeyValue
+from lckv.patterns import SharingPlan
+
+GROWING_ROPE_TYPES = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose frequencies depend on the length of the text, so that no key can be moved."""
+
+
+class KeyRotation:
+    """Moves rotated keys to other positions. The layers of a cache share one, so that a step makes its tables once.
+
+    Args:
+        config: the configuration of the model, which has the frequencies.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._key: tuple[Any, ...] | None = None
+        self._tables: PositionEmbeddings
+
+    def __call__(self, key_states: torch.Tensor, shifts: list[int]) -> torch.Tensor:
+        """Moves keys `(batch, num_kv_heads, num_tokens, head_dim)` on by `shifts` positions, one for each row or all.
+
+        It is a pure rotation, computed in float32 or better: keys that are scaled as well (YaRN) stay so.
+        """
+        if not any(shifts):
+            return key_states
+        dtype = torch.promote_types(key_states.dtype, torch.float32)
+        key = (shifts, dtype, key_states.device)
+        if key != self._key:
+            self._key, self._tables = key, self._make_tables(shifts, dtype, key_states.device)
+        return apply_rotary(key_states.to(dtype), self._tables).to(key_states.dtype)
+
+    @cached_property
+    def _frequencies(self) -> torch.Tensor:
+        return LlamaRotaryEmbedding(self.config).inv_freq.double().cpu()  # (head_dim / 2,)
+
+    def _make_tables(self, shifts: list[int], dtype: torch.dtype, device: torch.device) -> PositionEmbeddings:
+        """Cosines and sines `(batch or 1, 1, head_dim)`; float64 keeps the angles exact for shifts of any size."""
+        angles = torch.tensor(shifts, dtype=torch.float64)[:, None, None] * self._frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+class SinkLayer(KVLayer):
+    """Keeps the first `num_sinks` and the last `window` tokens of every row.
+
+    The tensors `(batch, num_kv_heads, min(seq_len, num_sinks + window), head_dim)` hold the sinks, then the window.
+    Once they are full, the window is a ring: token *t* lies in slot `num_sinks + (t - num_sinks) % window`. Until
+    then, and while tokens are recorded for a rollback, they are in order, and as long as it takes.
+
+    A row with padding on the left has its sinks behind the padding. Until such a row has dropped a token of its own,
+    the slots of its sinks hold those tokens that left the window last, so that it keeps all it has.
+
+    Attributes:
+        padding: for each row, how many tokens of padding come first; empty if there is none.
+        offset: window keys are rotated as if the text had begun that many tokens later; sinks are as they came.
+        is_ring: whether the window is laid out as a ring.
+    """
+
+    scalar_names = ("seq_length", "offset", "padding", "is_ring", "record_past")
+    window: int
+
+    def __init__(self, num_sinks: int, window: int, rotation: KeyRotation) -> None:
+        super().__init__(window)
+        self.num_sinks, self.capacity, self.rotation = num_sinks, num_sinks + window, rotation
+        self.padding: list[int] = []
+        self.offset = 0
+        self.is_ring = False
+
+    def get_max_length(self) -> int:
+        """The most tokens that the layer keeps."""
+        return self.capacity
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys `update` will return; which tokens they belong to is said by `key_positions`."""
+        num_past = min(self.seq_length, self.capacity - 1) if self._drops(query_length) else self.seq_length
+        return num_past + query_length, self.seq_length - num_past
+
+    def key_positions(self, num_new_tokens: int) -> torch.Tensor | None:
+        """Which tokens `update` will return, `(batch or 1, kv_len)`; `None` as long as it returns all."""
+        if not self._drops(num_new_tokens):
+            return None
+        total = self.seq_length + num_new_tokens
+        first = torch.tensor(self._first_sinks(total))[:, None]
+        sinks = first + torch.arange(self.num_sinks)
+        window = torch.arange(total - self.window, total).expand(len(first), -1)
+        return torch.cat([sinks, window], dim=1)
+
+    def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
+        """The cached keys and values that the new tokens see, sinks at their place in the cache, then the new ones."""
+        num_new = key_states.shape[2]
+        self._check_room(num_new)
+        if not self.is_initialized:
+            return key_states, value_states
+        sinks, *keys = self._visible_parts(self.keys, self.seq_length + num_new)
+        values = self._visible_parts(self.values, self.seq_length + num_new)
+        if self._drops(num_new):
+            sinks = self.rotation(sinks, self._sink_shifts(self.seq_length + num_new))
+        return torch.cat([sinks, *keys, key_states], dim=2), torch.cat([*values, value_states], dim=2)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
+        """Writes over the token that leaves the window, and returns what the new tokens' queries see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        states = self.peek(key_states, value_states)
+        num_new = key_states.shape[2]
+        if self._drops(num_new):
+            self.keys, self.values = self._store(self.keys, key_states), self._store(self.values, value_states)
+            self.is_ring = not self.record_past
+        else:
+            self.keys, self.values = states  # never written into: the step that drops a token makes new tensors
+        self.seq_length += num_new
+        return states
+
+    def check_rollback(self, tokens_to_remove: int) -> None:
+        """Refuses to go back to where a dropped token would be in the window again."""
+        num_removed = check_crop(tokens_to_remove, self.seq_length)
+        start = self._start()
+        if self.seq_length - num_removed < start and self._sink_shifts(start) != self._sink_shifts(self.capacity):
+            raise RuntimeError(
+                f"{self.num_sinks} sinks and a window of {self.window} tokens have dropped what taking back "
+                f"{num_removed} of {self.seq_length} tokens needs; call activate_past_recording() before the tokens "
+                "that may be taken back"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens, and drops recorded ones that have left the window."""
+        self.check_rollback(tokens_to_remove)
+        if not self.is_initialized or (tokens_to_remove == 0 and self.is_ring):
+            return
+        num_left = self.seq_length + tokens_to_remove
+        self.keys, self.values = self._cut_back(self.keys, num_left), self._cut_back(self.values, num_left)
+        self.seq_length, self.is_ring = num_left, self.keys.shape[2] == self.capacity
+
+    def rebase(self, offset: int) -> None:
+        """Rotates the window's keys, in place of the text's beginning, to count from token `offset`."""
+        if self.is_initialized:
+            window = self.rotation(self.keys[:, :, self.num_sinks :], [self.offset - offset])
+            self.keys = torch.cat([self.keys[:, :, : self.num_sinks], window], dim=2)
+        self.offset = offset
+
+    def has_settled(self) -> bool:
+        """Whether the sinks of every row stay from now on."""
+        return self.seq_length >= self.capacity + max(self.padding, default=0) and not self.record_past
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.padding, self.offset, self.is_ring = [], 0, False
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows of the batch, in this order."""
+        super().batch_select_indices(indices)
+        if self.padding:
+            self.padding = torch.tensor(self.padding)[torch.as_tensor(indices).cpu()].tolist()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self.padding = [padding for padding in self.padding for _ in range(repeats)]
+
+    def _drops(self, num_new: int) -> bool:
+        """Whether more tokens will have come than the layer keeps."""
+        return self.seq_length + num_new > self.capacity
+
+    def _check_room(self, num_new: int) -> None:
+        if num_new > 1 and self._drops(num_new):
+            raise RuntimeError(
+                f"{num_new} tokens at once after {self.seq_length}, in a cache of {self.capacity}: beyond its size "
+                "every token sees other sinks, so they must come one at a time"
+            )
+
+    def _start(self) -> int:
+        """How many tokens had come when the layer last dropped one (`capacity` if it never has): what came is here."""
+        num_slots = self.keys.shape[2] if self.is_initialized else 0
+        return self.capacity + self.seq_length - num_slots
+
+    def _first_sinks(self, seq_length: int) -> list[int]:
+        """The first token of each row's sinks, after `seq_length` tokens."""
+        return [min(padding, max(0, seq_length - self.capacity)) for padding in self.padding or [0]]
+
+    def _sink_shifts(self, seq_length: int) -> list[int]:
+        """By how much each row's sinks have to move, after `seq_length` tokens, to lie right before the window."""
+        return [max(0, seq_length - self.capacity - padding) - self.offset for padding in self.padding or [0]]
+
+    def _visible_parts(self, states: torch.Tensor, total: int) -> list[torch.Tensor]:
+        """The cached part of what token `total - 1` sees: the sinks as stored, then the window in order, in pieces."""
+        if total <= self.capacity:
+            return [states[:, :, : self.num_sinks], states[:, :, self.num_sinks :]]
+        if self.is_ring and self._first_sinks(total) == self._first_sinks(self.seq_length):
+            leaving = self._ring_slot()
+            return [
+                states[:, :, : self.num_sinks],
+                states[:, :, leaving + 1 :],
+                states[:, :, self.num_sinks : leaving],
+            ]
+        return self._pick(self._in_order(states), total, self.window - 1)
+
+    def _pick(self, states: torch.Tensor, total: int, num_last: int) -> list[torch.Tensor]:
+        """Of all that is here in order: the sinks after `total` tokens, and the last `num_last` tokens."""
+        window = states[:, :, states.shape[2] - num_last :]
+        moves = [
+            new - old for new, old in zip(self._first_sinks(total), self._first_sinks(self._start()), strict=True)
+        ]
+        if not any(moves):
+            return [states[:, :, : self.num_sinks], window]
+        slots = torch.tensor(moves)[:, None] + torch.arange(self.num_sinks)  # (batch, num_sinks)
+        slots = slots.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+        return [states.gather(2, slots), window]
+
+    def _store(self, states: torch.Tensor, new_states: torch.Tensor) -> torch.Tensor:
+        """The tensor with one more token, which drops another; `new_states` `(batch, num_kv_heads, 1, head_dim)`."""
+        total = self.seq_length + 1
+        if self.record_past:
+            return torch.cat([self._in_order(states), new_states], dim=2)
+        if not self.is_ring:
+            return self._as_ring(torch.cat([*self._visible_parts(states, total), new_states], dim=2), total)
+        states, leaving = writable(states), self._ring_slot()
+        if self._first_sinks(total) != self._first_sinks(self.seq_length):
+            states[:, :, : self.num_sinks] = self._visible_parts(states, total)[0]
+        states[:, :, leaving : leaving + 1] = new_states
+        return states
+
+    def _cut_back(self, states: torch.Tensor, num_left: int) -> torch.Tensor:
+        """What the tensor was, or would have been, after `num_left` tokens."""
+        states = self._in_order(states)
+        states = states[:, :, : states.shape[2] - (self.seq_length - num_left)]
+        num_slots = min(num_left, self.capacity)
+        if num_left >= self._start():
+            states = torch.cat(self._pick(states, num_left, self.window), dim=2)
+        else:  # all that was dropped is padding, and zeros will do for it
+            states = torch.nn.functional.pad(states, (0, 0, num_slots - states.shape[2], 0))
+        return self._as_ring(states, num_left) if num_slots == self.capacity else states.clone()
+
+    def _ring_slot(self) -> int:
+        """Where the next token goes, and the one that leaves is."""
+        return self.num_sinks + (self.seq_length - self.num_sinks) % self.window
+
+    def _in_order(self, states: torch.Tensor) -> torch.Tensor:
+        """The sinks, then the window, oldest first."""
+        if not self.is_ring:
+            return states
+        window = states[:, :, self.num_sinks :].roll(self.num_sinks - self._ring_slot(), dims=2)
+        return torch.cat([states[:, :, : self.num_sinks], window], dim=2)
+
+    def _as_ring(self, states: torch.Tensor, seq_length: int) -> torch.Tensor:
+        """The same for a full tensor in order, the other way round."""
+        window = states[:, :, self.num_sinks :].roll((seq_length - self.num_sinks) % self.window, dims=2)
+        return torch.cat([states[:, :, : self.num_sinks], window], dim=2)
+
+
+class MovableRingLayer(RingLayer):
+    """A ring whose keys can be counted from a later token, like a [`SinkLayer`]'s."""
+
+    scalar_names = (*RingLayer.scalar_names, "offset")  # type: ignore[assignment]  # one more than the ring has
+
+    def __init__(self, window: int, rotation: KeyRotation) -> None:
+        super().__init__(window)
+        self.rotation, self.offset = rotation, 0
+
+    def rebase(self, offset: int) -> None:
+        """Rotates the keys, in place of the text's beginning, to count from token `offset`."""
+        if self.is_initialized:
+            self.keys = self.rotation(self.keys, [self.offset - offset])
+        self.offset = offset
+
+    def has_settled(self) -> bool:
+        """Whether all keys may be counted from a later token."""
+        return not self.record_past
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.offset = 0
+
+
+@CACHES.register("sink")
+class SinkKVCache(KVCache):
+    """Keeps the first `num_sinks` and the last `window` tokens, at positions 0, 1, 2, ... of the cache.
+
+    Keys come rotated by their position in the text. Attention depends on differences of positions alone, so the
+    window can stay as it is, and the sinks are moved up to it whenever they are read, from the keys as they came:
+    errors do not add up. Beyond its size every token sees the sinks at other places, so tokens then go through the
+    model one at a time; what fits goes in at once.
+
+    Owners whose readers all have a window keep only that, as in the default cache: they hold no sinks. A reader with
+    a window that shares an owner with one without sees those of the kept tokens that are in its window.
+
+    Positions stay bounded where the caller gives the model none: from time to time the window's keys are rotated
+    back once, and counting goes on from the size of the cache. As the next time comes only when all of them are gone,
+    a key is rotated back at most once. Positions that the caller does give count from the beginning of the text.
+
+    Args:
+        config: the configuration of the model that will use the cache.
+        num_sinks: how many of the first tokens, behind padding on the left, to keep; 0 makes a plain window.
+        window: how many of the last tokens to keep, the newest included.
+
+    Raises:
+        UserError: for values out of range, and rotary embeddings that change with the length of the text.
+    """
+
+    name = "sink"
+
+    def __init__(self, config: Any, num_sinks: int = 4, window: int = 1020) -> None:
+        _check_at_least("num_sinks", num_sinks, 0)
+        _check_at_least("window", window, 1)
+        self.num_sinks, self.window = num_sinks, window
+        self.rotation = KeyRotation(config)
+        super().__init__(config)
+        _check_rope_type(config)
+        self.span = max(num_sinks + window, *(layer.get_max_length() for layer in self.owners().values()))
+
+    def options(self) -> dict[str, Any]:
+        """The arguments, beside `config`, that make an empty cache like this one."""
+        return {"num_sinks": self.num_sinks, "window": self.window}
+
+    def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:
+        """Sinks and window, or a ring of the `window` tokens that the layer's readers see."""
+        if window is not None:
+            return MovableRingLayer(window, self.rotation)
+        return SinkLayer(self.num_sinks, self.window, self.rotation)
+
+    def planned_bytes(self, seq_length: int, batch_size: int, dtype: torch.dtype) -> int:
+        """Bytes that `num_bytes` will report once the cache has seen this much, by arithmetic."""
+        num_tokens = sum(min(seq_length, layer.get_max_length()) for layer in self.owners().values())
+        return num_tokens * batch_size * 2 * self.config.num_key_value_heads * self.config.head_dim * dtype.itemsize
+
+    @property
+    def offset(self) -> int:
+        """The token from which positions count."""
+        return self._movable()[0].offset
+
+    def begin_forward(self, plan: SharingPlan, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
+        """Notes where each row's text begins."""
+        super().begin_forward(plan, attention_mask, num_new_tokens)
+        if attention_mask is None or attention_mask.ndim != 2:
+            return
+        padding = _count_padding(attention_mask)
+        for layer in self._sink_layers():
+            layer.padding = padding
+
+    def begin_positions(self, are_given: bool) -> None:
+        """Counts from the beginning of the text if the caller does; else from a later token, if it is time to."""
+        offset = self.offset
+        if are_given:
+            offset = 0
+        elif self.get_next_position() >= 2 * self.span and all(layer.has_settled() for layer in self._movable()):
+            offset = self.get_seq_length() - self.span
+        if offset != self.offset:
+            for layer in self._movable():
+                layer.rebase(offset)
+
+    def get_next_position(self) -> int:
+        """The rotary position of the next token, below twice the size of the cache plus the tokens of one call."""
+        return self.get_seq_length() - self.offset
+
+    def needs_single_tokens(self, num_new_tokens: int) -> bool:
+        """Whether more than one token comes and not all fit."""
+        return num_new_tokens > 1 and any(layer._drops(num_new_tokens) for layer in self._sink_layers())
+
+    def get_key_positions(self, num_new_tokens: int, layer_idx: int) -> torch.Tensor | None:
+        """Which tokens the keys belong to that `update` is about to return, `(batch or 1, kv_len)`."""
+        layer = self.storage(layer_idx) if layer_idx not in self.owners() else self.owners()[layer_idx]
+        return layer.key_positions(num_new_tokens) if isinstance(layer, SinkLayer) else None
+
+    def _sink_layers(self) -> list[SinkLayer]:
+        return [layer for layer in self.owners().values() if isinstance(layer, SinkLayer)]
+
+    def _movable(self) -> list[SinkLayer | MovableRingLayer]:
+        return [layer for layer in self.owners().values() if isinstance(layer, SinkLayer | MovableRingLayer)]
+
+
+def _count_padding(attention_mask: torch.Tensor) -> list[int]:
+    """How many zeros each row of `(batch, seq_len)` begins with; empty if none does."""
+    if attention_mask[:, 0].all():
+        return []
+    return (attention_mask.bool().cumsum(dim=1) == 0).sum(dim=1).tolist()
+
+
+def _check_at_least(option: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise UserError(f"cache.{option}={value!r}: allowed is a whole number, {minimum} or more")
+
+
+def _check_rope_type(config: Any) -> None:
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type in GROWING_ROPE_TYPES:
+        raise UserError(
+            f"cache 'sink' for a model with rope_type={rope_type!r}: allowed are types whose frequencies do not "
+            "depend on the text's length, such as 'default', 'linear', 'llama3' and 'yarn'"
+        )
