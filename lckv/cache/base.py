@@ -33,13 +33,18 @@ def build_cache(name: str, config: Any, **options: Any) -> KVCache:
         UserError: for an unknown name or option, a value out of range, and options that the model does not allow.
     """
     cache_class = CACHES[name]
-    allowed = [name for name in inspect.signature(cache_class).parameters if name != "config"]
+    parameters = dict(inspect.signature(cache_class).parameters)
+    parameters.pop("config")
+    allowed = list(parameters)
     for option in options:
         if option not in allowed:
             raise UserError(
                 f"cache {name!r} has no option {option!r}: "
                 f"allowed are {', '.join(allowed) or 'none'}{near_miss(option, allowed)}"
             )
+    for option, parameter in parameters.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise UserError(f"cache {name!r} needs {option!r}: give cache.{option}")
     return cache_class(config, **options)
 
 
@@ -197,7 +202,6 @@ class ReaderLayer(CacheLayerMixin):
         owner_idx: the layer that it reads.
     """
 
-    is_croppable = True
     supports_early_init = False
 
     def __init__(self, owner: KVLayer, layer_idx: int, owner_idx: int) -> None:
@@ -222,6 +226,11 @@ class ReaderLayer(CacheLayerMixin):
     def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether the owner is."""
         return self.owner.is_compileable
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the owner is."""
+        return self.owner.is_croppable
 
     @property
     def is_sliding(self) -> bool:

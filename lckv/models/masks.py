@@ -242,6 +242,8 @@ class _MaskBuilder:
             if key_positions is not None:
                 kv_idx = key_positions[batch_idx, index]
             visible = kv_idx < q_idx if hides_own_token else kv_idx <= q_idx
+            if key_positions is not None:
+                visible, kv_idx = visible & (kv_idx >= 0), kv_idx.clamp(min=0)  # an empty slot has no token
             if window is not None:
                 visible = visible & (kv_idx > q_idx - window)
             if padding is not None:
@@ -291,7 +293,7 @@ class _MaskBuilder:
         """The part `(batch, q_len, kv_len)` of a 4D mask for the keys from `kv_offset` on, false where it has none."""
         allowed = attention_mask[:, 0].expand(self.batch_size, -1, -1)
         if key_positions is not None:
-            return allowed.gather(2, key_positions[:, None].expand(-1, self.q_length, -1))
+            return allowed.gather(2, key_positions[:, None].clamp(min=0).expand(-1, self.q_length, -1))
         allowed = allowed[..., kv_offset : kv_offset + kv_length]
         return torch.nn.functional.pad(allowed, (0, kv_length - allowed.shape[-1]))
 
@@ -357,7 +359,7 @@ class _MaskBuilder:
         else:
             padding = prepare_padding_mask(self.attention_mask, kv_length, 0)
             assert padding is not None
-            padding = padding[:, -kv_length:] if key_positions is None else padding.gather(1, key_positions)
+            padding = padding[:, -kv_length:] if key_positions is None else _at_positions(padding, key_positions)
             is_key, key_sequences = padding.flatten(), rows.expand_as(padding).flatten()
             is_query = padding[:, -self.q_length :].flatten()
             query_sequences = rows.expand(-1, self.q_length).flatten()
@@ -376,6 +378,11 @@ class _MaskBuilder:
             max_length_q=int(num_queries.max()),
             max_length_k=int(num_keys.max()),
         )
+
+
+def _at_positions(padding: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+    """Which keys `(batch, kv_len)` belong to a token, and one that is no padding."""
+    return padding.gather(1, key_positions.clamp(min=0)) & (key_positions >= 0)
 
 
 def _not_last_of(lengths: torch.Tensor) -> torch.Tensor:

@@ -146,6 +146,8 @@ class LCKVPreTrainedModel(PreTrainedModel):
         """
         if attention_mask is None or past_key_values is None:
             return attention_mask
+        if isinstance(past_key_values, SharingCache):
+            past_key_values.check_length(attention_mask.shape[1])
         return nn.functional.pad(
             attention_mask, (0, max(0, past_key_values.get_max_length() - attention_mask.shape[1]))
         )

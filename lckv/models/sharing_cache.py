@@ -30,9 +30,17 @@ class SharingCache(Cache):
     def get_key_positions(self, num_new_tokens: int, layer_idx: int) -> torch.Tensor | None:
         """Which tokens the keys belong to that `update` is about to return, `(batch or 1, kv_len)`.
 
-        Tokens count from 0, padding included; `None` if they are consecutive, as `get_mask_sizes` describes them.
+        Tokens count from 0, padding included; a negative number means that there is no token, and nobody sees the
+        key. `None` if they are consecutive, as `get_mask_sizes` describes them.
         """
         return None
+
+    def check_length(self, seq_length: int) -> None:
+        """Refuses texts that do not fit: asked before compiled steps, which cannot look at the length themselves.
+
+        Args:
+            seq_length: tokens of each sequence with those about to come, padding included.
+        """
 
     def begin_positions(self, are_given: bool) -> None:
         """Is told whether the caller says at which positions the coming tokens are, before `get_next_position`."""
