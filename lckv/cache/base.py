@@ -327,6 +327,23 @@ class KVCache(SharingCache):
         """Bytes of all live tensors of the cache."""
         return sum(layer.num_bytes() for layer in self.owners().values())
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What has to be saved: tensors by unique names, and what JSON can hold."""
+        tensors, scalars = {}, {}
+        for owner, layer in self.owners().items():
+            own_tensors, scalars[str(owner)] = layer.state()
+            tensors |= {f"layers.{owner}.{name}": tensor for name, tensor in own_tensors.items()}
+        return tensors, {"layers": scalars}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
+        """Takes on what `state` of a cache with the same options returned."""
+        for owner, layer in self.owners().items():
+            prefix = f"layers.{owner}."
+            own_tensors = {
+                name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+            }
+            layer.load_state(own_tensors, scalars["layers"][str(owner)])
+
     def planned_bytes(self, seq_length: int, batch_size: int, dtype: torch.dtype) -> int:
         """Bytes that `num_bytes` will report once the cache has seen this much, by arithmetic.
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
 
-from lckv.cache import CACHES, build_cache
+from lckv.cache import CACHES, build_cache, load_cache, save_cache
 from lckv.cache.base import KVLayer, ReaderLayer
 from lckv.errors import UserError
 from tests.reference import PATTERNS, tiny_model, token_ids
@@ -365,6 +367,68 @@ def test_what_inference_mode_has_filled_can_be_continued_outside(name, mode):
         feed(model, cache, rows)
     with mode():
         check_continuation(model, cache, rows, token_ids(2, 3, seed=1))
+
+
+# --- 5. saving -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer_types", MIXED)
+def test_a_restored_cache_continues_bit_by_bit(name, layer_types, dtype, tmp_path):
+    model = exact_model(layer_types).to(dtype)
+    rows, cache = token_ids(2, 8), new_cache(name, model)
+    feed(model, cache, rows, [5, 1, 1, 1])
+    save_cache(cache, tmp_path / "cache.safetensors")
+    restored = load_cache(tmp_path / "cache.safetensors", model.config)
+    assert type(restored) is type(cache) and restored.options() == cache.options()
+    assert restored.num_bytes() == cache.num_bytes() == live_bytes(restored)
+    assert int(restored.get_seq_length()) == 8
+    tokens, chunks = token_ids(2, 7, seed=1), [1, 3, 1, 2]
+    assert torch.equal(feed(model, restored, tokens, chunks), feed(model, cache, tokens, chunks))
+
+
+def test_an_empty_cache_is_saved_too(name, tmp_path):
+    model = exact_model("0s_1s_2_2")
+    save_cache(new_cache(name, model), tmp_path / "cache.safetensors")
+    restored = load_cache(tmp_path / "cache.safetensors", model.config)
+    check_continuation(model, restored, token_ids(2, 0), token_ids(2, 4))
+
+
+def test_a_restored_cache_has_padding_where_it_was(name, tmp_path):
+    model = exact_model("0s_1s_2_2")
+    input_ids, attention_mask = token_ids(2, 8), torch.ones(2, 8, dtype=torch.long)
+    attention_mask[1, :3] = 0
+    cache = new_cache(name, model)
+    feed(model, cache, input_ids[:, :6], None, attention_mask[:, :6])
+    save_cache(cache, tmp_path / "cache.safetensors")
+    restored = load_cache(tmp_path / "cache.safetensors", model.config)
+    logits = [feed(model, twin, input_ids[:, 6:], [1, 1], attention_mask) for twin in (cache, restored)]
+    assert torch.equal(*logits)
+
+
+def test_loading_into_another_model_is_refused(name, tmp_path):
+    model, path = exact_model("0s_1s_2_2"), tmp_path / "cache.safetensors"
+    cache = new_cache(name, model)
+    feed(model, cache, token_ids(2, 6))
+    save_cache(cache, path)
+    with pytest.raises(UserError, match="'0s_1s_2_2': the model has '0_0_2_2'"):
+        load_cache(path, exact_model("0_0_2_2").config)
+    with pytest.raises(UserError, match="sliding_window=3: the model has 5"):
+        load_cache(path, exact_model("0s_1s_2_2", sliding_window=5).config)
+
+
+def test_a_file_without_an_owner_is_refused(name, tmp_path):
+    model, path = exact_model("0s_1s_2_2"), tmp_path / "cache.safetensors"
+    cache = new_cache(name, model)
+    feed(model, cache, token_ids(2, 6))
+    save_cache(cache, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    assert {key.split(".")[1] for key in tensors if key.startswith("layers.")} == {"0", "1", "2"}
+    save_file({key: tensor for key, tensor in tensors.items() if ".2." not in key}, path, metadata)
+    with pytest.raises(UserError, match=r"lacks layers\.2\."):
+        load_cache(path, model.config)
 
 
 # --- generate() and pipelines --------------------------------------------------------------------------------------
