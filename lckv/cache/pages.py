@@ -1,0 +1,306 @@
+"""Bookkeeping for a cache in pages (PagedAttention, Kwon et al., SOSP 2023): who holds which page. No tensors here.
+
+Keys and values lie in pools of pages, `page_size` tokens each. A sequence has a block table that says which page holds
+its tokens `i * page_size` to `(i + 1) * page_size - 1`. Pages are counted: several sequences may hold one, and who
+wants to write to such a page gets a copy first. Pages are found again by a hash of all tokens up to their end, so that
+a sequence that begins like another one, or like one that is gone and whose pages nobody has taken yet, starts with
+its pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from lckv.errors import UserError
+
+
+class OutOfPagesError(UserError):
+    """A pool of fixed size has too few free pages for what the coming tokens need. Nothing has been written.
+
+    Args:
+        sequence: the name of the first sequence that goes without.
+        length: tokens that the sequence has.
+        num_new: tokens that it was about to take.
+        num_needed: pages that all sequences of the forward call need together.
+        num_free: pages that are free.
+        group: the pool.
+    """
+
+    def __init__(
+        self, sequence: str, length: int, num_new: int, num_needed: int, num_free: int, group: PageGroup
+    ) -> None:
+        self.sequence = sequence
+        self.num_needed, self.num_free = num_needed, num_free
+        window = "" if group.window is None else f" with a window of {group.window} tokens"
+        super().__init__(
+            f"out of pages: {sequence} has {length} tokens and takes {num_new} more; the forward call needs "
+            f"{num_needed} new pages of {group.page_size} tokens per layer{window}, and of "
+            f"num_pages={group.allocator.num_pages} there are {num_free} free"
+        )
+
+
+class PageAllocator:
+    """Counts who holds each page of a pool, and hands out free ones.
+
+    Args:
+        num_pages: size of the pool; `None` if it grows to the next power of two whenever it is full.
+    """
+
+    def __init__(self, num_pages: int | None) -> None:
+        self.num_pages = num_pages
+        self.capacity = num_pages or 0
+        self._num_holders: dict[int, int] = {}
+        self._free = dict.fromkeys(range(self.capacity))  # in the order in which they became free
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+
+    @property
+    def num_used(self) -> int:
+        """Pages that somebody holds."""
+        return len(self._num_holders)
+
+    @property
+    def num_free(self) -> int:
+        """Pages of the pool that nobody holds."""
+        return len(self._free)
+
+    def has_room(self, num_pages: int) -> bool:
+        """Whether as many pages can be had."""
+        return self.num_pages is None or num_pages <= self.num_free
+
+    def allocate(self) -> int:
+        """Takes a free page, the one that has been free longest; what it held cannot be found any more."""
+        if not self._free:
+            self._grow()
+        page = next(iter(self._free))
+        del self._free[page]
+        self.forget(page)
+        self._num_holders[page] = 1
+        return page
+
+    def _grow(self) -> None:
+        if self.num_pages is not None:
+            raise RuntimeError("the pool is full, which reserving pages should have found out")
+        grown = capacity_for(self.capacity + 1)
+        self._free.update(dict.fromkeys(range(self.capacity, grown)))
+        self.capacity = grown
+
+    def retain(self, page: int) -> int:
+        """Adds a holder; the page may have been free."""
+        self._free.pop(page, None)
+        self._num_holders[page] = self._num_holders.get(page, 0) + 1
+        return page
+
+    def release(self, page: int) -> None:
+        """Takes a holder away. A page without any is free at once, and found by its hash until it is taken."""
+        self._num_holders[page] -= 1
+        if self._num_holders[page] == 0:
+            del self._num_holders[page]
+            self._free[page] = None
+
+    def count_holders(self, page: int) -> int:
+        """How many sequences hold the page; with more than one, none may write to it."""
+        return self._num_holders.get(page, 0)
+
+    def register(self, page: int, key: bytes) -> None:
+        """Lets `find` give this page for `key`, unless it knows an equal one."""
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key], self._key_of[page] = page, key
+
+    def forget(self, page: int) -> None:
+        """Takes back `register`: the page is about to change."""
+        key = self._key_of.pop(page, None)
+        if key is not None:
+            del self._page_of[key]
+
+    def find(self, key: bytes) -> int | None:
+        """The page whose tokens, and all before them, have this hash."""
+        return self._page_of.get(key)
+
+    def shrink(self) -> dict[int, int]:
+        """Gives up free pages, so that the pool is no larger than one that never held more than it does now.
+
+        Returns:
+            Where the pages that lay behind the pool's new end are now.
+        """
+        capacity = capacity_for(self.num_used)
+        free = [page for page in self._free if page < capacity]
+        moved = dict(zip((page for page in self._num_holders if page >= capacity), free, strict=False))
+        for page in [*moved.values(), *(page for page in self._free if page >= capacity)]:
+            self.forget(page)
+        self._num_holders = {moved.get(page, page): count for page, count in self._num_holders.items()}
+        self._key_of = {moved.get(page, page): key for page, key in self._key_of.items()}
+        self._page_of = {key: page for page, key in self._key_of.items()}
+        self._free = dict.fromkeys(free[len(moved) :])
+        self.capacity = capacity
+        return moved
+
+
+def capacity_for(num_pages: int) -> int:
+    """Pages of a growing pool that holds `num_pages`: the next power of two."""
+    return 1 << (num_pages - 1).bit_length() if num_pages else 0
+
+
+@dataclass
+class BlockTable:
+    """Where one sequence's tokens lie in the pools of one group.
+
+    Attributes:
+        pages: the page that holds the tokens from `i * page_size` on, by *i*.
+        first_kept: the first token whose keys and values are there; those after it are too.
+    """
+
+    pages: dict[int, int] = field(default_factory=dict)
+    first_kept: int = 0
+
+
+class PageGroup:
+    """Layers that keep the same tokens, so that one allocator and one block table per sequence serve them all.
+
+    Args:
+        page_size: tokens per page.
+        num_pages: pages of each layer's pool; `None` for pools that grow.
+        window: how many of the last tokens the layers keep; `None` for all.
+    """
+
+    def __init__(self, page_size: int, num_pages: int | None, window: int | None) -> None:
+        self.page_size, self.window = page_size, window
+        self.allocator = PageAllocator(num_pages)
+        self.record_past = False
+
+    def first_kept_after(self, length: int) -> int:
+        """The first token that has to stay when a sequence has `length` tokens."""
+        return 0 if self.window is None else max(0, length - self.window)
+
+    def first_written(self, length: int, num_new: int) -> int:
+        """The first of the new tokens that is worth writing."""
+        return length if self.record_past else max(length, self.first_kept_after(length + num_new))
+
+    def _written_indices(self, length: int, num_new: int) -> range:
+        """Which entries of the block table the new tokens are written to."""
+        stop = -(-(length + num_new) // self.page_size)
+        return range(self.first_written(length, num_new) // self.page_size, stop) if num_new else range(0)
+
+    def count_needed(self, calls: Sequence[tuple[BlockTable, int, int]]) -> int:
+        """How many pages `reserve` will allocate for all these arguments together.
+
+        Of the sequences that share a page and write to it now, the last one keeps it if nobody else holds it.
+        """
+        num_missing = 0
+        num_writers: Counter[int] = Counter()
+        for table, length, num_new in calls:
+            for index in self._written_indices(length, num_new):
+                if index in table.pages:
+                    num_writers[table.pages[index]] += 1
+                else:
+                    num_missing += 1
+        return num_missing + sum(
+            count - (count == self.allocator.count_holders(page)) for page, count in num_writers.items()
+        )
+
+    def reserve(self, table: BlockTable, length: int, num_new: int) -> list[tuple[int, int]]:
+        """Gives the sequence a page of its own for each place that the new tokens will be written to.
+
+        Returns:
+            Pages whose content has to be copied, and where to.
+        """
+        copies = []
+        for index in self._written_indices(length, num_new):
+            page = table.pages.get(index)
+            if page is None:
+                table.pages[index] = self.allocator.allocate()
+            elif self.allocator.count_holders(page) > 1:
+                table.pages[index] = self.allocator.allocate()
+                self.allocator.release(page)
+                copies.append((page, table.pages[index]))
+            else:
+                self.allocator.forget(page)
+        return copies
+
+    def cut(self, table: BlockTable, length: int) -> None:
+        """Frees the pages behind the first `length` tokens."""
+        for index in [index for index in table.pages if index * self.page_size >= length]:
+            self.allocator.release(table.pages.pop(index))
+
+    def trim(self, table: BlockTable, length: int) -> None:
+        """Frees the pages that lie wholly before the window of a sequence of `length` tokens."""
+        first_index = self.first_kept_after(length) // self.page_size
+        for index in [index for index in table.pages if index < first_index]:
+            self.allocator.release(table.pages.pop(index))
+        table.first_kept = max(table.first_kept, first_index * self.page_size)
+
+    def share(self, table: BlockTable) -> BlockTable:
+        """A table of another sequence that holds the same pages."""
+        for page in table.pages.values():
+            self.allocator.retain(page)
+        return BlockTable(dict(table.pages), table.first_kept)
+
+    def release(self, table: BlockTable) -> None:
+        """Frees everything."""
+        self.cut(table, 0)
+
+    def count_pages(self, length: int) -> int:
+        """How many pages a sequence of `length` tokens holds."""
+        return -(-length // self.page_size) - self.first_kept_after(length) // self.page_size
+
+    def can_go_back_to(self, table: BlockTable, length: int) -> bool:
+        """Whether all that a token behind `length` tokens sees is there."""
+        return self.window is None or table.first_kept <= max(0, length - self.window + 1)
+
+    def register(self, table: BlockTable, hashes: Sequence[bytes]) -> None:
+        """Lets other sequences find the full pages of this one; `hashes[i]` stands for the tokens up to page *i*."""
+        for index, page in table.pages.items():
+            if index < len(hashes) and index * self.page_size >= table.first_kept:
+                self.allocator.register(page, hashes[index])
+
+    def find(self, hashes: Sequence[bytes]) -> dict[int, int] | None:
+        """The pages that a sequence which begins with these full pages needs; `None` if one is not there."""
+        length = len(hashes) * self.page_size
+        first_index = 0 if self.window is None else max(0, length - self.window + 1) // self.page_size
+        pages = {index: self.allocator.find(hashes[index]) for index in range(first_index, len(hashes))}
+        found = {index: page for index, page in pages.items() if page is not None}
+        return found if len(found) == len(pages) else None
+
+    def adopt(self, pages: dict[int, int]) -> BlockTable:
+        """A table of a new sequence that starts with these pages."""
+        first_kept = min(pages, default=0) * self.page_size
+        return BlockTable({index: self.allocator.retain(page) for index, page in pages.items()}, first_kept)
+
+
+@dataclass
+class PagedSequence:
+    """One sequence: a row of the batch, or one that waits.
+
+    Attributes:
+        name: what the user calls it; `None` for the rows of a batch, which have only a number.
+        tables: where its tokens lie, for each group.
+        length: how many tokens it has, padding not counted.
+        hashes: of its full pages, as far as its token ids are known.
+    """
+
+    name: Hashable | None
+    tables: list[BlockTable]
+    length: int = 0
+    hashes: list[bytes] = field(default_factory=list)
+
+
+def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], page_size: int) -> list[bytes]:
+    """Hashes of all full pages of a sequence.
+
+    Each covers the page before it too, so that equal hashes mean equal tokens from the start on. A strong hash,
+    because a false match would show one user's text to another.
+
+    Args:
+        hashes: those of the first pages, which are kept.
+        token_ids: of the sequence from its start.
+        page_size: tokens per page.
+    """
+    hashes = list(hashes)
+    for index in range(len(hashes), len(token_ids) // page_size):
+        tokens = token_ids[index * page_size : (index + 1) * page_size]
+        content = b"".join(int(token).to_bytes(8, "little", signed=True) for token in tokens)
+        hashes.append(hashlib.blake2b((hashes[-1] if hashes else b"") + content, digest_size=16).digest())
+    return hashes
