@@ -2,6 +2,8 @@
 
 from lckv.cache.base import CACHES, KVCache, KVLayer, build_cache
 from lckv.cache.dynamic import DynamicKVCache
+from lckv.cache.paged import PagedKVCache
+from lckv.cache.quantized import QuantizedKVCache
 from lckv.cache.saving import load_cache, save_cache
 from lckv.cache.sink import SinkKVCache
 from lckv.cache.static import StaticKVCache
@@ -11,6 +13,8 @@ __all__ = [
     "DynamicKVCache",
     "KVCache",
     "KVLayer",
+    "PagedKVCache",
+    "QuantizedKVCache",
     "SinkKVCache",
     "StaticKVCache",
     "build_cache",

@@ -203,6 +203,20 @@ class _Book:
         if not self.named:
             self.shrink_pools()
 
+    def sequences(self) -> list[PagedSequence]:
+        """All there are: the rows of the batch, then those that wait."""
+        return list({id(sequence): sequence for sequence in [*self.rows, *self.named.values()]}.values())
+
+    def load_sequences(self, names: list[Any], lengths: list[int], num_rows: int) -> None:
+        """Takes on what another book held, without its pages; this one must be new."""
+        if self.rows or self.named:
+            return  # another layer has brought them
+        sequences = [self.new_sequence(name) for name in names]
+        for sequence, length in zip(sequences, lengths, strict=True):
+            sequence.length = length
+        self.rows = sequences[:num_rows]
+        self.named = {sequence.name: sequence for sequence in sequences if sequence.name is not None}
+
     def shrink_pools(self, spare: int = 1) -> None:
         """Gives memory back where pools that grow are larger than what they hold needs.
 
@@ -214,7 +228,7 @@ class _Book:
             if allocator.num_pages is not None or allocator.capacity <= spare * capacity_for(allocator.num_used):
                 continue
             moved = allocator.shrink()
-            for sequence in {id(row): row for row in [*self.rows, *self.named.values()]}.values():
+            for sequence in self.sequences():
                 pages = sequence.tables[index].pages
                 pages.update({place: moved[page] for place, page in pages.items() if page in moved})
             for layer in self.layers[index]:
@@ -473,6 +487,47 @@ class PagedLayer(KVLayer):
             )
             step.slots[name] = self._flat(pages, places)
         return step.slots[name]
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What has to be saved: the pages that somebody holds, and for each sequence, which are its own."""
+        sequences = self.book.sequences()
+        tables = [sequence.tables[self.group_idx] for sequence in sequences]
+        used = sorted({page for table in tables for page in table.pages.values()})
+        place = {page: index for index, page in enumerate(used)}
+        entries = [
+            (row, index, place[page]) for row, table in enumerate(tables) for index, page in table.pages.items()
+        ]
+        scalars = {
+            "seq_length": self.seq_length,
+            "record_past": self.record_past,
+            "num_rows": len(self.book.rows),
+            "names": [sequence.name for sequence in sequences],
+            "lengths": [sequence.length for sequence in sequences],
+            "first_kept": [table.first_kept for table in tables],
+        }
+        if not self.is_initialized:
+            return {}, scalars
+        tensors = {name: pool[used] for name, pool in self.tensors().items()}
+        return tensors | {"block_table": torch.tensor(entries, dtype=torch.long).view(-1, 3)}, scalars
+
+    def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
+        """Takes on a saved state; the cache must be new."""
+        book = self.book
+        book.load_sequences(scalars["names"], scalars["lengths"], scalars["num_rows"])
+        book.frame = self.seq_length = scalars["seq_length"]
+        self.record_past = scalars["record_past"]
+        if not tensors:
+            return
+        if not self.group.allocator.num_used:
+            tables = [sequence.tables[self.group_idx] for sequence in book.sequences()]
+            for row, index, page in tensors["block_table"].tolist():
+                tables[row].pages[index] = page
+            for table, first_kept in zip(tables, scalars["first_kept"], strict=True):
+                table.first_kept = first_kept
+            self.group.load(tables, tensors["keys"].shape[0])
+        self.lazy_initialization(tensors["keys"], tensors["values"])
+        for name, pool in self.tensors().items():
+            pool[: tensors[name].shape[0]] = tensors[name]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuses: the cache does it for all layers."""

@@ -242,6 +242,14 @@ class PageGroup:
         """Frees everything."""
         self.cut(table, 0)
 
+    def load(self, tables: Sequence[BlockTable], num_pages: int) -> None:
+        """Takes on block tables in which pages 0 to `num_pages - 1` occur; this group must be new."""
+        pages = [self.allocator.allocate() for _ in range(num_pages)]
+        for table in tables:
+            self.share(table)
+        for page in pages:
+            self.allocator.release(page)
+
     def count_pages(self, length: int) -> int:
         """How many pages a sequence of `length` tokens holds."""
         return -(-length // self.page_size) - self.first_kept_after(length) // self.page_size
