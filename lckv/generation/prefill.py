@@ -60,7 +60,8 @@ def prefill(
         past_key_values: the cache to fill, empty or not.
         attention_mask: `(batch, past + q_len)`, zero at padding.
         chunk_size: how many tokens to run at once; all by default.
-        forward_passes: passes before the two (`backward_passes`) last ones, or `"converge"`; by default the model's.
+        forward_passes: passes before the model's `backward_passes` last ones, or `"converge"`, which adds but one; by
+            default the model's.
         tolerance: with `"converge"`, the relative change of KV that ends the iteration; by default the model's.
         on_chunk: called after each chunk with the number of its tokens, for a progress bar.
 

@@ -45,7 +45,12 @@ class PassSchedule:
     def from_config(
         cls, forward_passes: int | str, backward_passes: int, tolerance: float, num_new_tokens: int
     ) -> PassSchedule:
-        """Plans the passes for `num_new_tokens`, of which as many passes make an exact result."""
+        """Plans the passes for `num_new_tokens`, of which as many passes make an exact result.
+
+        Where nobody wants a gradient, a converged iteration needs but one more pass: the one that writes the cache.
+        """
+        if not isinstance(forward_passes, int) and not torch.is_grad_enabled():
+            backward_passes = 1
         num_graded = min(backward_passes, num_new_tokens)
         num_ungraded = num_new_tokens - num_graded
         if isinstance(forward_passes, int):
