@@ -399,7 +399,68 @@ class GenerateConfig:
     json: bool = False
 
 
-SCHEMAS: dict[str, type] = {"train": TrainConfig, "plan": PlanConfig, "generate": GenerateConfig}
+@dataclass
+class BenchmarkConfig:
+    """Everything that `python -m lckv.benchmark` needs.
+
+    Attributes:
+        model: sizes and type of the models with random weights, one for each of `patterns`.
+        patterns: `layer_types` strings and names of sharing patterns; where neither these nor `checkpoints` are given,
+            Llama and four families.
+        checkpoints: trained models, as `lckv.generate` takes them: run folders, folders with a model, names on the Hub.
+        cache: the cache of all models; with `caches`, options for those of them that have them.
+        caches: several caches, each tried with each model: names, or `{name: quantized, bits: 4}`.
+        prompt_length: tokens of the prompt.
+        new_tokens: decoding steps behind it.
+        batch_sizes: how many sequences to decode side by side, one measurement each.
+        kv_budget: bytes, such as `64MB` or `1GiB`: the largest batch whose keys and values fit is measured, too; null:
+            no such batch.
+        max_batch_size: the largest batch that the budget may lead to.
+        rounds: how often everything is timed.
+        prefill_chunk: how many tokens of the prompt to run at once; None: all.
+        prefill_passes: where layers read upward: passes over the prompt before the last ones, or `converge`; None: the
+            model's.
+        prefill_tolerance: with `converge`: the relative change of the KV at which a chunk is done; None: the model's.
+        device: such as "cpu", "cuda" or "cuda:1"; "auto": an accelerator, if there is one.
+        dtype: of all models: "float32", "bfloat16" or "float16"; "auto": `model.dtype`, and checkpoints as saved.
+        num_threads: torch's threads on a CPU; None: torch's own choice.
+        seed: of random weights and prompts.
+        output_dir: the folder for `benchmark.json` and the picture; None: `runs/benchmark`, or with a number behind it.
+        overwrite: whether results in `output_dir` may be replaced.
+        plot_format: of the picture: "png", "svg" or "pdf".
+        json: whether to print one JSON object instead of the tables.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    patterns: list[Any] = field(default_factory=list)
+    checkpoints: list[str] = field(default_factory=list)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    caches: list[Any] = field(default_factory=list)
+    prompt_length: int = 512
+    new_tokens: int = 32
+    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    kv_budget: Any = "64MB"
+    max_batch_size: int = 4096
+    rounds: int = 5
+    prefill_chunk: int | None = None
+    prefill_passes: Any = None
+    prefill_tolerance: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    num_threads: int | None = None
+    seed: int = 0
+    output_dir: str | None = None
+    overwrite: bool = False
+    plot_format: str = "png"
+    json: bool = False
+
+
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "plan": PlanConfig,
+    "generate": GenerateConfig,
+    "benchmark": BenchmarkConfig,
+}
 """The root dataclass of each entry point, by the name of its YAML file."""
 
 

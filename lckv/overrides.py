@@ -17,7 +17,7 @@ import yaml
 from lckv.errors import UserError
 
 # Keys (their last part) whose value is text, though digits and underscores may be all that it has.
-_TEXT_KEYS = ("layer_types", "run_name", "run_dir")
+_TEXT_KEYS = ("layer_types", "patterns", "checkpoints", "run_name", "run_dir", "output_dir")
 
 _FLAGS_WITH_VALUE = (
     *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),

@@ -26,6 +26,7 @@ LAYERS = [
     ["data", "models"],
     ["cache"],
     ["evaluation", "generation", "training"],
+    ["benchmarking"],
     ["cli", "plan", "train", "generate", "benchmark"],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.

@@ -1,0 +1,68 @@
+"""`python -m lckv.benchmark`: what generation costs, side by side; see `conf/benchmark.yaml`."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from lckv import cli
+from lckv.benchmarking.folder import OutputFolder
+from lckv.benchmarking.settings import build_workload, cache_entries, check_dtype, random_models
+from lckv.config import BenchmarkConfig
+from lckv.errors import UserError
+
+# Read once, when torch is loaded: its profiler, which counts memory, would write lines of its own to stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def main(cfg: BenchmarkConfig) -> None:
+    """Measures everything that the configuration names, prints tables, and writes the figures and a picture."""
+    workload = build_workload(cfg)
+    arguments = random_models(cfg)
+    check_dtype(cfg.dtype)
+    folder = OutputFolder(cfg.output_dir, overwrite=cfg.overwrite, plot_format=cfg.plot_format)
+
+    # Behind the checks: importing torch and transformers takes seconds.
+    from lckv.benchmarking.candidates import choose_caches, combine
+    from lckv.benchmarking.plots import plot_results
+    from lckv.benchmarking.report import Environment, as_dict, new_console, print_report
+    from lckv.benchmarking.rounds import measure
+
+    caches = choose_caches(*cache_entries(cfg))
+    models = _load_models(cfg, arguments)
+    results = measure(combine(models, caches), workload)
+    environment = Environment.of(next(iter(models.values())).device)
+    figures = as_dict(results, workload, environment)
+    folder.write(figures)
+    plot_results(results, workload, folder.plot)
+    console = new_console()
+    if cfg.json:
+        console.print_json(json.dumps(figures))
+        return
+    print_report(results, workload, environment, console)
+    console.print(f"written: {folder.results}, {folder.plot}")
+
+
+def _load_models(cfg: BenchmarkConfig, arguments: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All models by their labels, on the device."""
+    import torch
+
+    from lckv.benchmarking.candidates import checkpoint_labels, random_model
+    from lckv.generation.loading import find_device, load_model
+
+    if cfg.num_threads is not None:
+        torch.set_num_threads(cfg.num_threads)
+    device = find_device(cfg.device)
+    dtype = getattr(torch, cfg.model.dtype if cfg.dtype == "auto" else cfg.dtype)
+    models = {label: random_model(each, device, dtype, cfg.seed) for label, each in arguments.items()}
+    for label, path in checkpoint_labels(cfg.checkpoints, taken=list(models)).items():
+        try:
+            models[label], _ = load_model(path, device=cfg.device, dtype=cfg.dtype)
+        except UserError as error:  # which calls a checkpoint `model`
+            raise UserError(str(error).replace("model=", "checkpoints: ", 1)) from None
+    return models
+
+
+if __name__ == "__main__":
+    cli.run(main, "benchmark")

@@ -1,0 +1,167 @@
+"""What is compared: models, each with a cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lckv.cache import CACHES, KVCache, build_cache
+from lckv.errors import UserError, near_miss
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """A cache by name, with the options that it gets."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Name and options, such as `quantized bits=4`."""
+        return " ".join([self.name, *(f"{name}={value}" for name, value in self.options.items())])
+
+
+@dataclass
+class Candidate:
+    """A model with a cache.
+
+    Attributes:
+        label: what the table and the plot call it; unique.
+        model: in evaluation mode, on its device; candidates that differ in the cache share one.
+        cache: which cache it uses.
+    """
+
+    label: str
+    model: LCKVLlamaForCausalLM
+    cache: CacheChoice
+
+    @property
+    def config(self) -> LCKVLlamaConfig:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def layer_types(self) -> str:
+        """Whose keys and values each layer reads."""
+        return self.config.sharing_plan.layer_types
+
+    def new_cache(self, max_length: int, base: type[KVCache] | None = None) -> KVCache:
+        """Makes an empty cache.
+
+        Args:
+            max_length: of a cache that is made for a fixed length, unless its options say otherwise.
+            base: a class to mix in, such as one that counts.
+
+        Raises:
+            UserError: if the model or the options are not fit for the cache.
+        """
+        cache_class, options = CACHES[self.cache.name], dict(self.cache.options)
+        if "max_length" in option_names(self.cache.name):
+            options.setdefault("max_length", max_length)
+        if base is None:
+            return build_cache(self.cache.name, self.config, **options)
+        mixed = type(f"{base.__name__}{cache_class.__name__}", (base, cache_class), {})
+        return mixed(self.config, **options)
+
+
+def option_names(cache_name: str) -> list[str]:
+    """The options of a cache.
+
+    Raises:
+        UserError: if there is no such cache.
+    """
+    return [name for name in inspect.signature(CACHES[cache_name]).parameters if name != "config"]
+
+
+def choose_caches(given: Sequence[Any], common: dict[str, Any]) -> list[CacheChoice]:
+    """The caches to compare.
+
+    Args:
+        given: names, or mappings with `name` and options.
+        common: options for every cache that has them and does not say otherwise.
+
+    Raises:
+        UserError: for an unknown cache or option, an option that no cache has, and a cache given twice.
+    """
+    choices = [_choose(entry, f"caches[{index}]", common) for index, entry in enumerate(given)]
+    known = {option for choice in choices for option in option_names(choice.name)}
+    for option in common:
+        if option not in known:
+            raise UserError(
+                f"cache.{option}: no cache of {', '.join(choice.name for choice in choices)} has such an option; "
+                f"allowed are {', '.join(sorted(known)) or 'none'}{near_miss(option, known)}"
+            )
+    _check_unique([choice.label for choice in choices], "caches")
+    return choices
+
+
+def _choose(entry: Any, key: str, common: dict[str, Any]) -> CacheChoice:
+    if isinstance(entry, str):
+        entry = {"name": entry}
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise UserError(f"{key}={entry!r}: allowed is a cache's name, or {{name: NAME, OPTION: VALUE, ...}}")
+    options = {name: value for name, value in entry.items() if name != "name"}
+    known = option_names(entry["name"])
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"{key}: cache {entry['name']!r} has no option {option!r}: "
+                f"allowed are {', '.join(known) or 'none'}{near_miss(option, known)}"
+            )
+    return CacheChoice(entry["name"], {name: value for name, value in common.items() if name in known} | options)
+
+
+def combine(models: dict[str, LCKVLlamaForCausalLM], caches: Sequence[CacheChoice]) -> list[Candidate]:
+    """Every model with every cache; labels name the cache where there are several."""
+    return [
+        Candidate(label if len(caches) == 1 else f"{label}, {cache.label}", model, cache)
+        for label, model in models.items()
+        for cache in caches
+    ]
+
+
+def random_model(
+    arguments: dict[str, Any], device: torch.device, dtype: torch.dtype, seed: int
+) -> LCKVLlamaForCausalLM:
+    """A model with random weights.
+
+    Args:
+        arguments: of `LCKVLlamaConfig`.
+        device: where it will run.
+        dtype: of its weights, and so of the keys and values.
+        seed: of the weights.
+    """
+    torch.manual_seed(seed)
+    config = LCKVLlamaConfig(**arguments)
+    return LCKVLlamaForCausalLM(config).to(device=device, dtype=dtype).eval()  # type: ignore[arg-type,call-arg]
+
+
+def checkpoint_labels(paths: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+    """A short name for every checkpoint: the last parts of its path that tell it from the others.
+
+    Args:
+        paths: of the checkpoints.
+        taken: names that are not free.
+
+    Raises:
+        UserError: if a checkpoint is there twice.
+    """
+    _check_unique(list(paths), "checkpoints")
+    labels: dict[str, str] = {}
+    for path in paths:
+        parts = path.rstrip("/").split("/")
+        names = ["/".join(parts[start:]) for start in reversed(range(len(parts)))]
+        labels[next(name for name in [*names, f"{path} "] if name not in labels and name not in taken)] = path
+    return labels
+
+
+def _check_unique(labels: Sequence[str], key: str) -> None:
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"{key}: {label!r} is there twice; leave one of them out")

@@ -1,0 +1,243 @@
+"""Measures one candidate: bytes on one generation that is not timed, then prefill and decoding, timed."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from lckv.benchmarking.budget import largest_batch
+from lckv.benchmarking.candidates import Candidate
+from lckv.benchmarking.memory import peak_bytes
+from lckv.benchmarking.recording import RecordsWrites, record_reads
+from lckv.benchmarking.results import BatchResult, CandidateResult, Workload
+from lckv.cache import KVCache
+from lckv.costs import FlopsPerToken, Iteration, KVBytes, ModelSizes, count_flops, count_kv_bytes
+from lckv.errors import UserError
+from lckv.generation.prefill import PrefillReport, prefill
+
+FAILURES = (UserError, RuntimeError, ValueError, NotImplementedError, ImportError, MemoryError)
+"""What a model, a cache or the memory may refuse; anything else is a fault of the program and ends it."""
+
+
+class Bench:
+    """One candidate at work.
+
+    Args:
+        candidate: what is measured.
+        workload: what it has to do.
+    """
+
+    def __init__(self, candidate: Candidate, workload: Workload) -> None:
+        self.candidate, self.workload = candidate, workload
+        self.model, self.device, self.dtype = candidate.model, candidate.model.device, candidate.model.dtype
+        self.repeats_are_copies = True
+        self._plan = candidate.config.sharing_plan
+        self._sizes = ModelSizes.from_config(candidate.config)
+        self.result = CandidateResult(
+            label=candidate.label,
+            layer_types=candidate.layer_types,
+            cache=candidate.cache.name,
+            cache_options=candidate.cache.options,
+            kv_bytes=self._count_kv_bytes(),
+            flops=self._count_flops(),
+            weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
+        )
+
+    def _count_kv_bytes(self) -> KVBytes:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return count_kv_bytes(self._plan, self._sizes, self.workload.length, dtype)
+
+    def _count_flops(self) -> FlopsPerToken:
+        """Decoding as the last token, prefill on the average of the prompt's tokens."""
+        config, passes = self.candidate.config, self.workload.prefill_passes
+        passes = config.forward_passes if passes is None else passes
+        iteration = Iteration(passes if isinstance(passes, int) else None, config.backward_passes)
+        prompt = count_flops(self._plan, self._sizes, self.workload.prompt_length, iteration)
+        return replace(prompt, decode=count_flops(self._plan, self._sizes, self.workload.length).decode)
+
+    def planned_bytes(self, length: int, batch_size: int) -> int:
+        """What the cache will hold for `batch_size` sequences of `length` tokens, by arithmetic."""
+        return self.new_cache().planned_bytes(length, batch_size, self.dtype)
+
+    def new_cache(self, base: type[KVCache] | None = None) -> KVCache:
+        """An empty cache."""
+        return self.candidate.new_cache(self.workload.length, base)
+
+    @torch.inference_mode()
+    def inspect(self) -> None:
+        """Counts bytes; also what warms everything up."""
+        self._measure_bytes()
+        self.result.prefill_peak_bytes = peak_bytes(lambda _: self._prefilled(), self.device)
+        base, report = self._prefilled()
+        self.repeats_are_copies = self._check_copies(base)
+        for batch in self._plan_batches():
+            self.result.batches.append(batch)
+            if batch.error is None:
+                self._attempt(self._inspect_batch, batch, base, report)
+
+    @torch.inference_mode()
+    def run_round(self) -> None:
+        """Times a prefill, and decoding with every batch size that works."""
+        self._synchronize()
+        start = time.perf_counter()
+        base, report = self._prefilled()
+        first = report.logits.argmax(dim=-1).tolist()  # waits for the device
+        self.result.first_token_seconds.append(time.perf_counter() - start)
+        self.result.prefill_seconds.append(report.seconds)
+        assert len(first) == 1
+        for batch in self.result.batches:
+            if batch.error is None:
+                self._attempt(self._time_batch, batch, base, report)
+
+    def _measure_bytes(self) -> None:
+        cache = self.new_cache(RecordsWrites)
+        assert isinstance(cache, RecordsWrites)
+        report = self._prefill(cache)
+        if not bool(torch.isfinite(report.logits).all()):
+            raise UserError("the logits behind the prompt are not finite: the weights are no good in this dtype")
+        token = self._decode(cache, report.logits, self.workload.new_tokens - 1)
+        cache.written_bytes = 0
+        with record_reads(self.model) as reads:
+            self._step(cache, token)
+        self.result.resident_bytes, self.result.written_bytes = cache.num_bytes(), cache.written_bytes
+        self.result.read_bytes = reads.total
+        self.result.prefill_passes, self.result.prefill_residual = report.num_passes, report.residual
+
+    def _plan_batches(self) -> Iterator[BatchResult]:
+        for batch_size in self.workload.batch_sizes:
+            yield BatchResult(batch_size, False, self.planned_bytes(self.workload.length, batch_size))
+        if self.workload.kv_budget is None:
+            return
+        length = self.workload.length
+        planner = self.new_cache()
+        batch_size = largest_batch(
+            lambda size: planner.planned_bytes(length, size, self.dtype),
+            self.workload.kv_budget,
+            self.workload.max_batch_size,
+        )
+        batch = BatchResult(batch_size, True, planner.planned_bytes(length, max(1, batch_size), self.dtype))
+        if batch_size == 0:
+            batch.error = (
+                f"one sequence of {length:,} tokens needs {batch.planned_kv_bytes:,} bytes of KV, "
+                f"and the budget is {self.workload.kv_budget:,}"
+            )
+        yield batch
+
+    def _inspect_batch(self, batch: BatchResult, base: KVCache, report: PrefillReport) -> None:
+        """The peak of a decoding step, and the size of the cache at the end."""
+        kept: list[KVCache] = []
+
+        def step(filled: tuple[KVCache, torch.Tensor]) -> None:
+            cache, logits = filled
+            self._decode(cache, logits, 1)
+            kept.append(cache)
+
+        batch.peak_bytes = peak_bytes(step, self.device, lambda: self._fill(batch.batch_size, base, report))
+        cache = kept.pop()
+        token = torch.zeros(batch.batch_size, 1, dtype=torch.long, device=self.device)
+        for _ in range(self.workload.new_tokens - 1):
+            token = self._step(cache, token)
+        batch.kv_bytes = cache.num_bytes()
+        budget = self.workload.kv_budget
+        if batch.fills_budget and budget is not None and batch.kv_bytes > budget:
+            raise UserError(
+                f"{batch.batch_size} sequences were planned to need {batch.planned_kv_bytes:,} bytes of KV and hold "
+                f"{batch.kv_bytes:,}, more than the budget of {budget:,}"
+            )
+
+    def _time_batch(self, batch: BatchResult, base: KVCache, report: PrefillReport) -> None:
+        cache, logits = self._fill(batch.batch_size, base, report)
+        self._synchronize()
+        start = time.perf_counter()
+        self._decode(cache, logits, self.workload.new_tokens)
+        self._synchronize()
+        batch.seconds.append(time.perf_counter() - start)
+
+    def _fill(self, batch_size: int, base: KVCache, report: PrefillReport) -> tuple[KVCache, torch.Tensor]:
+        """A cache with as many prompts, each with memory of its own, and the logits behind them.
+
+        What the prompts say changes no time, so they are copies of one, unless the cache keeps equal ones only once.
+        """
+        if not self.repeats_are_copies and batch_size > 1:
+            cache = self.new_cache()
+            return cache, self._prefill(cache, batch_size).logits
+        cache = base.fork()
+        if batch_size > 1:
+            cache.batch_repeat_interleave(batch_size)
+        return cache, report.logits.repeat(batch_size, 1)
+
+    def _check_copies(self, base: KVCache) -> bool:
+        """Whether repeating a sequence takes the memory of as many different ones.
+
+        Not of two, for which a cache that grows in steps may have room anyway.
+        """
+        repeated = base.fork()
+        repeated.batch_repeat_interleave(4)
+        return repeated.num_bytes() >= self.planned_bytes(self.workload.prompt_length, 4)
+
+    def _prefilled(self) -> tuple[KVCache, PrefillReport]:
+        cache = self.new_cache()
+        return cache, self._prefill(cache)
+
+    def _prefill(self, cache: KVCache, batch_size: int = 1) -> PrefillReport:
+        return prefill(
+            self.model,
+            self._prompts(batch_size),
+            cache,
+            chunk_size=self.workload.prefill_chunk,
+            forward_passes=self.workload.prefill_passes,
+            tolerance=self.workload.prefill_tolerance,
+        )
+
+    def _prompts(self, batch_size: int) -> torch.Tensor:
+        """Random tokens, `(batch, prompt_length)`: equal for all candidates with the same vocabulary."""
+        generator = torch.Generator().manual_seed(self.workload.seed)
+        size = (batch_size, self.workload.prompt_length)
+        return torch.randint(self.candidate.config.vocab_size, size, generator=generator).to(self.device)
+
+    def _decode(self, cache: KVCache, logits: torch.Tensor, num_steps: int) -> torch.Tensor:
+        """Decodes greedily; `logits` `(batch, vocab_size)` and the returned last token `(batch, 1)`."""
+        token = logits.argmax(dim=-1, keepdim=True)
+        for _ in range(num_steps):
+            token = self._step(cache, token)
+        return token
+
+    def _step(self, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
+        outputs = self.model(token, past_key_values=cache, use_cache=True)
+        return outputs.logits[:, -1].argmax(dim=-1, keepdim=True)  # (batch, 1)
+
+    def _attempt(
+        self,
+        work: Callable[[BatchResult, KVCache, PrefillReport], None],
+        batch: BatchResult,
+        base: KVCache,
+        report: PrefillReport,
+    ) -> None:
+        """Does it, or notes why it could not be done."""
+        try:
+            work(batch, base, report)
+        except FAILURES as error:
+            batch.error = describe(error)
+            release_memory(self.device)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def describe(error: BaseException) -> str:
+    """The reason in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+    return f"out of memory: {text}" if is_memory else text
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives back what a failed attempt held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

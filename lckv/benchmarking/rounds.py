@@ -1,0 +1,70 @@
+"""Lets candidates take turns, so that other load on the machine falls on all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+from lckv.benchmarking.candidates import Candidate
+from lckv.benchmarking.measuring import FAILURES, Bench, describe, release_memory
+from lckv.benchmarking.results import CandidateResult, Workload
+from lckv.data.progress import track
+from lckv.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def measure(candidates: Sequence[Candidate], workload: Workload) -> list[CandidateResult]:
+    """Measures all candidates: bytes first, one after the other, then times in rounds.
+
+    A candidate that fails keeps its reason in `error`, and the others go on.
+
+    Raises:
+        UserError: if not one token of one sequence fits into the budget, and if every candidate has failed.
+    """
+    benches = [Bench(candidate, workload) for candidate in candidates]
+    check_budget(benches, workload.kv_budget)
+    for bench, work in track(schedule(benches, workload.rounds), "measuring", len(benches) * (1 + workload.rounds)):
+        if bench.result.error is None:
+            _attempt(bench, work)
+    results = [bench.result for bench in benches]
+    if all(result.error is not None for result in results):
+        raise UserError("; ".join(f"{result.label}: {result.error}" for result in results))
+    return results
+
+
+def schedule(benches: Sequence[Bench], rounds: int) -> Iterable[tuple[Bench, Callable[[], None]]]:
+    """Inspects each once, then goes round."""
+    yield from ((bench, bench.inspect) for bench in benches)
+    for _ in range(rounds):
+        yield from ((bench, bench.run_round) for bench in benches)
+
+
+def check_budget(benches: Sequence[Bench], budget: int | None) -> None:
+    """Refuses a budget that does not hold one token of one sequence of every candidate.
+
+    Candidates whose cache cannot be made are left to fail on their own.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    for bench in benches:
+        try:
+            needed = bench.planned_bytes(1, 1)
+        except FAILURES:
+            continue
+        if budget is not None and needed > budget:
+            raise UserError(
+                f"kv_budget={budget}: one token of one sequence needs {needed} bytes of KV in {bench.result.label}; "
+                "allowed is that or more"
+            )
+
+
+def _attempt(bench: Bench, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except FAILURES as error:
+        bench.result.error = describe(error)
+        logger.warning("%s: %s", bench.result.label, bench.result.error)
+        logger.debug("the traceback", exc_info=error)
+        release_memory(bench.device)

@@ -1,0 +1,127 @@
+"""Checks a benchmark's configuration, before anything is loaded, and turns it into what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lckv.benchmarking.budget import parse_bytes
+from lckv.benchmarking.results import Workload
+from lckv.config import BenchmarkConfig, ModelConfig, SharingConfig, TokenizerConfig, TrainConfig
+from lckv.errors import UserError, near_miss
+from lckv.model_arguments import CONVERGE, DTYPES, model_arguments
+from lckv.patterns import PATTERNS
+
+DEFAULT_PATTERNS = ("llama", "cla", "yoco", "lckv", "sandwich_middle")
+
+
+def build_workload(cfg: BenchmarkConfig) -> Workload:
+    """What every candidate has to do.
+
+    Raises:
+        UserError: for a value out of range; the message names the key.
+    """
+    for name in ("prompt_length", "new_tokens", "rounds", "max_batch_size"):
+        _check_at_least_one(name, getattr(cfg, name))
+    for name in ("prefill_chunk", "num_threads"):
+        if getattr(cfg, name) is not None:
+            _check_at_least_one(name, getattr(cfg, name))
+    for size in cfg.batch_sizes:
+        _check_at_least_one("batch_sizes", size)
+    if cfg.prefill_tolerance is not None and not cfg.prefill_tolerance > 0:
+        raise UserError(f"prefill_tolerance={cfg.prefill_tolerance}: must be greater than 0")
+    return Workload(
+        prompt_length=cfg.prompt_length,
+        new_tokens=cfg.new_tokens,
+        batch_sizes=tuple(dict.fromkeys(cfg.batch_sizes)),
+        kv_budget=None if cfg.kv_budget is None else parse_bytes(cfg.kv_budget, "kv_budget"),
+        max_batch_size=cfg.max_batch_size,
+        rounds=cfg.rounds,
+        prefill_chunk=cfg.prefill_chunk,
+        prefill_passes=_prefill_passes(cfg.prefill_passes),
+        prefill_tolerance=cfg.prefill_tolerance,
+        seed=cfg.seed,
+    )
+
+
+def random_models(cfg: BenchmarkConfig) -> dict[str, dict[str, Any]]:
+    """The arguments of `LCKVLlamaConfig` for every pattern, by its label.
+
+    Raises:
+        UserError: for a wrong pattern or wrong sizes, and for models that are too short for the workload.
+    """
+    if cfg.model.layer_types is not None:
+        raise UserError(f"model.layer_types={cfg.model.layer_types}: has no effect; give patterns=[...]")
+    patterns = cfg.patterns if cfg.patterns or cfg.checkpoints else DEFAULT_PATTERNS
+    arguments = {}
+    for index, pattern in enumerate(patterns):
+        if pattern in arguments:
+            raise UserError(f"patterns[{index}]={pattern}: is there twice; leave one of them out")
+        arguments[pattern] = _arguments(cfg.model, pattern, f"patterns[{index}]")
+    length = cfg.prompt_length + cfg.new_tokens
+    if arguments and length > cfg.model.max_position_embeddings:
+        raise UserError(
+            f"prompt_length={cfg.prompt_length} and new_tokens={cfg.new_tokens}: make {length} tokens, but "
+            f"model.max_position_embeddings={cfg.model.max_position_embeddings}; raise it, or lower them"
+        )
+    return arguments
+
+
+def cache_entries(cfg: BenchmarkConfig) -> tuple[list[Any], dict[str, Any]]:
+    """The caches to compare, and options for all that have them.
+
+    Raises:
+        UserError: if `cache=NAME` is contradicted by `caches`.
+    """
+    if not cfg.caches:
+        return [cfg.cache.name], cfg.cache.options()
+    default = type(cfg.cache)().name
+    if cfg.cache.name != default:
+        raise UserError(f"cache={cfg.cache.name}: has no effect beside caches=[...]; leave one of them out")
+    return cfg.caches, cfg.cache.options()
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuses an unknown type.
+
+    Raises:
+        UserError: naming what is allowed.
+    """
+    allowed = ("auto", *DTYPES)
+    if dtype not in allowed:
+        raise UserError(f"dtype={dtype}: allowed are {', '.join(allowed)}{near_miss(dtype, allowed)}")
+
+
+def _arguments(model: ModelConfig, pattern: Any, key: str) -> dict[str, Any]:
+    """For a `layer_types` string, or the name of a sharing pattern."""
+    if not isinstance(pattern, str):
+        raise UserError(
+            f"{key}={pattern!r}: must be text, but the configuration holds a {type(pattern).__name__} (YAML reads "
+            'unquoted digits and underscores as a number); write it in quotes, such as "0_0_2_2"'
+        )
+    if pattern[:1].isdigit():
+        cfg = TrainConfig(model=replace(model, layer_types=pattern, num_hidden_layers=None))
+    elif pattern in PATTERNS:
+        cfg = TrainConfig(model=model, sharing=SharingConfig(name=pattern))
+    else:
+        raise UserError(
+            f"{key}={pattern}: allowed are layer_types such as 0_0_2_2 and the names {', '.join(PATTERNS)}"
+            f"{near_miss(pattern, PATTERNS)}"
+        )
+    try:
+        return model_arguments(cfg, model.vocab_size or TokenizerConfig().vocab_size)
+    except UserError as error:
+        raise UserError(str(error).replace("model.layer_types", key, 1)) from None
+
+
+def _prefill_passes(passes: Any) -> int | str | None:
+    is_number = isinstance(passes, int) and not isinstance(passes, bool) and passes >= 0
+    if passes is None or passes == CONVERGE or is_number:
+        return passes
+    hint = near_miss(passes, [CONVERGE]) if isinstance(passes, str) else ""
+    raise UserError(f"prefill_passes={passes!r}: allowed is a whole number, 0 or more, or {CONVERGE!r}{hint}")
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name}={value}: allowed is a whole number, 1 or more")
