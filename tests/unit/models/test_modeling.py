@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from lckv import LCKVLlamaForCausalLM
+from lckv.models.attention import attend_with_one_query
 from lckv.models.masks import VarlenBatch, build_visible_keys
 from tests.reference import exact_logits, tiny_config, tiny_model, token_ids
 
@@ -308,3 +309,20 @@ def test_saved_checkpoint_loads_through_auto_classes(tmp_path):
     assert type(loaded) is LCKVLlamaForCausalLM
     input_ids = token_ids(1, LENGTH)
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_one_query_equals_torch(dtype):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, length, 8, generator=generator).to(dtype) for heads, length in ((6, 1), (2, 9), (2, 9))
+    )
+    mask = torch.rand(2, 1, 1, 9, generator=generator) > 0.4
+    for visible in (None, mask):
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, scale=0.3, enable_gqa=True
+        )
+        actual = attend_with_one_query(query, key, value, visible, scaling=0.3)
+        assert actual.dtype == dtype
+        tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(actual, expected.transpose(1, 2), atol=tolerance, rtol=0)
