@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -288,17 +288,19 @@ class KVCache(SharingCache):
 
     Args:
         config: the configuration of the model that will use the cache.
+        offloading: whether to keep the stores in the CPU's memory, and to bring each to the GPU while it is used. The
+            next one comes while the GPU computes with the one before.
 
     Raises:
-        UserError: if the model is not one of ours.
+        UserError: if the model is not one of ours, and for offloading where there is no GPU.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, config: Any) -> None:
-        plan = getattr(config, "sharing_plan", None)
-        if plan is None:
-            raise UserError(f"a cache for model type {config.model_type!r}: allowed is 'lckv-llama'")
+    def __init__(self, config: Any, offloading: bool = False) -> None:
+        if offloading and not torch.cuda.is_available():
+            raise UserError("cache.offloading=True: allowed is False, as there is no CUDA device to offload from")
+        plan = plan_of(config)
         self.plan: SharingPlan = plan
         self.config = config
         stores = {
@@ -306,6 +308,9 @@ class KVCache(SharingCache):
             for owner in plan.kv_owners
         }
         super().__init__(layers=_one_per_decoder_layer(plan, stores))
+        self.offloading = offloading
+        if offloading:
+            self.prefetch_stream = torch.cuda.Stream()
 
     @abstractmethod
     def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:
@@ -329,7 +334,8 @@ class KVCache(SharingCache):
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What has to be saved: tensors by unique names, and what JSON can hold."""
-        tensors, scalars = {}, {}
+        tensors: dict[str, torch.Tensor] = {}
+        scalars: dict[str, Any] = {}
         for owner, layer in self.owners().items():
             own_tensors, scalars[str(owner)] = layer.state()
             tensors |= {f"layers.{owner}.{name}": tensor for name, tensor in own_tensors.items()}
@@ -371,8 +377,41 @@ class KVCache(SharingCache):
                 "allowed is a cache made from the model's own configuration"
             )
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KeyValue:
+        """Adds the new tokens of a layer that computes KV, and returns what their queries may see."""
+        if self.offloading:
+            self._fetch(layer_idx, key_states.device)
+            self.prefetch(layer_idx + 1, only_non_sliding=False)
+        layer: Any = self.layers[layer_idx]
+        states: KeyValue = layer.update(key_states, value_states, *args, **kwargs)
+        if self.offloading:
+            self.offload(layer_idx, only_non_sliding=False)
+        return states
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Begins to bring the next store at or after `layer_idx` to the GPU; after the last comes the first."""
+        stores = {
+            owner: layer for owner, layer in self.owners().items() if not (only_non_sliding and layer.is_sliding)
+        }
+        following = [layer for owner, layer in stores.items() if owner >= layer_idx] + list(stores.values())
+        if len(stores) > 1:  # the only one is needed at once, and fetched where it is
+            with torch.cuda.stream(cast(torch.cuda.Stream, self.prefetch_stream)):
+                following[0].prefetch()
+
+    def _fetch(self, layer_idx: int, device: torch.device) -> None:
+        """Waits for a store to be on the GPU."""
+        stream = torch.cuda.current_stream(device)
+        stream.wait_stream(self.prefetch_stream)
+        self.layers[layer_idx].prefetch()
+        # What comes next may get the memory of tensors that are still read here, or being copied away.
+        self.prefetch_stream.wait_stream(stream)
+
     def peek(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeyValue:
         """What `update` would return, but keeps nothing."""
+        if self.offloading:
+            self._fetch(layer_idx, key_states.device)
         return self.owners()[layer_idx].peek(key_states, value_states)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -392,6 +431,18 @@ class KVCache(SharingCache):
         stores = {owner: layer.fork() for owner, layer in self.owners().items()}
         forked.layers = _one_per_decoder_layer(self.plan, stores)
         return forked
+
+
+def plan_of(config: Any) -> SharingPlan:
+    """The sharing pattern of a model.
+
+    Raises:
+        UserError: if the model is not one of ours.
+    """
+    plan = getattr(config, "sharing_plan", None)
+    if plan is None:
+        raise UserError(f"a cache for model type {config.model_type!r}: allowed is 'lckv-llama'")
+    return plan
 
 
 def _one_per_decoder_layer(plan: SharingPlan, stores: dict[int, KVLayer]) -> list[Any]:

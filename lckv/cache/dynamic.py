@@ -170,6 +170,10 @@ class DynamicKVCache(KVCache):
 
     name = "dynamic"
 
+    def options(self) -> dict[str, Any]:
+        """Whether it lives in the CPU's memory."""
+        return {"offloading": self.offloading}
+
     def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:
         """A growing store, or a ring of `window` tokens."""
         return FullLayer() if window is None else RingLayer(window)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lckv.cache.base import KVCache, build_cache
+from lckv.cache.base import KVCache, build_cache, plan_of
 from lckv.errors import UserError
 
 FORMAT = "1"
@@ -91,7 +91,7 @@ def _read(path: Path, device: str | torch.device) -> tuple[dict[str, torch.Tenso
 
 def _check_model(path: Path, metadata: dict[str, Any], config: Any) -> None:
     """Refuses a model whose KV has another form than what was saved."""
-    layer_types = config.sharing_plan.layer_types
+    layer_types = plan_of(config).layer_types
     if metadata["layer_types"] != layer_types:
         raise UserError(
             f"{path} holds a cache for layer_types {metadata['layer_types']!r}: the model has {layer_types!r}"
