@@ -12,7 +12,7 @@ count of columns of that batch, padding included, is called the frame here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -144,31 +144,31 @@ class _Book:
 
     def _reserve(self, num_new: list[int]) -> None:
         """Gives every row the pages it needs, or none of them any."""
+        self.check_room(self.rows, num_new)
         for index, group in enumerate(self.groups):
-            group.record_past = any(layer.record_past for layer in self.layers[index])
-            self._check_room(index, self._calls(index, num_new))
-        for index, group in enumerate(self.groups):
-            copies = [pair for call in self._calls(index, num_new) for pair in group.reserve(*call)]
+            calls = _calls(index, self.rows, num_new)
+            copies = [pair for call in calls for pair in group.reserve(*call)]
             for layer in self.layers[index]:
                 layer.resize(group.allocator.capacity)
                 layer.copy_pages(copies)
 
-    def _calls(self, index: int, num_new: list[int]) -> list[tuple[BlockTable, int, int]]:
-        """Arguments for the pages that a group reserves."""
-        return [(row.tables[index], row.length, new) for row, new in zip(self.rows, num_new, strict=True)]
+    def check_room(self, sequences: list[PagedSequence], num_new: list[int]) -> None:
+        """Finds out whether these sequences can take as many tokens together.
 
-    def _check_room(self, index: int, calls: list[tuple[BlockTable, int, int]]) -> None:
-        allocator = self.groups[index].allocator
-        num_needed = self.groups[index].count_needed(calls)
-        if allocator.has_room(num_needed):
-            return
-        row = next(i for i in range(len(calls)) if not allocator.has_room(self._count(index, calls[: i + 1])))
-        _, length, num_new = calls[row]
-        name = f"row {row}" if self.rows[row].name is None else f"sequence {self.rows[row].name!r}"
-        raise OutOfPagesError(name, length, num_new, num_needed, allocator.num_free, self.groups[index])
-
-    def _count(self, index: int, calls: list[tuple[BlockTable, int, int]]) -> int:
-        return self.groups[index].count_needed(calls)
+        Raises:
+            OutOfPagesError: if not; it names the first one that goes without.
+        """
+        for index, group in enumerate(self.groups):
+            group.record_past = any(layer.record_past for layer in self.layers[index])
+            calls = _calls(index, sequences, num_new)
+            num_needed = group.count_needed(calls)
+            if group.allocator.has_room(num_needed):
+                continue
+            has_room = (group.allocator.has_room(group.count_needed(calls[: row + 1])) for row in range(len(calls)))
+            row = list(has_room).index(False)
+            name = f"row {row}" if sequences[row].name is None else f"sequence {sequences[row].name!r}"
+            _, length, new = calls[row]
+            raise OutOfPagesError(name, length, new, num_needed, group)
 
     def discard_step(self) -> None:
         """Forgets a forward call that did not end; what some layers have written of it does not count."""
@@ -320,6 +320,11 @@ class _Book:
         positions = positions.maximum(low).minimum(high)  # (batch, num_columns)
         pages = table.gather(1, positions // page_size - low // page_size)
         return pages, positions % page_size
+
+
+def _calls(index: int, sequences: list[PagedSequence], num_new: list[int]) -> list[tuple[BlockTable, int, int]]:
+    """Arguments for the pages that a group reserves: each sequence's table, tokens, and new tokens."""
+    return [(row.tables[index], row.length, new) for row, new in zip(sequences, num_new, strict=True)]
 
 
 class PagedLayer(KVLayer):
@@ -676,11 +681,11 @@ class PagedKVCache(KVCache):
             token_ids: its tokens from the start; those that are not cached yet do not count.
         """
         sequence = self._sequence(name)
-        known = len(sequence.hashes)
+        if len(sequence.hashes) == sequence.length // self.page_size:
+            return
         sequence.hashes = extend_hashes(sequence.hashes, token_ids[: sequence.length], self.page_size)
-        if len(sequence.hashes) > known:
-            for group, table in zip(self._book.groups, sequence.tables, strict=True):
-                group.register(table, sequence.hashes)
+        for group, table in zip(self._book.groups, sequence.tables, strict=True):
+            group.register(table, sequence.hashes)
 
     def fork_sequence(self, name: Hashable, new_name: Hashable) -> None:
         """Adds a sequence with the tokens of another. They share pages until one of them writes to a page."""
@@ -743,14 +748,16 @@ class PagedKVCache(KVCache):
         position_ids = (columns[:, width - num_columns :] - (width - totals)).clamp(min=0)
         return attention_mask, position_ids
 
-    def has_room(self, calls: Sequence[tuple[Hashable, int]]) -> bool:
-        """Whether these sequences could take as many tokens each, together in one forward call."""
-        for index, group in enumerate(self._book.groups):
-            sequences = [(self._sequence(name), num_new) for name, num_new in calls]
-            needed = group.count_needed([(row.tables[index], row.length, new) for row, new in sequences])
-            if not group.allocator.has_room(needed):
-                return False
-        return True
+    def check_room(self, num_new: Mapping[Any, int]) -> None:
+        """Finds out whether sequences can take tokens together in one forward call.
+
+        Args:
+            num_new: how many new tokens, by the name of the sequence.
+
+        Raises:
+            OutOfPagesError: if not; it names the first one that goes without.
+        """
+        self._book.check_room([self._sequence(name) for name in num_new], list(num_new.values()))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens of every row, and frees their pages.

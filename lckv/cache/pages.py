@@ -25,20 +25,17 @@ class OutOfPagesError(UserError):
         length: tokens that the sequence has.
         num_new: tokens that it was about to take.
         num_needed: pages that all sequences of the forward call need together.
-        num_free: pages that are free.
         group: the pool.
     """
 
-    def __init__(
-        self, sequence: str, length: int, num_new: int, num_needed: int, num_free: int, group: PageGroup
-    ) -> None:
-        self.sequence = sequence
-        self.num_needed, self.num_free = num_needed, num_free
+    def __init__(self, sequence: str, length: int, num_new: int, num_needed: int, group: PageGroup) -> None:
+        self.sequence, self.length = sequence, length
+        self.num_needed, self.num_free = num_needed, group.allocator.num_free
         window = "" if group.window is None else f" with a window of {group.window} tokens"
         super().__init__(
             f"out of pages: {sequence} has {length} tokens and takes {num_new} more; the forward call needs "
             f"{num_needed} new pages of {group.page_size} tokens per layer{window}, and of "
-            f"num_pages={group.allocator.num_pages} there are {num_free} free"
+            f"num_pages={group.allocator.num_pages} there are {self.num_free} free"
         )
 
 

@@ -1,0 +1,462 @@
+"""Continuous batching (Yu et al., OSDI 2022): requests join and leave a running batch at any step.
+
+Transformers' own continuous batching is the model for this one. What of it fits is used: the state of a request and
+what becomes of it (`RequestState`, `RequestStatus`, `GenerationOutput`), and the logits processors of `generate()`.
+Its scheduler, cache and inputs do not fit. They count blocks of transformers' `PagedAttentionCache`, which has keys
+and values for every decoder layer, of a kind read from its own meaning of `config.layer_types`; and they put all
+tokens of a step into one row, with masks for causal and windowed attention only. Here layers share keys and values,
+may read upward, and are iterated.
+Its processors for a row of many requests leave out those that look at earlier tokens, such as repetition penalties.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+
+from lckv.cache.paged import PagedKVCache
+from lckv.cache.pages import OutOfPagesError, extend_hashes
+from lckv.errors import UserError
+
+OnToken = Callable[[str, int], Any]
+"""Called with the request's name and each token as it is made."""
+
+UNSUPPORTED = {
+    "num_return_sequences": (None, 1),
+    "stop_strings": (None,),
+    "max_time": (None,),
+    "guidance_scale": (None, 1),
+}
+"""Options of `generate()` that concern several rows, or the loop around it, and the values that ask for nothing."""
+
+
+@dataclass
+class BatchStatistics:
+    """What a batcher has done so far.
+
+    Attributes:
+        seconds: wall time of all steps.
+        num_steps: how many there were.
+        num_prompt_tokens: tokens that were run through the model without one being generated from them, those of
+            requests that had to begin again included.
+        num_reused_tokens: tokens whose keys and values an earlier request had left.
+        num_generated_tokens: tokens that requests got.
+        num_preemptions: how often a request lost its pages and had to begin again.
+        num_finished: requests that ended well.
+        num_failed: requests that did not.
+        peak_rows: most requests that were running at once.
+        peak_used_bytes: most bytes of pages that were in use after a step.
+    """
+
+    seconds: float = 0.0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_reused_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    peak_rows: int = 0
+    peak_used_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second of wall time, prefill included."""
+        return self.num_generated_tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request and what it takes to choose its tokens.
+
+    Attributes:
+        state: transformers' record of it.
+        tokens: of the prompt, and those generated so far.
+        processors: what `generate()` would do to the logits.
+        do_sample: whether tokens are drawn.
+        generator: draws them; `None` for torch's own.
+        on_token: told each token.
+        hashes: of the prompt's full pages.
+    """
+
+    state: RequestState
+    tokens: list[int]
+    processors: LogitsProcessorList
+    do_sample: bool
+    generator: torch.Generator | None
+    on_token: OnToken | None
+    hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        return str(self.state.request_id)
+
+
+class ContinuousBatcher:
+    """Generates for many requests at once, each as `generate()` would for it alone.
+
+    In every step the running requests get a token each, from one forward call; what is left of the step's budget goes
+    to the prompts of requests that join. A request that ends gives its pages back at once. When pages run out, the
+    newest request gives up its pages and waits; it goes on later where it was. A request that is too long for the
+    whole pool fails, alone.
+
+    Args:
+        model: one of ours, in evaluation mode.
+        cache: an empty paged cache; by default one whose pools grow.
+        generation_config: options of `generate()` for requests that bring none; by default the model's.
+        max_rows: most requests that run at once.
+        tokens_per_step: most tokens of one step, except that each running request always gets its token.
+        forward_passes: for prompts, where layers read upward; by default they are iterated until they converge.
+        on_token: called with each request's name and token, unless the request brings a callback.
+
+    Raises:
+        UserError: for a cache of another kind, or numbers below 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: PagedKVCache | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        max_rows: int = 64,
+        tokens_per_step: int = 512,
+        forward_passes: int | str | None = None,
+        on_token: OnToken | None = None,
+    ) -> None:
+        cache = PagedKVCache(model.config) if cache is None else cache
+        if not isinstance(cache, PagedKVCache):
+            raise UserError(f"continuous batching with a cache {type(cache).__name__}: allowed is cache=paged")
+        for option, value in (("max_rows", max_rows), ("tokens_per_step", tokens_per_step)):
+            if value < 1:
+                raise UserError(f"{option}={value}: allowed is 1 or more")
+        self.model, self.cache, self.generation_config = model, cache, generation_config
+        self.max_rows, self.tokens_per_step, self.on_token = max_rows, tokens_per_step, on_token
+        if forward_passes is None and model.config.sharing_plan.has_cycles:
+            forward_passes = "converge"
+        self.forward_passes = forward_passes
+        self.statistics = BatchStatistics()
+        self.outputs: dict[str, GenerationOutput] = {}
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []  # in the order in which they joined
+
+    def add_request(
+        self,
+        prompt_ids: Sequence[int],
+        request_id: str | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        generation_config: GenerationConfig | None = None,
+        seed: int | None = None,
+        on_token: OnToken | None = None,
+    ) -> str:
+        """Lets a request wait for its turn.
+
+        Args:
+            prompt_ids: its prompt.
+            request_id: its name; by default a number.
+            max_new_tokens: after how many tokens it ends; by default as `generation_config` says, or 20.
+            generation_config: options of `generate()` for this request.
+            seed: for sampling that does not depend on the other requests.
+            on_token: called with its name and each token.
+
+        Returns:
+            Its name.
+
+        Raises:
+            UserError: for an empty prompt, tokens that the model does not know, a name that is taken, and options that
+                are not those of one greedy or sampled sequence.
+        """
+        prompt = [int(token) for token in prompt_ids]
+        name = str(self._num_requests()) if request_id is None else request_id
+        self._check_prompt(name, prompt)
+        config = self._prepare_config(generation_config or self.generation_config)
+        if max_new_tokens is None:
+            max_new_tokens = _max_new_tokens(config, len(prompt))
+        if max_new_tokens < 1:
+            raise UserError(f"request {name!r}: max_new_tokens={max_new_tokens}: allowed is 1 or more")
+        state = RequestState(name, prompt, max_new_tokens=max_new_tokens, eos_token_id=config.eos_token_id)
+        request = _Request(
+            state,
+            list(prompt),
+            self._processors(config, len(prompt)),
+            do_sample=bool(config.do_sample),
+            generator=None if seed is None else torch.Generator(self.model.device).manual_seed(seed),
+            on_token=on_token or self.on_token,
+        )
+        self._let_wait(request, first=False)
+        return name
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request; what it has so far is its output."""
+        for request in [*self._running, *self._waiting]:
+            if request.name == request_id:
+                self._end(request, "cancelled")
+                return
+        raise UserError(f"cancel({request_id!r}): there is no such request waiting or running")
+
+    def has_work(self) -> bool:
+        """Whether a request is waiting or running."""
+        return bool(self._waiting or self._running)
+
+    def run(self) -> dict[str, GenerationOutput]:
+        """Makes steps until every request has ended, and returns all outputs by the requests' names."""
+        while self.has_work():
+            self.step()
+        return self.outputs
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Makes a token for each running request, and goes on with the prompts of those that join."""
+        start_time = time.perf_counter()
+        num_decoded = self._decode()
+        self._prefill(max(1, self.tokens_per_step - num_decoded))
+        statistics = self.statistics
+        statistics.num_steps += 1
+        statistics.seconds += time.perf_counter() - start_time
+
+    def _num_requests(self) -> int:
+        return len(self.outputs) + len(self._waiting) + len(self._running)
+
+    def _check_prompt(self, name: str, prompt: list[int]) -> None:
+        if name in self.outputs or any(name == request.name for request in [*self._waiting, *self._running]):
+            raise UserError(f"request {name!r}: there is one of that name")
+        if not prompt:
+            raise UserError(f"request {name!r}: the prompt is empty: give at least one token")
+        vocab_size = self.model.config.vocab_size
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise UserError(
+                f"request {name!r}: tokens {min(prompt)} to {max(prompt)}: allowed are 0 to {vocab_size - 1}"
+            )
+
+    def _prepare_config(self, config: GenerationConfig | None) -> GenerationConfig:
+        """The options with defaults filled in, as `generate()` sees them."""
+        config = copy.deepcopy(self.model.generation_config if config is None else config)
+        for option, allowed in UNSUPPORTED.items():
+            if getattr(config, option, None) not in allowed:
+                raise UserError(
+                    f"continuous batching with {option}={getattr(config, option)!r}: allowed is {allowed[-1]}"
+                )
+        mode = config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise UserError(f"continuous batching with {mode.value}: allowed are greedy search and sampling")
+        return config
+
+    def _processors(self, config: GenerationConfig, prompt_length: int) -> LogitsProcessorList:
+        """What `generate()` would do to the logits of this prompt's continuation."""
+        config, _ = self.model._prepare_generation_config(config)
+        self.model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=self.model.device)
+        return self.model._get_logits_processor(
+            config,
+            input_ids_seq_length=prompt_length,
+            logits_processor=LogitsProcessorList(),
+            device=self.model.device,
+        )
+
+    def _let_wait(self, request: _Request, first: bool) -> None:
+        request.hashes = extend_hashes([], request.tokens[:-1], self.cache.page_size)
+        (self._waiting.appendleft if first else self._waiting.append)(request)
+
+    def _num_pending(self, request: _Request) -> int:
+        """Tokens that are not in the cache yet."""
+        return len(request.tokens) - self.cache.length(request.name)
+
+    def _decode(self) -> int:
+        """One forward call for all requests whose prompt is done; returns how many they are."""
+        requests = [request for request in self._running if request.state.status == RequestStatus.DECODING]
+        requests = self._make_room(requests)
+        if requests:
+            self._generate(requests, self._forward(requests, [1] * len(requests)))
+        return len(requests)
+
+    def _make_room(self, requests: list[_Request]) -> list[_Request]:
+        """Takes pages from the newest requests until those that are left of `requests` have room for a token each."""
+        while requests:
+            try:
+                self.cache.check_room({request.name: 1 for request in requests})
+                break
+            except OutOfPagesError as error:
+                self._drop_newest(error)
+            requests = [request for request in requests if request in self._running]
+        return requests
+
+    def _drop_newest(self, error: OutOfPagesError) -> None:
+        """The newest request has to wait; if it is alone, waiting would not help."""
+        newest = self._running[-1]
+        if len(self._running) == 1:
+            self._end(newest, str(error))
+            return
+        self.cache.remove(self._running.pop().name)
+        newest.state.status = RequestStatus.PENDING
+        self.statistics.num_preemptions += 1
+        self._let_wait(newest, first=True)
+
+    def _prefill(self, budget: int) -> None:
+        """Goes on with the prompts that have been begun, then begins others."""
+        sizes: dict[_Request, int] = {}
+        for request in self._running:
+            if request.state.status == RequestStatus.PREFILLING and budget > 0:
+                sizes[request] = min(self._num_pending(request), budget)
+                budget -= sizes[request]
+        while budget > 0 and self._waiting and len(self._running) < self.max_rows and self._admit():
+            request = self._running[-1]
+            sizes[request] = min(self._num_pending(request), budget)
+            budget -= sizes[request]
+        for requests in self._similar(self._fit(sizes)):
+            logits = self._forward(requests, [sizes[request] for request in requests])
+            self.statistics.num_prompt_tokens += sum(sizes[request] for request in requests)
+            done = [row for row, request in enumerate(requests) if not self._num_pending(request)]
+            for row in done:
+                requests[row].state.status = RequestStatus.DECODING
+            if done:
+                self._generate([requests[row] for row in done], logits[done])
+
+    def _admit(self) -> bool:
+        """Lets the request that waits longest join if there is room for its prompt; says whether it did."""
+        request = self._waiting[0]
+        if self._waits_for_pages(request):
+            return False
+        self._waiting.popleft()
+        num_reused = self.cache.add(request.name, request.tokens)
+        # What is running shall be able to go on for a while, or this request would soon lose its pages again.
+        num_new = {other.name: max(self.cache.page_size, self._num_pending(other)) for other in self._running}
+        try:
+            self.cache.check_room(num_new | {request.name: self._num_pending(request)})
+        except OutOfPagesError as error:
+            if self._running:
+                self.cache.remove(request.name)
+                self._waiting.appendleft(request)
+                return False
+            self._end(request, str(error))
+            return bool(self._waiting) and self._admit()
+        self._running.append(request)
+        request.state.status = RequestStatus.PREFILLING
+        self.statistics.num_reused_tokens += num_reused
+        self.statistics.peak_rows = max(self.statistics.peak_rows, len(self._running))
+        return True
+
+    def _waits_for_pages(self, request: _Request) -> bool:
+        """Whether a prompt that is being run begins alike and will soon have pages that this one can use."""
+        for other in self._running:
+            num_equal = 0
+            while num_equal < min(len(request.hashes), len(other.hashes)):
+                if request.hashes[num_equal] != other.hashes[num_equal]:
+                    break
+                num_equal += 1
+            if num_equal * self.cache.page_size > self.cache.length(other.name):
+                return True
+        return False
+
+    def _fit(self, sizes: dict[_Request, int]) -> dict[_Request, int]:
+        """Takes pages from the newest requests, or makes the piece of the only one smaller, until all have room."""
+        while sizes:
+            try:
+                self.cache.check_room({request.name: size for request, size in sizes.items()})
+                break
+            except OutOfPagesError as error:
+                only = next(iter(sizes))
+                if len(self._running) == 1 and sizes[only] > 1:
+                    sizes[only] //= 2  # a window drops tokens between pieces
+                else:
+                    self._drop_newest(error)
+            for request in [request for request in sizes if request not in self._running]:
+                del sizes[request]
+        return sizes
+
+    def _similar(self, sizes: dict[_Request, int]) -> list[list[_Request]]:
+        """Requests in groups for one forward call each, so that no more than half of a group's tokens are padding."""
+        least = 1.0 if self.model.config.use_sequential else 0.5
+        groups: list[list[_Request]] = []
+        for request in sorted(sizes, key=lambda request: -sizes[request]):
+            if groups and sizes[request] >= least * sizes[groups[-1][0]]:
+                groups[-1].append(request)
+            else:
+                groups.append([request])
+        return groups
+
+    def _forward(self, requests: list[_Request], sizes: list[int]) -> torch.Tensor:
+        """Runs each request's next tokens, and returns the logits behind the last, `(batch, vocab_size)`."""
+        names: list[Hashable] = [request.name for request in requests]
+        starts = [self.cache.length(name) for name in names]
+        attention_mask, position_ids = self.cache.select(names, sizes)
+        width = max(sizes)
+        rows = [
+            [0] * (width - size) + request.tokens[start : start + size]
+            for request, start, size in zip(requests, starts, sizes, strict=True)
+        ]
+        device = self.model.device
+        outputs = self.model(
+            torch.tensor(rows, device=device),
+            attention_mask=attention_mask.to(device),
+            position_ids=position_ids.to(device),
+            past_key_values=self.cache,
+            logits_to_keep=1,
+            forward_passes=self.forward_passes if width > 1 else None,
+        )
+        for request in requests:
+            self.cache.record_tokens(request.name, request.tokens)
+        used = self.cache.num_used_bytes()
+        self.statistics.peak_used_bytes = max(self.statistics.peak_used_bytes, used)
+        return outputs.logits[:, -1]
+
+    def _generate(self, requests: list[_Request], logits: torch.Tensor) -> None:
+        """Gives each request its next token, and ends those that are done."""
+        is_number = (~logits.isnan().any(dim=1)).tolist()
+        tokens = self._choose(requests, logits)
+        for request, token, is_sound in zip(requests, tokens, is_number, strict=True):
+            if not is_sound:
+                self._end(request, "the model's logits are NaN")
+                continue
+            request.tokens.append(token)
+            self.statistics.num_generated_tokens += 1
+            is_done = request.state.update_and_check_completion(token, None)
+            if request.on_token is not None:
+                request.on_token(request.name, token)
+            if is_done:
+                self._end(request, None)
+
+    def _choose(self, requests: list[_Request], logits: torch.Tensor) -> list[int]:
+        """The next token of each request, as `generate()` would choose it."""
+        if not any(request.processors or request.do_sample for request in requests):
+            return list(map(int, logits.argmax(dim=1).tolist()))
+        logits = logits.float().masked_fill(logits.isnan(), 0.0)  # rows with NaN fail, whatever is chosen
+        return [self._choose_one(request, row) for request, row in zip(requests, logits, strict=True)]
+
+    def _choose_one(self, request: _Request, logits: torch.Tensor) -> int:
+        input_ids = cast(torch.LongTensor, torch.tensor([request.tokens], device=logits.device))
+        scores = request.processors(input_ids, cast(torch.FloatTensor, logits[None]))
+        if not request.do_sample:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=request.generator))
+
+    def _end(self, request: _Request, error: str | None) -> None:
+        """Takes a request out, and its pages with it."""
+        if request in self._running:
+            self._running.remove(request)
+        elif request in self._waiting:
+            self._waiting.remove(request)
+        if request.name in self.cache:
+            self.cache.remove(request.name)
+        request.state.error = error
+        if error is not None:
+            request.state.status = RequestStatus.FAILED
+        self.statistics.num_failed += error is not None
+        self.statistics.num_finished += error is None
+        self.outputs[request.name] = request.state.to_generation_output()
+
+
+def _max_new_tokens(config: GenerationConfig, prompt_length: int) -> int:
+    """How many tokens `generate()` would make at most."""
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    return 20 if config.max_length is None else int(config.max_length) - prompt_length
