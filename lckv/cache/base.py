@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -281,7 +281,7 @@ class ReaderLayer(CacheLayerMixin):
         """The owner does it."""
 
 
-class KVCache(SharingCache):
+class KVCache(SharingCache, ABC):
     """A transformers cache with one [`KVLayer`] per layer that computes KV.
 
     Subclasses give `make_layer`, and register themselves in [`CACHES`] under `name`.
