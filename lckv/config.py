@@ -332,6 +332,9 @@ def literal() -> Any:
     return field(default=None, metadata={"literal": True})
 
 
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
 @dataclass
 class GenerateConfig:
     """Everything that `python -m lckv.generate` needs.
@@ -344,11 +347,11 @@ class GenerateConfig:
         prompt_file: a file with the text to continue, `-` for standard input. Where nothing else is given, text is
             read from standard input, if that is no terminal.
         prompts_file: a file with one prompt per line, `-` for standard input; they are continued in batches.
-        batch_size: with `prompts_file`, how many prompts to continue at once.
+        batch_size: with `prompts_file`, how many prompts to continue at once; None: all.
         chat: whether the prompt is a message that the tokenizer's chat template makes a prompt of; None: if it has
             one.
         system: the system message of the chat.
-        max_new_tokens: where to stop at the latest.
+        max_new_tokens: where to stop at the latest; None: at 256, and with `stream=endless` nowhere.
         greedy: whether to take the likeliest token every time; None: unless one of `temperature`, `top_k`, `top_p` and
             `seed` is given.
         temperature: sampling: logits are divided by it; None: 1.
@@ -357,8 +360,8 @@ class GenerateConfig:
         seed: sampling: where the random numbers start; None: somewhere else each time.
         repetition_penalty: above 1, tokens that occurred already become less likely.
         num_beams: how many continuations beam search pursues; 1: no beam search.
-        stream: "tokens" prints the text as it comes, "off" at the end; "endless" goes on beyond any length with
-            cache=sink, up to `max_new_tokens` if that is given; None: "tokens", where one text is printed.
+        stream: "tokens" prints the text as it comes, "off" at the end; "endless" goes on until Ctrl-C, with
+            cache=sink; None: "tokens", where one text is printed.
         prefill_chunk: how many tokens of the prompt to run at once, which bounds memory; None: all.
         prefill_passes: where layers read upward: passes over the prompt before the last ones, or `converge`; None: the
             model's.
@@ -375,7 +378,7 @@ class GenerateConfig:
     prompt: str | None = literal()
     prompt_file: str | None = literal()
     prompts_file: str | None = literal()
-    batch_size: int = 16
+    batch_size: int | None = None
     chat: bool | None = None
     system: str | None = literal()
     max_new_tokens: int | None = None

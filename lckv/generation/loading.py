@@ -86,7 +86,7 @@ def load_model(
     tokenizer = _load_tokenizer(checkpoint)
     model = _load_weights(checkpoint, config, dtype)
     _tidy_generation_config(model, tokenizer)
-    return model.eval().to(target), tokenizer  # type: ignore[arg-type]
+    return model.eval().to(target), tokenizer
 
 
 def find_device(name: str) -> torch.device:

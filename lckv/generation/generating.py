@@ -1,0 +1,208 @@
+"""Prefill and decoding of one batch of prompts, with what they took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from lckv.cache import KVCache
+from lckv.errors import UserError
+from lckv.generation.decoding_options import DecodingOptions
+from lckv.generation.prefill import PrefillReport, prefill
+
+
+@dataclass(frozen=True)
+class PrefillOptions:
+    """How the prompt goes through the model; see [`lckv.generation.prefill.prefill`]."""
+
+    chunk_size: int | None = None
+    forward_passes: int | str | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came of one batch.
+
+    Attributes:
+        new_tokens: for each prompt, the tokens behind it, without what follows the end of the text.
+        num_steps: tokens decoded in each row.
+        first_token_seconds: from the start of the prefill until the first new token is known.
+        decode_seconds: from then on.
+        cache_bytes: bytes of the cache's live tensors at the end.
+        cache_tokens: tokens that have gone into the cache, in all rows together.
+        num_passes: for each chunk of the prompt, how often the layers of a cycle ran.
+        residual: how far KV still moved in the last pass, if there were several.
+    """
+
+    new_tokens: list[list[int]]
+    num_steps: int
+    first_token_seconds: float
+    decode_seconds: float
+    cache_bytes: int
+    cache_tokens: int
+    num_passes: list[int]
+    residual: float | None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of all rows per second of decoding; the first of each row belongs to the prefill."""
+        num_decoded = sum(max(0, len(tokens) - 1) for tokens in self.new_tokens)
+        return num_decoded / self.decode_seconds if num_decoded and self.decode_seconds else None
+
+
+class StepWatch(LogitsProcessor):
+    """Notes when the first logits are known, and stops at the first that cannot be chosen from."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.first_token_time = 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Looks at the logits `(batch, vocab_size)` of one step.
+
+        Raises:
+            UserError: if a row's largest is no finite number.
+        """
+        self.num_steps += 1
+        if not torch.isfinite(scores.max(dim=-1).values).all():
+            raise UserError(
+                f"the logits of new token {self.num_steps} are not finite (NaN or infinity): the weights are broken, "
+                "or the type is too narrow for them; try dtype=float32"
+            )
+        if self.num_steps == 1:  # behind the check, which waits for the device
+            self.first_token_time = time.perf_counter()
+        return scores
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    cache: KVCache,
+    decoding: DecodingOptions,
+    max_new_tokens: int,
+    *,
+    prefill_options: PrefillOptions | None = None,
+    compile_step: bool = False,
+    streamer: BaseStreamer | None = None,
+    on_chunk: Callable[[int], Any] | None = None,
+) -> Generation:
+    """Continues a batch of prompts by transformers' `generate`, behind a prefill of our own.
+
+    Args:
+        model: the model, in evaluation mode.
+        prompts: the prompts' tokens.
+        cache: an empty cache.
+        decoding: how tokens are chosen.
+        max_new_tokens: where to stop at the latest.
+        prefill_options: how the prompt goes through the model.
+        compile_step: whether to compile the step that decodes a token, which needs the static cache.
+        streamer: gets each token as it comes, for a single prompt without beams.
+        on_chunk: called after each chunk of the prefill with the number of its tokens.
+
+    Raises:
+        UserError: if the logits are not finite, or the tokenizer has more tokens than the model.
+    """
+    _check_tokens(prompts, model.config.vocab_size)
+    config = decoding.generation_config(max_new_tokens, model.generation_config.eos_token_id)  # type: ignore[union-attr]
+    config.pad_token_id = _pad_token_id(model)
+    if compile_step:
+        config.disable_compile, config.compile_config = False, _compile_config()
+    input_ids, attention_mask = pad_left(prompts, config.pad_token_id)
+    input_ids = input_ids.to(model.device)
+    attention_mask = None if attention_mask is None else attention_mask.to(model.device)
+    if decoding.seed is not None:
+        torch.manual_seed(decoding.seed)
+    watch = StepWatch()
+    start_time = time.perf_counter()
+    report = _prefill_all_but_last(model, input_ids, attention_mask, cache, prefill_options, on_chunk)
+    if decoding.num_beams > 1:
+        cache.batch_repeat_interleave(decoding.num_beams)
+    output = model.generate(  # type: ignore[operator]
+        input_ids,
+        attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+        past_key_values=cache,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([watch]),
+        streamer=streamer,
+    )
+    end_time = time.perf_counter()
+    return Generation(
+        new_tokens=_cut_at_eos(output[:, input_ids.shape[1] :].tolist(), config.eos_token_id),
+        num_steps=watch.num_steps,
+        first_token_seconds=watch.first_token_time - start_time,
+        decode_seconds=end_time - watch.first_token_time,
+        cache_bytes=cache.num_bytes(),
+        cache_tokens=int(cache.get_seq_length()) * len(prompts) * decoding.num_beams,
+        num_passes=[1] if report is None else report.num_passes,
+        residual=None if report is None else report.residual,
+    )
+
+
+def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One row per prompt, padded on the left.
+
+    Returns:
+        `(batch, q_len)` tokens, and the mask of the same shape with zeros at padding; `None` if there is no padding.
+    """
+    length = max(map(len, prompts))
+    rows = [[pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    is_padded = any(len(prompt) < length for prompt in prompts)
+    return torch.tensor(rows), torch.tensor(mask) if is_padded else None
+
+
+def _prefill_all_but_last(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: KVCache,
+    options: PrefillOptions | None,
+    on_chunk: Callable[[int], Any] | None,
+) -> PrefillReport | None:
+    """The last token is left to `generate`, which wants something to run."""
+    if input_ids.shape[1] == 1:
+        return None
+    options = options or PrefillOptions()
+    return prefill(
+        model,
+        input_ids[:, :-1],
+        cache,
+        attention_mask=None if attention_mask is None else attention_mask[:, :-1],
+        chunk_size=options.chunk_size,
+        forward_passes=options.forward_passes,
+        tolerance=options.tolerance,
+        on_chunk=on_chunk,
+    )
+
+
+def _check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
+    largest = max(map(max, prompts))
+    if largest >= vocab_size:
+        raise UserError(f"the tokenizer has a token {largest}, but the model knows {vocab_size}: they do not fit")
+
+
+def _compile_config() -> CompileConfig:
+    config = CompileConfig(fullgraph=True, dynamic=False)
+    config._compile_all_devices = True  # else transformers compiles on accelerators only
+    return config
+
+
+def _pad_token_id(model: PreTrainedModel) -> int:
+    """What fills rows up; any token will do, as nothing attends to it."""
+    pad_token_id = model.generation_config.pad_token_id  # type: ignore[union-attr]
+    return 0 if pad_token_id is None else int(pad_token_id)
+
+
+def _cut_at_eos(rows: list[list[int]], eos_token_id: int | list[int] | None) -> list[list[int]]:
+    """Takes off what follows the first token that ends a text, and keeps that token."""
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    stops = [next((index + 1 for index, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[:stop] for row, stop in zip(rows, stops, strict=True)]
