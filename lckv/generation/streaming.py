@@ -1,0 +1,339 @@
+"""Text without end: token after token from a cache that does not grow, and scores of given text the same way.
+
+Nothing here remembers more than the cache does: the model sees one token at a time, without masks or positions, text
+leaves in pieces, and what the repetition penalty looks back on is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lckv.cache import KVCache
+from lckv.errors import UserError
+from lckv.models.sharing_cache import SharingCache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        greedy: take the likeliest token.
+        temperature: logits are divided by it; None: 1.
+        top_k: only among the so many likeliest tokens; None: all.
+        top_p: only among the likeliest tokens that together have this probability; None: all.
+        repetition_penalty: above 1, tokens among the last `history` become less likely.
+        history: how many of the last tokens the penalty looks back on.
+        seed: where the random numbers start; None: somewhere else each time.
+
+    Raises:
+        UserError: for values out of range.
+    """
+
+    greedy: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    history: int = 256
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, "a number above 0", lambda value: 0 < value < math.inf)
+        _check("top_k", self.top_k, "1 or more", lambda value: value >= 1)
+        _check("top_p", self.top_p, "a number above 0, up to 1", lambda value: 0 < value <= 1)
+        _check("repetition_penalty", self.repetition_penalty, "a number above 0", lambda value: 0 < value < math.inf)
+        _check("history", self.history, "1 or more", lambda value: value >= 1)
+
+    def processors(self) -> LogitsProcessorList:
+        """Those of transformers, in the order in which `generate` applies them."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            processors.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.greedy:
+            return processors
+        if self.temperature is not None:
+            processors.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k is not None:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None and self.top_p < 1:
+            processors.append(TopPLogitsWarper(float(self.top_p)))
+        return processors
+
+
+def _check(name: str, value: Any, allowed: str, is_allowed: Any) -> None:
+    if value is not None and not is_allowed(value):
+        raise UserError(f"{name}={value}: allowed is {allowed}")
+
+
+class TokenPicker:
+    """Chooses tokens, one after the other, and remembers the last of them.
+
+    Args:
+        sampling: how.
+        device: where the logits will be.
+    """
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self.is_greedy, self.processors = sampling.greedy, sampling.processors()
+        self.history: deque[int] = deque(maxlen=sampling.history)
+        self.generator: torch.Generator | None = None
+        if sampling.seed is not None:
+            self.generator = torch.Generator(device).manual_seed(sampling.seed)
+
+    def remember(self, token_ids: Iterable[int]) -> None:
+        """Lets the penalty count these tokens."""
+        self.history.extend(token_ids)
+
+    def pick(self, logits: torch.Tensor) -> int:
+        """Chooses the next token from `(1, vocab_size)`.
+
+        Raises:
+            UserError: if the logits are not numbers.
+        """
+        if logits.isnan().any():
+            raise UserError("the model's logits are NaN: its weights are broken, or its dtype is too small for them")
+        history = torch.tensor([list(self.history)], dtype=torch.long, device=logits.device)
+        scores = self.processors(history, logits.float())  # type: ignore[arg-type]
+        if self.is_greedy:
+            token = int(scores.argmax())
+        else:
+            token = int(torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self.generator))
+        self.history.append(token)
+        return token
+
+
+class TextPieces:
+    """Turns tokens into text as they come, looking at few of them at a time.
+
+    A character of several tokens comes out when it is whole. Each token is decoded behind some earlier ones, as
+    tokenizers treat the first word of a text in their own way.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        skip_special_tokens: whether tokens such as the end of a document are left out.
+    """
+
+    num_context, max_pending = 8, 16
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True) -> None:
+        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """The text that is whole with this token; empty if a character is not."""
+        self._pending.append(token_id)
+        text = self._decode(self._context + self._pending)
+        if text.endswith("\ufffd") and len(self._pending) < self.max_pending:
+            return ""
+        return self._take(text)
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        return self._take(self._decode(self._context + self._pending)) if self._pending else ""
+
+    def _take(self, text: str) -> str:
+        piece = text[len(self._decode(self._context)) :]
+        self._context = (self._context + self._pending)[-self.num_context :]
+        self._pending = []
+        return piece
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text = self.tokenizer.decode(
+            token_ids, skip_special_tokens=self.skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+
+def stream(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    past_key_values: Cache,
+    *,
+    sampling: Sampling | None = None,
+    max_new_tokens: int | None = None,
+    stop_ids: Collection[int] = (),
+    chunk_size: int | None = None,
+    **options: Any,
+) -> Iterator[int]:
+    """Continues a text for as long as anybody asks for more.
+
+    Ctrl-C takes effect between two tokens, so that every layer of the cache has seen the same of them.
+
+    Args:
+        model: the model, in evaluation mode.
+        input_ids: `(1, q_len)` or `(q_len,)`, the tokens that are not in the cache yet.
+        past_key_values: the cache, empty or not.
+        sampling: how tokens are chosen; by default from the model's plain probabilities.
+        max_new_tokens: where to stop at the latest; None: nowhere, which takes a cache that does not grow.
+        stop_ids: tokens that end the text, and are not returned.
+        chunk_size: how many tokens of the prompt to run at once; None: as many as the cache takes.
+        options: for the model, such as `forward_passes`.
+
+    Returns:
+        The new tokens, one at a time.
+
+    Raises:
+        UserError: for an empty prompt, and a cache that would grow for ever.
+    """
+    input_ids = input_ids.reshape(1, -1) if input_ids.ndim == 1 else input_ids
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"{input_ids.shape[0]} texts at once: allowed is one")
+    if input_ids.shape[1] == 0:
+        raise UserError("the prompt is empty: give at least one token")
+    if max_new_tokens is None:
+        check_bounded(past_key_values)
+    picker = TokenPicker(sampling or Sampling(), model.device)
+    picker.remember(input_ids[0, -picker.history.maxlen :].tolist())  # type: ignore[operator]  # it has one
+    steps = count() if max_new_tokens is None else range(max_new_tokens)
+    return _stream(model, input_ids.to(model.device), past_key_values, picker, steps, stop_ids, chunk_size, options)
+
+
+def _stream(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    cache: Cache,
+    picker: TokenPicker,
+    steps: Iterable[int],
+    stop_ids: Collection[int],
+    chunk_size: int | None,
+    options: dict[str, Any],
+) -> Iterator[int]:
+    for _ in steps:
+        token = picker.pick(_read(model, input_ids, cache, chunk_size, options))
+        if token in stop_ids:
+            return
+        yield token
+        input_ids = input_ids.new_tensor([[token]])
+
+
+def stream_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | torch.Tensor,
+    past_key_values: Cache,
+    *,
+    skip_special_tokens: bool = True,
+    **options: Any,
+) -> Iterator[str]:
+    """Like `stream`, from text or tokens to pieces of text, none of them empty.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: the model's.
+        prompt: the text, or its tokens.
+        past_key_values: the cache, empty or not.
+        skip_special_tokens: whether tokens such as the end of a document are left out of the text.
+        options: those of `stream`.
+    """
+    if isinstance(prompt, str):
+        token_ids = tokenizer(prompt)["input_ids"]
+        prompt = torch.tensor([token_ids], dtype=torch.long)
+    tokens = stream(model, prompt, past_key_values, **options)
+    return _pieces(tokens, TextPieces(tokenizer, skip_special_tokens))
+
+
+def _pieces(tokens: Iterator[int], text: TextPieces) -> Iterator[str]:
+    for token in tokens:
+        if piece := text.push(token):
+            yield piece
+    if piece := text.flush():
+        yield piece
+
+
+def score_stream(
+    model: PreTrainedModel, token_ids: torch.Tensor | Iterable[Any], past_key_values: Cache
+) -> Iterator[torch.Tensor]:
+    """Reads given text token by token and says how much each surprised the model.
+
+    Args:
+        model: the model, in evaluation mode.
+        token_ids: `(seq_len,)`, `(batch, seq_len)`, or one after the other, numbers or `(batch,)`, without an end.
+        past_key_values: the cache, empty or not.
+
+    Returns:
+        The negative log-likelihood of each token but the first, `(batch,)` in float32, one token at a time.
+    """
+    steps = token_ids.unbind(dim=-1) if isinstance(token_ids, torch.Tensor) else token_ids
+    logits = None
+    for step in steps:
+        tokens = torch.as_tensor(step, device=model.device).reshape(-1, 1)  # (batch, 1)
+        if logits is not None:
+            yield torch.nn.functional.cross_entropy(logits.float(), tokens[:, 0], reduction="none")
+        logits = _step(model, tokens, past_key_values)
+
+
+def check_bounded(cache: Cache) -> None:
+    """Refuses a cache that grows with the text.
+
+    Raises:
+        UserError: naming it.
+    """
+    if not isinstance(cache, KVCache) or not all(layer.is_sliding for layer in cache.owners().values()):
+        name = getattr(cache, "name", type(cache).__name__)
+        raise UserError(f"endless text with cache={name}: it ends or grows with the text; allowed is cache=sink")
+
+
+def _read(
+    model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache, chunk_size: int | None, options: dict[str, Any]
+) -> torch.Tensor:
+    """The logits `(1, vocab_size)` behind the tokens, which go in by the largest pieces that the cache takes."""
+    while True:
+        num_tokens = _num_at_once(cache, input_ids.shape[1])
+        num_tokens = min(num_tokens, chunk_size or num_tokens)
+        piece, input_ids = input_ids[:, :num_tokens], input_ids[:, num_tokens:]
+        logits = _step(model, piece, cache, **options)
+        if not input_ids.shape[1]:
+            return logits
+
+
+def _num_at_once(cache: Cache, num_tokens: int) -> int:
+    if not isinstance(cache, SharingCache):
+        return num_tokens
+    return 1 + bisect_left(range(2, num_tokens + 1), True, key=cache.needs_single_tokens)
+
+
+@torch.inference_mode()
+def _step(model: PreTrainedModel, token_ids: torch.Tensor, cache: Cache, **options: Any) -> torch.Tensor:
+    """Runs tokens `(batch, q_len)`; returns the last one's logits `(batch, vocab_size)`."""
+    with _interrupts_wait():
+        outputs = model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
+    return outputs.logits[:, -1]
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Puts Ctrl-C off to the end of the block, so that no layer of a cache is ahead of another."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or previous is None:
+        yield
+        return
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if received:
+            signal.raise_signal(signal.SIGINT)
