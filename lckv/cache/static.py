@@ -57,7 +57,7 @@ class StaticLayer(KVLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
         """Writes the new tokens into their slots, and returns all slots."""
-        self._make_ready(key_states, value_states)
+        key_states, value_states = self._make_ready(key_states, value_states)
         positions = self._new_positions(key_states.shape[2])
         self.num_seen.add_(key_states.shape[2])
         self.keys.index_copy_(2, positions, key_states)
@@ -66,7 +66,7 @@ class StaticLayer(KVLayer):
 
     def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
         """All slots, with the new tokens in theirs."""
-        self._make_ready(key_states, value_states)
+        key_states, value_states = self._make_ready(key_states, value_states)
         positions = self._new_positions(key_states.shape[2])
         if key_states.shape[2] == 1 and not torch.is_grad_enabled():
             # Nobody looks at this slot before `update` fills it, and nobody compares what passes over a single token
@@ -138,14 +138,19 @@ class StaticLayer(KVLayer):
         else:
             self._adopt(rows["keys"], rows["values"], self.num_seen)
 
-    def _make_ready(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Makes the tensors, anew if the batch has another size than before a `reset`."""
+    def _make_ready(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
+        """Makes the tensors, anew if the batch has another size than before a `reset`.
+
+        Returns:
+            The states in the tensors' types, which autocast may not give them.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif self.keys.shape[0] != key_states.shape[0]:
             if int(self.num_seen) > 0:
                 raise ValueError(f"{key_states.shape[0]} sequences for a cache that holds {self.keys.shape[0]}")
             self.lazy_initialization(key_states, value_states)
+        return key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
 
     def _slots_for(self, states: torch.Tensor) -> torch.Tensor:
         """Empty slots for states `(batch, num_kv_heads, q_len, head_dim)`."""
@@ -200,7 +205,7 @@ class StaticRingLayer(StaticLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
         """Writes the last new tokens over the oldest."""
-        self._make_ready(key_states, value_states)
+        key_states, value_states = self._make_ready(key_states, value_states)
         num_new = key_states.shape[2]
         slots = (self._new_positions(num_new) % self.window)[-self.window :]
         states = None if num_new == 1 else self._with_new(key_states, value_states)
@@ -211,7 +216,7 @@ class StaticRingLayer(StaticLayer):
 
     def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
         """What `update` would return."""
-        self._make_ready(key_states, value_states)
+        key_states, value_states = self._make_ready(key_states, value_states)
         if key_states.shape[2] > 1:
             return self._with_new(key_states, value_states)
         slot = self._new_positions(1) % self.window

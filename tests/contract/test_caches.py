@@ -202,6 +202,20 @@ def test_left_padding(name, layer_types, attn_implementation):
         assert_close(torch.cat(logits, dim=1)[row, LENGTH - len(tokens) :], expected)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("layer_types", MIXED)
+def test_half_precision(name, layer_types, precision):
+    model, input_ids = exact_model(layer_types), token_ids(2, LENGTH)
+    expected = model(input_ids, use_cache=False).logits
+    cache = new_cache(name, model)
+    if precision == "bfloat16":
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        logits = feed(model, cache, input_ids, [5, 1, 1, 3, 1]).float()
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+    assert cache.num_bytes() == live_bytes(cache)
+
+
 @pytest.mark.parametrize("layer_types", ["0_0_2_2", "0s_1s_2_2", "0_2s_2_2s"])
 def test_announced_sizes_are_those_of_the_returned_keys(name, layer_types):
     model = exact_model(layer_types)
