@@ -235,7 +235,7 @@ class QuantizedKVCache(KVCache):
         config: Any,
         bits: int = 8,
         group_size: int = 64,
-        residual_length: int = 128,
+        residual_length: int = 32,
         key_axis: str = "channel",
         value_axis: str = "token",
     ) -> None:
