@@ -139,7 +139,7 @@ def random_model(
     """
     torch.manual_seed(seed)
     config = LCKVLlamaConfig(**arguments)
-    return LCKVLlamaForCausalLM(config).to(device=device, dtype=dtype).eval()  # type: ignore[arg-type,call-arg]
+    return LCKVLlamaForCausalLM(config).to(device=device, dtype=dtype).eval()  # type: ignore[call-arg]
 
 
 def checkpoint_labels(paths: Sequence[str], taken: Sequence[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -128,21 +129,23 @@ class Bench:
         yield batch
 
     def _inspect_batch(self, batch: BatchResult, base: KVCache, report: PrefillReport) -> None:
-        """The peak of a decoding step, and the size of the cache at the end."""
-        kept: list[KVCache] = []
+        """The peak of the last decoding step, and the size of the cache behind it."""
 
-        def step(filled: tuple[KVCache, torch.Tensor]) -> None:
-            cache, logits = filled
-            self._decode(cache, logits, 1)
-            kept.append(cache)
+        def before_last_step() -> tuple[KVCache, torch.Tensor]:
+            cache, logits = self._fill(batch.batch_size, base, report)
+            return cache, self._decode(cache, logits, self.workload.new_tokens - 1)
 
-        batch.peak_bytes = peak_bytes(step, self.device, lambda: self._fill(batch.batch_size, base, report))
-        cache = kept.pop()
-        token = torch.zeros(batch.batch_size, 1, dtype=torch.long, device=self.device)
-        for _ in range(self.workload.new_tokens - 1):
-            token = self._step(cache, token)
-        batch.kv_bytes = cache.num_bytes()
+        def last_step(filled: tuple[KVCache, torch.Tensor]) -> None:
+            cache, token = filled
+            self._step(cache, token)
+            batch.kv_bytes = cache.num_bytes()
+
+        prepare = before_last_step
+        if self.device.type == "cpu":  # a copy is quicker to record, and a CPU has the memory for it
+            prepare = partial(_copy, *before_last_step())
+        batch.peak_bytes = peak_bytes(last_step, self.device, prepare)
         budget = self.workload.kv_budget
+        assert batch.kv_bytes is not None
         if batch.fills_budget and budget is not None and batch.kv_bytes > budget:
             raise UserError(
                 f"{batch.batch_size} sequences were planned to need {batch.planned_kv_bytes:,} bytes of KV and hold "
@@ -227,6 +230,10 @@ class Bench:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _copy(cache: KVCache, token: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
+    return cache.fork(), token
 
 
 def describe(error: BaseException) -> str:

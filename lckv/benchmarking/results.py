@@ -53,7 +53,7 @@ class BatchResult:
         fills_budget: whether it is the largest batch that fits the budget.
         planned_kv_bytes: of the cache behind the last step, by arithmetic.
         kv_bytes: the same, measured.
-        peak_bytes: memory beyond weights and inputs, the cache included, of a decoding step.
+        peak_bytes: memory beyond weights and inputs, the cache included, of the last step.
         seconds: of all steps, for each round.
         error: why there are no (more) figures.
     """

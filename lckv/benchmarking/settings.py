@@ -100,7 +100,7 @@ def _arguments(model: ModelConfig, pattern: Any, key: str) -> dict[str, Any]:
             'unquoted digits and underscores as a number); write it in quotes, such as "0_0_2_2"'
         )
     if pattern[:1].isdigit():
-        cfg = TrainConfig(model=replace(model, layer_types=pattern, num_hidden_layers=None))
+        cfg = TrainConfig(model=replace(model, layer_types=pattern))
     elif pattern in PATTERNS:
         cfg = TrainConfig(model=model, sharing=SharingConfig(name=pattern))
     else:

@@ -1,0 +1,145 @@
+"""What a benchmark's configuration means, and what is refused in it."""
+
+import pytest
+
+from lckv import cli
+from lckv.benchmarking.settings import (
+    DEFAULT_PATTERNS,
+    build_workload,
+    cache_entries,
+    check_dtype,
+    random_models,
+)
+from lckv.config import config_dir
+from lckv.errors import UserError
+from lckv.patterns import build_layer_types
+
+
+def compose(*arguments):
+    return cli.compose(arguments, "benchmark")
+
+
+def test_the_defaults():
+    cfg = compose()
+    workload = build_workload(cfg)
+    assert (workload.prompt_length, workload.new_tokens, workload.batch_sizes) == (512, 32, (1,))
+    assert workload.kv_budget == 64_000_000 and workload.length == 544
+    assert {label: each["layer_types"] for label, each in random_models(cfg).items()} == {
+        name: build_layer_types(name, 8) for name in DEFAULT_PATTERNS
+    }
+    assert cache_entries(cfg) == (["dynamic"], {})
+
+
+def test_patterns_stay_text_and_follow_the_model_group():
+    cfg = compose(
+        "patterns=[0_0_2_2,2_2_2_3,llama]",
+        "model=nano",
+        "prompt_length=9",
+        "model.sliding_window=9",
+        "model.vocab_size=77",
+    )
+    models = random_models(cfg)
+    assert list(models) == ["0_0_2_2", "2_2_2_3", "llama"]
+    assert models["llama"]["layer_types"] == "0_1_2_3" and models["2_2_2_3"]["layer_types"] == "2_2_2_3"
+    assert {each["hidden_size"] for each in models.values()} == {64}
+    assert {each["sliding_window"] for each in models.values()} == {9}
+    assert {each["vocab_size"] for each in models.values()} == {77}
+
+
+def test_checkpoints_alone_need_no_patterns():
+    assert random_models(compose("checkpoints=[a,123]")) == {}
+    assert compose("checkpoints=[a,123]").checkpoints == ["a", "123"]
+    assert list(random_models(compose("checkpoints=[a]", "patterns=[cla]"))) == ["cla"]
+
+
+def test_a_workload_from_the_command_line():
+    cfg = compose(
+        "kv_budget=1MiB", "batch_sizes=[1,4,4]", "prefill_passes=converge", "prefill_tolerance=0.1", "seed=3"
+    )
+    workload = build_workload(cfg)
+    assert (workload.kv_budget, workload.batch_sizes, workload.seed) == (2**20, (1, 4), 3)
+    assert (workload.prefill_passes, workload.prefill_tolerance) == ("converge", 0.1)
+    assert build_workload(compose("kv_budget=null")).kv_budget is None
+    assert build_workload(compose("prefill_passes=9", "kv_budget=2000")).kv_budget == 2000
+
+
+def test_one_cache_or_several():
+    assert cache_entries(compose("cache=quantized", "cache.bits=4")) == (["quantized"], {"bits": 4})
+    given = compose("caches=[dynamic,{name:quantized,bits:4}]", "cache.group_size=32")
+    assert cache_entries(given) == (["dynamic", {"name": "quantized", "bits": 4}], {"group_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("prompt_length=0", "prompt_length=0: allowed is a whole number, 1 or more"),
+        ("new_tokens=0", "new_tokens=0"),
+        ("rounds=-1", "rounds=-1"),
+        ("batch_sizes=[1,0]", "batch_sizes=0"),
+        ("max_batch_size=0", "max_batch_size=0"),
+        ("num_threads=0", "num_threads=0"),
+        ("prefill_chunk=0", "prefill_chunk=0"),
+        ("prefill_passes=convergee", "prefill_passes='convergee': .*did you mean 'converge'"),
+        ("prefill_passes=-1", "prefill_passes=-1"),
+        ("prefill_tolerance=0", "prefill_tolerance=0"),
+        ("kv_budget=12XB", "kv_budget=12XB: allowed are bytes"),
+    ],
+)
+def test_values_out_of_range_are_refused(argument, message):
+    with pytest.raises(UserError, match=message):
+        build_workload(compose(argument))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["patterns=[llamma]"], r"patterns\[0\]=llamma: allowed are .*did you mean 'llama'"),
+        (["patterns=[llama,0_0_9]"], r"patterns\[1\]='0_0_9': entry 2 is '9'"),
+        (["patterns=[cla,cla]"], r"patterns\[1\]=cla: is there twice"),
+        (["patterns=[0_0,cla]", "model.num_hidden_layers=4"], r"patterns\[0\]='0_0': has 2 entries"),
+        (["model.layer_types=0_0"], "model.layer_types=0_0: has no effect; give patterns"),
+        (["model.hidden_size=10"], "model.hidden_size=10: is not divisible"),
+        (["prompt_length=1020"], "prompt_length=1020 and new_tokens=32: make 1052 tokens, but model.max_position"),
+    ],
+)
+def test_wrong_models_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        random_models(compose(*arguments))
+
+
+def test_a_pattern_that_yaml_has_made_a_number_is_refused():
+    cfg = compose()
+    cfg.patterns = [222]
+    with pytest.raises(UserError, match=r"patterns\[0\]=222: must be text.*write it in quotes"):
+        random_models(cfg)
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(UserError, match="cache=static: has no effect beside caches"):
+        cache_entries(compose("cache=static", "caches=[dynamic]"))
+    with pytest.raises(UserError, match="dtype=float61: .*did you mean 'float16'"):
+        check_dtype("float61")
+
+
+@pytest.mark.parametrize("suite", sorted(path.stem for path in (config_dir() / "suite").glob("*.yaml")))
+def test_every_suite_can_be_run(suite):
+    cfg = compose(f"suite={suite}")
+    assert len(random_models(cfg)) > 2
+    assert build_workload(cfg).prompt_length > 100
+
+
+def test_the_decode_suite_holds_whole_sequences_of_llama():
+    """The batch must be able to grow by the plan's factor: 8 sequences of Llama, 21 of LCKV's 8/3 = 2.67 times."""
+    from lckv.costs import ModelSizes, count_kv_bytes
+    from lckv.patterns import parse_layer_types
+
+    cfg = compose("suite=decode")
+    workload = build_workload(cfg)
+    batches = {
+        label: workload.kv_budget
+        // count_kv_bytes(
+            parse_layer_types(label), ModelSizes.from_config(each), workload.length, "float32"
+        ).resident_total
+        for label, each in random_models(cfg).items()
+    }
+    assert list(batches.values()) == [8, 16, 32, 21, 21]
