@@ -33,8 +33,7 @@ class KeyRotation:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self._key: tuple[Any, ...] | None = None
-        self._tables: PositionEmbeddings
+        self._last: tuple[Any, PositionEmbeddings] | None = None
 
     def __call__(self, key_states: torch.Tensor, shifts: list[int]) -> torch.Tensor:
         """Moves keys `(batch, num_kv_heads, num_tokens, head_dim)` on by `shifts` positions, one for each row or all.
@@ -45,9 +44,10 @@ class KeyRotation:
             return key_states
         dtype = torch.promote_types(key_states.dtype, torch.float32)
         key = (shifts, dtype, key_states.device)
-        if key != self._key:
-            self._key, self._tables = key, self._make_tables(shifts, dtype, key_states.device)
-        return apply_rotary(key_states.to(dtype), self._tables).to(key_states.dtype)
+        last = self._last  # read once: another thread may write it
+        if last is None or last[0] != key:
+            self._last = last = key, self._make_tables(shifts, dtype, key_states.device)
+        return apply_rotary(key_states.to(dtype), last[1]).to(key_states.dtype)
 
     @cached_property
     def _frequencies(self) -> torch.Tensor:
@@ -94,12 +94,16 @@ class SinkLayer(KVLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys `update` will return; which tokens they belong to is said by `key_positions`."""
-        num_past = min(self.seq_length, self.capacity - 1) if self._drops(query_length) else self.seq_length
+        num_past = min(self.seq_length, self.capacity - 1) if self.drops(query_length) else self.seq_length
         return num_past + query_length, self.seq_length - num_past
+
+    def drops(self, num_new: int) -> bool:
+        """Whether, with `num_new` more, more tokens will have come than the layer keeps."""
+        return self.seq_length + num_new > self.capacity
 
     def key_positions(self, num_new_tokens: int) -> torch.Tensor | None:
         """Which tokens `update` will return, `(batch or 1, kv_len)`; `None` as long as it returns all."""
-        if not self._drops(num_new_tokens):
+        if not self.drops(num_new_tokens):
             return None
         total = self.seq_length + num_new_tokens
         first = torch.tensor(self._first_sinks(total))[:, None]
@@ -115,7 +119,7 @@ class SinkLayer(KVLayer):
             return key_states, value_states
         sinks, *keys = self._visible_parts(self.keys, self.seq_length + num_new)
         values = self._visible_parts(self.values, self.seq_length + num_new)
-        if self._drops(num_new):
+        if self.drops(num_new):
             sinks = self.rotation(sinks, self._sink_shifts(self.seq_length + num_new))
         return torch.cat([sinks, *keys, key_states], dim=2), torch.cat([*values, value_states], dim=2)
 
@@ -125,7 +129,7 @@ class SinkLayer(KVLayer):
             self.lazy_initialization(key_states, value_states)
         states = self.peek(key_states, value_states)
         num_new = key_states.shape[2]
-        if self._drops(num_new):
+        if self.drops(num_new):
             self.keys, self.values = self._store(self.keys, key_states), self._store(self.values, value_states)
             self.is_ring = not self.record_past
         else:
@@ -180,12 +184,8 @@ class SinkLayer(KVLayer):
         super().batch_repeat_interleave(repeats)
         self.padding = [padding for padding in self.padding for _ in range(repeats)]
 
-    def _drops(self, num_new: int) -> bool:
-        """Whether more tokens will have come than the layer keeps."""
-        return self.seq_length + num_new > self.capacity
-
     def _check_room(self, num_new: int) -> None:
-        if num_new > 1 and self._drops(num_new):
+        if num_new > 1 and self.drops(num_new):
             raise RuntimeError(
                 f"{num_new} tokens at once after {self.seq_length}, in a cache of {self.capacity}: beyond its size "
                 "every token sees other sinks, so they must come one at a time"
@@ -377,7 +377,7 @@ class SinkKVCache(KVCache):
 
     def needs_single_tokens(self, num_new_tokens: int) -> bool:
         """Whether more than one token comes and not all fit."""
-        return num_new_tokens > 1 and any(layer._drops(num_new_tokens) for layer in self._sink_layers())
+        return num_new_tokens > 1 and any(layer.drops(num_new_tokens) for layer in self._sink_layers())
 
     def get_key_positions(self, num_new_tokens: int, layer_idx: int) -> torch.Tensor | None:
         """Which tokens the keys belong to that `update` is about to return, `(batch or 1, kv_len)`."""

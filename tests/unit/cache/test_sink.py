@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lckv.cache import CACHES, DynamicKVCache, build_cache
+from lckv.cache.saving import load_cache, save_cache
 from lckv.cache.sink import SinkKVCache, SinkLayer
 from lckv.errors import UserError
 from tests.reference import PATTERNS, tiny_config, tiny_model, token_ids
@@ -13,7 +14,7 @@ from tests.reference import PATTERNS, tiny_config, tiny_model, token_ids
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 SINKS, WINDOW = 2, 5
-LENGTH = 24
+LENGTH = 20
 YOCO = "0s_1s_2_2"
 MIXED = ["0_0_2_2", YOCO, "0_3_3_3_4", "0_2s_2_2s", "2_0s_2s_0"]
 
@@ -456,7 +457,7 @@ def test_forks_go_their_own_ways(num_past):
         assert_close(torch.cat(logits, dim=1)[0], streaming_logits(model, text, SINKS, WINDOW)[num_past:])
 
 
-def test_a_saved_state_goes_on_identically():
+def test_a_saved_cache_goes_on_identically(tmp_path):
     model = exact_model("0_3_3_3_4")
     input_ids = token_ids(2, 60)
     attention_mask = torch.ones(2, 60, dtype=torch.long)
@@ -465,10 +466,8 @@ def test_a_saved_state_goes_on_identically():
     for stop in range(1, 41):
         model(input_ids[:, stop - 1 : stop], past_key_values=cache, attention_mask=attention_mask[:, :stop])
     assert cache.offset > 0
-    restored = new_cache(model)
-    for owner, layer in cache.owners().items():
-        tensors, scalars = layer.state()
-        restored.owners()[owner].load_state({name: tensor.clone() for name, tensor in tensors.items()}, scalars)
+    save_cache(cache, tmp_path / "cache.safetensors")
+    restored = load_cache(tmp_path / "cache.safetensors", model.config)
     logits = [feed(model, each, input_ids[:, 40:]) for each in (cache, restored)]
     assert torch.equal(*logits)
 
