@@ -4,6 +4,7 @@ A cache that is exact only up to some length (a recent window in full precision,
 short texts of these tests fit.
 """
 
+import functools
 import threading
 
 import pytest
@@ -448,6 +449,14 @@ def test_a_file_without_an_owner_is_refused(name, tmp_path):
 # --- generate() and pipelines --------------------------------------------------------------------------------------
 
 
+@functools.cache
+def uncached_generation(layer_types, way, **options):
+    """What `generate` gives without a cache; it is the same for all of them, so it is computed once."""
+    model, prompts = exact_model(layer_types), padded_prompts() if way in WAYS else {"input_ids": token_ids(1, 6)}
+    torch.manual_seed(3)
+    return model.generate(**prompts, use_cache=False, **WAYS.get(way, {}), **options)
+
+
 def padded_prompts():
     input_ids = token_ids(2, 6)
     attention_mask = torch.ones_like(input_ids)
@@ -467,9 +476,8 @@ WAYS = {
 @pytest.mark.parametrize("layer_types", MIXED)
 def test_generate_equals_generating_without_a_cache(name, layer_types, way):
     model = exact_model(layer_types)
+    expected = uncached_generation(layer_types, way, max_new_tokens=6)
     options = {**padded_prompts(), "max_new_tokens": 6, **WAYS[way]}
-    torch.manual_seed(3)
-    expected = model.generate(**options, use_cache=False)
     torch.manual_seed(3)
     assert torch.equal(model.generate(**options, past_key_values=new_cache(name, model)), expected)
 
@@ -477,8 +485,8 @@ def test_generate_equals_generating_without_a_cache(name, layer_types, way):
 @pytest.mark.parametrize("layer_types", MIXED)
 def test_generate_prefills_in_chunks(name, layer_types):
     model = exact_model(layer_types)
-    options = {**padded_prompts(), "max_new_tokens": 4, "do_sample": False}
-    expected = model.generate(**options, use_cache=False)
+    options = {**padded_prompts(), "max_new_tokens": 6, "do_sample": False}
+    expected = uncached_generation(layer_types, "greedy", max_new_tokens=6)
     actual = model.generate(**options, past_key_values=new_cache(name, model), prefill_chunk_size=4)
     assert torch.equal(actual, expected)
 
@@ -498,7 +506,7 @@ def test_generate_goes_on_where_it_stopped(name, layer_types):
 def test_assisted_decoding(name, layer_types, do_sample):
     model, draft = exact_model(layer_types), exact_model("0_0", seed=1)
     draft.generation_config.num_assistant_tokens = 4
-    options = {"max_new_tokens": 10, "do_sample": False}
+    options = {"max_new_tokens": 8, "do_sample": False}
     cache = new_cache(name, model)
     if not cache.is_croppable:
         with pytest.raises(UserError, match=name):
@@ -506,7 +514,7 @@ def test_assisted_decoding(name, layer_types, do_sample):
         return
     if do_sample:  # what is drawn depends on the number of draws: a draft that is always right leaves none to chance
         options |= {"do_sample": True, "top_k": 1}
-    expected = model.generate(token_ids(1, 6), use_cache=False, **options)
+    expected = uncached_generation(layer_types, "one prompt", **options)
     actual = model.generate(token_ids(1, 6), assistant_model=draft, past_key_values=cache, **options)
     assert torch.equal(actual, expected)
 
