@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lckv.generation.generating import Generation
     from lckv.models import LCKVLlamaForCausalLM
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lckv.generate")  # not `__main__`
 
 TOKENS, OFF, ENDLESS = STREAMS = ("tokens", "off", "endless")
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from lckv.cache import KVCache
 from lckv.errors import UserError
+from lckv.generation.decoding import compile_config
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prefill import PrefillReport, prefill
+
+logger = logging.getLogger(__name__)
+
+_STEPS_TO_COMPILE = 3
+"""How many steps after the first are slow: torch compiles in one, and may record CUDA graphs in two more."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,10 @@ class Generation:
     Attributes:
         new_tokens: for each prompt, the tokens behind it, without what follows the end of the text.
         num_steps: tokens decoded in each row.
+        num_untimed: how many of them `decode_seconds` leaves out: the first belongs to the prefill, and others may
+            have been spent compiling.
         first_token_seconds: from the start of the prefill until the first new token is known.
-        decode_seconds: from then on.
+        decode_seconds: what the other tokens took.
         cache_bytes: bytes of the cache's live tensors at the end.
         cache_tokens: tokens that have gone into the cache, in all rows together.
         num_passes: for each chunk of the prompt, how often the layers of a cycle ran.
@@ -43,6 +52,7 @@ class Generation:
 
     new_tokens: list[list[int]]
     num_steps: int
+    num_untimed: int
     first_token_seconds: float
     decode_seconds: float
     cache_bytes: int
@@ -52,17 +62,22 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens of all rows per second of decoding; the first of each row belongs to the prefill."""
-        num_decoded = sum(max(0, len(tokens) - 1) for tokens in self.new_tokens)
+        """Tokens of all rows per second of decoding."""
+        num_decoded = sum(max(0, len(tokens) - self.num_untimed) for tokens in self.new_tokens)
         return num_decoded / self.decode_seconds if num_decoded and self.decode_seconds else None
 
 
 class StepWatch(LogitsProcessor):
-    """Notes when the first logits are known, and stops at the first that cannot be chosen from."""
+    """Notes when logits are known, and stops at the first that cannot be chosen from.
 
-    def __init__(self) -> None:
+    Args:
+        num_untimed: after how many steps decoding is timed.
+    """
+
+    def __init__(self, num_untimed: int = 1) -> None:
+        self.num_untimed = num_untimed
         self.num_steps = 0
-        self.first_token_time = 0.0
+        self.first_token_time = self.decode_start_time = 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Looks at the logits `(batch, vocab_size)` of one step.
@@ -76,8 +91,11 @@ class StepWatch(LogitsProcessor):
                 f"the logits of new token {self.num_steps} are not finite (NaN or infinity): the weights are broken, "
                 "or the type is too narrow for them; try dtype=float32"
             )
-        if self.num_steps == 1:  # behind the check, which waits for the device
-            self.first_token_time = time.perf_counter()
+        now = time.perf_counter()  # behind the check, which waits for the device
+        if self.num_steps == 1:
+            self.first_token_time = now
+        if self.num_steps <= self.num_untimed:
+            self.decode_start_time = now
         return scores
 
 
@@ -114,13 +132,14 @@ def generate(
     config = decoding.generation_config(max_new_tokens, model.generation_config.eos_token_id)  # type: ignore[union-attr]
     config.pad_token_id = _pad_token_id(model)
     if compile_step:
-        config.disable_compile, config.compile_config = False, _compile_config()
+        config.disable_compile, config.compile_config = False, compile_config(model.device)
+        logger.info("compiling the decoding step, which takes a minute or so")
     input_ids, attention_mask = pad_left(prompts, config.pad_token_id)
     input_ids = input_ids.to(model.device)
     attention_mask = None if attention_mask is None else attention_mask.to(model.device)
     if decoding.seed is not None:
         torch.manual_seed(decoding.seed)
-    watch = StepWatch()
+    watch = StepWatch(num_untimed=1 + _STEPS_TO_COMPILE if compile_step else 1)
     start_time = time.perf_counter()
     report = _prefill_all_but_last(model, input_ids, attention_mask, cache, prefill_options, on_chunk)
     if decoding.num_beams > 1:
@@ -137,8 +156,9 @@ def generate(
     return Generation(
         new_tokens=_cut_at_eos(output[:, input_ids.shape[1] :].tolist(), config.eos_token_id),
         num_steps=watch.num_steps,
+        num_untimed=watch.num_untimed,
         first_token_seconds=watch.first_token_time - start_time,
-        decode_seconds=end_time - watch.first_token_time,
+        decode_seconds=end_time - watch.decode_start_time,
         cache_bytes=cache.num_bytes(),
         cache_tokens=int(cache.get_seq_length()) * len(prompts) * decoding.num_beams,
         num_passes=[1] if report is None else report.num_passes,
@@ -187,12 +207,6 @@ def _check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
     largest = max(map(max, prompts))
     if largest >= vocab_size:
         raise UserError(f"the tokenizer has a token {largest}, but the model knows {vocab_size}: they do not fit")
-
-
-def _compile_config() -> CompileConfig:
-    config = CompileConfig(fullgraph=True, dynamic=False)
-    config._compile_all_devices = True  # else transformers compiles on accelerators only
-    return config
 
 
 def _pad_token_id(model: PreTrainedModel) -> int:

@@ -244,7 +244,9 @@ def _loading(checkpoint: _Checkpoint, what: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"model={checkpoint.given}: {error}") from error
-    except _BROKEN as error:
+    except Exception as error:
+        if not isinstance(error, _BROKEN) and type(error) is not Exception:  # which is what tokenizers raises
+            raise
         raise UserError(_describe_failure(checkpoint, what, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
