@@ -303,6 +303,7 @@ class CacheConfig:
         key_axis: cache "quantized": what the numbers of a group of keys have in common, "channel" or "token".
         value_axis: cache "quantized": the same for values.
         layout: cache "quantized": "dynamic" or "paged".
+        offloading: whether to keep everything in the CPU's memory, and on the GPU only what is in use.
     """
 
     name: str = "dynamic"
@@ -317,6 +318,7 @@ class CacheConfig:
     key_axis: str | None = None
     value_axis: str | None = None
     layout: str | None = None
+    offloading: bool | None = None
 
     def options(self) -> dict[str, Any]:
         """The options that are given."""
