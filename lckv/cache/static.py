@@ -155,18 +155,17 @@ class StaticLayer(KVLayer):
     def _slots_for(self, states: torch.Tensor) -> torch.Tensor:
         """Empty slots for states `(batch, num_kv_heads, q_len, head_dim)`."""
         batch_size, num_heads, _, head_dim = states.shape
-        shape = (batch_size, num_heads, self.num_slots, head_dim)
-        if torch.compiler.is_compiling():
-            return torch.zeros(shape, dtype=states.dtype, device=states.device)
-        with torch.inference_mode(False):  # tensors made in that mode could never be written outside
-            return torch.zeros(shape, dtype=states.dtype, device=states.device)
+        return states.new_zeros(batch_size, num_heads, self.num_slots, head_dim)
 
     def _adopt(self, keys: torch.Tensor, values: torch.Tensor, num_seen: torch.Tensor) -> None:
         """Uses these tensors from now on, at addresses that a CUDA graph may rely on."""
-        self.keys, self.values, self.num_seen, self.is_initialized = keys, values, num_seen.to(keys.device), True
-        if not torch.compiler.is_compiling():
-            for tensor in (self.keys, self.values, self.num_seen):
-                torch._dynamo.mark_static_address(tensor)
+        num_seen, self.is_initialized = num_seen.to(keys.device), True
+        if torch.compiler.is_compiling():
+            self.keys, self.values, self.num_seen = keys, values, num_seen
+            return
+        self.keys, self.values, self.num_seen = (_outside_inference_mode(each) for each in (keys, values, num_seen))
+        for tensor in (self.keys, self.values, self.num_seen):
+            torch._dynamo.mark_static_address(tensor)
 
     def _new_positions(self, num_new_tokens: int) -> torch.Tensor:
         return torch.arange(num_new_tokens, device=self.keys.device) + self.num_seen
@@ -175,6 +174,14 @@ class StaticLayer(KVLayer):
         """Zeroes what has been taken back: masked slots still meet the attention weights, and 0 x NaN is NaN."""
         self.keys[:, :, int(self.num_seen) :] = 0
         self.values[:, :, int(self.num_seen) :] = 0
+
+
+def _outside_inference_mode(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy if it was made in inference mode: that could never be written to outside."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 class StaticRingLayer(StaticLayer):

@@ -376,12 +376,15 @@ def test_offload_and_prefetch_change_nothing(name, layer_types):
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_what_inference_mode_has_filled_can_be_continued_outside(name, mode):
-    model = exact_model("0s_1s_2_2")
-    rows, cache = token_ids(2, 6), new_cache(name, model)
+    model, rows = exact_model("0s_1s_2_2"), token_ids(2, 6)
     with torch.inference_mode():
+        cache = new_cache(name, model)
         feed(model, cache, rows)
+        fork = cache.fork()
+        fork.batch_select_indices(torch.tensor([1]))
     with mode():
         check_continuation(model, cache, rows, token_ids(2, 3, seed=1))
+        check_continuation(model, fork, rows[1:], token_ids(1, 3, seed=1))
 
 
 # --- 5. saving -----------------------------------------------------------------------------------------------------
