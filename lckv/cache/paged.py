@@ -120,11 +120,16 @@ class _Book:
             if self.named:
                 raise ValueError("no sequence takes part in this forward call: select() those that do")
             self.rows = [self.new_sequence(None) for _ in range(batch_size)]
-        if batch_size not in (None, len(self.rows)):
-            raise ValueError(f"a batch of {batch_size} rows for a cache of {len(self.rows)} sequences")
+        if batch_size is not None:
+            self.check_batch(batch_size)
         num_new = self._count_new(num_columns, attention_mask)
         self._reserve(num_new)
         self.step = _Step(self.frame, num_columns, [row.length for row in self.rows], num_new)
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuses a batch that does not fit the rows."""
+        if batch_size != len(self.rows):
+            raise ValueError(f"a batch of {batch_size} rows for a cache of {len(self.rows)} sequences")
 
     def _count_new(self, num_columns: int, attention_mask: torch.Tensor | None) -> list[int]:
         """New tokens of each row that are to be stored: all but the padding before a row's first token."""
@@ -435,6 +440,7 @@ class PagedLayer(KVLayer):
         if book.step is None or book.step.num_columns != num_columns:
             book.open_step(num_columns, states.shape[0], None)
         assert book.step is not None
+        book.check_batch(states.shape[0])
         return book.step
 
     def _read_slots(self, columns: range, num_tokens: list[int]) -> torch.Tensor:
@@ -512,8 +518,7 @@ class PagedLayer(KVLayer):
         }
         if not self.is_initialized:
             return {}, scalars
-        tensors = {name: pool[used] for name, pool in self.tensors().items()}
-        return tensors | {"block_table": torch.tensor(entries, dtype=torch.long).view(-1, 3)}, scalars
+        return self._saved(used) | {"block_table": torch.tensor(entries, dtype=torch.long).view(-1, 3)}, scalars
 
     def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
         """Takes on a saved state; the cache must be new."""
@@ -529,10 +534,19 @@ class PagedLayer(KVLayer):
                 tables[row].pages[index] = page
             for table, first_kept in zip(tables, scalars["first_kept"], strict=True):
                 table.first_kept = first_kept
-            self.group.load(tables, tensors["keys"].shape[0])
-        self.lazy_initialization(tensors["keys"], tensors["values"])
+            pages = {page for table in tables for page in table.pages.values()}
+            self.group.load(tables, max(pages, default=-1) + 1)
+        self._restore(tensors)
+
+    def _saved(self, pages: list[int]) -> dict[str, torch.Tensor]:
+        """What these pages hold."""
+        return {name: pool[pages] for name, pool in self.tensors().items()}
+
+    def _restore(self, saved: dict[str, torch.Tensor]) -> None:
+        """Fills new pools with what `_saved` gave."""
+        self.lazy_initialization(saved["keys"], saved["values"])
         for name, pool in self.tensors().items():
-            pool[: tensors[name].shape[0]] = tensors[name]
+            pool[: saved[name].shape[0]] = saved[name]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuses: the cache does it for all layers."""

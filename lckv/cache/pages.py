@@ -173,8 +173,10 @@ class PageGroup:
         return 0 if self.window is None else max(0, length - self.window)
 
     def first_written(self, length: int, num_new: int) -> int:
-        """The first of the new tokens that is worth writing."""
-        return length if self.record_past else max(length, self.first_kept_after(length + num_new))
+        """The first of the new tokens that is worth writing, with those that fill its page, for others to find."""
+        if self.record_past:
+            return length
+        return max(length, self.first_kept_after(length + num_new) // self.page_size * self.page_size)
 
     def _written_indices(self, length: int, num_new: int) -> range:
         """Which entries of the block table the new tokens are written to."""

@@ -296,10 +296,15 @@ class ContinuousBatcher:
         if len(self._running) == 1:
             self._end(newest, str(error))
             return
-        self.cache.remove(self._running.pop().name)
-        newest.state.status = RequestStatus.PENDING
+        self._begin_again(newest)
+
+    def _begin_again(self, request: _Request) -> None:
+        """Takes a request's pages away, and lets it wait in front of the others."""
+        self._running.remove(request)
+        self.cache.remove(request.name)
+        request.state.status = RequestStatus.PENDING
         self.statistics.num_preemptions += 1
-        self._let_wait(newest, first=True)
+        self._let_wait(request, first=True)
 
     def _prefill(self, budget: int) -> None:
         """Goes on with the prompts that have been begun, then begins others."""
@@ -395,14 +400,19 @@ class ContinuousBatcher:
             for request, start, size in zip(requests, starts, sizes, strict=True)
         ]
         device = self.model.device
-        outputs = self.model(
-            torch.tensor(rows, device=device),
-            attention_mask=attention_mask.to(device),
-            position_ids=position_ids.to(device),
-            past_key_values=self.cache,
-            logits_to_keep=1,
-            forward_passes=self.forward_passes if width > 1 else None,
-        )
+        try:
+            outputs = self.model(
+                torch.tensor(rows, device=device),
+                attention_mask=attention_mask.to(device),
+                position_ids=position_ids.to(device),
+                past_key_values=self.cache,
+                logits_to_keep=1,
+                forward_passes=self.forward_passes if width > 1 else None,
+            )
+        except BaseException:  # Ctrl-C too: whoever goes on afterwards finds these requests waiting
+            for request in reversed(requests):
+                self._begin_again(request)
+            raise
         for request in requests:
             self.cache.record_tokens(request.name, request.tokens)
         used = self.cache.num_used_bytes()
