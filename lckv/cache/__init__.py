@@ -4,6 +4,7 @@ from lckv.cache.base import CACHES, KVCache, KVLayer, build_cache
 from lckv.cache.dynamic import DynamicKVCache
 from lckv.cache.paged import PagedKVCache
 from lckv.cache.quantized import QuantizedKVCache
+from lckv.cache.quantized_paged import QuantizedPagedKVCache
 from lckv.cache.saving import load_cache, save_cache
 from lckv.cache.sink import SinkKVCache
 from lckv.cache.static import StaticKVCache
@@ -15,6 +16,7 @@ __all__ = [
     "KVLayer",
     "PagedKVCache",
     "QuantizedKVCache",
+    "QuantizedPagedKVCache",
     "SinkKVCache",
     "StaticKVCache",
     "build_cache",

@@ -45,7 +45,7 @@ def build_cache(name: str, config: Any, **options: Any) -> KVCache:
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise UserError(f"cache {name!r} needs {option!r}: give cache.{option}")
-    return cache_class(config, **options)
+    return cache_class.class_for(options)(config, **options)
 
 
 class KVLayer(CacheLayerMixin):
@@ -311,6 +311,11 @@ class KVCache(SharingCache, ABC):
         self.offloading = offloading
         if offloading:
             self.prefetch_stream = torch.cuda.Stream()
+
+    @classmethod
+    def class_for(cls, options: dict[str, Any]) -> type[KVCache]:
+        """The class of caches with these options: this one, unless an option stands for another."""
+        return cls
 
     @abstractmethod
     def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:

@@ -8,6 +8,7 @@ The tokens of one call see each other unrounded, as KIVI's do; only later calls 
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lckv.errors import UserError, near_miss
 from lckv.models.iteration import KeyValue
 
 AXES = ("channel", "token")
+LAYOUTS = ("dynamic", "paged")
 
 
 class QuantizedLayer(KVLayer):
@@ -211,6 +213,51 @@ def _copy(encoded: Quantized) -> Quantized:
     return Quantized(*(tensor.clone() for tensor in encoded))
 
 
+@dataclass(frozen=True)
+class QuantizedOptions:
+    """The options of [`QuantizedKVCache`], checked.
+
+    Raises:
+        UserError: for an option out of range.
+    """
+
+    bits: int = 8
+    group_size: int = 64
+    residual_length: int = 32
+    key_axis: str = "channel"
+    value_axis: str = "token"
+    layout: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        if self.bits not in ALLOWED_BITS:
+            raise UserError(f"cache.bits={self.bits!r}: allowed are 2, 4 and 8")
+        _check_count("group_size", self.group_size, 1)
+        _check_count("residual_length", self.residual_length, 0)
+        _check_choice("key_axis", self.key_axis, AXES)
+        _check_choice("value_axis", self.value_axis, AXES)
+        _check_choice("layout", self.layout, LAYOUTS)
+
+    def codecs(self, head_dim: int) -> tuple[GroupCodec, GroupCodec]:
+        """For keys and for values.
+
+        Raises:
+            UserError: if the numbers of a head do not fill whole bytes.
+        """
+        if head_dim * self.bits % 8:
+            raise UserError(
+                f"cache.bits={self.bits} with head_dim={head_dim}: allowed are heads whose size is divisible by "
+                f"{8 // self.bits}, so that they fill whole bytes"
+            )
+        return (
+            GroupCodec.along(self.key_axis, self.bits, self.group_size, head_dim),
+            GroupCodec.along(self.value_axis, self.bits, self.group_size, head_dim),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options by name."""
+        return asdict(self)
+
+
 @CACHES.register("quantized")
 class QuantizedKVCache(KVCache):
     """Keeps old tokens in 8, 4 or 2 bits per number, and recent ones as they are.
@@ -223,6 +270,9 @@ class QuantizedKVCache(KVCache):
         key_axis: `"channel"` for a scale per channel and `group_size` tokens, or `"token"` for one per token and up
             to `group_size` channels.
         value_axis: the same for values.
+        layout: `"dynamic"` for tensors that grow, and rings where only windows are read; `"paged"` for pages of
+            `group_size` tokens, for which `build_cache` makes a `QuantizedPagedKVCache`.
+        num_pages: for `"paged"`: pages in each layer's pool; `None` for as many as are needed.
 
     Raises:
         UserError: for an option out of range, and heads whose numbers do not fill whole bytes.
@@ -238,35 +288,34 @@ class QuantizedKVCache(KVCache):
         residual_length: int = 32,
         key_axis: str = "channel",
         value_axis: str = "token",
+        layout: str = "dynamic",
+        num_pages: int | None = None,
     ) -> None:
-        if bits not in ALLOWED_BITS:
-            raise UserError(f"cache.bits={bits!r}: allowed are 2, 4 and 8")
-        _check_count("group_size", group_size, 1)
-        _check_count("residual_length", residual_length, 0)
-        _check_choice("key_axis", key_axis, AXES)
-        _check_choice("value_axis", value_axis, AXES)
-        self.bits, self.group_size, self.residual_length = bits, group_size, residual_length
-        self.key_axis, self.value_axis = key_axis, value_axis
+        self.quantization = QuantizedOptions(bits, group_size, residual_length, key_axis, value_axis, layout)
+        if layout != "dynamic":
+            raise UserError(f"cache.layout={layout!r}: such a cache is a QuantizedPagedKVCache; use build_cache")
+        if num_pages is not None:
+            raise UserError(f"cache.num_pages={num_pages!r} with cache.layout='dynamic': allowed is 'paged'")
         super().__init__(config)
+
+    @classmethod
+    def class_for(cls, options: dict[str, Any]) -> type[KVCache]:
+        """This class, or that of caches in pages."""
+        if options.get("layout") != "paged":
+            return cls
+        from lckv.cache.quantized_paged import QuantizedPagedKVCache
+
+        return QuantizedPagedKVCache
 
     def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:
         """Makes the empty store of one owner."""
-        head_dim = self.config.head_dim
-        if head_dim * self.bits % 8:
-            raise UserError(
-                f"cache.bits={self.bits} with head_dim={head_dim}: allowed are heads whose size is divisible by "
-                f"{8 // self.bits}, so that they fill whole bytes"
-            )
-        codecs = (
-            GroupCodec.along(self.key_axis, self.bits, self.group_size, head_dim),
-            GroupCodec.along(self.value_axis, self.bits, self.group_size, head_dim),
-        )
-        return QuantizedLayer(window, codecs, self.group_size, self.residual_length)
+        options = self.quantization
+        codecs = options.codecs(self.config.head_dim)
+        return QuantizedLayer(window, codecs, options.group_size, options.residual_length)
 
     def options(self) -> dict[str, Any]:
         """The arguments, beside `config`, that make an empty cache like this one."""
-        names = ("bits", "group_size", "residual_length", "key_axis", "value_axis")
-        return {name: getattr(self, name) for name in names}
+        return self.quantization.as_dict()
 
     def planned_bytes(self, seq_length: int, batch_size: int, dtype: torch.dtype) -> int:
         """Bytes that `num_bytes` will report once the cache has seen this much, by arithmetic.

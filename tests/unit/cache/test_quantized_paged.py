@@ -1,0 +1,142 @@
+"""Quantised pages: all that is asked of any cache, and what is read, against the quantised cache without pages."""
+
+import pytest
+import torch
+
+from lckv.cache import build_cache, load_cache, save_cache
+from lckv.cache.quantized_paged import QuantizedPagedKVCache
+from lckv.errors import UserError
+from tests.contract import test_caches as contract
+from tests.contract.test_caches import (  # noqa: F401
+    no_grad,
+    test_a_file_without_an_owner_is_refused,
+    test_a_removed_sequence_takes_its_bytes_along,
+    test_a_restored_cache_continues_bit_by_bit,
+    test_a_restored_cache_has_padding_where_it_was,
+    test_an_empty_cache_is_saved_too,
+    test_announced_sizes_are_those_of_the_returned_keys,
+    test_assisted_decoding,
+    test_crop_refuses_what_a_window_has_dropped,
+    test_crop_takes_tokens_back,
+    test_forks_do_not_disturb_each_other,
+    test_generate_equals_generating_without_a_cache,
+    test_left_padding,
+    test_offload_and_prefetch_change_nothing,
+    test_recorded_tokens_come_back_again_and_again,
+    test_reported_bytes_are_those_of_live_tensors_and_of_the_plan,
+    test_reset_forgets_everything,
+    test_rows_are_reordered_repeated_and_selected,
+    test_token_by_token_equals_one_forward_pass,
+    test_what_inference_mode_has_filled_can_be_continued_outside,
+    test_windows_of_other_sizes,
+)
+from tests.reference import tiny_config, tiny_model, token_ids
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+OPTIONS = {"layout": "paged", "group_size": 4}
+
+
+@pytest.fixture
+def name(monkeypatch):
+    """The contract's tests in this module get quantised pages, with a recent window in which their texts fit."""
+    monkeypatch.setitem(contract.OPTIONS, "quantized", {"residual_length": 48, **OPTIONS})
+    return "quantized"
+
+
+def exact_model(layer_types, **config):
+    return tiny_model(layer_types, forward_passes="converge", converge_tolerance=1e-9, **config)
+
+
+def feed(model, cache, input_ids, chunks):
+    return torch.cat([model(chunk, past_key_values=cache).logits for chunk in input_ids.split(chunks, dim=1)], dim=1)
+
+
+def pair(model, **options):
+    """A cache in pages and one without, else alike."""
+    options = {"bits": 4, "residual_length": 5, "group_size": 4} | options
+    return [build_cache("quantized", model.config, **options, layout=layout) for layout in ("paged", "dynamic")]
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0s_1s_2_2", "0_2s_2_2s", "0_3_3_3_4"])
+def test_pages_hold_what_groups_hold(layer_types, bits):
+    model = exact_model(layer_types, sliding_window=9)
+    paged, dynamic = pair(model, bits=bits)
+    assert isinstance(paged, QuantizedPagedKVCache)
+    seq_length = 0
+    for chunk in (6, 1, 9, 1, 1, 4, 12, 1, 5, 1, 1, 1):
+        tokens = token_ids(2, chunk, seed=seq_length)
+        seq_length += chunk
+        logits = [model(tokens, past_key_values=cache).logits for cache in (paged, dynamic)]
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+        assert paged.num_bytes() == contract.live_bytes(paged) == paged.planned_bytes(seq_length, 2, torch.float32)
+        assert 0 < paged.num_used_bytes() <= paged.num_bytes()
+
+
+@pytest.mark.parametrize("num_removed", [2, 5, 7, 13])
+def test_taking_tokens_back_opens_an_encoded_page(num_removed):
+    model = exact_model("0_0_2_2")
+    caches = pair(model)
+    for cache in caches:
+        feed(model, cache, token_ids(2, 27), [20, 1, 6])
+        cache.crop(-num_removed)
+    logits = [feed(model, cache, token_ids(2, 15, seed=1), [1, 1, 1, 1, 11]) for cache in caches]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_beams_share_pages_until_they_write():
+    model = exact_model("0_2s_2_2s", sliding_window=9)
+    caches = pair(model)
+    for cache in caches:
+        feed(model, cache, token_ids(2, 22), [22])
+        cache.batch_repeat_interleave(3)
+    order = torch.tensor([2, 2, 1, 4, 3, 3])
+    for step in range(12):
+        tokens = token_ids(6, 1, seed=step)
+        logits = [model(tokens, past_key_values=cache).logits for cache in caches]
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+        for cache in caches:
+            cache.reorder_cache(order)
+    layer = caches[0].owners()[0]
+    assert len(layer.exact) < 6 * 4
+
+
+def test_saved_pages_are_restored_bit_by_bit(tmp_path):
+    model = exact_model("0s_1s_2_2", sliding_window=9)
+    cache, _ = pair(model, bits=2)
+    feed(model, cache, token_ids(3, 30), [21, 1, 8])
+    save_cache(cache, tmp_path / "cache.safetensors")
+    restored = load_cache(tmp_path / "cache.safetensors", model.config)
+    assert isinstance(restored, QuantizedPagedKVCache) and restored.options() == cache.options()
+    twins = [cache.fork(), restored, cache]
+    logits = [feed(model, twin, token_ids(3, 15, seed=1), [1] * 9 + [6]) for twin in twins]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_a_beginning_that_was_computed_before_is_found_after_it_is_encoded():
+    model = exact_model("0_0_2_2")
+    cache = build_cache("quantized", model.config, residual_length=5, num_pages=16, **OPTIONS)
+    text = token_ids(1, 30)
+    cache.add("first")
+    mask, positions = cache.select(["first"], [30])
+    model(text, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    cache.record_tokens("first", text[0].tolist())
+    cache.remove("first")
+    num_known = cache.add("second", text[0].tolist())
+    assert num_known == 28
+    mask, positions = cache.select(["second"], [2])
+    logits = model(text[:, 28:], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    expected = model(text, use_cache=False).logits[:, 28:]
+    assert float((logits - expected).abs().max() / expected.std()) < 0.05
+
+
+def test_wrong_options_are_refused():
+    config = tiny_config("0_0_2_2")
+    with pytest.raises(UserError, match=r"cache\.layout='pagd': allowed are .*; did you mean 'paged'\?"):
+        build_cache("quantized", config, layout="pagd")
+    with pytest.raises(UserError, match=r"cache\.bits=5"):
+        build_cache("quantized", config, bits=5, layout="paged")
+    with pytest.raises(UserError, match=r"cache\.num_pages=4 with cache\.layout='dynamic'"):
+        build_cache("quantized", config, num_pages=4)
+    with pytest.raises(UserError, match=r"cache\.num_pages=0"):
+        build_cache("quantized", config, num_pages=0, layout="paged")
