@@ -1,0 +1,299 @@
+"""`lckv.generate` from the configuration to what is printed, with a tiny model."""
+
+import io
+import json
+import re
+import sys
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from lckv import cli, generate
+from lckv.cache import CACHES, build_cache
+from lckv.errors import UserError
+from lckv.generation.decoding_options import DecodingOptions
+from lckv.generation.generating import PrefillOptions
+from lckv.generation.generating import generate as generate_batch
+from tests.reference import tiny_model, token_ids
+from tests.unit.generation.test_loading import byte_tokenizer
+
+PATTERN = "0_3_3_3_4"
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"
+
+
+def exact_model(layer_types=PATTERN, **config):
+    """Decoding one token at a time and prefill agree, whatever the chunks."""
+    settings = dict(vocab_size=300, forward_passes="converge", converge_tolerance=1e-9, bos_token_id=None)
+    return tiny_model(layer_types, **(settings | config))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    exact_model().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """Runs `main` as the command line would; returns what it printed to stdout and stderr."""
+
+    def run(*arguments: str, model: str = folder) -> tuple[str, str]:
+        generate.main(cli.compose([f"model={model}", *arguments], "generate"))
+        out = capsys.readouterr()
+        return out.out, out.err
+
+    return run
+
+
+def message_of(run, *arguments: str, **options) -> str:
+    with pytest.raises(UserError) as error:
+        run(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def continuation(prompt: str, num_tokens: int, **options) -> str:
+    """By transformers alone, without any cache."""
+    tokenizer, model = byte_tokenizer(), exact_model()
+    input_ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    config = GenerationConfig(max_new_tokens=num_tokens, use_cache=False, pad_token_id=0, eos_token_id=2, **options)
+    output = model.generate(input_ids, generation_config=config)
+    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_text_goes_to_stdout_and_figures_to_stderr(run):
+    out, err = run("prompt=Hello, {world}: a=b", "max_new_tokens=12")
+    assert out == continuation("Hello, {world}: a=b", 12) + "\n"
+    assert re.fullmatch(
+        r"12 tokens · [\d,.]+ tok/s · first after [\d.]+ s · cache [\d,]+ bytes, 384 per token · "
+        r"\d+ passes over the prompt · KV residual \S+\n",
+        err,
+    )
+    assert run("prompt=Hello, {world}: a=b", "max_new_tokens=12", "stream=off")[0] == out
+
+
+@pytest.mark.parametrize("cache", [name for name in CACHES if name != "quantized"])
+def test_every_cache_gives_the_same_text(run, cache):
+    assert run("prompt=In the beginning", "max_new_tokens=9", f"cache={cache}")[0].rstrip("\n") == continuation(
+        "In the beginning", 9
+    ).rstrip("\n")
+
+
+def test_options_of_the_cache_arrive(run):
+    figures = [
+        json.loads(run("prompt=In the beginning of", "max_new_tokens=40", "json=true", *options)[0])["batches"][0]
+        for options in (["cache=sink"], ["cache=sink", "cache.window=8", "cache.num_sinks=2"])
+    ]
+    assert figures[0]["cache_bytes"] / figures[1]["cache_bytes"] == figures[0]["cache_tokens"] / 10
+    assert "'dynamic' has no option 'window'" in message_of(run, "prompt=x", "cache.window=8")
+    assert "did you mean 'sink'" in message_of(run, "prompt=x", "cache.name=snik")
+
+
+def test_json_has_texts_and_measured_figures(run, folder):
+    out, err = run("prompt=abc", "max_new_tokens=5", "json=true", "cache=static")
+    result = json.loads(out)
+    assert err == "" and result["model"] == folder and result["layer_types"] == PATTERN
+    assert result["texts"] == [
+        {"prompt": "abc", "text": continuation("abc", 5), "num_prompt_tokens": 3, "num_new_tokens": 5}
+    ]
+    (batch,) = result["batches"]
+    cache = build_cache("static", exact_model().config, max_length=8)
+    exact_model()(token_ids(1, 7), past_key_values=cache)
+    assert (batch["cache_bytes"], batch["cache_tokens"]) == (cache.num_bytes(), 7)
+    assert batch["first_token_seconds"] > 0 and batch["tokens_per_second"] > 0
+
+
+def test_prompts_of_a_file_are_continued_in_batches(run, tmp_path):
+    prompts = ["a", "In the beginning", "", "Be light, and"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    expected = [continuation(prompt, 6) for prompt in prompts if prompt]
+    out, err = run(f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=6")
+    assert out == "".join(f"==> {p} <==\n{t}\n\n" for p, t in zip(filter(None, prompts), expected, strict=True))
+    assert err.count("tokens ·") == 1
+    out, _ = run(f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=6", "batch_size=2", "json=true")
+    result = json.loads(out)
+    assert [text["text"] for text in result["texts"]] == expected and len(result["batches"]) == 2
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunks_change_nothing(run, chunk):
+    out, _ = run("prompt=In the beginning was", "max_new_tokens=6", f"prefill_chunk={chunk}")
+    assert out == continuation("In the beginning was", 6) + "\n"
+
+
+def test_passes_over_the_prompt(run):
+    def figures(*options: str) -> dict:
+        return json.loads(run("prompt=In the beginning was", "json=true", "max_new_tokens=2", *options)[0])["batches"][
+            0
+        ]
+
+    few, loose = figures("prefill_passes=1"), figures("prefill_passes=converge", "prefill_tolerance=0.5")
+    assert few["num_passes"] == [3] and few["residual"] > 0
+    assert loose["num_passes"][0] < figures()["num_passes"][0]
+    assert len(figures("prefill_chunk=8")["num_passes"]) == 3
+
+
+def test_sampling_is_repeatable_and_beams_are_searched(run):
+    first, again, other = (
+        run("prompt=abc", "max_new_tokens=20", "temperature=2", f"seed={seed}")[0] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert run("prompt=abc", "max_new_tokens=8", "num_beams=3")[0] == continuation("abc", 8, num_beams=3) + "\n"
+    penalized = continuation("abc", 8, repetition_penalty=5.0)
+    assert run("prompt=abc", "max_new_tokens=8", "repetition_penalty=5")[0] == penalized + "\n"
+    config = DecodingOptions(top_p=0.5).generation_config(7, 3)
+    assert (config.do_sample, config.top_p, config.top_k, config.temperature) == (True, 0.5, 0, 1.0)
+    assert not DecodingOptions().samples and DecodingOptions(greedy=False).samples and DecodingOptions(seed=1).samples
+
+
+def test_endless_text_in_bounded_memory(run):
+    out, err = run(
+        "prompt=abc", "cache=sink", "cache.num_sinks=1", "cache.window=4", "stream=endless", "max_new_tokens=50"
+    )
+    assert len(out) > 20 and out.endswith("\n")
+    assert err.startswith("52 tokens · ") and f"cache {5 * 384:,} bytes" in err
+
+
+def test_standard_input(run, monkeypatch, folder):
+    def pipe(text: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+
+    expected = continuation("ab\ncd", 4) + "\n"
+    for options in ([], ["prompt_file=-"]):
+        pipe(b"ab\ncd\n")
+        assert run("max_new_tokens=4", *options)[0] == expected
+    pipe(b"")
+    assert "prompt=standard input: holds no text" in message_of(run)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert 'prompt: give one: prompt="..."' in message_of(run)
+
+
+def test_chat(run, tmp_path, folder):
+    exact_model().save_pretrained(tmp_path)
+    byte_tokenizer(chat_template=TEMPLATE).save_pretrained(tmp_path)
+    model = str(tmp_path)
+    assert run("prompt=hi", "max_new_tokens=4", model=model)[0] == continuation("[user]hi>", 4) + "\n"
+    with_system = continuation("[system]be, brief[user]hi>", 4) + "\n"
+    assert run("prompt=hi", "system=be, brief", "max_new_tokens=4", model=model)[0] == with_system
+    assert run("prompt=hi", "chat=false", "max_new_tokens=4", model=model)[0] == continuation("hi", 4) + "\n"
+    assert "system: has no effect with chat=false" in message_of(
+        run, "prompt=hi", "chat=false", "system=x", model=model
+    )
+    assert "chat=true: this model's tokenizer has no chat template" in message_of(run, "prompt=hi", "chat=true")
+    assert "system: has no effect with a tokenizer that" in message_of(run, "prompt=hi", "system=x")
+
+
+MISTAKES = [
+    (["prompt="], "prompt='': holds no text"),
+    (["prompt=  "], "prompt='  ': holds no text"),
+    (["prompt=x", "prompt_file=y"], "prompt and prompt_file are both given"),
+    (["prompt=x", "max_new_tokens=0"], "max_new_tokens=0: allowed is 1 or more"),
+    (["prompt=x", "temperature=0"], "temperature=0.0: allowed is a number above 0"),
+    (["prompt=x", "top_p=1.5"], "top_p=1.5: allowed is above 0, and 1 or less"),
+    (["prompt=x", "top_k=0"], "top_k=0"),
+    (["prompt=x", "num_beams=0"], "num_beams=0"),
+    (["prompt=x", "seed=-1"], "seed=-1: allowed is 0 or more"),
+    (["prompt=x", "greedy=true", "top_k=5"], "top_k=5: has no effect with greedy=true"),
+    (["prompt=x", "num_threads=0"], "num_threads=0"),
+    (["prompt=x", "prefill_chunk=0"], "prefill_chunk=0: allowed is 1 or more"),
+    (["prompt=x", "prefill_passes=convrge"], "did you mean 'converge'"),
+    (["prompt=x", "prefill_passes=true"], "prefill_passes=True"),
+    (["prompt=x", "prefill_tolerance=0"], "prefill_tolerance=0.0"),
+    (["prompt=x", "prefill_passes=3", "prefill_tolerance=0.1"], "prefill_tolerance=0.1: has no effect without"),
+    (["prompt=x", "batch_size=3"], "batch_size=3: has no effect without prompts_file"),
+    (["prompt=x", "compile=true"], "compile=true: has no effect with cache=dynamic"),
+    (["prompt=x", "stream=endles"], "stream='endles': allowed are tokens, off, endless; did you mean 'endless'?"),
+    (["prompt=x", "stream=endless"], "stream=endless: cannot be had with cache=dynamic"),
+    (["prompt=x", "stream=tokens", "num_beams=2"], "stream=tokens: cannot be had with num_beams=2"),
+    (["prompt=x", "stream=tokens", "json=true"], "stream=tokens: cannot be had with json=True"),
+    (
+        ["prompt=abcdef", "cache=static", "cache.max_length=5"],
+        "cache.max_length=5: the prompt has 6 tokens and max_new",
+    ),
+    (["prompt=x", "device=gpu"], "device='gpu'"),
+    (["prompt_file=nowhere.txt"], "prompt_file=nowhere.txt: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes(run, arguments, message):
+    assert message in message_of(run, *arguments)
+
+
+def test_files_that_are_no_prompt(run, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"ab\xff")
+    assert "is not UTF-8 text (byte 2)" in message_of(run, f"prompt_file={tmp_path}/text.txt")
+    assert "did you mean 'text.txt'?" in message_of(run, f"prompts_file={tmp_path}/txt.txt")
+    (tmp_path / "text.txt").write_text("\n \n")
+    assert "text.txt: holds no text" in message_of(run, f"prompts_file={tmp_path}/text.txt")
+    assert "Is a directory" in message_of(run, f"prompt_file={tmp_path}")
+    assert "model: give one" in str(pytest.raises(UserError, generate.main, cli.compose([], "generate")).value)
+
+
+def test_passes_have_no_effect_where_nothing_iterates(run, tmp_path):
+    exact_model("0_0_2").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    message = message_of(run, "prompt=x", "prefill_passes=3", model=str(tmp_path))
+    assert "prefill_passes=3: has no effect on model=" in message and "none of its layers reads upward" in message
+
+
+def test_text_beyond_the_models_positions_is_warned_of_in_a_line(run, tmp_path, caplog):
+    run("prompt=abc", "max_new_tokens=5")
+    assert "was made for" not in caplog.text
+    exact_model(max_position_embeddings=7).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    run("prompt=abc", "max_new_tokens=5", model=str(tmp_path))
+    assert "the prompt has 3 tokens and max_new_tokens=5 follow, but the model was made for 7" in caplog.text
+    caplog.clear()
+    run("prompt=abc", "max_new_tokens=5", "cache=sink", "cache.window=2", model=str(tmp_path))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite(value):
+    model = exact_model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = value
+    with pytest.raises(UserError, match="the logits of new token 1 are not finite"):
+        generate_batch(model, [[3, 4, 5]], build_cache("dynamic", model.config), DecodingOptions(), 5)
+
+
+def test_tokens_that_the_model_does_not_know():
+    model = exact_model(vocab_size=10)
+    with pytest.raises(UserError, match="the tokenizer has a token 10, but the model knows 10"):
+        generate_batch(model, [[3, 10]], build_cache("dynamic", model.config), DecodingOptions(), 5)
+
+
+def test_what_follows_the_end_of_a_text_is_cut_off():
+    model = exact_model()
+    prompts = [token_ids(1, length, seed=length)[0].tolist() for length in (3, 9)]
+
+    def new_tokens(eos_token_id: int | None) -> list[list[int]]:
+        model.generation_config = GenerationConfig(eos_token_id=eos_token_id)
+        cache = build_cache("dynamic", model.config)
+        options = PrefillOptions(chunk_size=2)
+        return generate_batch(model, prompts, cache, DecodingOptions(), 8, prefill_options=options).new_tokens
+
+    free = new_tokens(None)
+    stop = free[0][3]
+    expected = [row[: row.index(stop) + 1] if stop in row else row for row in free]
+    assert [len(row) for row in free] == [8, 8] and new_tokens(stop) == expected != free
+
+
+def test_an_interrupted_text_stays_on_a_line_of_its_own(run, monkeypatch, capsys):
+    from lckv.generation.generating import StepWatch
+
+    watch = StepWatch.__call__
+
+    def interrupt(self, input_ids, scores):
+        if self.num_steps == 9:
+            raise KeyboardInterrupt
+        return watch(self, input_ids, scores)
+
+    monkeypatch.setattr(StepWatch, "__call__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("prompt=In the beginning")
+    assert capsys.readouterr().out == continuation("In the beginning", 9) + "\n"
