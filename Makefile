@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare test test-slow test-gpu check format wheel wheel-smoke bench clean
+.PHONY: help setup train compare test test-slow test-gpu check format wheel wheel-smoke bench bench-decode bench-prefill clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,12 @@ wheel-smoke: $(STAMP) ## build the wheel and train from it in an empty folder
 
 bench: $(STAMP) ## measure what docs/benchmarks.md reports
 	$(RUN) scripts/bench.py
+
+bench-decode: $(STAMP) ## measure decoding of five families in one KV budget, into runs/
+	$(RUN) -m lckv.benchmark suite=decode
+
+bench-prefill: $(STAMP) ## measure the prefill of 2,048 tokens, into runs/
+	$(RUN) -m lckv.benchmark suite=prefill
 
 clean: ## remove what is built and cached, not .venv and not runs/
 	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

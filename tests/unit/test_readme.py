@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from lckv.config import config_dir, register_schemas
+from lckv import cli
+from lckv.config import SCHEMAS, TrainConfig, config_dir, register_schemas
 from lckv.costs import ModelSizes, count_costs
 from lckv.model_arguments import resolve_layer_types
 from lckv.overrides import quote_overrides
@@ -65,10 +66,14 @@ def test_commands_compose(command: str) -> None:
     words = shlex.split(command)
     module = next(word for word in words if word.startswith("lckv."))
     overrides = [word for word in words[words.index(module) + 1 :] if "=" in word]
+    config_name = module.removeprefix("lckv.")
+    if not issubclass(SCHEMAS[config_name], TrainConfig):
+        cli.compose(overrides, config_name)
+        return
     register_schemas()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         for job in sweep(quote_overrides(overrides)):
-            cfg = compose(module.removeprefix("lckv."), overrides=job)
+            cfg = compose(config_name, overrides=job)
             assert resolve_layer_types(OmegaConf.to_object(cfg))
 
 
