@@ -411,7 +411,7 @@ def test_a_rollback_into_what_was_dropped_is_refused_and_changes_nothing():
 
 
 def test_assisted_generation_beyond_the_window():
-    model, assistant = exact_model("0_3_3_3_4"), exact_model("0_0_2_2", seed=1)
+    model, assistant = exact_model("0_3_3_3_4"), exact_model("0_1_2_3", seed=1)
     prompt = token_ids(1, 5)
     expected = model.generate(prompt, past_key_values=new_cache(model), max_new_tokens=20, do_sample=False)
     assisted = model.generate(

@@ -5,7 +5,7 @@ import itertools
 import os
 import signal
 import threading
-import tracemalloc
+import types
 
 import pytest
 import torch
@@ -128,26 +128,34 @@ def test_the_penalty_looks_back_on_the_last_tokens_only(model, cache):
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
+def held_by(root, *outside):
+    """How many objects, and bytes of tensors, can be reached from `root` without going through `outside`."""
+    seen, todo, num_bytes = {id(each) for each in outside}, [root], 0
+    start = len(seen)
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, type | types.ModuleType | types.FunctionType):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            num_bytes += item.untyped_storage().nbytes()
+        todo += gc.get_referents(item)
+    return len(seen) - start, num_bytes
+
+
 def test_nothing_grows(tokenizer):
     model = tiny_model("0_1s_1", vocab_size=257)
     cache = SinkKVCache(model.config, num_sinks=2, window=5)
-    pieces = stream_text(model, tokenizer, "ab", cache, sampling=Sampling(seed=0, repetition_penalty=1.1, history=20))
-    for _ in itertools.islice(pieces, 40):
-        pass
-    num_bytes = cache.num_bytes()
-    tracemalloc.start()
-    try:
-        sizes = []
-        for _ in range(3):
-            for _ in itertools.islice(pieces, 60):
-                assert cache.num_bytes() == num_bytes
-            gc.collect()
-            tensors = sum(type(each) is torch.Tensor for each in gc.get_objects())
-            sizes.append((tracemalloc.get_traced_memory()[0], tensors))
-    finally:
-        tracemalloc.stop()
-    assert sizes[2][0] - sizes[1][0] < 8_000  # bytes of Python's, for 60 pieces
-    assert sizes[2][1] == sizes[1][1]
+    sampling = Sampling(seed=0, repetition_penalty=1.1, history=20)
+    pieces = stream_text(model, tokenizer, "ab", cache, sampling=sampling)
+    sizes = []
+    for _ in range(4):
+        for _ in itertools.islice(pieces, 60):
+            pass
+        num_objects, num_bytes = held_by(pieces, model, model.config, tokenizer)
+        sizes.append((num_bytes, cache.num_bytes()))
+        assert 50 < num_objects < 120
+    assert len(set(sizes)) == 1
 
 
 def test_the_model_sees_single_tokens_without_masks_and_positions(model, cache):
