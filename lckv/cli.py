@@ -56,9 +56,6 @@ def run(main: Callable[[Any], None], config_name: str) -> None:
             hydra.main(config_path=str(config.config_dir()), config_name=config_name, version_base="1.3")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has seen enough, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     if mistakes.num_reported:
         sys.exit(2)
 
@@ -107,6 +104,9 @@ class _Mistakes:
             yield
         except UserError as error:
             self._report(job, str(error))
+        except BrokenPipeError:  # whoever read the output has seen enough, such as `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+            sys.exit(141)
         except OSError as error:
             if error.errno not in _CANNOT_WRITE:
                 self._from_job = error

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -228,6 +229,44 @@ def test_free_dictionaries_take_new_entries(start):
     assert start("model.rope_parameters.rope_theta=5.0")[1][0].model.rope_parameters == {"rope_theta": 5.0}
 
 
+def test_a_prompt_is_no_sweep_and_a_model_no_group(start, tmp_path):
+    text = "Hello, world: {x}=[1,2] ${y}"
+    code, (cfg,), err = start(f"prompt={text}", "model=tiny", "cache=static", config_name="generate")
+    assert (code, err) == (0, "")
+    assert (cfg.prompt, cfg.model, cfg.cache.name) == (text, "tiny", "static")
+    code, jobs, _ = start("-m", f"prompt={text}", "seed=0,1", config_name="generate")
+    assert [(job.prompt, job.seed) for job in jobs] == [(text, 0), (text, 1)]
+    assert start(config_name="generate")[1][0].prompt is None  # nothing is left of the last command line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cache=pagd"], "cache=pagd: there is no such file; allowed are dynamic, paged,"),
+        (["cache=pagd"], "did you mean 'paged'?"),
+        (["cache.windw=3"], "unknown key 'cache.windw'; did you mean 'cache.window'?"),
+        (["promt=a"], "unknown key 'promt'; did you mean 'prompt'?"),
+        (["experimnt=a"], "unknown key 'experimnt'; allowed are model, "),
+        (["cache.window=much"], "cache.window: Value 'much'"),
+        (["prompt"], "prompt: cannot be read as key=value"),
+    ],
+)
+def test_mistakes_in_another_root_configuration(start, arguments, message):
+    code, seen, err = start(*arguments, config_name="generate")
+    assert (code, seen) == (2, [])
+    (line,) = err.splitlines()
+    assert line.startswith("lckv.generate: error: ") and message in line
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    program = "from lckv import cli; cli.run(lambda cfg: print('x' * 10**6, flush=True), 'generate')"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
 def test_help_names_groups_and_examples(start, capsys, monkeypatch):
     for name in ("train", "plan"):
         monkeypatch.setattr(sys, "argv", [f"lckv.{name}", "--help"])
@@ -242,3 +281,16 @@ def test_help_names_groups_and_examples(start, capsys, monkeypatch):
             "hidden_size: 192",
         ):
             assert words in out
+
+
+def test_help_names_the_groups_of_the_entry_point_only(start, capsys):
+    for name, present, absent in (
+        ("train", "\nmodel: ", "\ncache: "),
+        ("generate", "\ncache: dynamic, ", "\nmodel: tiny"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"lckv.{name}", "--help"])
+            with pytest.raises(SystemExit):
+                cli.run(print, name)
+        out = capsys.readouterr().out
+        assert present in out and absent not in out

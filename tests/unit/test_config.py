@@ -1,12 +1,14 @@
 """The configuration: every YAML composes, defaults are the dataclasses', and what does not fit together is refused."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lckv import cli
+from lckv.cache import CACHES
 from lckv.config import ModelConfig, TrainConfig, config_dir, default_run_name, file_name
 from lckv.errors import UserError
 from lckv.model_arguments import check_model, model_arguments, resolve_layer_types
@@ -43,6 +45,16 @@ def test_there_is_one_file_per_pattern():
     assert options("sharing") == sorted(PATTERNS)
     for name in PATTERNS:
         assert yaml.safe_load((CONF / "sharing" / f"{name}.yaml").read_text())["name"] == name
+
+
+def test_there_is_one_file_per_cache_and_a_key_for_each_of_its_options():
+    assert options("cache") == sorted(CACHES)
+    for name, cache in CACHES._entries.items():
+        cfg = cli.compose([f"cache={name}"], "generate")
+        assert (cfg.cache.name, cfg.cache.options()) == (name, {})
+        assert set(inspect.signature(cache).parameters) - {"config"} <= {
+            item.name for item in dataclasses.fields(cfg.cache)
+        }
 
 
 def test_presets_name_themselves():

@@ -117,6 +117,31 @@ def test_hydra_pluses():
     ]
 
 
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")) | st.text(
+    "\\${}'\"=, ?[]()null1_:-#&*!|\n"
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXTS, TEXTS)
+@example("Hello, world: {x} = [1, 'a', \"b\"] # no comment", "--help")
+@example("???", "null")
+@example("${nowhere} \\${x} \\\\${y}", "${oc.env:HOME}")
+@example("", "2_2_2")
+@example("a,b", "choice(a,b)")
+@example("runs/sweep/layer_types=1_1_1,seed=0", "true")
+def test_literal_text_arrives_unchanged(model, prompt):
+    cfg = cli.compose([f"model={model}", f"++prompt={prompt}", "seed=3"], "generate")
+    assert (cfg.model, cfg.prompt, cfg.system, cfg.seed) == (model, prompt, None, 3)
+
+
+def test_literals_are_taken_out_of_the_others():
+    arguments = ["-m", "prompt=a=b", "seed=1", "model.x=1", "prompts=y", "+model=z", "prompt"]
+    others, literals = overrides.take_literals(arguments, ["model", "prompt"])
+    assert others == ["-m", "seed=1", "model.x=1", "prompts=y", "prompt"]
+    assert literals == {"prompt": "a=b", "model": "z"}
+
+
 def yaml_overlay(tmp_path, text: str):
     (tmp_path / "experiment").mkdir(exist_ok=True)
     file = tmp_path / "experiment" / "mine.yaml"
