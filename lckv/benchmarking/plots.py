@@ -86,7 +86,7 @@ def _draw_bytes(axes: Axes, results: Sequence[CandidateResult], workload: Worklo
 def _draw_budget(axes: Axes, results: Sequence[CandidateResult], workload: Workload) -> None:
     batches = [result.budget_batch for result in results]
     sizes = [None if batch is None or batch.error else float(batch.batch_size) for batch in batches]
-    _draw_bars(axes, results, {"fit, as measured": sizes}, "{:,.0f}")
+    _draw_bars(axes, results, {"fit, as measured": sizes}, "{:,.0f}", is_inside=True)
     if sizes[0] is not None:
         growths = [planned_growth(result, results[0]) for result in results]
         planned = [(_scaled(growth, sizes[0]), place) for place, growth in enumerate(growths) if growth is not None]
@@ -98,16 +98,24 @@ def _draw_budget(axes: Axes, results: Sequence[CandidateResult], workload: Workl
 
 
 def _draw_bars(
-    axes: Axes, results: Sequence[CandidateResult], groups: dict[str, list[float | None]], text: str
+    axes: Axes,
+    results: Sequence[CandidateResult],
+    groups: dict[str, list[float | None]],
+    text: str,
+    *,
+    is_inside: bool = False,
 ) -> None:
-    """Horizontal bars, one group of them per candidate from the top, each with its value."""
+    """Horizontal bars, one group of them per candidate from the top, each with its value at its end or inside."""
+    style = {"label_type": "center", "color": "white"} if is_inside else {"padding": 6}
     thickness = 0.8 / len(groups)
     for number, (label, values) in enumerate(groups.items()):
         places = [place - 0.4 + thickness * (number + 0.5) for place in range(len(results))]
         widths = [value or 0.0 for value in values]
         bars = axes.barh(places, widths, height=thickness * 0.9, color=_COLORS[number % len(_COLORS)], label=label)
         texts = ["failed" if value is None else text.format(value) for value in values]
-        axes.bar_label(bars, texts, padding=6, fontsize=8)
+        for text_of_bar, value in zip(axes.bar_label(bars, texts, fontsize=8, **style), values, strict=True):
+            if value is None:  # there is no bar to be seen against
+                text_of_bar.set_color("black")
     axes.set_yticks(range(len(results)), [result.label for result in results])
     axes.invert_yaxis()
     if len(groups) > 1:
