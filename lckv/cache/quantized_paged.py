@@ -210,7 +210,8 @@ class QuantizedPagedLayer(PagedLayer):
     def num_used_bytes(self) -> int:
         """Bytes of the pages that some sequence holds."""
         allocator = self.group.allocator
-        exact = sum(pool.nbytes // max(1, len(pool)) * len(self.exact) for pool in (self.keys, self.values))
+        num_exact = sum(allocator.count_holders(page) > 0 for page in self.exact)
+        exact = sum(pool.nbytes // max(1, len(pool)) * num_exact for pool in (self.keys, self.values))
         packed = sum(getattr(self, name).nbytes for name in self._packed_names())
         return exact + packed // max(1, allocator.capacity) * allocator.num_used
 

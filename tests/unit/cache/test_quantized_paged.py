@@ -6,6 +6,7 @@ import torch
 from lckv.cache import build_cache, load_cache, save_cache
 from lckv.cache.quantized_paged import QuantizedPagedKVCache
 from lckv.errors import UserError
+from lckv.generation.continuous import ContinuousBatcher
 from tests.contract import test_caches as contract
 from tests.contract.test_caches import (  # noqa: F401
     no_grad,
@@ -140,3 +141,16 @@ def test_wrong_options_are_refused():
         build_cache("quantized", config, num_pages=4)
     with pytest.raises(UserError, match=r"cache\.num_pages=0"):
         build_cache("quantized", config, num_pages=0, layout="paged")
+
+
+def test_continuous_batching_gives_pages_back():
+    model = exact_model("0_2s_2_2s", sliding_window=9)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    cache = build_cache("quantized", model.config, residual_length=3, bits=8, num_pages=24, **OPTIONS)
+    batcher = ContinuousBatcher(model, cache, max_rows=2)
+    for request, length in enumerate((20, 9, 14)):
+        prompt = token_ids(1, length, seed=request)[0].tolist()
+        batcher.add_request(prompt, str(request), max_new_tokens=10 + request)
+    outputs = batcher.run()
+    assert [len(outputs[str(request)].generated_tokens) for request in range(3)] == [10, 11, 12]
+    assert cache.num_used_pages() == 0 and cache.num_used_bytes() == 0
