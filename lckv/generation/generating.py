@@ -129,7 +129,7 @@ def generate(
         UserError: if the logits are not finite, or the tokenizer has more tokens than the model.
     """
     _check_tokens(prompts, model.config.vocab_size)
-    config = decoding.generation_config(max_new_tokens, model.generation_config.eos_token_id)  # type: ignore[union-attr]
+    config = decoding.generation_config(max_new_tokens, model.generation_config.eos_token_id)
     config.pad_token_id = _pad_token_id(model)
     if compile_step:
         config.disable_compile, config.compile_config = False, compile_config(model.device)
@@ -211,7 +211,7 @@ def _check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
 
 def _pad_token_id(model: PreTrainedModel) -> int:
     """What fills rows up; any token will do, as nothing attends to it."""
-    pad_token_id = model.generation_config.pad_token_id  # type: ignore[union-attr]
+    pad_token_id = model.generation_config.pad_token_id
     return 0 if pad_token_id is None else int(pad_token_id)
 
 
