@@ -412,7 +412,7 @@ class BenchmarkConfig:
         model: sizes and type of the models with random weights, one for each of `patterns`.
         patterns: `layer_types` strings and names of sharing patterns; where neither these nor `checkpoints` are given,
             Llama and four families.
-        checkpoints: trained models, as `lckv.generate` takes them: run folders, folders with a model, names on the Hub.
+        checkpoints: trained models, as `lckv.generate` takes them: run folders, folders, names on the Hub.
         cache: the cache of all models; with `caches`, options for those of them that have them.
         caches: several caches, each tried with each model: names, or `{name: quantized, bits: 4}`.
         prompt_length: tokens of the prompt.
@@ -430,7 +430,7 @@ class BenchmarkConfig:
         dtype: of all models: "float32", "bfloat16" or "float16"; "auto": `model.dtype`, and checkpoints as saved.
         num_threads: torch's threads on a CPU; None: torch's own choice.
         seed: of random weights and prompts.
-        output_dir: the folder for `benchmark.json` and the picture; None: `runs/benchmark`, or with a number behind it.
+        output_dir: the folder for `benchmark.json` and the picture; None: `runs/benchmark`, or one with a number.
         overwrite: whether results in `output_dir` may be replaced.
         plot_format: of the picture: "png", "svg" or "pdf".
         json: whether to print one JSON object instead of the tables.

@@ -79,7 +79,7 @@ class StepWatch(LogitsProcessor):
         self.num_steps = 0
         self.first_token_time = self.decode_start_time = 0.0
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Looks at the logits `(batch, vocab_size)` of one step.
 
         Raises:
