@@ -82,37 +82,33 @@ def run_continuous(
     return batcher.statistics, {int(name): output.generated_tokens for name, output in outputs.items()}
 
 
-def compare_batching(repeats: int, num_requests: int, batch_size: int) -> list[dict[str, Any]]:
-    """Tokens per second of both ways, in turns, for every pattern."""
+def compare_batching(name: str, repeats: int, num_requests: int, batch_size: int) -> dict[str, Any]:
+    """Tokens per second of both ways, in turns, for one pattern."""
     requests = make_requests(num_requests)
     num_tokens = sum(count for _, count in requests)
-    results = []
-    for name, layer_types in PATTERNS.items():
-        model = build_model(layer_types)
-        run_static(model, requests[:2], 2), run_continuous(model, requests[:2], 2)  # warm up
-        seconds: dict[str, list[float]] = {"static": [], "continuous": []}
-        for _ in range(repeats):
-            start = time.perf_counter()
-            expected = run_static(model, requests, batch_size)
-            seconds["static"].append(time.perf_counter() - start)
-            start = time.perf_counter()
-            counts, actual = run_continuous(model, requests, batch_size)
-            seconds["continuous"].append(time.perf_counter() - start)
-        rates = {way: num_tokens / statistics.median(times) for way, times in seconds.items()}
-        results.append(
-            {
-                "pattern": name,
-                "layer_types": layer_types,
-                "static_tokens_per_second": round(rates["static"], 1),
-                "continuous_tokens_per_second": round(rates["continuous"], 1),
-                "ratio": round(rates["continuous"] / rates["static"], 2),
-                "equal_texts": sum(actual[index] == expected[index] for index in expected),
-                "requests": num_requests,
-                "rows": batch_size,
-                "peak_used_kv_bytes": counts.peak_used_bytes,
-            }
-        )
-    return results
+    model = build_model(PATTERNS[name])
+    run_static(model, requests[:2], 2), run_continuous(model, requests[:2], 2)  # warm up
+    seconds: dict[str, list[float]] = {"static": [], "continuous": []}
+    for _ in range(repeats):
+        start = time.perf_counter()
+        expected = run_static(model, requests, batch_size)
+        seconds["static"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        counts, actual = run_continuous(model, requests, batch_size)
+        seconds["continuous"].append(time.perf_counter() - start)
+    rates = {way: num_tokens / statistics.median(times) for way, times in seconds.items()}
+    return {
+        "pattern": name,
+        "layer_types": PATTERNS[name],
+        "static_tokens_per_second": round(rates["static"], 1),
+        "continuous_tokens_per_second": round(rates["continuous"], 1),
+        "ratio": round(rates["continuous"] / rates["static"], 2),
+        "equal_texts": sum(actual[index] == expected[index] for index in expected),
+        "requests": num_requests,
+        "rows": batch_size,
+        "tokens": num_tokens,
+        "peak_used_kv_bytes": counts.peak_used_bytes,
+    }
 
 
 def time_of(function: Callable[[], Any], repeats: int) -> float:
@@ -154,11 +150,9 @@ def compare_gather(repeats: int) -> dict[str, Any]:
         return keys
 
     assert torch.equal(vectorised(), token_by_token(False)) and torch.equal(vectorised(), token_by_token(True))
-    gather, loop, head_loop = (
-        time_of(vectorised, 20 * repeats),
-        time_of(lambda: token_by_token(False), repeats),
-        time_of(lambda: token_by_token(True), repeats),
-    )
+    ways = [vectorised, lambda: token_by_token(False), lambda: token_by_token(True)]
+    times = [[time_of(way, 10 if way is vectorised else 1) for way in ways] for _ in range(repeats)]  # in turns
+    gather, loop, head_loop = (statistics.median(column) for column in zip(*times, strict=True))
     return {
         "read": "keys and values of 8 sequences x 1024 tokens x 4 heads x 64, fp32, pages of 16",
         "gather_ms": round(gather * 1e3, 2),
@@ -173,15 +167,16 @@ def main() -> None:
     """Measures and prints JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--requests", type=int, default=24, help="0 measures the gather only")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with torch.inference_mode():
-        print(json.dumps(compare_gather(arguments.repeats)))
-        for result in compare_batching(arguments.repeats, arguments.requests, arguments.rows):
-            print(json.dumps(result))
+        print(json.dumps(compare_gather(arguments.repeats)), flush=True)
+        for name in PATTERNS if arguments.requests else ():
+            result = compare_batching(name, arguments.repeats, arguments.requests, arguments.rows)
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

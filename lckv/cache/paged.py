@@ -393,24 +393,26 @@ class PagedLayer(KVLayer):
     def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
         """The cached keys and values `(batch, num_kv_heads, kv_len, head_dim)` with the new ones behind them."""
         step = self._open_step(key_states)
-        stop = step.frame + step.num_columns if step.is_ragged else step.frame
-        columns = range(self._first_read_column(), stop)
-        if not columns or not any(step.lengths):
-            past = key_states.new_zeros(*key_states.shape[:2], len(columns), key_states.shape[3])
+        columns = range(self._first_read_column(), step.frame + step.num_columns)
+        if len(columns) == step.num_columns and not step.is_ragged:
+            return key_states, value_states
+        if not any(step.lengths):
+            past = key_states.new_zeros(*key_states.shape[:2], len(columns) - step.num_columns, key_states.shape[3])
             return torch.cat([past, key_states], dim=2), torch.cat([past, value_states], dim=2)
+        # Room for the new tokens comes with the gather: putting them behind it would copy everything once more.
         slots = self._read_slots(columns, step.lengths)
         keys, values = (self._read(pool, slots, step.lengths) for pool in (self.keys, self.values))
-        if not step.is_ragged:
-            return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
         return self._put_new(step, keys, key_states), self._put_new(step, values, value_states)
 
-    def _put_new(self, step: _Step, past: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Puts each row's new tokens into its last columns, and leaves the others as they are."""
-        num_new = torch.tensor(step.num_new, device=states.device)[:, None]
-        is_new = torch.arange(step.num_columns, 0, -1, device=states.device) <= num_new  # (batch, q_len)
-        num_before = past.shape[2] - step.num_columns
-        last = torch.where(is_new[:, None, :, None], states, past[:, :, num_before:])
-        return torch.cat([past[:, :, :num_before], last], dim=2)
+    def _put_new(self, step: _Step, gathered: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Puts each row's new tokens into its last columns."""
+        last = gathered[:, :, gathered.shape[2] - step.num_columns :]
+        if step.is_ragged:
+            num_new = torch.tensor(step.num_new, device=states.device)[:, None]
+            is_new = torch.arange(step.num_columns, 0, -1, device=states.device) <= num_new  # (batch, q_len)
+            states = torch.where(is_new[:, None, :, None], states, last)
+        last.copy_(states)
+        return gathered
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
         """Writes the new tokens to their pages, and returns what their queries see."""
