@@ -228,9 +228,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
             linestyle="",
             label=name,
         )
-        for (text, _), left, up in zip(rows, x, y, strict=True):
+        for (text, _), left, up in zip(rows, x, y, strict=True) if not ending else ():
             axes.annotate(text, (left, up), textcoords="offset points", xytext=(8, -3))
-    axes.set_yscale("symlog", linthresh=0.1)  # a change within the noise may be negative
+    axes.set_yscale("symlog", linthresh=1)  # a change within the noise may be negative
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.margins(x=0.1)
     axes.set_xlabel(f"KV bytes at {longest} tokens over those of float32")
