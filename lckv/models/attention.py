@@ -14,6 +14,9 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, ro
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.masks import VisibleKeys
 
+MIN_BLOCK = 128
+"""Queries in a block of attention with a window, at least: smaller ones cost more calls than they save pairs."""
+
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the rotary embedding, each `(batch or 1, q_len, head_dim)`."""
 
@@ -124,13 +127,16 @@ def attend(
         window -= 1
 
     def backend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **backend_kwargs: Any
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | BlockMask | None = visible_keys.mask,
+        **backend_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             module.config._attn_implementation, eager_attention_forward
         )
         dropout = module.attention_dropout if module.training else 0.0
-        mask = visible_keys.mask
         if dropout == 0.0 and not isinstance(mask, BlockMask) and _is_compiled_decoding_on_cpu(module, query):
             return attend_with_one_query(query, key, value, mask, module.scaling), None
         return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, **backend_kwargs)
@@ -143,7 +149,13 @@ def attend(
         return _attend_varlen(backend, query_states, key_states, value_states, visible_keys, **kwargs), None
     if visible_keys.drop_own_token:
         return _attend_shifted(backend, query_states, key_states, value_states, **kwargs), None
-    attn_output, attn_weights = backend(query_states, key_states, value_states, **kwargs)
+    reach = visible_keys.reach
+    if reach is not None and query_states.shape[2] > 2 * max(reach, MIN_BLOCK):
+        attn_output, attn_weights = _attend_in_blocks(
+            backend, query_states, key_states, value_states, visible_keys, **kwargs
+        )
+    else:
+        attn_output, attn_weights = backend(query_states, key_states, value_states, **kwargs)
     if visible_keys.sees_nothing is not None:
         sees_nothing = visible_keys.sees_nothing[:, :, None, None]  # (batch, q_len, 1, 1)
         attn_output = attn_output.masked_fill(sees_nothing, 0.0)
@@ -194,6 +206,31 @@ def _attend_shifted(
         return torch.zeros_like(query).transpose(1, 2)
     attn_output, _ = backend(query[:, :, num_blind:], key, value, **kwargs)
     return nn.functional.pad(attn_output, (0, 0, 0, 0, num_blind, 0))
+
+
+def _attend_in_blocks(
+    backend: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible_keys: VisibleKeys,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention with a window, block by block: a mask alone would hide most pairs after computing them.
+
+    Returns:
+        The output `(batch, q_len, num_heads, head_dim)`, and no weights.
+    """
+    mask, reach, q_len = visible_keys.mask, visible_keys.reach, query.shape[2]
+    assert isinstance(mask, torch.Tensor) and reach is not None
+    num_past = key.shape[2] - q_len
+    outputs = []
+    for start in range(0, q_len, max(reach, MIN_BLOCK)):
+        stop = min(start + max(reach, MIN_BLOCK), q_len)
+        keys = slice(max(0, num_past + start - reach + 1), num_past + stop)
+        block = mask[:, :, start:stop, keys]
+        outputs.append(backend(query[:, :, start:stop], key[:, :, keys], value[:, :, keys], block, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
 
 
 def _attend_varlen(

@@ -49,6 +49,8 @@ class VisibleKeys:
             own token, so that no backend divides by zero, and their attention output has to be replaced by zero.
         varlen: for flash attention, how padded or packed batches are cut into sequences.
         window: as in [`MaskKind`]; flash attention applies it itself.
+        reach: how many keys up to its own each query looks back at most, where `mask` is long enough to be cut into
+            blocks; the last key is the last query's own.
     """
 
     mask: torch.Tensor | BlockMask | None = None
@@ -56,6 +58,7 @@ class VisibleKeys:
     sees_nothing: torch.Tensor | None = None
     varlen: VarlenBatch | None = None
     window: int | None = None
+    reach: int | None = None
 
 
 @dataclass
@@ -271,6 +274,9 @@ class _MaskBuilder:
         if self.config._attn_implementation == "flex_attention" and self.device.type == "cpu":
             mask = self._block_mask_on_cpu(mask_function, kv_length, kv_offset, q_offset)
             return VisibleKeys(mask=mask, sees_nothing=sees_nothing)
+        reach = None
+        if self.config._attn_implementation == "sdpa" and key_positions is None and self._ends_with_the_last_query():
+            reach = window
         mask = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
             batch_size=self.batch_size,
             q_length=self.q_length,
@@ -285,7 +291,11 @@ class _MaskBuilder:
             use_vmap=False,
             device=self.device,
         )
-        return VisibleKeys(mask=mask, sees_nothing=sees_nothing)
+        return VisibleKeys(mask=mask, sees_nothing=sees_nothing, reach=reach)
+
+    def _ends_with_the_last_query(self) -> bool:
+        """Whether no key lies behind the last query's, as empty slots of a static cache do."""
+        return not is_compileable(self.past_key_values)
 
     def _allowed_pairs(
         self, attention_mask: torch.Tensor, kv_length: int, kv_offset: int, key_positions: torch.Tensor | None

@@ -326,3 +326,39 @@ def test_attention_with_one_query_equals_torch(dtype):
         assert actual.dtype == dtype
         tolerance = 1e-6 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(actual, expected.transpose(1, 2), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("force_nodiag", [False, True])
+@pytest.mark.parametrize("layer_types", ["0s_1s_2_2", "0_2s_2_2s", "1s_1s_3s_3s"])
+def test_windows_in_blocks_equal_one_mask(layer_types, force_nodiag, monkeypatch):
+    model = tiny_model(layer_types, sliding_window=3, force_nodiag=force_nodiag, attn_implementation="sdpa")
+    input_ids = token_ids(2, 33)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :5] = 0
+    for mask in (None, attention_mask):
+        results = []
+        for min_block in (4, 100):
+            monkeypatch.setattr("lckv.models.attention.MIN_BLOCK", min_block)
+            cache = DynamicCache(config=model.config)
+            before = model(
+                input_ids[:, :7], attention_mask=None if mask is None else mask[:, :7], past_key_values=cache
+            )
+            after = model(input_ids[:, 7:], attention_mask=mask, past_key_values=cache)
+            results.append(torch.cat([before.logits, after.logits], dim=1))
+        is_real = slice(None) if mask is None else mask.bool()
+        assert_close(results[0][is_real], results[1][is_real], 1e-5)
+
+
+def test_blocks_are_used_where_a_window_is_short(monkeypatch):
+    model = tiny_model("0s_1s_2s_3s", sliding_window=3, attn_implementation="sdpa")
+    monkeypatch.setattr("lckv.models.attention.MIN_BLOCK", 4)
+    lengths = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, *args, **kwargs):
+        lengths.append((query.shape[2], key.shape[2]))
+        return sdpa(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    model(token_ids(1, 10), use_cache=False)
+    assert set(lengths) == {(4, 4), (4, 6), (2, 4)}  # blocks of 4 and what is left, looking back 2 tokens
