@@ -335,7 +335,7 @@ def test_assisted_decoding_takes_candidates_back():
         ({"group_size": 2.5}, r"cache\.group_size=2\.5"),
         ({"residual_length": -1}, r"cache\.residual_length=-1: allowed is a whole number, 0 or more"),
         ({"residual_length": True}, r"cache\.residual_length=True"),
-        ({"key_axis": "chanel"}, r"cache\.key_axis='chanel': allowed are .*; did you mean 'channel'\?"),
+        ({"key_axis": "channek"}, r"cache\.key_axis='channek': allowed are .*; did you mean 'channel'\?"),
         ({"value_axis": 3}, r"cache\.value_axis=3: allowed are 'channel' and 'token'"),
     ],
 )
