@@ -39,7 +39,9 @@ PATTERNS = {"Llama": "0_1_2_3_4_5_6_7", "YOCO": "0s_1s_2s_3s_4_4_4_4", "LCKV": "
 def build_model(layer_types: str) -> Any:
     """A random model of 8 layers; a random model never ends a text early, so lengths are those asked for."""
     torch.manual_seed(0)
-    return LCKVLlamaForCausalLM(LCKVLlamaConfig(layer_types=layer_types, sliding_window=64, **SIZES)).eval()
+    return LCKVLlamaForCausalLM(
+        LCKVLlamaConfig(layer_types=layer_types, sliding_window=64, forward_passes="converge", **SIZES)
+    ).eval()
 
 
 def make_requests(count: int) -> list[tuple[list[int], int]]:
