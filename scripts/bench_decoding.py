@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,9 +31,9 @@ def transformers_llama(model: PreTrainedModel) -> LlamaForCausalLM:
     """A Llama of transformers with the weights of our model, whose layers must all read themselves."""
     names = set(LlamaConfig().to_dict()) - {"layer_types", "model_type", "architectures", "sliding_window"}
     config = LlamaConfig(**{name: value for name, value in model.config.to_dict().items() if name in names})
-    llama = LlamaForCausalLM(config).to(model.dtype).eval()
+    llama = LlamaForCausalLM(config)
     llama.load_state_dict(model.state_dict())
-    return llama
+    return llama.to(model.dtype).eval()  # type: ignore[arg-type]
 
 
 def ways_of(model: PreTrainedModel, input_ids: torch.Tensor, max_length: int) -> dict[str, Generate]:
@@ -53,7 +54,7 @@ def ways_of(model: PreTrainedModel, input_ids: torch.Tensor, max_length: int) ->
     return {"transformers' Llama, dynamic": with_transformers, "dynamic": dynamic, "static, compiled": compiled}
 
 
-def generate(model: PreTrainedModel, input_ids: torch.Tensor, num_tokens: int, cache: object, **options: object):
+def generate(model: Any, input_ids: torch.Tensor, num_tokens: int, cache: object, **options: object) -> torch.Tensor:
     """Greedy, exactly `num_tokens` tokens."""
     return model.generate(
         input_ids,

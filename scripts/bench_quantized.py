@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -62,15 +63,16 @@ def all_settings() -> list[Setting]:
         for residual_length in (128, 0):
             options = {"bits": bits, "residual_length": residual_length}
             settings.append(Setting(f"int{bits}, residual {residual_length}", "quantized", options))
-        options = {"bits": bits, "key_axis": "token"}
-        settings.append(Setting(f"int{bits}, keys per token", "quantized", options))
+        settings.append(Setting(f"int{bits}, keys per token", "quantized", {"bits": bits, "key_axis": "token"}))
     return settings
 
 
 def read_texts(path: Path | None) -> Iterator[str]:
     """The documents of a file, or the books of the Bible that training never sees."""
     if path is None:
-        for document in build_source(DataConfig(source="bible")).read_validation():
+        source = build_source(DataConfig(name="bible"))
+        assert source.read_validation is not None  # whole books are held out
+        for document in source.read_validation():
             yield document.text
         return
     if not path.is_file():
@@ -147,6 +149,15 @@ def fill(cache: KVCache, config: Any) -> dict[int, int]:
     return num_bytes
 
 
+def _encode_token_by_token(codec: GroupCodec, states: torch.Tensor) -> torch.Tensor:
+    return torch.cat([codec.encode(token).codes for token in states.split(1, dim=2)], dim=2)
+
+
+def _decode_token_by_token(codec: GroupCodec, encoded: Any, num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    tokens = [codec.decode(codec.cut(encoded, token, token + 1), dtype) for token in range(num_tokens)]
+    return torch.cat(tokens, dim=2)
+
+
 @torch.inference_mode()
 def measure_codec(num_heads: int, head_dim: int, num_tokens: int, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds to encode and decode one owner's keys at once, and one token at a time."""
@@ -156,16 +167,13 @@ def measure_codec(num_heads: int, head_dim: int, num_tokens: int, rounds: int) -
         codec = GroupCodec.along("token", bits, head_dim, head_dim)  # groups that a single token fills
         encoded = codec.encode(states)
         results[f"int{bits} encode"] = race(
-            lambda codec=codec: codec.encode(states),
-            lambda codec=codec: torch.cat([codec.encode(token).codes for token in states.split(1, dim=2)], dim=2),
+            partial(codec.encode, states),
+            partial(_encode_token_by_token, codec, states),
             rounds,
         )
         results[f"int{bits} decode"] = race(
-            lambda codec=codec, encoded=encoded: codec.decode(encoded, states.dtype),
-            lambda codec=codec, encoded=encoded: torch.cat(
-                [codec.decode(codec.cut(encoded, token, token + 1), states.dtype) for token in range(num_tokens)],
-                dim=2,
-            ),
+            partial(codec.decode, encoded, states.dtype),
+            partial(_decode_token_by_token, codec, encoded, num_tokens, states.dtype),
             rounds,
         )
     return results
@@ -265,10 +273,12 @@ def run(arguments: argparse.Namespace) -> None:
     windows = cut_windows(tokenizer, read_texts(arguments.text), arguments.length, arguments.windows)
     config, settings = model.config, all_settings()
     logger.info("%d windows of %d tokens, %d settings", *windows.shape, len(settings))
+    num_heads, head_dim = config.num_key_value_heads, config.head_dim
+    assert num_heads is not None and head_dim is not None  # the configuration fills them in
     results = {
         "settings": [asdict(setting) for setting in settings],
         "arguments": {name: str(value) for name, value in vars(arguments).items() if name != "text"},
-        "codec": measure_codec(config.num_key_value_heads, config.head_dim, arguments.codec_tokens, arguments.rounds),
+        "codec": measure_codec(num_heads, head_dim, arguments.codec_tokens, arguments.rounds),
         "bytes": measure_bytes(config, settings),
         "perplexity": measure_perplexity(model, windows, settings, arguments.chunk_size),
     }

@@ -15,5 +15,5 @@ def compile_config(device: torch.device) -> CompileConfig:
     if device.type == "cuda":
         return CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead")
     config = CompileConfig(fullgraph=True, dynamic=False, mode="default")
-    config._compile_all_devices = True
+    config._compile_all_devices = True  # type: ignore[assignment]  # declared without a type
     return config
