@@ -9,11 +9,13 @@ the last tokens in as much memory. Each writes JSON and a picture.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import math
 import statistics
 import time
 from array import array
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,30 +54,54 @@ def build_model(arguments: argparse.Namespace) -> LCKVLlamaForCausalLM:
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Streams; returns what was seen."""
-    model = build_model(arguments)
-    cache = SinkKVCache(model.config, num_sinks=arguments.sinks, window=arguments.window)
-    tokens = stream(model, torch.tensor([[1]]), cache, sampling=Sampling(seed=0))
-    process = psutil.Process()
-    seconds, cache_bytes, rss = (array(kind, [0]) * arguments.tokens for kind in "dqq")  # so that they do not grow
-    start, console = time.process_time(), Console(stderr=True)
-    for step, _ in enumerate(track(islice(tokens, arguments.tokens), "streaming", arguments.tokens, console=console)):
-        seconds[step] = time.process_time() - start
+    """Streams; returns what was seen.
+
+    Other load on the machine comes and goes while tens of thousands of tokens are streamed. So the last of them take
+    turns with those of a second stream that has only just filled its cache.
+    """
+    model, process, num_tokens = build_model(arguments), psutil.Process(), arguments.tokens
+    full = arguments.sinks + arguments.window + WARM_UP
+    num_turns = min(2000, (num_tokens - full) // 2)
+    if num_turns < 1:
+        raise SystemExit(f"--tokens {num_tokens}: allowed is {full + 2} or more, to see the full cache")
+    (old, cache), (young, _) = start_stream(arguments, model), start_stream(arguments, model)
+    seconds, cache_bytes, rss = (array(kind, [0]) * num_tokens for kind in "dqq")  # so that they do not grow
+    turns, console = array("d"), Console(stderr=True)
+    for step in track(range(num_tokens), "streaming", console=console):
+        seconds[step] = time_token(old)
         cache_bytes[step], rss[step] = cache.num_bytes(), process.memory_info().rss
-        start = time.process_time()
-    return summarize_memory(arguments, cache, list(seconds), list(cache_bytes), list(rss))
+        if step >= num_tokens - num_turns:
+            if not turns:
+                collections.deque(islice(young, full), maxlen=0)
+            turns.append(time_token(young))
+    return summarize_memory(arguments, cache, list(seconds), list(turns), list(cache_bytes), list(rss))
+
+
+def start_stream(arguments: argparse.Namespace, model: LCKVLlamaForCausalLM) -> tuple[Iterator[int], KVCache]:
+    """An endless text, and the cache that it is in."""
+    cache = SinkKVCache(model.config, num_sinks=arguments.sinks, window=arguments.window)
+    return stream(model, torch.tensor([[1]]), cache, sampling=Sampling(seed=0)), cache
+
+
+def time_token(tokens: Iterator[int]) -> float:
+    """Seconds of CPU time for the next token."""
+    start = time.process_time()
+    next(tokens)
+    return time.process_time() - start
 
 
 def summarize_memory(
-    arguments: argparse.Namespace, cache: KVCache, seconds: list[float], cache_bytes: list[int], rss: list[int]
+    arguments: argparse.Namespace,
+    cache: KVCache,
+    seconds: list[float],
+    turns: list[float],
+    cache_bytes: list[int],
+    rss: list[int],
 ) -> dict[str, Any]:
     """The figures that matter: sizes once the cache is full, and the last tokens against the first."""
-    full = arguments.sinks + arguments.window + WARM_UP
-    span = min(2000, (len(seconds) - full) // 2)
-    if span < 1:
-        raise SystemExit(f"--tokens {len(seconds)}: allowed is {full + 2} or more, to see the full cache")
-    first = statistics.median(seconds[full : full + span])
-    last = statistics.median(seconds[-span:])
+    full, num_turns = arguments.sinks + arguments.window + WARM_UP, len(turns)
+    young, last = statistics.median(turns), statistics.median(seconds[-num_turns:])
+    first = statistics.median(seconds[full : full + num_turns])
     return {
         "layer_types": arguments.layer_types,
         "num_sinks": arguments.sinks,
@@ -83,10 +109,11 @@ def summarize_memory(
         "num_tokens": len(seconds),
         "cache_bytes_when_full": sorted(set(cache_bytes[full:])),
         "planned_bytes": cache.planned_bytes(len(seconds), 1, torch.float32),
-        "rss_bytes": {"first": rss[full], "last": rss[-1], "growth": rss[-1] - rss[full]},
-        "compared_tokens": span,
-        "milliseconds_per_token": {"first": 1e3 * first, "last": 1e3 * last},
+        "rss_bytes": {"first": rss[full], "last": rss[-num_turns - 1], "last_with_second_stream": rss[-1]},
+        "compared_tokens": num_turns,
+        "milliseconds_per_token": {"first": 1e3 * first, "last": 1e3 * last, "second_stream": 1e3 * young},
         "time_ratio": last / first,
+        "time_ratio_taking_turns": last / young,
         "curves": {
             "milliseconds": [1e3 * value for value in thin(seconds)],
             "cache_bytes": thin(cache_bytes, max),
@@ -104,23 +131,18 @@ def thin(values: list[Any], merge: Any = statistics.median, num_points: int = 20
 def plot_memory(result: dict[str, Any], path: Path) -> None:
     """Time and memory against tokens."""
     plt = load_pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    curves, num_tokens = result["curves"], result["num_tokens"]
-    for axis, name, scale, unit in (
-        (left, "milliseconds", 1, "CPU time per token (ms)"),
-        (right, "rss_bytes", 2**20, "memory of the process (MiB)"),
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axis, name, scale, unit in zip(
+        axes,
+        ("milliseconds", "cache_bytes", "rss_bytes"),
+        (1, 2**10, 2**20),
+        ("CPU time per token (ms)", "cache (KiB)", "memory of the process (MiB)"),
+        strict=True,
     ):
-        values = [value / scale for value in curves[name]]
-        axis.plot([num_tokens * (i + 1) / len(values) for i in range(len(values))], values, color="#1f6f8b")
+        values = [value / scale for value in result["curves"][name]]
+        axis.plot([result["num_tokens"] * (i + 1) / len(values) for i in range(len(values))], values, color="#1f6f8b")
         axis.set(xlabel="tokens streamed", ylabel=unit, ylim=(0, 1.3 * max(values)))
-    twin = right.twinx()
-    values = [value / 2**20 for value in curves["cache_bytes"]]
-    twin.plot([num_tokens * (i + 1) / len(values) for i in range(len(values))], values, color="#c8553d")
-    twin.set(ylabel="cache (MiB)", ylim=(0, 1.3 * max(values)))
-    twin.yaxis.label.set_color("#c8553d")
-    right.yaxis.label.set_color("#1f6f8b")
-    for axis in (left, right, twin):
-        axis.spines["top"].set_visible(False)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
@@ -131,9 +153,14 @@ def print_memory(result: dict[str, Any]) -> None:
         table.add_column(column, justify="right" if column else "left")
     times, rss = result["milliseconds_per_token"], result["rss_bytes"]
     table.add_row("CPU ms per token", f"{times['first']:.3f}", f"{times['last']:.3f}")
+    table.add_row("CPU ms per token, taking turns", f"{times['second_stream']:.3f}", f"{times['last']:.3f}")
     table.add_row("process, MiB", f"{rss['first'] / 2**20:.1f}", f"{rss['last'] / 2**20:.1f}")
     table.add_row("cache, bytes", *(str(size) for size in (result["cache_bytes_when_full"] * 2)[:2]))
-    Console().print(table, f"time ratio {result['time_ratio']:.3f}, planned bytes {result['planned_bytes']}")
+    Console().print(table)
+    Console().print(
+        f"time ratio {result['time_ratio']:.3f}, taking turns {result['time_ratio_taking_turns']:.3f}; "
+        f"planned bytes {result['planned_bytes']}"
+    )
 
 
 # --- perplexity ----------------------------------------------------------------------------------------------------
@@ -177,12 +204,24 @@ def measure_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = take_rows(arguments, tokenizer).to(model.device)
     curves = {}
     for name, cache in make_caches(arguments, model.config).items():
-        num_tokens = min(rows.shape[1], arguments.dense_length) if name == "dense" else rows.shape[1]
-        scores = score_stream(model, rows[:, :num_tokens], cache)
-        progress = track(scores, name, total=num_tokens - 1, console=Console(stderr=True))
+        scores = score_in_chunks(model, rows, cache) if name == "dense" else score_stream(model, rows, cache)
+        progress = track(scores, name, total=rows.shape[1] - 1, console=Console(stderr=True))
         losses = torch.stack([loss.mean() for loss in progress]).tolist()
         curves[name] = {"losses": losses, "cache_bytes": cache.num_bytes()}
     return summarize_perplexity(arguments, curves)
+
+
+@torch.inference_mode()
+def score_in_chunks(model: LCKVLlamaForCausalLM, rows: torch.Tensor, cache: KVCache) -> Iterator[torch.Tensor]:
+    """What `score_stream` yields, many tokens at a time, which is exact as long as nothing is dropped."""
+    logits = None
+    for chunk in rows.split(200, dim=1):
+        outputs = model(chunk, past_key_values=cache).logits
+        behind = outputs[:, :-1] if logits is None else torch.cat([logits, outputs[:, :-1]], dim=1)
+        scored = chunk[:, chunk.shape[1] - behind.shape[1] :]
+        losses = torch.nn.functional.cross_entropy(behind.flatten(0, 1), scored.flatten(), reduction="none")
+        yield from losses.view_as(scored).unbind(dim=1)
+        logits = outputs[:, -1:]
 
 
 def summarize_perplexity(arguments: argparse.Namespace, curves: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +249,9 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
     axis.axvline(result["sinks"] + result["window"], color="#bbbbbb", linestyle="--", linewidth=1)
     axis.annotate("cache full", (result["sinks"] + result["window"], 0.9), xycoords=("data", "axes fraction"))
     axis.set(xlabel="position in the text (tokens)", ylabel="perplexity", yscale="log")
-    axis.legend(loc="center right", frameon=False)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -254,7 +295,6 @@ def parse_arguments() -> argparse.Namespace:
     perplexity.add_argument("--model", required=True, help="a run, a folder with a model, or a GGUF file")
     perplexity.add_argument("--text", help="a text file (txt, jsonl, parquet); by default the Bible")
     perplexity.add_argument("--length", type=int, default=3000, help="tokens to read")
-    perplexity.add_argument("--dense-length", type=int, default=1500, help="tokens to read with all in the cache")
     perplexity.add_argument("--batch", type=int, default=4, help="stretches of text to read side by side")
     perplexity.add_argument("--bin", type=int, default=100, help="tokens for each point of the curve")
     perplexity.add_argument("--dtype", default="float32")
