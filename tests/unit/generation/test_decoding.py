@@ -29,4 +29,4 @@ def test_generate_with_a_compiled_static_cache_equals_the_dynamic_one(layer_type
 def test_only_a_gpu_gets_cuda_graphs():
     assert compile_config(torch.device("cuda")).mode == "reduce-overhead"
     on_cpu = compile_config(torch.device("cpu"))
-    assert (on_cpu.mode, on_cpu._compile_all_devices) == ("default", True)
+    assert (on_cpu.mode, on_cpu._compile_all_devices) == (None, True)
