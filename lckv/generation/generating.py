@@ -210,9 +210,13 @@ def _check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
 
 
 def _pad_token_id(model: PreTrainedModel) -> int:
-    """What fills rows up; any token will do, as nothing attends to it."""
+    """What fills rows up; any token that the model knows will do, as nothing attends to it.
+
+    Some models name one that they do not know: -1, or a token that was added to the tokenizer alone.
+    """
     pad_token_id = model.generation_config.pad_token_id
-    return 0 if pad_token_id is None else int(pad_token_id)
+    is_known = pad_token_id is not None and 0 <= pad_token_id < model.config.vocab_size
+    return int(pad_token_id) if is_known else 0
 
 
 def _cut_at_eos(rows: list[list[int]], eos_token_id: int | list[int] | None) -> list[list[int]]:

@@ -267,6 +267,19 @@ def test_tokens_that_the_model_does_not_know():
         generate_batch(model, [[3, 10]], build_cache("dynamic", model.config), DecodingOptions(), 5)
 
 
+@pytest.mark.parametrize("pad_token_id", [-1, 300, 299])
+def test_prompts_are_filled_up_with_a_token_that_the_model_knows(pad_token_id):
+    model = exact_model()
+    prompts = [token_ids(1, length, seed=length)[0].tolist() for length in (3, 9)]
+    expected = [
+        generate_batch(model, [prompt], build_cache("dynamic", model.config), DecodingOptions(), 4).new_tokens[0]
+        for prompt in prompts
+    ]
+    model.generation_config.pad_token_id = pad_token_id
+    generation = generate_batch(model, prompts, build_cache("dynamic", model.config), DecodingOptions(), 4)
+    assert generation.new_tokens == expected
+
+
 def test_what_follows_the_end_of_a_text_is_cut_off():
     model = exact_model()
     prompts = [token_ids(1, length, seed=length)[0].tolist() for length in (3, 9)]
