@@ -61,11 +61,12 @@ class Candidate:
         Raises:
             UserError: if the model or the options are not fit for the cache.
         """
-        cache_class, options = CACHES[self.cache.name], dict(self.cache.options)
+        options = dict(self.cache.options)
         if "max_length" in option_names(self.cache.name):
             options.setdefault("max_length", max_length)
         if base is None:
             return build_cache(self.cache.name, self.config, **options)
+        cache_class = CACHES[self.cache.name].class_for(options)
         mixed = type(f"{base.__name__}{cache_class.__name__}", (base, cache_class), {})
         return mixed(self.config, **options)
 

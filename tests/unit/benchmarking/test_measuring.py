@@ -49,11 +49,21 @@ def given_to_attention(config, length):
     return num_keys * 2 * config.num_key_value_heads * config.head_dim * 4
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "paged", "sink", "quantized"])
+SMALL_GROUPS = {"group_size": 8, "residual_length": 8}
+EVERY_CACHE = [
+    ("dynamic", {}),
+    ("static", {}),
+    ("paged", {}),
+    ("sink", {"window": 6, "num_sinks": 2}),
+    ("quantized", SMALL_GROUPS),
+    ("quantized", SMALL_GROUPS | {"layout": "paged"}),
+]
+
+
+@pytest.mark.parametrize(("cache", "options"), EVERY_CACHE)
 @pytest.mark.parametrize("layer_types", ["0_1_2_3", "0s_1s_2_2", "0_3_3_3_4"])
-def test_measured_bytes_of_every_cache_are_those_it_plans(cache, layer_types):
-    small = {"quantized": {"group_size": 8, "residual_length": 8}, "sink": {"window": 6, "num_sinks": 2}}
-    bench = bench_of(layer_types, cache, **small.get(cache, {}))
+def test_measured_bytes_of_every_cache_are_those_it_plans(cache, options, layer_types):
+    bench = bench_of(layer_types, cache, **options)
     bench.inspect()
     assert bench.result.error is None
     assert bench.result.resident_bytes == bench.planned_bytes(12, 1)
