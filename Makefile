@@ -68,7 +68,7 @@ wheel: $(STAMP) ## build the wheel and the source archive into dist/
 wheel-smoke: $(STAMP) ## build the wheel and train from it in an empty folder
 	$(RUN) -m pytest tests/e2e/test_wheel.py
 
-bench: $(STAMP) ## measure what docs/benchmarks.md reports
+bench: $(STAMP) ## measure training steps against transformers' Llama
 	$(RUN) scripts/bench.py
 
 bench-decode: $(STAMP) ## measure decoding of five families in one KV budget, into runs/

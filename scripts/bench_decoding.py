@@ -2,7 +2,8 @@
 
 transformers' own Llama with its dynamic cache is the yardstick; beside it stand the same weights in our model with the
 dynamic cache, and with the static cache and compiled steps. Every figure is tokens per second of transformers'
-`generate()` behind the prompt, the time of a run with one new token taken off. The ways take turns.
+`generate()` behind the prompt, the time of a run with one new token taken off; or with `--bare` of a loop that does
+nothing but run the model and take the likeliest token. The ways take turns.
 """
 
 from __future__ import annotations
@@ -54,6 +55,36 @@ def ways_of(model: PreTrainedModel, input_ids: torch.Tensor, max_length: int) ->
     return {"transformers' Llama, dynamic": with_transformers, "dynamic": dynamic, "static, compiled": compiled}
 
 
+def bare_ways_of(model: PreTrainedModel, input_ids: torch.Tensor, max_length: int) -> dict[str, Generate]:
+    """The same as [`ways_of`] without `generate()`."""
+    llama = transformers_llama(model)
+    static = build_cache("static", model.config, max_length=max_length)
+    step = torch.compile(model.__call__, **compile_config(model.device).to_dict())
+
+    def with_transformers(num_tokens: int) -> torch.Tensor:
+        return decode(llama, llama, input_ids, num_tokens, DynamicCache(config=llama.config))
+
+    def dynamic(num_tokens: int) -> torch.Tensor:
+        return decode(model, model, input_ids, num_tokens, build_cache("dynamic", model.config))
+
+    def compiled(num_tokens: int) -> torch.Tensor:
+        static.reset()
+        return decode(model, step, input_ids, num_tokens, static)
+
+    return {"transformers' Llama, dynamic": with_transformers, "dynamic": dynamic, "static, compiled": compiled}
+
+
+@torch.no_grad()
+def decode(model: Any, step: Any, input_ids: torch.Tensor, num_tokens: int, cache: object) -> torch.Tensor:
+    """Greedy, exactly `num_tokens` tokens, with `model` for the prompt and `step` for what follows."""
+    tokens = [input_ids]
+    logits = model(input_ids, past_key_values=cache, logits_to_keep=1).logits
+    for _ in range(num_tokens - 1):
+        tokens.append(logits[:, -1:].argmax(-1))
+        logits = step(tokens[-1], past_key_values=cache, logits_to_keep=1).logits
+    return torch.cat([*tokens, logits[:, -1:].argmax(-1)], dim=1)
+
+
 def generate(model: Any, input_ids: torch.Tensor, num_tokens: int, cache: object, **options: object) -> torch.Tensor:
     """Greedy, exactly `num_tokens` tokens."""
     return model.generate(
@@ -81,6 +112,7 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=256, help="of the static cache")
+    parser.add_argument("--bare", action="store_true", help="without transformers' generate()")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--num-threads", type=int, default=2)
     args = parser.parse_args()
@@ -89,7 +121,7 @@ def main() -> None:
     model, _ = load_model(args.model, dtype=args.dtype)
     assert isinstance(model.config, LCKVLlamaConfig)
     input_ids = torch.randint(model.config.vocab_size, (1, args.prompt_length))
-    ways = ways_of(model, input_ids, args.max_length)
+    ways = (bare_ways_of if args.bare else ways_of)(model, input_ids, args.max_length)
     texts = {name: way(args.new_tokens) for name, way in ways.items()}  # compiles, too
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in track(range(args.rounds), description="rounds"):

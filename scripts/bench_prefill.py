@@ -88,7 +88,7 @@ def compare(
 ) -> tuple[float, list[Result]]:
     """Times the ways in turn; returns the exact prefill's CPU time and every way's result."""
     exact_report, exact, exact_seconds = run(model, input_ids, Way(chunk_size=1, forward_passes=0))
-    expected = exact_report.logits.float()
+    expected = exact_report.logits.double()
     results: dict[Way, Result] = {}
     for _ in track(range(rounds), description="rounds"):
         for way in ways:
@@ -96,7 +96,7 @@ def compare(
             if way in results:
                 results[way].seconds.append(seconds)
                 continue
-            logits = report.logits.float()
+            logits = report.logits.double()
             results[way] = Result(
                 way,
                 [seconds],
