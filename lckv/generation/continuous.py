@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -149,6 +150,7 @@ class ContinuousBatcher:
         self.outputs: dict[str, GenerationOutput] = {}
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []  # in the order in which they joined
+        self._untold: deque[tuple[_Request, int]] = deque()
 
     def add_request(
         self,
@@ -164,7 +166,7 @@ class ContinuousBatcher:
 
         Args:
             prompt_ids: its prompt.
-            request_id: its name; by default a number.
+            request_id: its name; by default a number that is not taken.
             max_new_tokens: after how many tokens it ends; by default as `generation_config` says, or 20.
             generation_config: options of `generate()` for this request.
             seed: for sampling that does not depend on the other requests.
@@ -178,7 +180,7 @@ class ContinuousBatcher:
                 are not those of one greedy or sampled sequence.
         """
         prompt = [int(token) for token in prompt_ids]
-        name = str(self._num_requests()) if request_id is None else request_id
+        name = self._new_name() if request_id is None else request_id
         self._check_prompt(name, prompt)
         config = self._prepare_config(generation_config or self.generation_config)
         if max_new_tokens is None:
@@ -198,16 +200,22 @@ class ContinuousBatcher:
         return name
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request; what it has so far is its output."""
+        """Ends a request, unless it has ended already; what it has so far is its output.
+
+        Raises:
+            UserError: if there never was such a request.
+        """
+        if request_id in self.outputs:
+            return
         for request in [*self._running, *self._waiting]:
             if request.name == request_id:
                 self._end(request, "cancelled")
                 return
-        raise UserError(f"cancel({request_id!r}): there is no such request waiting or running")
+        raise UserError(f"cancel({request_id!r}): there is no such request")
 
     def has_work(self) -> bool:
-        """Whether a request is waiting or running."""
-        return bool(self._waiting or self._running)
+        """Whether a request is waiting or running, or has a token that its callback was not told."""
+        return bool(self._waiting or self._running or self._untold)
 
     def run(self) -> dict[str, GenerationOutput]:
         """Makes steps until every request has ended, and returns all outputs by the requests' names."""
@@ -220,16 +228,22 @@ class ContinuousBatcher:
         """Makes a token for each running request, and goes on with the prompts of those that join."""
         start_time = time.perf_counter()
         num_decoded = self._decode()
+        self._tell()
         self._prefill(max(1, self.tokens_per_step - num_decoded))
+        self._tell()
         statistics = self.statistics
         statistics.num_steps += 1
         statistics.seconds += time.perf_counter() - start_time
 
-    def _num_requests(self) -> int:
-        return len(self.outputs) + len(self._waiting) + len(self._running)
+    def _is_taken(self, name: str) -> bool:
+        return name in self.outputs or any(name == request.name for request in [*self._waiting, *self._running])
+
+    def _new_name(self) -> str:
+        first = len(self.outputs) + len(self._waiting) + len(self._running)
+        return next(name for name in map(str, count(first)) if not self._is_taken(name))
 
     def _check_prompt(self, name: str, prompt: list[int]) -> None:
-        if name in self.outputs or any(name == request.name for request in [*self._waiting, *self._running]):
+        if self._is_taken(name):
             raise UserError(f"request {name!r}: there is one of that name")
         if not prompt:
             raise UserError(f"request {name!r}: the prompt is empty: give at least one token")
@@ -429,11 +443,19 @@ class ContinuousBatcher:
                 continue
             request.tokens.append(token)
             self.statistics.num_generated_tokens += 1
-            is_done = request.state.update_and_check_completion(token, None)
+            self._untold.append((request, token))
+            if request.state.update_and_check_completion(token, None):
+                self._end(request, None)
+
+    def _tell(self) -> None:
+        """Calls back for the tokens of this step, and those left of one that a callback ended by raising.
+
+        What a callback may change, by cancelling requests or adding some, is not in use now.
+        """
+        while self._untold:
+            request, token = self._untold.popleft()
             if request.on_token is not None:
                 request.on_token(request.name, token)
-            if is_done:
-                self._end(request, None)
 
     def _choose(self, requests: list[_Request], logits: torch.Tensor) -> list[int]:
         """The next token of each request, as `generate()` would choose it."""
@@ -450,7 +472,9 @@ class ContinuousBatcher:
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=request.generator))
 
     def _end(self, request: _Request, error: str | None) -> None:
-        """Takes a request out, and its pages with it."""
+        """Takes a request out, and its pages with it; once is enough."""
+        if request.name in self.outputs:
+            return
         if request in self._running:
             self._running.remove(request)
         elif request in self._waiting:

@@ -139,8 +139,62 @@ def test_cancelled_requests_leave_at_once():
     outputs = batcher.run()
     assert outputs["0"].error == outputs["1"].error == "cancelled" and len(outputs["0"].generated_tokens) == 1
     assert outputs["2"].generated_tokens == alone(model, prompts[2], max_new_tokens=5)
-    with pytest.raises(UserError, match="cancel\\('2'\\)"):
-        batcher.cancel("2")
+    batcher.cancel("2")  # ended before
+    assert outputs["2"].error is None and batcher.statistics.num_finished == 1 and batcher.statistics.num_failed == 2
+    with pytest.raises(UserError, match="cancel\\('3'\\)"):
+        batcher.cancel("3")
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_callback_that_raises_costs_no_request_a_token(at):
+    model, prompts, seen = exact_model("0_0_2_2"), make_prompts()[:3], {}
+    model.generation_config.eos_token_id = None
+
+    def on_token(name, token):
+        seen.setdefault(name, []).append(token)
+        if name == "0" and len(seen[name]) == at:  # at 3 with the last token
+            raise OSError("the line is dead")
+
+    batcher = ContinuousBatcher(model, PagedKVCache(model.config, page_size=4), on_token=on_token)
+    for prompt, count in zip(prompts, [3, 3, 6], strict=True):
+        batcher.add_request(prompt, max_new_tokens=count)
+    with pytest.raises(OSError, match="the line is dead"):
+        batcher.run()
+    check_all(model, batcher, prompts, [3, 3, 6])
+    assert seen == {name: output.generated_tokens for name, output in batcher.outputs.items()}
+    assert batcher.statistics.num_finished == 3
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_callbacks_may_cancel_requests(at):
+    model, prompts = exact_model("0_0_2_2"), make_prompts()
+    model.generation_config.eos_token_id = None
+    seen = []
+
+    def on_token(name, token):
+        seen.append(name)
+        if name == "0" and seen.count("0") == at:  # at 4 with the last token
+            batcher.cancel("0")
+            batcher.cancel("4")
+
+    batcher = ContinuousBatcher(model, tokens_per_step=30, on_token=on_token)
+    for prompt in prompts:
+        batcher.add_request(prompt, max_new_tokens=4)
+    outputs = batcher.run()
+    assert len(outputs["0"].generated_tokens) == at and outputs["0"].error == (None if at == 4 else "cancelled")
+    for name in "1235":
+        assert outputs[name].generated_tokens == alone(model, prompts[int(name)], max_new_tokens=4)
+    statistics = batcher.statistics
+    assert statistics.num_finished + statistics.num_failed == len(prompts) and not batcher.has_work()
+    assert batcher.cache.num_used_pages() == 0
+
+
+def test_names_that_are_given_are_not_given_again():
+    model = exact_model("0_0_2_2")
+    batcher = ContinuousBatcher(model)
+    batcher.add_request([5], "1", max_new_tokens=1)
+    names = [batcher.add_request([5, 6], max_new_tokens=1) for _ in range(3)]
+    assert len({"1", *names}) == 4 and set(batcher.run()) == {"1", *names}
 
 
 def test_a_step_that_breaks_off_can_be_taken_again():
