@@ -808,4 +808,5 @@ class PagedKVCache(KVCache):
 
     def fork(self) -> Self:
         """A cache with the same content; what is done to one from now on does not disturb the other."""
-        return copy.deepcopy(self, {id(self.config): self.config, id(self.plan): self.plan})
+        with torch.inference_mode(False):  # so that the copies can be written to in and outside of that mode
+            return copy.deepcopy(self, {id(self.config): self.config, id(self.plan): self.plan})

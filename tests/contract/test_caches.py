@@ -385,11 +385,12 @@ def test_what_inference_mode_has_filled_can_be_continued_outside(name, mode):
     with torch.inference_mode():
         cache = new_cache(name, model)
         feed(model, cache, rows)
-        fork = cache.fork()
-        fork.batch_select_indices(torch.tensor([1]))
+        fork, one_row = cache.fork(), cache.fork()
+        one_row.batch_select_indices(torch.tensor([1]))
     with mode():
-        check_continuation(model, cache, rows, token_ids(2, 3, seed=1))
-        check_continuation(model, fork, rows[1:], token_ids(1, 3, seed=1))
+        for branch in (cache, fork):
+            check_continuation(model, branch, rows, token_ids(2, 3, seed=1))
+        check_continuation(model, one_row, rows[1:], token_ids(1, 3, seed=1))
 
 
 # --- 5. saving -----------------------------------------------------------------------------------------------------
