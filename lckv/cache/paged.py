@@ -675,13 +675,11 @@ class PagedKVCache(KVCache):
         self._check_no_batch()
         hashes = [] if token_ids is None else extend_hashes([], token_ids[:-1], self.page_size)
         sequence = book.new_sequence(name)
-        while hashes:
-            pages = [group.find(hashes) for group in book.groups]
-            if all(found is not None for found in pages):
-                sequence.tables = [group.adopt(found or {}) for group, found in zip(book.groups, pages, strict=True)]
-                sequence.hashes, sequence.length = hashes, len(hashes) * self.page_size
-                break
-            hashes = hashes[:-1]
+        known = zip(*(group.find_beginnings(hashes) for group in book.groups), strict=True)
+        num_pages = max((num for num, is_known in enumerate(known, 1) if all(is_known)), default=0)
+        if num_pages:
+            sequence.hashes, sequence.length = hashes[:num_pages], num_pages * self.page_size
+            sequence.tables = [group.adopt(sequence.hashes) for group in book.groups]
         book.named[name] = sequence
         return sequence.length
 

@@ -263,18 +263,27 @@ class PageGroup:
             if index < len(hashes) and index * self.page_size >= table.first_kept:
                 self.allocator.register(page, hashes[index])
 
-    def find(self, hashes: Sequence[bytes]) -> dict[int, int] | None:
-        """The pages that a sequence which begins with these full pages needs; `None` if one is not there."""
-        length = len(hashes) * self.page_size
-        first_index = 0 if self.window is None else max(0, length - self.window + 1) // self.page_size
-        pages = {index: self.allocator.find(hashes[index]) for index in range(first_index, len(hashes))}
-        found = {index: page for index, page in pages.items() if page is not None}
-        return found if len(found) == len(pages) else None
+    def _first_needed(self, num_pages: int) -> int:
+        """The first page that a sequence needs which begins with as many full pages."""
+        return 0 if self.window is None else max(0, num_pages * self.page_size - self.window + 1) // self.page_size
 
-    def adopt(self, pages: dict[int, int]) -> BlockTable:
-        """A table of a new sequence that starts with these pages."""
-        first_kept = min(pages, default=0) * self.page_size
-        return BlockTable({index: self.allocator.retain(page) for index, page in pages.items()}, first_kept)
+    def find_beginnings(self, hashes: Sequence[bytes]) -> list[bool]:
+        """Whether all that a sequence needs is there if it begins with the first page, the first two, and so on."""
+        num_found, beginnings = 0, []  # without a gap, the last one included
+        for num_pages, key in enumerate(hashes, 1):
+            num_found = 0 if self.allocator.find(key) is None else num_found + 1
+            beginnings.append(num_found >= num_pages - self._first_needed(num_pages))
+        return beginnings
+
+    def adopt(self, hashes: Sequence[bytes]) -> BlockTable:
+        """A table of a new sequence that begins with these full pages; `find_beginnings` has found them."""
+        table = BlockTable()
+        for index in range(self._first_needed(len(hashes)), len(hashes)):
+            page = self.allocator.find(hashes[index])
+            assert page is not None
+            table.pages[index] = self.allocator.retain(page)
+        table.first_kept = min(table.pages, default=0) * self.page_size
+        return table
 
 
 @dataclass

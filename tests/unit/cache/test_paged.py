@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lckv.cache import PagedKVCache, load_cache, save_cache
-from lckv.cache.pages import OutOfPagesError
+from lckv.cache.pages import OutOfPagesError, PageAllocator
 from lckv.errors import UserError
 from tests.reference import PATTERNS, exact_logits, tiny_model, token_ids
 
@@ -133,6 +133,21 @@ def test_an_equal_beginning_is_computed_once(layer_types):
     texts.tokens["d"] = prompt[:8]
     texts.check(d=2)
     assert texts.cache.add("e", prompt[:8]) in (0, 4)  # one token is left to compute
+
+
+@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0s_1s_2_2", "0s_0s_2s_2s"])
+def test_looking_for_a_beginning_takes_time_in_proportion_to_the_prompt(layer_types, monkeypatch):
+    cache = PagedKVCache(tiny_model(layer_types).config, page_size=2)
+    num_asked, find = 0, PageAllocator.find
+
+    def counted(allocator, key):
+        nonlocal num_asked
+        num_asked += 1
+        return find(allocator, key)
+
+    monkeypatch.setattr(PageAllocator, "find", counted)
+    assert cache.add("a", list(range(3, 403))) == 0
+    assert 0 < num_asked <= 2 * 200
 
 
 def test_pages_change_hands_and_are_not_found_by_their_old_hash():

@@ -93,10 +93,10 @@ def test_equal_beginnings_are_found_in_windowed_layers_if_the_window_is_there():
     table.first_kept = 4
     hashes = extend_hashes([], range(8), 2)
     group.register(table, hashes)
-    assert group.find(hashes) == {3: table.pages[3]}  # the token behind these eight sees tokens 6 and 7
-    assert group.find(hashes[:3]) == {2: table.pages[2]}
-    assert group.find(hashes[:2]) is None  # tokens 2 and 3 were never written
-    adopted = group.adopt({3: table.pages[3]})
+    # The token behind four pages sees tokens 6 and 7, the one behind three 4 and 5; 2 and 3 were never written.
+    assert group.find_beginnings(hashes) == [False, False, True, True]
+    adopted = group.adopt(hashes)
+    assert adopted.pages == {3: table.pages[3]}
     assert adopted.first_kept == 6 and group.allocator.count_holders(table.pages[3]) == 2
 
 
