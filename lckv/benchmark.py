@@ -31,11 +31,12 @@ def main(cfg: BenchmarkConfig) -> None:
 
     caches = choose_caches(*cache_entries(cfg))
     models = _load_models(cfg, arguments)
-    results = measure(combine(models, caches), workload)
-    environment = Environment.of(next(iter(models.values())).device)
-    figures = as_dict(results, workload, environment)
-    folder.write(figures)
-    plot_results(results, workload, folder.plot)
+    with folder.claimed():
+        results = measure(combine(models, caches), workload)
+        environment = Environment.of(next(iter(models.values())).device)
+        figures = as_dict(results, workload, environment)
+        folder.write(figures)
+        plot_results(results, workload, folder.plot)
     console = new_console()
     if cfg.json:
         console.print_json(json.dumps(figures))

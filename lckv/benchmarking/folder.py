@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lckv.errors import UserError, near_miss
 
 PLOT_FORMATS = ("png", "svg", "pdf")
+_DEFAULT = Path("runs") / "benchmark"
 _RESULTS = "benchmark.json"
+
+logger = logging.getLogger(__name__)
 
 
 class OutputFolder:
     """Holds `benchmark.json` and the picture beside it.
 
     Args:
-        path: the folder; `None` takes the first of `runs/benchmark`, `runs/benchmark-2`, ... that has no results.
+        path: the folder; `None` takes the first of `runs/benchmark`, `runs/benchmark-2`, ... that does not exist.
         overwrite: whether the results of an earlier run there may be replaced.
         plot_format: of the picture.
 
@@ -32,11 +38,11 @@ class OutputFolder:
             raise UserError(f"plot_format={plot_format}: allowed are {', '.join(PLOT_FORMATS)}{hint}")
         if path is None and overwrite:
             raise UserError("overwrite=true: has no effect without output_dir; name the folder, or leave it out")
-        self.path = _first_free(Path("runs") / "benchmark") if path is None else Path(path)
-        self.plot = self.path / f"benchmark.{plot_format}"
-        if self.path.exists() and not self.path.is_dir():
+        self.path = _DEFAULT if path is None else Path(path)
+        self._is_named, self._overwrite, self._plot_format = path is not None, overwrite, plot_format
+        if path is not None and self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir={path}: is a file; name a folder")
-        if self.results.exists() and not overwrite:
+        if path is not None and self.results.exists() and not overwrite:
             raise UserError(
                 f"output_dir={path}: holds the results of an earlier run; name another folder, or give overwrite=true"
             )
@@ -46,14 +52,55 @@ class OutputFolder:
         """The file with the figures."""
         return self.path / _RESULTS
 
+    @property
+    def plot(self) -> Path:
+        """The file with the picture."""
+        return self.path / f"benchmark.{self._plot_format}"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder, so that no run that begins meanwhile takes it, too; if it stays empty, it goes again."""
+        is_new = not self._is_named or not self.path.exists()
+        if self._is_named:
+            self.path.mkdir(parents=True, exist_ok=True)
+        else:
+            self.path = _make_first_free(self.path)
+        try:
+            yield
+        finally:
+            if is_new and not any(self.path.iterdir()):
+                self.path.rmdir()
+
     def write(self, figures: dict[str, Any]) -> None:
-        """Writes the figures, whole or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Writes the figures, whole or not at all, inside `claimed`.
+
+        If another run has left its own there since this one began, it takes a numbered folder beside it.
+        """
+        if not self._overwrite and not _make_file(self.results):
+            taken, self.path = self.path, _make_first_free(self.path)
+            logger.warning("%s has got the results of another run meanwhile; these go to %s", taken, self.path)
         aside = self.path / f".{_RESULTS}.tmp"
         aside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         os.replace(aside, self.results)
 
 
-def _first_free(path: Path) -> Path:
+def _make_first_free(path: Path) -> Path:
+    """Makes the first of `path`, `path-2`, ... that does not exist; of several runs, each gets one of its own."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([path], numbered) if not (folder / _RESULTS).exists())
+    return next(folder for folder in itertools.chain([path], numbered) if _make_folder(folder))
+
+
+def _make_folder(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _make_file(path: Path) -> bool:
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

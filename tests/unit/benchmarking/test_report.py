@@ -141,7 +141,8 @@ def test_results_are_never_overwritten_unasked(tmp_path, monkeypatch):
     names = []
     for _ in range(3):
         folder = OutputFolder(None, overwrite=False, plot_format="png")
-        folder.write({"a": 1})
+        with folder.claimed():
+            folder.write({"a": 1})
         names.append(str(folder.path))
     assert names == ["runs/benchmark", "runs/benchmark-2", "runs/benchmark-3"]
     with pytest.raises(
@@ -149,9 +150,33 @@ def test_results_are_never_overwritten_unasked(tmp_path, monkeypatch):
     ):
         OutputFolder("runs/benchmark", overwrite=False, plot_format="png")
     replaced = OutputFolder("runs/benchmark", overwrite=True, plot_format="svg")
-    replaced.write({"a": 2})
+    with replaced.claimed():
+        replaced.write({"a": 2})
     assert json.loads(replaced.results.read_text()) == {"a": 2} and replaced.plot.name == "benchmark.svg"
     assert [path.name for path in replaced.path.iterdir()] == ["benchmark.json"]
+
+
+def test_runs_side_by_side_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (OutputFolder(None, overwrite=False, plot_format="png") for _ in range(2))
+    with first.claimed(), second.claimed():
+        second.write({"run": 2})
+        first.write({"run": 1})
+    assert (str(first.path), str(second.path)) == ("runs/benchmark", "runs/benchmark-2")
+    assert [json.loads(folder.results.read_text())["run"] for folder in (first, second)] == [1, 2]
+    with OutputFolder(None, overwrite=False, plot_format="png").claimed():
+        assert (tmp_path / "runs" / "benchmark-3").is_dir()
+    assert not (tmp_path / "runs" / "benchmark-3").exists()  # nothing was written
+
+
+def test_results_that_have_come_meanwhile_stay(tmp_path, caplog):
+    first, second = (OutputFolder(str(tmp_path / "out"), overwrite=False, plot_format="png") for _ in range(2))
+    with first.claimed(), second.claimed():
+        second.write({"run": 2})
+        first.write({"run": 1})
+    assert json.loads((tmp_path / "out" / "benchmark.json").read_text()) == {"run": 2}
+    assert json.loads((tmp_path / "out-2" / "benchmark.json").read_text()) == {"run": 1}
+    assert first.plot == tmp_path / "out-2" / "benchmark.png" and "these go to" in caplog.text
 
 
 @pytest.mark.parametrize(
