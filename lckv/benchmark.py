@@ -17,7 +17,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def main(cfg: BenchmarkConfig) -> None:
-    """Measures everything that the configuration names, prints tables, and writes the figures and a picture."""
+    """Measures everything that the configuration names, prints tables, and writes the figures and a picture.
+
+    Ctrl-C ends it with the figures of the rounds that were over.
+    """
     workload = build_workload(cfg)
     arguments = random_models(cfg)
     check_dtype(cfg.dtype)
@@ -27,22 +30,28 @@ def main(cfg: BenchmarkConfig) -> None:
     from lckv.benchmarking.candidates import choose_caches, combine
     from lckv.benchmarking.plots import plot_results
     from lckv.benchmarking.report import Environment, as_dict, new_console, print_report
-    from lckv.benchmarking.rounds import measure
+    from lckv.benchmarking.rounds import InterruptedMeasurement, measure
 
     caches = choose_caches(*cache_entries(cfg))
     models = _load_models(cfg, arguments)
+    interruption = None
     with folder.claimed():
-        results = measure(combine(models, caches), workload)
+        try:
+            results, num_rounds = measure(combine(models, caches), workload), workload.rounds
+        except InterruptedMeasurement as error:
+            results, num_rounds, interruption = error.results, error.num_rounds, error
         environment = Environment.of(next(iter(models.values())).device)
-        figures = as_dict(results, workload, environment)
+        figures = as_dict(results, workload, environment, num_rounds)
         folder.write(figures)
         plot_results(results, workload, folder.plot)
     console = new_console()
     if cfg.json:
         console.print_json(json.dumps(figures))
-        return
-    print_report(results, workload, environment, console)
-    console.print(f"written: {folder.results}, {folder.plot}")
+    else:
+        print_report(results, workload, environment, num_rounds, console)
+        console.print(f"written: {folder.results}, {folder.plot}")
+    if interruption is not None:
+        raise interruption
 
 
 def _load_models(cfg: BenchmarkConfig, arguments: dict[str, dict[str, Any]]) -> dict[str, Any]:

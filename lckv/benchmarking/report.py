@@ -51,11 +51,22 @@ def new_console() -> Console:
     return console
 
 
-def as_dict(results: Sequence[CandidateResult], workload: Workload, environment: Environment) -> dict[str, Any]:
-    """Everything, in base units: bytes, seconds, tokens. Ratios are to the first candidate."""
+def as_dict(
+    results: Sequence[CandidateResult], workload: Workload, environment: Environment, num_rounds: int
+) -> dict[str, Any]:
+    """Everything, in base units: bytes, seconds, tokens. Ratios are to the first candidate.
+
+    Args:
+        results: of all candidates.
+        workload: what they were to do.
+        environment: where.
+        num_rounds: how many rounds they did; fewer than the workload's if somebody interrupted them.
+    """
     return {
         "workload": asdict(workload),
         "environment": asdict(environment),
+        "num_rounds": num_rounds,
+        "is_interrupted": num_rounds < workload.rounds,
         "candidates": [_candidate(result, results[0], workload) for result in results],
     }
 
@@ -116,9 +127,13 @@ def planned_growth(result: CandidateResult, first: CandidateResult) -> float | N
 
 
 def print_report(
-    results: Sequence[CandidateResult], workload: Workload, environment: Environment, console: Console
+    results: Sequence[CandidateResult],
+    workload: Workload,
+    environment: Environment,
+    num_rounds: int,
+    console: Console,
 ) -> None:
-    """Prints the tables, why something failed, and what the figures mean."""
+    """Prints the tables, why something failed, and what the figures mean; the arguments are those of [`as_dict`]."""
     tables = [_time_table(results, workload), _bytes_table(results, workload)]
     if workload.kv_budget is not None:
         tables.insert(1, _budget_table(results, workload, workload.kv_budget))
@@ -127,8 +142,10 @@ def print_report(
         console.print()
     for line in failures(results):
         console.print(Text(line, style="red"))
+    if num_rounds < workload.rounds:
+        console.print(Text(f"interrupted after {num_rounds} of {workload.rounds} rounds", style="red"))
     console.print(
-        f"Medians of {workload.rounds} rounds in which the candidates took turns; x: the median of the ratios to the "
+        f"Medians of {num_rounds} rounds in which the candidates took turns; x: the median of the ratios to the "
         f"first within a round.\n{workload.prompt_length} tokens of prompt, {workload.new_tokens} decoding steps, "
         f"threads: {environment.num_threads}, {environment.device}, torch {environment.torch_version}.\n"
         "Bytes are those of the tensors; in brackets, the plan's where it differs. Peak: beyond the weights, cache "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 
 from lckv.benchmarking.candidates import Candidate
 from lckv.benchmarking.measuring import FAILURES, Bench, describe, release_memory
@@ -14,6 +15,19 @@ from lckv.errors import UserError
 logger = logging.getLogger(__name__)
 
 
+class InterruptedMeasurement(KeyboardInterrupt):
+    """Ctrl-C when at least one round was over.
+
+    Args:
+        results: of the rounds that all candidates have ended.
+        num_rounds: how many these are.
+    """
+
+    def __init__(self, results: list[CandidateResult], num_rounds: int) -> None:
+        super().__init__()
+        self.results, self.num_rounds = results, num_rounds
+
+
 def measure(candidates: Sequence[Candidate], workload: Workload) -> list[CandidateResult]:
     """Measures all candidates: bytes first, one after the other, then times in rounds.
 
@@ -21,15 +35,32 @@ def measure(candidates: Sequence[Candidate], workload: Workload) -> list[Candida
 
     Raises:
         UserError: if not one token of one sequence fits into the budget, and if every candidate has failed.
+        InterruptedMeasurement: for Ctrl-C after a round; before that, it passes as it is.
     """
     benches = [Bench(candidate, workload) for candidate in candidates]
     check_budget(benches, workload.kv_budget)
-    for bench, work in track(schedule(benches, workload.rounds), "measuring", len(benches) * (1 + workload.rounds)):
-        if bench.result.error is None:
-            _attempt(bench, work)
+    num_done, total = 0, len(benches) * (1 + workload.rounds)
+    try:
+        with closing(track(schedule(benches, workload.rounds), "measuring", total)) as turns:  # takes the bar away
+            for bench, work in turns:
+                if bench.result.error is None:
+                    _attempt(bench, work)
+                num_done += 1
+    except KeyboardInterrupt:
+        num_rounds = num_done // len(benches) - 1  # the first time round, bytes were counted
+        if num_rounds < 1:
+            raise
+        raise InterruptedMeasurement(_results(benches, num_rounds), num_rounds) from None
+    return _results(benches, workload.rounds)
+
+
+def _results(benches: Sequence[Bench], num_rounds: int) -> list[CandidateResult]:
+    """What is known after this many rounds."""
     results = [bench.result for bench in benches]
     if all(result.error is not None for result in results):
         raise UserError("; ".join(f"{result.label}: {result.error}" for result in results))
+    for result in results:
+        result.keep_rounds(num_rounds)
     return results
 
 

@@ -2,6 +2,10 @@
 
 import json
 
+import pytest
+
+from lckv import benchmark, cli
+from lckv.benchmarking.measuring import Bench
 from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.patterns import parse_layer_types
 from tests.reference import tiny_model
@@ -51,6 +55,28 @@ def test_one_json_object_for_other_programs_and_a_checkpoint(run_module, tmp_pat
         "lckv.benchmark: error: output_dir=out: holds the results of an earlier run; name another folder, or give "
         "overwrite=true\n"
     )
+
+
+def test_ctrl_c_writes_what_there_is(tmp_path, monkeypatch, capsys):
+    turns, run_round = [], Bench.run_round
+
+    def run(bench):
+        turns.append(run_round(bench))
+        if len(turns) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Bench, "run_round", run)
+    given = [each for each in TINY if not each.startswith(("num_threads", "rounds"))]
+    monkeypatch.setattr("sys.argv", ["benchmark", *given, "patterns=[llama,0_2_2_3]", "rounds=9"])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(benchmark.main, "benchmark")
+    assert caught.value.code == 130
+    assert "interrupted after 1 of 9 rounds" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "runs" / "benchmark" / "benchmark.json").read_text())
+    assert figures["is_interrupted"] and figures["num_rounds"] == 1
+    assert [len(each["prefill_seconds"]["rounds"]) for each in figures["candidates"]] == [1, 1]
+    assert (tmp_path / "runs" / "benchmark" / "benchmark.png").is_file()
 
 
 def save_tokenizer(folder):

@@ -8,7 +8,7 @@ from lckv.benchmarking.candidates import choose_caches, combine
 from lckv.benchmarking.measuring import Bench
 from lckv.benchmarking.recording import record_reads
 from lckv.benchmarking.results import Workload
-from lckv.benchmarking.rounds import measure, schedule
+from lckv.benchmarking.rounds import InterruptedMeasurement, measure, schedule
 from lckv.cache import CACHES, DynamicKVCache
 from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError
@@ -167,6 +167,36 @@ def test_measuring_follows_the_schedule(monkeypatch):
         times = zip(result.first_token_seconds, result.prefill_seconds, strict=True)
         assert all(first > prefill > 0 for first, prefill in times)
         assert [len(batch.seconds) for batch in result.batches] == [3, 3]
+
+
+def interrupt_turn(monkeypatch, number):
+    """Presses Ctrl-C at the end of this turn, counted over all rounds and candidates."""
+    turns, run_round = [], Bench.run_round
+
+    def run(bench):
+        turns.append(run_round(bench))
+        if len(turns) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "run_round", run)
+
+
+def test_ctrl_c_leaves_the_rounds_that_all_candidates_have_ended(monkeypatch):
+    interrupt_turn(monkeypatch, 5)
+    candidates = combine({each: tiny_model(each) for each in ("0_1", "0_0")}, choose_caches(["dynamic"], {}))
+    with pytest.raises(InterruptedMeasurement) as caught:
+        measure(candidates, Workload(9, 3, rounds=4))
+    assert caught.value.num_rounds == 2
+    for result in caught.value.results:
+        times = result.prefill_seconds, result.first_token_seconds, result.batch(1).seconds
+        assert [len(seconds) for seconds in times] == [2, 2, 2]
+
+
+def test_ctrl_c_in_the_first_round_leaves_nothing(monkeypatch):
+    interrupt_turn(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        measure(combine({"m": tiny_model("0_1")}, choose_caches(["dynamic"], {})), WORKLOAD)
+    assert not isinstance(caught.value, InterruptedMeasurement)
 
 
 def test_prompts_are_the_same_for_all_and_prefill_settings_count():

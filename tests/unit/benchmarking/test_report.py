@@ -58,8 +58,9 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_the_data_has_every_figure():
-    figures = json.loads(json.dumps(as_dict([result("a", 1), result("b", 2), failed()], WORKLOAD, ENVIRONMENT)))
-    assert list(figures) == ["workload", "environment", "candidates"]
+    figures = json.loads(json.dumps(as_dict([result("a", 1), result("b", 2), failed()], WORKLOAD, ENVIRONMENT, 3)))
+    assert list(figures) == ["workload", "environment", "num_rounds", "is_interrupted", "candidates"]
+    assert (figures["num_rounds"], figures["is_interrupted"]) == (3, False)
     assert figures["workload"]["kv_budget"] == 10_000 and figures["environment"]["num_threads"] == 1
     first, second, broken = figures["candidates"]
     assert {*first} == {*second} == {*broken}
@@ -84,9 +85,9 @@ def test_growth_needs_both_batches():
     assert planned_growth(result("b", 2), none_fits) == 8.0  # planned for one sequence where none fits
 
 
-def text_of(results, workload=WORKLOAD):
+def text_of(results, workload=WORKLOAD, num_rounds=3):
     console = Console(width=160, record=True, file=io.StringIO())
-    print_report(results, workload, ENVIRONMENT, console)
+    print_report(results, workload, ENVIRONMENT, num_rounds, console)
     return console.export_text()
 
 
@@ -102,6 +103,13 @@ def test_the_tables_say_what_was_measured():
     assert "b, batch 1: no room" in text and "broken: out of memory" in text
     assert failures([other]) == ["b, batch 1: no room"]
     assert "Largest batch" not in text_of([result("a", 1)], Workload(100, 10))
+
+
+def test_an_interrupted_measurement_says_so():
+    assert as_dict([result("a", 1)], WORKLOAD, ENVIRONMENT, 2)["is_interrupted"]
+    text = text_of([result("a", 1)], num_rounds=2)
+    assert "interrupted after 2 of 3 rounds" in text and "Medians of 2 rounds" in text
+    assert "interrupted" not in text_of([result("a", 1)])
 
 
 def test_the_picture_has_every_candidate_and_figure():
