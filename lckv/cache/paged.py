@@ -401,7 +401,7 @@ class PagedLayer(KVLayer):
             return torch.cat([past, key_states], dim=2), torch.cat([past, value_states], dim=2)
         # Room for the new tokens comes with the gather: putting them behind it would copy everything once more.
         slots = self._read_slots(columns, step.lengths)
-        keys, values = (self._read(pool, slots, step.lengths) for pool in (self.keys, self.values))
+        keys, values = self._read(slots, step.lengths)
         return self._put_new(step, keys, key_states), self._put_new(step, values, value_states)
 
     def _put_new(self, step: _Step, gathered: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -426,7 +426,7 @@ class PagedLayer(KVLayer):
             columns = range(self._first_read_column(), step.frame + step.num_columns)
             totals = [length + num_new for length, num_new in zip(step.lengths, step.num_new, strict=True)]
             slots = self._read_slots(columns, totals)
-            states = self._read(self.keys, slots, totals), self._read(self.values, slots, totals)
+            states = self._read(slots, totals)
         self.seq_length = step.frame + step.num_columns
         self.book.settle()
         return states
@@ -462,12 +462,23 @@ class PagedLayer(KVLayer):
         heads = torch.arange(num_heads, device=pages.device)[None, :, None]
         return (pages[:, None] * num_heads + heads) * page_size + places[:, None]
 
-    def _read(self, pool: torch.Tensor, slots: torch.Tensor, num_tokens: list[int]) -> torch.Tensor:
-        """The tokens in these places, `(batch, num_kv_heads, num_columns, head_dim)`; zeros for rows without any."""
-        states = pool.view(-1, pool.shape[3]).index_select(0, slots.flatten()).view(*slots.shape, pool.shape[3])
+    def _read(self, slots: torch.Tensor, num_tokens: list[int]) -> KeyValue:
+        """Keys and values in these places, `(batch, num_kv_heads, num_columns, head_dim)`; zeros for empty rows."""
+        return self._gather((self.keys, self.values), slots, num_tokens)
+
+    def _gather(self, pools: KeyValue, slots: torch.Tensor, num_tokens: list[int]) -> KeyValue:
+        """What `_read` returns, from any two pools.
+
+        Both go to one piece of memory: two large pieces that come and go together are handed back to the system each
+        time, and to get them anew takes far longer than the gather.
+        """
+        head_dim, rows = pools[0].shape[3], slots.flatten()
+        states = pools[0].new_empty(2, *slots.shape, head_dim)
+        for pool, gathered in zip(pools, states, strict=True):
+            torch.index_select(pool.view(-1, head_dim), 0, rows, out=gathered.view(-1, head_dim))
         if 0 in num_tokens:
-            states[[row for row, count in enumerate(num_tokens) if count == 0]] = 0.0
-        return states
+            states[:, [row for row, count in enumerate(num_tokens) if count == 0]] = 0.0
+        return states[0], states[1]
 
     def _write(self, step: _Step, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Writes the new tokens that have to be kept, for all rows and heads at once."""

@@ -144,14 +144,15 @@ class QuantizedPagedLayer(PagedLayer):
             self._add_exact(missing, (self._content(missing, 0), self._content(missing, 1)))
         return self._moved(slots, self.exact)
 
-    def _read(self, pool: torch.Tensor, slots: torch.Tensor, num_tokens: list[int]) -> torch.Tensor:
-        """The tokens in these places, `(batch, num_kv_heads, num_columns, head_dim)`; zeros for rows without any."""
+    def _read(self, slots: torch.Tensor, num_tokens: list[int]) -> KeyValue:
+        """Keys and values in these places, `(batch, num_kv_heads, num_columns, head_dim)`; zeros for empty rows."""
         tables = [row.tables[self.group_idx] for row in self.book.rows]
         pages = sorted({page for table in tables for page in table.pages.values()})
         if not pages:
-            return pool.new_zeros(*slots.shape, pool.shape[3])
-        content = self._content(pages, int(pool is self.values))
-        return super()._read(content, self._moved(slots, pages), num_tokens)
+            nothing = self.keys.new_zeros(2, *slots.shape, self.keys.shape[3])
+            return nothing[0], nothing[1]
+        contents = (self._content(pages, 0), self._content(pages, 1))
+        return self._gather(contents, self._moved(slots, pages), num_tokens)
 
     def _content(self, pages: list[int], which: int) -> torch.Tensor:
         """Keys (0) or values (1) of these pages, `(num_pages, num_kv_heads, page_size, head_dim)`."""
