@@ -148,8 +148,9 @@ def print_report(
         f"Medians of {num_rounds} rounds in which the candidates took turns; x: the median of the ratios to the "
         f"first within a round.\n{workload.prompt_length} tokens of prompt, {workload.new_tokens} decoding steps, "
         f"threads: {environment.num_threads}, {environment.device}, torch {environment.torch_version}.\n"
-        "Bytes are those of the tensors; in brackets, the plan's where it differs. Peak: beyond the weights, cache "
-        "included."
+        "Bytes: resident are those of the cache's tensors, codes and scales if it quantises; written are the states "
+        "that the cache is given and read the\nkeys and values that it gives to attention, both in the model's type. "
+        "In brackets, the plan's where it differs. Peak: beyond the weights, cache included."
     )
 
 
