@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from lckv.errors import UserError
+from lckv.models.sharing_cache import SharingCache
 
 
 @dataclass
@@ -52,7 +54,8 @@ def prefill(
 
     The layers above the highest one that computes KV run for one position of a chunk only. Where layers read upward,
     a chunk is iterated before the next begins, so that the chunks behind it read KV that is final up to `tolerance`.
-    Memory grows with `chunk_size` times the length of the prompt, not with the length's square.
+    Memory grows with `chunk_size` times the length of the prompt, not with the length's square. What does not fit into
+    a cache that then takes single tokens is a chunk of its own, which the model runs token by token.
 
     Args:
         model: the model, in evaluation mode.
@@ -73,7 +76,7 @@ def prefill(
     position_ids = _positions(attention_mask)
     report = PrefillReport(logits=input_ids.new_empty(0))
     start_time = time.perf_counter()
-    for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
+    for chunk in _chunks(input_ids, past_key_values, chunk_size or input_ids.shape[1]):
         stop = num_past + chunk.shape[1]
         outputs = model(
             chunk,
@@ -97,6 +100,23 @@ def prefill(
         torch.cuda.synchronize(input_ids.device)
     report.seconds = time.perf_counter() - start_time
     return report
+
+
+def num_at_once(past_key_values: Cache, num_tokens: int) -> int:
+    """How many of the next `num_tokens` tokens, at least one, the cache takes in one parallel call."""
+    if not isinstance(past_key_values, SharingCache):
+        return num_tokens
+    return 1 + bisect_left(range(2, num_tokens + 1), True, key=past_key_values.needs_single_tokens)
+
+
+def _chunks(input_ids: torch.Tensor, past_key_values: Cache, chunk_size: int) -> Iterator[torch.Tensor]:
+    """Pieces of at most `chunk_size` tokens, each cut where the cache, as it then is, begins to take single tokens."""
+    for chunk in input_ids.split(chunk_size, dim=1):
+        num_parallel = num_at_once(past_key_values, chunk.shape[1])
+        if 1 < num_parallel < chunk.shape[1]:
+            yield chunk[:, :num_parallel]
+            chunk = chunk[:, num_parallel:]
+        yield chunk
 
 
 def check_prefill(

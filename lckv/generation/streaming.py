@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from transformers.generation import (
 
 from lckv.cache import KVCache
 from lckv.errors import UserError
-from lckv.models.sharing_cache import SharingCache
+from lckv.generation.prefill import num_at_once
 
 
 @dataclass(frozen=True)
@@ -300,18 +299,12 @@ def _read(
 ) -> torch.Tensor:
     """The logits `(1, vocab_size)` behind the tokens, which go in by the largest pieces that the cache takes."""
     while True:
-        num_tokens = _num_at_once(cache, input_ids.shape[1])
+        num_tokens = num_at_once(cache, input_ids.shape[1])
         num_tokens = min(num_tokens, chunk_size or num_tokens)
         piece, input_ids = input_ids[:, :num_tokens], input_ids[:, num_tokens:]
         logits = _step(model, piece, cache, **options)
         if not input_ids.shape[1]:
             return logits
-
-
-def _num_at_once(cache: Cache, num_tokens: int) -> int:
-    if not isinstance(cache, SharingCache):
-        return num_tokens
-    return 1 + bisect_left(range(2, num_tokens + 1), True, key=cache.needs_single_tokens)
 
 
 @torch.inference_mode()

@@ -226,7 +226,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for options that
-                `use_sequential` or the attention backend does not have.
+                `use_sequential`, a cache that takes single tokens or the attention backend does not have.
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds)
         config, num_new_tokens = self.config, inputs_embeds.shape[1]
@@ -241,7 +241,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             past_key_values.begin_positions(are_given=position_ids is not None)
             is_sequential |= num_new_tokens > 1 and past_key_values.needs_single_tokens(num_new_tokens)
         if is_sequential:
-            self._check_sequential(attention_mask, output_hidden_states or output_attentions)
+            reason = "use_sequential" if config.use_sequential else f"{type(past_key_values).__name__} (single tokens)"
+            self._check_sequential(reason, attention_mask, output_hidden_states or output_attentions)
         document_ids = None
         has_past = has_cached_tokens(past_key_values, self.sharing_plan)
         if position_ids is None:
@@ -279,7 +280,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         if call.num_outputs is not None:
             call.visible_keys_of_outputs = build_masks(num_queries=num_outputs)
         if is_sequential:
-            hidden_states = self._run_token_by_token(call, inputs_embeds, attention_mask, document_ids)
+            hidden_states = self._run_token_by_token(call, inputs_embeds, attention_mask, document_ids, num_outputs)
         else:
             hidden_states = self._run_segments(call, inputs_embeds, has_past)
         hidden_states = self.norm(hidden_states if num_outputs is None else hidden_states[:, -num_outputs:])
@@ -300,13 +301,16 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-    def _check_sequential(self, attention_mask: torch.Tensor | None, needs_each_layer: bool | None) -> None:
+    def _check_sequential(
+        self, reason: str, attention_mask: torch.Tensor | None, needs_each_layer: bool | None
+    ) -> None:
+        """Refuses what running token by token does not do; `reason` is what asks for it."""
         if self.gradient_checkpointing and self.training:
-            raise ValueError("use_sequential needs a cache, which gradient checkpointing takes away: switch one off")
+            raise ValueError(f"{reason} needs a cache, which gradient checkpointing takes away: switch one off")
         if attention_mask is not None and attention_mask.ndim == 4:
-            raise ValueError("use_sequential takes no 4D attention_mask: give a 2D one")
+            raise ValueError(f"{reason} takes no 4D attention_mask: give a 2D one")
         if needs_each_layer:
-            raise ValueError("use_sequential returns no hidden states or attentions of single layers")
+            raise ValueError(f"{reason} returns no hidden states or attentions of single layers")
 
     def _next_positions(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -317,10 +321,12 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         return positions[None]  # (1, q_len)
 
     def _run_segments(self, call: _Call, hidden_states: torch.Tensor, has_past: bool) -> torch.Tensor:
-        """Runs all layers from the bottom, each cycle as often as it needs."""
+        """Runs all layers from the bottom, each cycle as often as it needs; without outputs, those that matter."""
         plan = self.sharing_plan
         key_values: KeyValues = {}
         for segment in plan.segments:
+            if call.num_outputs == 0 and segment.start > plan.kv_owners[-1]:
+                break
             run = partial(self._run_layers, call, segment)
             if not segment.is_cycle:
                 hidden_states, key_values = run(hidden_states, key_values, call.past_key_values, True)
@@ -377,6 +383,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             )
             if own_keys is not None:
                 key_values[layer_idx] = own_keys, own_values
+            if is_last and num_outputs == 0:
+                break  # the highest layer that computes KV has done so
             if is_last and call.hidden_states is not None:
                 call.hidden_states.append(output)
             if is_last and call.attentions is not None:
@@ -399,31 +407,44 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         document_ids: torch.Tensor | None,
+        num_outputs: int | None,
     ) -> torch.Tensor:
-        """Runs all layers for one token after the other, which is exact for every pattern."""
+        """Runs all layers for one token after the other, which is exact for every pattern.
+
+        Returns:
+            The hidden states `(batch, num_outputs or q_len, hidden_size)` of the last tokens. For those before them,
+            nothing runs that no later token reads.
+        """
         cache = call.past_key_values
         if cache is None:
             cache = new_sequential_cache(self.sharing_plan.num_hidden_layers)
         num_past = int(cache.get_seq_length(self.sharing_plan.kv_owners[0]))
         cos, sin = call.position_embeddings
         outputs = []
-        for position in range(inputs_embeds.shape[1]):
+        num_tokens = inputs_embeds.shape[1]
+        num_unused = 0 if num_outputs is None else num_tokens - num_outputs
+        for position in range(num_tokens):
             stop = num_past + position + 1
             token = slice(position, position + 1)
             mask = None if attention_mask is None else attention_mask[:, :stop]
             if isinstance(cache, SharingCache):
                 cache.begin_forward(self.sharing_plan, mask, 1)
+            visible_keys = build_visible_keys(
+                self.config, self.sharing_plan, inputs_embeds[:, token], mask, cache, document_ids
+            )
             step = replace(
                 call,
-                visible_keys=build_visible_keys(
-                    self.config, self.sharing_plan, inputs_embeds[:, token], mask, cache, document_ids
-                ),
+                visible_keys=visible_keys,
+                num_outputs=0 if position < num_unused else None,
+                visible_keys_of_outputs=visible_keys if position < num_unused else None,
                 position_embeddings=(cos[:, token], sin[:, token]),
                 past_key_values=cache,
                 schedule=PassSchedule(num_ungraded=0, num_graded=1, tolerance=None),
             )
-            outputs.append(self._run_segments(step, inputs_embeds[:, token], has_past=stop > 1))
-        return torch.cat(outputs, dim=1)  # (batch, q_len, hidden_size)
+            output = self._run_segments(step, inputs_embeds[:, token], has_past=stop > 1)
+            if position >= num_unused:
+                outputs.append(output)
+        return torch.cat(outputs, dim=1)
 
 
 class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):

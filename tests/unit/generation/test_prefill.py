@@ -107,6 +107,54 @@ def test_layers_above_the_highest_owner_run_for_the_kept_positions_only():
         assert_close(model(input_ids, logits_to_keep=num_kept).logits, expected[:, -num_kept:], atol=1e-5, rtol=0)
 
 
+def layer_calls(model):
+    """Counts, from now on, the tokens that each layer is called for."""
+    counts = [0] * len(model.model.layers)
+
+    def count(index):
+        def hook(_, arguments):
+            counts[index] += arguments[0].shape[1]
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(count(index))
+    return counts
+
+
+@pytest.mark.parametrize("layer_types", ["0s_1s_2_2_2_2", "0_3_3_3_4_4", "0_0_2_2"])
+def test_token_by_token_too_nothing_runs_that_nobody_reads(layer_types):
+    model = tiny_model(layer_types, sliding_window=64, use_sequential=True)
+    input_ids = token_ids(2, 24)
+    whole, skipped = flops(model, input_ids), flops(model, input_ids, logits_to_keep=1)
+    assert skipped < 0.85 * whole
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        for num_kept in (1, 3, 24, 50):
+            assert_close(model(input_ids, logits_to_keep=num_kept).logits, expected[:, -num_kept:], atol=1e-5, rtol=0)
+    counts, highest = layer_calls(model), model.config.sharing_plan.kv_owners[-1]
+    model(input_ids, logits_to_keep=3)
+    assert counts == [24 if layer <= highest else 3 for layer in range(len(counts))]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("layer_types", ["0_1_2_3", "0s_1s_2_2", UPWARD, "2_0s_2s_0"])
+def test_what_fits_into_a_cache_goes_in_at_once(layer_types, chunk_size):
+    model = tiny_model(layer_types, sliding_window=64)
+    input_ids, options = token_ids(2, 20), {"num_sinks": 2, "window": 10}
+    exact = build_cache("sink", model.config, **options)
+    for token in input_ids.split(1, dim=1):
+        expected = model(token, past_key_values=exact).logits[:, -1]
+    cache, calls = build_cache("sink", model.config, **options), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, arguments: calls.append(arguments[0].shape[1]))
+    settings = {"chunk_size": chunk_size, "forward_passes": "converge", "tolerance": 1e-9}
+    report = prefill(model, input_ids, cache, **settings)
+    assert_close(report.logits, expected, atol=1e-4, rtol=0)
+    sizes = [12] if chunk_size is None else [7, 5]
+    assert [size for size in dict.fromkeys(calls) if size > 1] == sizes
+    assert calls.count(1) == 8
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("layer_types", PATTERNS)
 def test_kept_positions_are_those_of_the_whole_call(layer_types, implementation):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from lckv import LCKVLlamaForCausalLM
+from lckv.cache import SinkKVCache
 from lckv.models.attention import attend_with_one_query
 from lckv.models.masks import VarlenBatch, build_visible_keys
 from tests.reference import exact_logits, tiny_config, tiny_model, token_ids
@@ -253,6 +254,13 @@ def test_options_that_sequential_does_not_have_are_refused():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(ValueError, match="gradient checkpointing"):
         model.train()(input_ids)
+
+
+def test_a_cache_that_takes_single_tokens_is_named_where_that_is_in_the_way():
+    model = tiny_model("0_2_2_3")
+    cache = SinkKVCache(model.config, num_sinks=1, window=3)
+    with pytest.raises(ValueError, match=r"^SinkKVCache \(single tokens\) returns no hidden states"):
+        model(token_ids(1, LENGTH), past_key_values=cache, output_hidden_states=True)
 
 
 def test_flash_attention_takes_no_static_cache():
