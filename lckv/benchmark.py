@@ -8,7 +8,7 @@ from typing import Any
 
 from lckv import cli
 from lckv.benchmarking.folder import OutputFolder
-from lckv.benchmarking.settings import build_workload, cache_entries, check_dtype, random_models
+from lckv.benchmarking.settings import build_workload, cache_entries, check_dtype, check_iteration, random_models
 from lckv.config import BenchmarkConfig
 from lckv.errors import UserError
 
@@ -34,6 +34,8 @@ def main(cfg: BenchmarkConfig) -> None:
 
     caches = choose_caches(*cache_entries(cfg))
     models = _load_models(cfg, arguments)
+    configs = {label: model.config for label, model in models.items()}
+    check_iteration(workload.prefill_passes, workload.prefill_tolerance, configs)
     interruption = None
     with folder.claimed():
         try:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
 
 from lckv.benchmarking.budget import parse_bytes
 from lckv.benchmarking.results import Workload
-from lckv.config import BenchmarkConfig, ModelConfig, SharingConfig, TokenizerConfig, TrainConfig
+from lckv.config import BenchmarkConfig, ModelConfig, SharingConfig, TokenizerConfig, TrainConfig, config_dir
 from lckv.errors import UserError, near_miss
 from lckv.model_arguments import CONVERGE, DTYPES, model_arguments
 from lckv.patterns import PATTERNS
+
+if TYPE_CHECKING:  # importing it takes seconds, and most mistakes are found without
+    from lckv.models import LCKVLlamaConfig
 
 DEFAULT_PATTERNS = ("llama", "cla", "yoco", "lckv", "sandwich_middle")
 
@@ -30,6 +36,8 @@ def build_workload(cfg: BenchmarkConfig) -> Workload:
         _check_at_least_one("batch_sizes", size)
     if cfg.prefill_tolerance is not None and not cfg.prefill_tolerance > 0:
         raise UserError(f"prefill_tolerance={cfg.prefill_tolerance}: must be greater than 0")
+    if cfg.kv_budget is None and cfg.max_batch_size != BenchmarkConfig.max_batch_size:
+        raise UserError(f"max_batch_size={cfg.max_batch_size}: has no effect with kv_budget=null; leave it out")
     return Workload(
         prompt_length=cfg.prompt_length,
         new_tokens=cfg.new_tokens,
@@ -53,6 +61,8 @@ def random_models(cfg: BenchmarkConfig) -> dict[str, dict[str, Any]]:
     if cfg.model.layer_types is not None:
         raise UserError(f"model.layer_types={cfg.model.layer_types}: has no effect; give patterns=[...]")
     patterns = cfg.patterns if cfg.patterns or cfg.checkpoints else DEFAULT_PATTERNS
+    if not patterns:
+        _check_no_sizes(cfg.model)
     arguments = {}
     for index, pattern in enumerate(patterns):
         if pattern in arguments:
@@ -65,6 +75,38 @@ def random_models(cfg: BenchmarkConfig) -> dict[str, dict[str, Any]]:
             f"model.max_position_embeddings={cfg.model.max_position_embeddings}; raise it, or lower them"
         )
     return arguments
+
+
+def _check_no_sizes(model: ModelConfig) -> None:
+    """Refuses sizes where there are only checkpoints, which have their own."""
+    default = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(config_dir() / "model" / "tiny.yaml"))
+    for name, value in vars(model).items():
+        if value != default[name]:
+            key = "model" if name == "name" else f"model.{name}"
+            raise UserError(f"{key}={value}: has no effect on checkpoints; leave it out, or give patterns=[...]")
+
+
+def check_iteration(passes: Any, tolerance: float | None, configs: Mapping[str, LCKVLlamaConfig]) -> None:
+    """Refuses settings for iterating over the prompt where no model does, or not until it converges.
+
+    Args:
+        passes: `prefill_passes`.
+        tolerance: `prefill_tolerance`.
+        configs: of all models, by label.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    iterating = [each for each in configs.values() if each.sharing_plan.has_cycles and not each.use_sequential]
+    for name, value in (("prefill_passes", passes), ("prefill_tolerance", tolerance)):
+        if value is not None and not iterating:
+            raise UserError(
+                f"{name}={value}: has no effect on {', '.join(configs)}: none iterates over a prompt, for which "
+                "layers must read upward; leave it out"
+            )
+    ways = [each.forward_passes if passes is None else passes for each in iterating]
+    if tolerance is not None and CONVERGE not in ways:
+        raise UserError(f"prefill_tolerance={tolerance}: has no effect without prefill_passes={CONVERGE}")
 
 
 def cache_entries(cfg: BenchmarkConfig) -> tuple[list[Any], dict[str, Any]]:

@@ -10,7 +10,8 @@ from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.patterns import parse_layer_types
 from tests.reference import tiny_model
 
-TINY = ("model=nano", "num_threads=1", "prompt_length=20", "new_tokens=3", "rounds=2", "kv_budget=100kB")
+SHORT = ("num_threads=1", "prompt_length=20", "new_tokens=3", "rounds=2", "kv_budget=100kB")
+TINY = ("model=nano", *SHORT)
 
 
 def test_patterns_and_caches_side_by_side(run_module, tmp_path):
@@ -43,13 +44,13 @@ def test_one_json_object_for_other_programs_and_a_checkpoint(run_module, tmp_pat
     model = tiny_model("0_0_2_2", vocab_size=300)
     model.save_pretrained(tmp_path / "mine")
     save_tokenizer(tmp_path / "mine")
-    done = run_module("lckv.benchmark", *TINY, "checkpoints=[mine]", "output_dir=out", "json=true", "plot_format=svg")
+    done = run_module("lckv.benchmark", *SHORT, "checkpoints=[mine]", "output_dir=out", "json=true", "plot_format=svg")
     assert done.returncode == 0, done.stderr
     (candidate,) = json.loads(done.stdout)["candidates"]
     assert (candidate["label"], candidate["layer_types"], candidate["error"]) == ("mine", "0_0_2_2", None)
     assert candidate["weight_bytes"] == sum(weight.nbytes for weight in model.parameters())
     assert (tmp_path / "out" / "benchmark.svg").is_file()
-    again = run_module("lckv.benchmark", *TINY, "checkpoints=[mine]", "output_dir=out")
+    again = run_module("lckv.benchmark", *SHORT, "checkpoints=[mine]", "output_dir=out")
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == (
         "lckv.benchmark: error: output_dir=out: holds the results of an earlier run; name another folder, or give "
@@ -93,7 +94,7 @@ def test_mistakes_are_one_line_each(run_module, tmp_path):
         ("checkpoints=[nowhere]", "checkpoints: nowhere: there is no such folder"),
         ("round=3", "unknown key 'round'; did you mean 'rounds'?"),
     ):
-        done = run_module("lckv.benchmark", *TINY, argument)
+        done = run_module("lckv.benchmark", *SHORT, argument)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert done.stderr.startswith(f"lckv.benchmark: error: {message}") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

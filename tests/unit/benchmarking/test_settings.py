@@ -8,11 +8,13 @@ from lckv.benchmarking.settings import (
     build_workload,
     cache_entries,
     check_dtype,
+    check_iteration,
     random_models,
 )
 from lckv.config import config_dir
 from lckv.errors import UserError
 from lckv.patterns import build_layer_types
+from tests.reference import tiny_model
 
 
 def compose(*arguments):
@@ -119,6 +121,44 @@ def test_contradictions_are_refused():
         cache_entries(compose("cache=static", "caches=[dynamic]"))
     with pytest.raises(UserError, match="dtype=float61: .*did you mean 'float16'"):
         check_dtype("float61")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("model=nano", "model=nano: has no effect on checkpoints; leave it out, or give patterns"),
+        ("model.hidden_size=96", "model.hidden_size=96: has no effect on checkpoints"),
+    ],
+)
+def test_sizes_are_refused_where_there_are_only_checkpoints(argument, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        random_models(compose("checkpoints=[a]", argument))
+    assert list(random_models(compose("checkpoints=[a]", "patterns=[cla]", "prompt_length=9", argument))) == ["cla"]
+
+
+def test_a_largest_batch_without_a_budget_is_refused():
+    with pytest.raises(UserError, match="^max_batch_size=8: has no effect with kv_budget=null"):
+        build_workload(compose("kv_budget=null", "max_batch_size=8"))
+    assert build_workload(compose("max_batch_size=8")).max_batch_size == 8
+
+
+@pytest.mark.parametrize(("passes", "tolerance", "name"), [(3, None, "passes"), (None, 0.1, "tolerance")])
+def test_iteration_is_refused_where_nothing_iterates(passes, tolerance, name):
+    downward, upward = tiny_model("0_0").config, tiny_model("1_1", forward_passes="converge").config
+    in_sequence = tiny_model("1_1", use_sequential=True).config
+    with pytest.raises(UserError, match=f"^prefill_{name}=.*: has no effect on a, b: none iterates"):
+        check_iteration(passes, tolerance, {"a": downward, "b": in_sequence})
+    check_iteration(passes, tolerance, {"a": downward, "b": upward})
+    check_iteration(None, None, {"a": downward})
+
+
+def test_a_tolerance_is_refused_where_the_number_of_passes_is_fixed():
+    upward, converging = tiny_model("1_1").config, tiny_model("1_1", forward_passes="converge").config
+    with pytest.raises(UserError, match="^prefill_tolerance=0.1: has no effect without prefill_passes=converge"):
+        check_iteration(None, 0.1, {"a": upward})
+    with pytest.raises(UserError, match="^prefill_tolerance=0.1: has no effect without prefill_passes=converge"):
+        check_iteration(3, 0.1, {"a": converging})
+    check_iteration("converge", 0.1, {"a": upward})
 
 
 @pytest.mark.parametrize("suite", sorted(path.stem for path in (config_dir() / "suite").glob("*.yaml")))
