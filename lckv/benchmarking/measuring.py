@@ -15,7 +15,7 @@ from lckv.benchmarking.candidates import Candidate
 from lckv.benchmarking.memory import peak_bytes
 from lckv.benchmarking.recording import RecordsWrites, record_reads
 from lckv.benchmarking.results import BatchResult, CandidateResult, Workload
-from lckv.cache import KVCache
+from lckv.cache import KVCache, PagedKVCache
 from lckv.costs import FlopsPerToken, Iteration, KVBytes, ModelSizes, count_flops, count_kv_bytes
 from lckv.errors import UserError
 from lckv.generation.prefill import PrefillReport, prefill
@@ -118,7 +118,7 @@ class Bench:
         batch_size = largest_batch(
             lambda size: planner.planned_bytes(length, size, self.dtype),
             self.workload.kv_budget,
-            self.workload.max_batch_size,
+            self._batch_limit(planner),
         )
         batch = BatchResult(batch_size, True, planner.planned_bytes(length, max(1, batch_size), self.dtype))
         if batch_size == 0:
@@ -127,6 +127,12 @@ class Bench:
                 f"and the budget is {self.workload.kv_budget:,}"
             )
         yield batch
+
+    def _batch_limit(self, planner: KVCache) -> int:
+        """The largest batch to look at: what fits into pools of fixed size does not show in their bytes."""
+        limit = self.workload.max_batch_size
+        num_fitting = planner.max_sequences(self.workload.length) if isinstance(planner, PagedKVCache) else None
+        return limit if num_fitting is None else min(limit, num_fitting)
 
     def _inspect_batch(self, batch: BatchResult, base: KVCache, report: PrefillReport) -> None:
         """The peak of the last decoding step, and the size of the cache behind it."""
@@ -180,6 +186,8 @@ class Bench:
         """
         repeated = base.fork()
         repeated.batch_repeat_interleave(4)
+        if isinstance(base, PagedKVCache) and isinstance(repeated, PagedKVCache):  # whose pools may be of fixed size
+            return repeated.num_used_bytes() >= 4 * base.num_used_bytes()
         return repeated.num_bytes() >= self.planned_bytes(self.workload.prompt_length, 4)
 
     def _prefilled(self) -> tuple[KVCache, PrefillReport]:

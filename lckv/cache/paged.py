@@ -635,6 +635,24 @@ class PagedKVCache(KVCache):
             for group, layers in zip(self._book.groups, self._book.layers, strict=True)
         )
 
+    def max_sequences(self, seq_length: int) -> int | None:
+        """How many sequences pools of fixed size hold while these grow token by token; `None` for pools that grow.
+
+        Args:
+            seq_length: tokens of each sequence at its end.
+        """
+        if self.num_pages is None:
+            return None
+        num_pages = (
+            # a page is taken for a new token before the one that leaves the window is given back
+            max(
+                group.count_pages(length - 1) + (length % self.page_size == 1 % self.page_size)
+                for length in range(1, seq_length + 1)
+            )
+            for group in self._book.groups
+        )
+        return min(self.num_pages // most for most in num_pages)
+
     def num_used_bytes(self) -> int:
         """Bytes of the pages that some sequence holds, each counted once; `num_bytes` is those of the whole pools."""
         return sum(

@@ -142,6 +142,23 @@ def test_sequences_of_a_batch_have_memory_of_their_own_in_every_cache():
         assert bench.result.batches[0].kv_bytes == bench.planned_bytes(36, 5)
 
 
+@pytest.mark.parametrize("layer_types", ["0_1", "0_1_1", "0s_1s_1s", "0s_1_1"])
+@pytest.mark.parametrize("prompt_length", [2, 9, 15])
+def test_the_batch_in_a_budget_fills_pools_of_fixed_size(layer_types, prompt_length):
+    workload = Workload(prompt_length, 9, kv_budget=10**8, rounds=1)
+    bench = bench_of(layer_types, "paged", workload, page_size=4, num_pages=40)
+    bench.inspect()
+    bench.run_round()
+    assert not bench.repeats_are_copies
+    batch = bench.result.budget_batch
+    assert batch.error is None and len(batch.seconds) == 1
+    assert 1 < batch.batch_size <= 40 and batch.kv_bytes == batch.planned_kv_bytes
+    one_more = Workload(prompt_length, 9, batch_sizes=(batch.batch_size + 1,), rounds=1)
+    too_many = bench_of(layer_types, "paged", one_more, page_size=4, num_pages=40)
+    too_many.inspect()
+    assert "page" in too_many.result.batches[0].error
+
+
 def test_candidates_take_turns():
     class Fake:
         def __init__(self, name):
