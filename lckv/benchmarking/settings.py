@@ -79,9 +79,10 @@ def random_models(cfg: BenchmarkConfig) -> dict[str, dict[str, Any]]:
 
 def _check_no_sizes(model: ModelConfig) -> None:
     """Refuses sizes where there are only checkpoints, which have their own."""
-    default = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(config_dir() / "model" / "tiny.yaml"))
+    file = config_dir() / "model" / "tiny.yaml"
+    default = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(file)))
     for name, value in vars(model).items():
-        if value != default[name]:
+        if value != getattr(default, name):
             key = "model" if name == "name" else f"model.{name}"
             raise UserError(f"{key}={value}: has no effect on checkpoints; leave it out, or give patterns=[...]")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.progress import (
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], description: str, total: int | None = None) -> Generator[T, None, None]:
     """Yields `items` while a bar shows how many have passed and, where `total` is known, how long the rest takes."""
     console = Console(stderr=True)
     columns = (
