@@ -472,13 +472,17 @@ class PagedLayer(KVLayer):
         Both go to one piece of memory: two large pieces that come and go together are handed back to the system each
         time, and to get them anew takes far longer than the gather.
         """
-        head_dim, rows = pools[0].shape[3], slots.flatten()
-        states = pools[0].new_empty(2, *slots.shape, head_dim)
-        for pool, gathered in zip(pools, states, strict=True):
-            torch.index_select(pool.view(-1, head_dim), 0, rows, out=gathered.view(-1, head_dim))
-        if 0 in num_tokens:
-            states[:, [row for row, count in enumerate(num_tokens) if count == 0]] = 0.0
-        return states[0], states[1]
+        shape, rows = (*slots.shape, pools[0].shape[3]), slots.flatten()
+        if pools[0].dtype == pools[1].dtype:
+            keys, values = pools[0].new_empty(2, *shape)
+        else:  # autocast rounds values, but not keys once they are rotated
+            keys, values = (pool.new_empty(shape) for pool in pools)
+        empty = [row for row, count in enumerate(num_tokens) if count == 0]
+        for pool, states in zip(pools, (keys, values), strict=True):
+            torch.index_select(pool.view(-1, shape[3]), 0, rows, out=states.view(-1, shape[3]))
+            if empty:
+                states[empty] = 0.0
+        return keys, values
 
     def _write(self, step: _Step, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Writes the new tokens that have to be kept, for all rows and heads at once."""
@@ -689,18 +693,18 @@ class PagedKVCache(KVCache):
         """Adds a sequence, without tokens, or with the pages of an equal beginning that the cache still has.
 
         Args:
-            name: what to call it.
+            name: what to call it: text or a number, which a saved cache can hold.
             token_ids: of the tokens that the sequence will begin with. At least the last is left to compute.
 
         Returns:
             How many of the tokens need not be computed.
 
         Raises:
+            UserError: for a name of another type.
             ValueError: if there is a sequence of that name.
         """
         book = self._book
-        if name is None or name in book.named:
-            raise ValueError(f"a second sequence called {name!r}")
+        self._check_name(name)
         self._check_no_batch()
         hashes = [] if token_ids is None else extend_hashes([], token_ids[:-1], self.page_size)
         sequence = book.new_sequence(name)
@@ -711,6 +715,13 @@ class PagedKVCache(KVCache):
             sequence.tables = [group.adopt(sequence.hashes) for group in book.groups]
         book.named[name] = sequence
         return sequence.length
+
+    def _check_name(self, name: object) -> None:
+        """Refuses names that are taken, and those that a file would not give back as they are."""
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise UserError(f"a sequence called {name!r}: allowed are text and whole numbers")
+        if name in self._book.named:
+            raise ValueError(f"a second sequence called {name!r}")
 
     def _check_no_batch(self) -> None:
         if any(row.name is None for row in self._book.rows):
@@ -732,8 +743,7 @@ class PagedKVCache(KVCache):
 
     def fork_sequence(self, name: Hashable, new_name: Hashable) -> None:
         """Adds a sequence with the tokens of another. They share pages until one of them writes to a page."""
-        if new_name is None or new_name in self._book.named:
-            raise ValueError(f"a second sequence called {new_name!r}")
+        self._check_name(new_name)
         self._book.discard_step()
         self._book.named[new_name] = self._book.copy_sequence(self._sequence(name), new_name)
 

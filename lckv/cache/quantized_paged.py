@@ -149,8 +149,8 @@ class QuantizedPagedLayer(PagedLayer):
         tables = [row.tables[self.group_idx] for row in self.book.rows]
         pages = sorted({page for table in tables for page in table.pages.values()})
         if not pages:
-            nothing = self.keys.new_zeros(2, *slots.shape, self.keys.shape[3])
-            return nothing[0], nothing[1]
+            shape = (*slots.shape, self.keys.shape[3])
+            return self.keys.new_zeros(shape), self.values.new_zeros(shape)
         contents = (self._content(pages, 0), self._content(pages, 1))
         return self._gather(contents, self._moved(slots, pages), num_tokens)
 

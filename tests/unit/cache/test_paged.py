@@ -293,6 +293,11 @@ def test_wrong_use_is_refused():
         cache.add("a")
     with pytest.raises(ValueError, match="second sequence called 'a'"):
         cache.fork_sequence("a", "a")
+    for wrong in (None, ("a", 1), 1.5, True):  # a file gives them back as something else, or as a row of a batch
+        with pytest.raises(UserError, match="allowed are text and whole numbers"):
+            cache.add(wrong)
+        with pytest.raises(UserError, match="allowed are text and whole numbers"):
+            cache.fork_sequence("a", wrong)
     with pytest.raises(KeyError, match="no sequence called 'b'"):
         cache.remove("b")
     with pytest.raises(ValueError, match="each once"):
