@@ -385,7 +385,12 @@ class KVCache(SharingCache, ABC):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> KeyValue:
-        """Adds the new tokens of a layer that computes KV, and returns what their queries may see."""
+        """Adds the new tokens of a layer that computes KV, and returns what their queries may see.
+
+        Raises:
+            UserError: if the cache holds numbers of another type.
+        """
+        self._check_dtype(layer_idx, key_states)
         if self.offloading:
             self._fetch(layer_idx, key_states.device)
             self.prefetch(layer_idx + 1, only_non_sliding=False)
@@ -394,6 +399,20 @@ class KVCache(SharingCache, ABC):
         if self.offloading:
             self.offload(layer_idx, only_non_sliding=False)
         return states
+
+    def _check_dtype(self, layer_idx: int, states: torch.Tensor) -> None:
+        """Refuses to mix types: the cache would be promoted, or the new tokens rounded, without anybody noticing.
+
+        Autocast may: it gives some chunks another type than others.
+        """
+        layer, dtype = self.layers[layer_idx], states.dtype
+        if not isinstance(layer, KVLayer) or not layer.is_initialized or layer.dtype == dtype:
+            return
+        if not torch.is_autocast_enabled(states.device.type):
+            raise UserError(
+                f"layer {layer_idx} of the cache holds {_name(layer.dtype)}, and the model gives it {_name(dtype)}: "
+                f"allowed is {_name(layer.dtype)}, the type with which the cache was filled"
+            )
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Begins to bring the next store at or after `layer_idx` to the GPU; after the last comes the first."""
@@ -409,12 +428,15 @@ class KVCache(SharingCache, ABC):
         """Waits for a store to be on the GPU."""
         stream = torch.cuda.current_stream(device)
         stream.wait_stream(self.prefetch_stream)
-        self.layers[layer_idx].prefetch()
+        layer: Any = self.layers[layer_idx]
+        layer.device = device  # a cache that was loaded to the CPU does not know where it is used
+        layer.prefetch()
         # What comes next may get the memory of tensors that are still read here, or being copied away.
         self.prefetch_stream.wait_stream(stream)
 
     def peek(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeyValue:
         """What `update` would return, but keeps nothing."""
+        self._check_dtype(layer_idx, key_states)
         if self.offloading:
             self._fetch(layer_idx, key_states.device)
         return self.owners()[layer_idx].peek(key_states, value_states)
@@ -448,6 +470,10 @@ def plan_of(config: Any) -> SharingPlan:
     if plan is None:
         raise UserError(f"a cache for model type {config.model_type!r}: allowed is 'lckv-llama'")
     return plan
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _one_per_decoder_layer(plan: SharingPlan, stores: dict[int, KVLayer]) -> list[Any]:

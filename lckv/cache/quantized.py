@@ -44,6 +44,7 @@ class QuantizedLayer(KVLayer):
         *("keys", "key_codes", "key_scales", "key_zeros"),
         *("values", "value_codes", "value_scales", "value_zeros"),
     )
+    scalar_names = ("seq_length", "record_past")
 
     def __init__(
         self, window: int | None, codecs: tuple[GroupCodec, GroupCodec], group_size: int, residual_length: int

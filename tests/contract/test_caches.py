@@ -430,6 +430,31 @@ def test_a_restored_cache_has_padding_where_it_was(name, tmp_path):
     assert torch.equal(*logits)
 
 
+def test_a_restored_cache_is_refused_in_another_precision(name, tmp_path):
+    model = exact_model("0s_1s_2_2").to(torch.bfloat16)
+    cache = new_cache(name, model)
+    feed(model, cache, token_ids(2, 6))
+    save_cache(cache, tmp_path / "cache.safetensors")
+    restored = load_cache(tmp_path / "cache.safetensors", model.config)
+    with pytest.raises(UserError, match="the cache holds bfloat16, and the model gives it float32"):
+        feed(model.to(torch.float32), restored, token_ids(2, 1))
+
+
+@pytest.mark.parametrize("layer_types", WINDOWED)
+def test_a_restored_cache_goes_on_recording_for_rollbacks(name, layer_types, tmp_path):
+    model = exact_model(layer_types)
+    rows, cache = token_ids(2, 8), new_cache(name, model)
+    if not cache.is_croppable:
+        pytest.skip("it cannot take tokens back")
+    cache.activate_past_recording()
+    feed(model, cache, rows)
+    save_cache(cache, tmp_path / "cache.safetensors")
+    restored = load_cache(tmp_path / "cache.safetensors", model.config)
+    feed(model, restored, token_ids(2, 5, seed=1), [2, 1, 2])
+    restored.crop(-5)
+    check_continuation(model, restored, rows, token_ids(2, 3, seed=2))
+
+
 def test_loading_into_another_model_is_refused(name, tmp_path):
     model, path = exact_model("0s_1s_2_2"), tmp_path / "cache.safetensors"
     cache = new_cache(name, model)

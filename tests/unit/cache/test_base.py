@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from lckv.cache import DynamicKVCache, build_cache
+from lckv.cache import DynamicKVCache, build_cache, load_cache, save_cache
 from lckv.cache.base import KVCache, ReaderLayer
 from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError
@@ -121,13 +121,31 @@ class FakeStream:
         pass
 
 
-@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4", "3_3_3_3", "0_1s_1s_0"])
-@torch.no_grad()
-def test_offloading_fetches_a_store_before_its_use_and_the_next_one_ahead(layer_types, monkeypatch):
+@pytest.fixture
+def fake_streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+
+@pytest.mark.usefixtures("fake_streams")
+@torch.no_grad()
+def test_an_offloaded_cache_that_was_loaded_to_the_cpu_goes_where_it_is_used(tmp_path):
+    model = tiny_model("0_0_2_2")
+    cache = DynamicKVCache(model.config, offloading=True)
+    model(token_ids(2, 6), past_key_values=cache)
+    save_cache(cache, tmp_path / "cache.safetensors")
+    restored = load_cache(tmp_path / "cache.safetensors", model.config)
+    states = torch.empty(2, 2, 1, 8, device="meta")
+    keys, values = restored.peek(states, states, 0)
+    assert keys.device == values.device == states.device and keys.shape[2] == values.shape[2] == 7
+
+
+@pytest.mark.usefixtures("fake_streams")
+@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4", "3_3_3_3", "0_1s_1s_0"])
+@torch.no_grad()
+def test_offloading_fetches_a_store_before_its_use_and_the_next_one_ahead(layer_types):
     model = tiny_model(layer_types)
     cache = DynamicKVCache(model.config, offloading=True)
     on_gpu, most = set(), 0
