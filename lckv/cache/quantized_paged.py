@@ -62,6 +62,8 @@ class QuantizedPagedLayer(PagedLayer):
         """Lets the packed pools have `num_pages` pages: new ones at the end, or the first of the old ones."""
         if not self.is_initialized:
             return
+        held = self.group.allocator.count_holders
+        self._encode([page for page in self.exact if page < num_pages and not held(page)])  # they may be found again
         for name in self._packed_names():
             setattr(self, name, _resized(getattr(self, name), num_pages))
         self._keep_exact([page for page in self.exact if page < num_pages])
