@@ -1,4 +1,4 @@
-"""Quantised pages: all that is asked of any cache, and what is read, against the quantised cache without pages."""
+"""Quantised pages: what is read from them, against the quantised cache without pages."""
 
 import pytest
 import torch
@@ -8,40 +8,11 @@ from lckv.cache.quantized_paged import QuantizedPagedKVCache
 from lckv.errors import UserError
 from lckv.generation.continuous import ContinuousBatcher
 from tests.contract import test_caches as contract
-from tests.contract.test_caches import (  # noqa: F401
-    no_grad,
-    test_a_file_without_an_owner_is_refused,
-    test_a_removed_sequence_takes_its_bytes_along,
-    test_a_restored_cache_continues_bit_by_bit,
-    test_a_restored_cache_has_padding_where_it_was,
-    test_an_empty_cache_is_saved_too,
-    test_announced_sizes_are_those_of_the_returned_keys,
-    test_assisted_decoding,
-    test_crop_refuses_what_a_window_has_dropped,
-    test_crop_takes_tokens_back,
-    test_forks_do_not_disturb_each_other,
-    test_generate_equals_generating_without_a_cache,
-    test_left_padding,
-    test_offload_and_prefetch_change_nothing,
-    test_recorded_tokens_come_back_again_and_again,
-    test_reported_bytes_are_those_of_live_tensors_and_of_the_plan,
-    test_reset_forgets_everything,
-    test_rows_are_reordered_repeated_and_selected,
-    test_token_by_token_equals_one_forward_pass,
-    test_what_inference_mode_has_filled_can_be_continued_outside,
-    test_windows_of_other_sizes,
-)
+from tests.contract.test_caches import no_grad  # noqa: F401
 from tests.reference import tiny_config, tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 OPTIONS = {"layout": "paged", "group_size": 4}
-
-
-@pytest.fixture
-def name(monkeypatch):
-    """The contract's tests in this module get quantised pages, with a recent window in which their texts fit."""
-    monkeypatch.setitem(contract.OPTIONS, "quantized", {"residual_length": 48, **OPTIONS})
-    return "quantized"
 
 
 def exact_model(layer_types, **config):
