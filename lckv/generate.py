@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from lckv import cli
-from lckv.config import DEFAULT_MAX_NEW_TOKENS, GenerateConfig
+from lckv.config import DEFAULT_MAX_NEW_TOKENS, CacheConfig, GenerateConfig
 from lckv.errors import UserError, near_miss
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prompts import encode_prompts, read_prompts
@@ -42,10 +42,9 @@ def main(cfg: GenerateConfig) -> None:
     # Behind the checks: importing torch and transformers takes seconds.
     import torch
 
-    from lckv.cache import CACHES
     from lckv.generation.loading import load_model
 
-    CACHES[cfg.cache.name]
+    check_cache(cfg.cache)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     assert cfg.model is not None  # checked
@@ -82,6 +81,22 @@ def check_config(cfg: GenerateConfig) -> str:
     if cfg.compile and cfg.cache.name != "static":
         raise UserError(f"compile=true: has no effect with cache={cfg.cache.name}; choose cache=static")
     return _check_stream(cfg)
+
+
+def check_cache(cache: CacheConfig) -> None:
+    """Finds mistakes in the cache's options before gigabytes are loaded: makes one for the smallest of models.
+
+    Raises:
+        UserError: for an unknown name or option, and values that no model allows.
+    """
+    from lckv.cache import build_cache
+    from lckv.models import LCKVLlamaConfig
+
+    options = cache.options()
+    if cache.name == "static":
+        options.setdefault("max_length", 1)
+    config = LCKVLlamaConfig(layer_types="0", vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=1)
+    build_cache(cache.name, config, **options)
 
 
 def _check_stream(cfg: GenerateConfig) -> str:
@@ -134,25 +149,50 @@ class Session:
         return DEFAULT_MAX_NEW_TOKENS if self.cfg.max_new_tokens is None else self.cfg.max_new_tokens
 
     def answer(self, prompts: list[str], encoded: list[list[int]], *, is_streamed: bool) -> None:
-        """Continues the prompts, batch by batch, and prints the texts and what they took."""
+        """Continues the prompts, and prints each batch's texts and what they took as soon as they are there."""
         size = self.cfg.batch_size or len(prompts)
         batches = [encoded[start : start + size] for start in range(0, len(encoded), size)]
         for batch in batches:
-            self._check_length(max(map(len, batch)))
-        generations = [self._generate(batch, is_streamed=is_streamed) for batch in batches]
-        texts = [
-            str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-            for generation in generations
-            for tokens in generation.new_tokens
-        ]
+            self._check_length(_length(batch))
+        generations: list[Generation] = []
+        texts: list[str] = []
+        for batch, generation in zip(batches, self._generations(batches, is_streamed=is_streamed), strict=True):
+            first = len(texts)
+            generations.append(generation)
+            texts += [self._decode(tokens) for tokens in generation.new_tokens]
+            if not self.cfg.json:
+                self._print_batch(prompts[first : first + len(batch)], texts[first:], generation, is_streamed)
         if self.cfg.json:
             _print(json.dumps(self._as_dict(prompts, encoded, texts, generations), ensure_ascii=False, indent=2))
+
+    def _generations(self, batches: list[list[list[int]]], *, is_streamed: bool) -> Iterator[Generation]:
+        """Continues one batch after the other.
+
+        A compiled step fits one cache: all batches get it, the longest of them decides on its length, and the last
+        is filled up with copies of its last prompt, which nobody gets to see.
+        """
+        if not self.cfg.compile:
+            for batch in batches:
+                yield self._generate(batch, self._build_cache(_length(batch)), is_streamed=is_streamed)
             return
+        num_rows, longest = len(batches[0]), max(map(_length, batches))
+        cache = self._build_cache(longest)
+        for batch in batches:
+            if self.decoding.num_beams > 1:
+                cache = self._build_cache(longest)  # the last one has a row for every beam
+            cache.reset()
+            filled = batch + [batch[-1]] * (num_rows - len(batch))
+            generation = self._generate(filled, cache, is_streamed=is_streamed)
+            yield replace(generation, new_tokens=generation.new_tokens[: len(batch)])
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _print_batch(self, prompts: list[str], texts: list[str], generation: Generation, is_streamed: bool) -> None:
         if not is_streamed:
             for prompt, text in zip(prompts, texts, strict=True):
                 _print(f"==> {prompt} <==\n{text}\n" if self.cfg.prompts_file is not None else text)
-        for generation in generations:
-            self._say(describe(generation))
+        self._say(describe(generation))
 
     def stream_endlessly(self, prompt: list[int]) -> None:
         """Prints text until Ctrl-C, or `max_new_tokens` if that is given."""
@@ -191,18 +231,18 @@ class Session:
             speed = f"{num_seen / seconds:,.1f} tok/s, the prompt's among them"
             self._say(f"{num_seen:,} tokens · {speed} · cache {cache.num_bytes():,} bytes")
 
-    def _generate(self, batch: list[list[int]], *, is_streamed: bool) -> Generation:
+    def _generate(self, batch: list[list[int]], cache: KVCache, *, is_streamed: bool) -> Generation:
         from lckv.generation.generating import PrefillOptions, generate
         from lckv.generation.printing import Printer
 
-        cfg, length = self.cfg, max(map(len, batch))
+        cfg = self.cfg
         printer = Printer(self.tokenizer, sys.stdout) if is_streamed else None
         try:
-            with self._prefill_progress(length - 1) as on_chunk:
+            with self._prefill_progress(_length(batch) - 1) as on_chunk:
                 return generate(
                     self.model,
                     batch,
-                    self._build_cache(length),
+                    cache,
                     self.decoding,
                     self.max_new_tokens,
                     prefill_options=PrefillOptions(cfg.prefill_chunk, cfg.prefill_passes, cfg.prefill_tolerance),
@@ -305,6 +345,11 @@ def describe(generation: Generation) -> str:
     if generation.residual is not None:
         parts.append(f"KV residual {generation.residual:.1e}")
     return " · ".join(parts)
+
+
+def _length(batch: list[list[int]]) -> int:
+    """Of a batch's longest prompt."""
+    return max(map(len, batch))
 
 
 def _print(text: str) -> None:

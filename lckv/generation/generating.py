@@ -117,7 +117,7 @@ def generate(
     Args:
         model: the model, in evaluation mode.
         prompts: the prompts' tokens.
-        cache: an empty cache.
+        cache: an empty cache; a static one may have been in use before, and reset.
         decoding: how tokens are chosen.
         max_new_tokens: where to stop at the latest.
         prefill_options: how the prompt goes through the model.
@@ -133,7 +133,8 @@ def generate(
     config.pad_token_id = _pad_token_id(model)
     if compile_step:
         config.disable_compile, config.compile_config = False, compile_config(model.device)
-        logger.info("compiling the decoding step, which takes a minute or so")
+        if cache.batch_size < 0:  # else this cache has been here before
+            logger.info("compiling the decoding step, which takes a minute or so")
     input_ids, attention_mask = pad_left(prompts, config.pad_token_id)
     input_ids = input_ids.to(model.device)
     attention_mask = None if attention_mask is None else attention_mask.to(model.device)

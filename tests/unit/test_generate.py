@@ -13,7 +13,7 @@ from lckv import cli, generate
 from lckv.cache import CACHES, build_cache
 from lckv.errors import UserError
 from lckv.generation.decoding_options import DecodingOptions
-from lckv.generation.generating import PrefillOptions
+from lckv.generation.generating import PrefillOptions, StepWatch
 from lckv.generation.generating import generate as generate_batch
 from tests.reference import tiny_model, token_ids
 from tests.unit.generation.test_loading import byte_tokenizer
@@ -92,6 +92,22 @@ def test_options_of_the_cache_arrive(run):
     assert "did you mean 'sink'" in message_of(run, "prompt=x", "cache.name=snik")
 
 
+CACHE_MISTAKES = [
+    (["cache=quantized", "cache.bits=3"], "cache.bits=3: allowed are 2, 4 and 8"),
+    (["cache=paged", "cache.page_size=0"], "cache.page_size=0: allowed is a whole number, 1 or more"),
+    (["cache=sink", "cache.window=0"], "cache.window=0: allowed is a whole number, 1 or more"),
+    (["cache=static", "cache.max_length=0"], "cache.max_length=0: allowed is 1 or more"),
+    (["cache=quantized", "cache.num_pages=3"], "cache.num_pages=3 with cache.layout='dynamic'"),
+    (["cache=sink", "cache.bits=8"], "bits"),
+    (["cache.name=snik"], "did you mean 'sink'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), CACHE_MISTAKES)
+def test_mistakes_in_the_cache_are_found_before_the_model_is_loaded(run, arguments, message):
+    assert message in message_of(run, "prompt=x", *arguments, model="/nowhere/to/be/found")
+
+
 def test_json_has_texts_and_measured_figures(run, folder):
     out, err = run("prompt=abc", "max_new_tokens=5", "json=true", "cache=static")
     result = json.loads(out)
@@ -116,6 +132,31 @@ def test_prompts_of_a_file_are_continued_in_batches(run, tmp_path):
     out, _ = run(f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=6", "batch_size=2", "json=true")
     result = json.loads(out)
     assert [text["text"] for text in result["texts"]] == expected and len(result["batches"]) == 2
+
+
+def interrupt_step(monkeypatch, batch: int, step: int) -> None:
+    """Presses Ctrl-C before token `step` of batch `batch`, both counted from 0."""
+    watch, batches = StepWatch.__call__, []
+
+    def interrupt(self, input_ids, scores):
+        if self.num_steps == 0:
+            batches.append(self)
+        if len(batches) == batch + 1 and self.num_steps == step:
+            raise KeyboardInterrupt
+        return watch(self, input_ids, scores)
+
+    monkeypatch.setattr(StepWatch, "__call__", interrupt)
+
+
+def test_batches_that_are_done_have_been_printed_when_one_breaks_off(run, tmp_path, monkeypatch, capsys):
+    prompts = ["a", "In the beginning", "Be light, and"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    expected = "".join(f"==> {prompt} <==\n{continuation(prompt, 6)}\n\n" for prompt in prompts[:2])
+    interrupt_step(monkeypatch, batch=2, step=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=6", "batch_size=1")
+    out = capsys.readouterr()
+    assert out.out == expected and out.err.count("tokens ·") == 2
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -297,16 +338,7 @@ def test_what_follows_the_end_of_a_text_is_cut_off():
 
 
 def test_an_interrupted_text_stays_on_a_line_of_its_own(run, monkeypatch, capsys):
-    from lckv.generation.generating import StepWatch
-
-    watch = StepWatch.__call__
-
-    def interrupt(self, input_ids, scores):
-        if self.num_steps == 9:
-            raise KeyboardInterrupt
-        return watch(self, input_ids, scores)
-
-    monkeypatch.setattr(StepWatch, "__call__", interrupt)
+    interrupt_step(monkeypatch, batch=0, step=9)
     with pytest.raises(KeyboardInterrupt):
         run("prompt=In the beginning")
     assert capsys.readouterr().out == continuation("In the beginning", 9) + "\n"
