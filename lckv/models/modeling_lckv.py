@@ -235,14 +235,9 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             past_key_values = DynamicCache(config=config)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        is_sequential = num_new_tokens > 1 and config.use_sequential
-        if isinstance(past_key_values, SharingCache):
-            past_key_values.begin_forward(self.sharing_plan, attention_mask, num_new_tokens)
-            past_key_values.begin_positions(are_given=position_ids is not None)
-            is_sequential |= num_new_tokens > 1 and past_key_values.needs_single_tokens(num_new_tokens)
-        if is_sequential:
-            reason = "use_sequential" if config.use_sequential else f"{type(past_key_values).__name__} (single tokens)"
-            self._check_sequential(reason, attention_mask, output_hidden_states or output_attentions)
+        is_sequential = self._begin(
+            past_key_values, attention_mask, position_ids, num_new_tokens, output_hidden_states or output_attentions
+        )
         document_ids = None
         has_past = has_cached_tokens(past_key_values, self.sharing_plan)
         if position_ids is None:
@@ -266,12 +261,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
             past_key_values=past_key_values,
             layer_kwargs=kwargs,
-            schedule=PassSchedule.from_config(
-                config.forward_passes if forward_passes is None else forward_passes,
-                config.backward_passes,
-                config.converge_tolerance if converge_tolerance is None else converge_tolerance,
-                num_new_tokens,
-            ),
+            schedule=self._schedule(forward_passes, converge_tolerance, num_new_tokens),
             num_outputs=None if is_sequential else num_outputs,
             hidden_states=[inputs_embeds] if output_hidden_states else None,
             attentions=[] if output_attentions else None,
@@ -284,12 +274,47 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         else:
             hidden_states = self._run_segments(call, inputs_embeds, has_past)
         hidden_states = self.norm(hidden_states if num_outputs is None else hidden_states[:, -num_outputs:])
+        return self._outputs(call, hidden_states, use_cache)
+
+    def _begin(
+        self,
+        past_key_values: Cache | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        num_new_tokens: int,
+        needs_each_layer: bool | None,
+    ) -> bool:
+        """Tells the cache what comes, and says whether the tokens have to go through the layers one by one."""
+        is_sequential = num_new_tokens > 1 and self.config.use_sequential
+        if isinstance(past_key_values, SharingCache):
+            past_key_values.begin_forward(self.sharing_plan, attention_mask, num_new_tokens)
+            past_key_values.begin_positions(are_given=position_ids is not None)
+            is_sequential |= num_new_tokens > 1 and past_key_values.needs_single_tokens(num_new_tokens)
+        if is_sequential:
+            asks_for_it = type(past_key_values).__name__ + " (single tokens)"
+            reason = "use_sequential" if self.config.use_sequential else asks_for_it
+            self._check_sequential(reason, attention_mask, needs_each_layer)
+        return is_sequential
+
+    def _schedule(
+        self, forward_passes: int | str | None, converge_tolerance: float | None, num_new_tokens: int
+    ) -> PassSchedule:
+        """The passes over each cycle, by the configuration where the call says nothing."""
+        return PassSchedule.from_config(
+            self.config.forward_passes if forward_passes is None else forward_passes,
+            self.config.backward_passes,
+            self.config.converge_tolerance if converge_tolerance is None else converge_tolerance,
+            num_new_tokens,
+        )
+
+    def _outputs(self, call: _Call, hidden_states: torch.Tensor, use_cache: bool | None) -> LCKVModelOutputWithPast:
+        """What the call returns; `hidden_states` are those behind the norm."""
         if call.hidden_states is not None:
             call.hidden_states[-1] = hidden_states
         residuals = [report.residual for report in call.reports if report.residual is not None]
         return LCKVModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=call.past_key_values if use_cache else None,
             hidden_states=None if call.hidden_states is None else tuple(call.hidden_states),
             attentions=None if call.attentions is None else tuple(call.attentions),
             num_passes=max([1, *[report.num_passes for report in call.reports]]),
