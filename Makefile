@@ -41,7 +41,7 @@ compare: $(STAMP) ## train the demo as Llama and as LCKV and put them side by si
 	$(RUN) -m lckv.train experiment=demo_lckv
 	$(RUN) scripts/compare.py runs/demo_llama runs/demo_lckv
 
-test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (6 to 7 minutes)
+test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (about 12 minutes)
 	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --durations=15
 
 test-slow: $(STAMP) ## run the slow tests

@@ -23,10 +23,22 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from lckv import config, overrides
+from lckv import config, hydra_store, overrides
 from lckv.errors import UserError, near_miss
+from lckv.model_arguments import KEPT_WITH_SOURCE
+from lckv.run_names import default_run_name, file_name
 
 _GROUPS_WITHOUT_KEY = ("experiment", "debug")
+# What only training reads.
+_TRAINING_GROUPS = ("trainer", "optim", "teacher", "logger")
+_TRAINING_KEYS = (
+    "seed",
+    "run_dir",
+    "run_name",
+    "model.dtype",
+    "model.attention_dropout",
+    "model.attn_implementation",
+)
 _CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)  # ValueError: Hydra's own checks
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
@@ -43,7 +55,7 @@ def run(main: Callable[[Any], None], config_name: str) -> None:
     """
     # Else Hydra itself prints exceptions and exits, before anything here can see them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv[1:] = _prepare_arguments(sys.argv[1:], config.SCHEMAS[config_name])
+    sys.argv[1:] = _prepare_arguments(sys.argv[1:], hydra_store.SCHEMAS[config_name])
     mistakes = _Mistakes(config_name)
 
     def job(composed: DictConfig) -> None:
@@ -53,7 +65,7 @@ def run(main: Callable[[Any], None], config_name: str) -> None:
 
     try:
         with mistakes.reported(""), mistakes.composing():
-            hydra.main(config_path=str(config.config_dir()), config_name=config_name, version_base="1.3")(job)()
+            hydra.main(config_path=str(hydra_store.config_dir()), config_name=config_name, version_base="1.3")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
     if mistakes.num_reported:
@@ -66,10 +78,10 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
     Raises:
         UserError: if the arguments are wrong.
     """
-    schema = config.SCHEMAS[config_name]
+    schema = hydra_store.SCHEMAS[config_name]
     given = _prepare_arguments(arguments, schema)
     try:
-        with hydra.initialize_config_dir(str(config.config_dir()), version_base="1.3"):
+        with hydra.initialize_config_dir(str(hydra_store.config_dir()), version_base="1.3"):
             composed = hydra.compose(config_name, given, return_hydra_config=True)
         hydra_cfg = composed.hydra
         with flag_override(composed, ["struct", "readonly"], False):
@@ -84,8 +96,8 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
 def _prepare_arguments(arguments: Sequence[str], schema: type) -> list[str]:
     """Makes arguments for Hydra, and registers what it needs to compose them."""
     others, literals = overrides.take_literals(arguments, literal_keys(schema))
-    config.register_schemas()
-    config.register_literals({key: overrides.escape(text) for key, text in literals.items()})
+    hydra_store.register_schemas()
+    hydra_store.register_literals({key: overrides.escape(text) for key, text in literals.items()})
     return overrides.quote_overrides(overrides.flags_first(others), list(open_keys(schema)))
 
 
@@ -124,7 +136,7 @@ class _Mistakes:
         except _CONFIG_ERRORS as error:
             if error is self._from_job or isinstance(error, UserError):
                 raise
-            self._report("", describe(error, config.SCHEMAS[self.config_name]))
+            self._report("", describe(error, hydra_store.SCHEMAS[self.config_name]))
 
     def _report(self, job: str, message: str) -> None:
         line = " ".join(message.split())
@@ -155,6 +167,7 @@ def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
     if isinstance(cfg, config.TrainConfig):
         _check_one_sharing(cfg, list(hydra_cfg.overrides.task))
         _check_vocab_size(cfg, list(hydra_cfg.overrides.task))
+        _check_source(cfg, list(hydra_cfg.overrides.task))
         _fill_run_dir(cfg, hydra_cfg)
     return cfg
 
@@ -197,8 +210,40 @@ def _check_vocab_size(cfg: config.TrainConfig, given: list[str]) -> None:
         )
 
 
+def _check_source(cfg: config.TrainConfig, given: list[str]) -> None:
+    """Refuses, on the command line, what a pretrained model decides, and how to use one where none is given."""
+    source = cfg.source if isinstance(cfg, config.ConvertConfig) else cfg.init.source
+    for override in given:
+        key = override.lstrip("+").partition("=")[0]
+        group, _, name = key.partition(".")
+        if source is None and group == "init":
+            raise UserError(f"{override}: has no effect without init.source; give one, or leave it out")
+        if source is None:
+            continue
+        is_sources = group == "tokenizer" or (group == "model" and name not in KEPT_WITH_SOURCE)
+        if is_sources or (key == "model.force_nodiag" and not cfg.model.force_nodiag):
+            raise UserError(f"{override}: has no effect on the model {source}, which brings its own; leave it out")
+    if isinstance(cfg, config.ConvertConfig):
+        _check_read_by_method(cfg, given)
+
+
+def _check_read_by_method(cfg: config.ConvertConfig, given: list[str]) -> None:
+    """Refuses, on the command line, what a conversion does not read."""
+    for override in given:
+        key = override.lstrip("+~").partition("=")[0]
+        is_of_training = key in _TRAINING_KEYS or key.partition(".")[0] in _TRAINING_GROUPS
+        if key == "trainer.num_threads" or not is_of_training:
+            continue
+        from lckv.conversion import TRAINED  # takes torch along, which nothing else here needs
+
+        if cfg.method not in TRAINED or key == "run_dir":
+            trains = f"does not train ({', '.join(sorted(TRAINED))} does)"
+            reason = "trains in a folder beside out" if cfg.method in TRAINED else trains
+            raise UserError(f"{override}: has no effect with method={cfg.method}, which {reason}; leave it out")
+
+
 def _fill_run_dir(cfg: config.TrainConfig, hydra_cfg: DictConfig) -> None:
-    cfg.run_name = cfg.run_name or config.default_run_name(cfg)
+    cfg.run_name = cfg.run_name or default_run_name(cfg)
     if hydra_cfg.mode == RunMode.MULTIRUN:
         if not isinstance(cfg, config.PlanConfig) and cfg.run_dir and Path(cfg.run_dir) != Path(hydra_cfg.sweep.dir):
             raise UserError(
@@ -207,7 +252,7 @@ def _fill_run_dir(cfg: config.TrainConfig, hydra_cfg: DictConfig) -> None:
             )
         cfg.run_dir = str(Path(hydra_cfg.sweep.dir) / job_name(hydra_cfg))
     else:
-        cfg.run_dir = cfg.run_dir or str(Path("runs") / config.file_name(cfg.run_name))
+        cfg.run_dir = cfg.run_dir or str(Path("runs") / file_name(cfg.run_name))
 
 
 def job_name(hydra_cfg: DictConfig) -> str:
@@ -217,7 +262,7 @@ def job_name(hydra_cfg: DictConfig) -> str:
         key, _, value = override.lstrip("+~").partition("=")
         if key not in ("run_dir", "run_name"):
             parts.append(f"{key.rpartition('.')[2]}={value}")
-    return config.file_name(re.sub(r"['\"]", "", ",".join(parts)))
+    return file_name(re.sub(r"['\"]", "", ",".join(parts)))
 
 
 def describe(error: Exception, schema: type) -> str:

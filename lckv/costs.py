@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from lckv.errors import UserError, near_miss
+from lckv.errors import check_choice, check_whole_number
 from lckv.patterns import LayerPlan, Segment, SharingPlan, build_layer_types, parse_layer_types
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
@@ -31,6 +31,8 @@ class ModelSizes:
     sliding_window: int
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    use_qk_norm: bool = False
     mlp_bias: bool = False
     force_nodiag: bool = False
 
@@ -43,6 +45,11 @@ class ModelSizes:
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         values.setdefault("sliding_window", given["max_position_embeddings"])
         return cls(**values)
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
 
     @property
     def query_size(self) -> int:
@@ -141,9 +148,8 @@ def count_kv_bytes(plan: SharingPlan, sizes: ModelSizes, context_length: int, dt
     Raises:
         UserError: if the context is empty or the type unknown.
     """
-    _check_context_length(context_length)
-    if dtype not in DTYPE_BYTES:
-        raise UserError(f"dtype={dtype!r}: allowed are {', '.join(DTYPE_BYTES)}{near_miss(dtype, DTYPE_BYTES)}")
+    check_whole_number("context_length", context_length)
+    check_choice("dtype", dtype, DTYPE_BYTES)
     per_token = 2 * sizes.kv_size * DTYPE_BYTES[dtype]  # keys and values of one layer
     kept = sum(
         min(sizes.sliding_window, context_length) if plan.owner_is_sliding(owner) else context_length
@@ -164,7 +170,8 @@ def count_parameters(plan: SharingPlan, sizes: ModelSizes) -> int:
     total = num_embeddings * sizes.vocab_size * sizes.hidden_size + sizes.hidden_size
     for layer in plan.layers:
         total += sizes.hidden_size * (2 * sizes.query_size + 3 * sizes.intermediate_size + 2)
-        total += sizes.attention_bias * (sizes.query_size + sizes.hidden_size)
+        total += sizes.attention_bias * sizes.query_size + sizes.has_output_bias * sizes.hidden_size
+        total += sizes.use_qk_norm * (1 + layer.computes_kv) * sizes.head_dim
         total += sizes.mlp_bias * (2 * sizes.intermediate_size + sizes.hidden_size)
         total += layer.computes_kv * 2 * sizes.kv_size * (sizes.hidden_size + sizes.attention_bias)
     return total
@@ -182,7 +189,7 @@ def count_flops(
     Raises:
         UserError: if the context is empty.
     """
-    _check_context_length(context_length)
+    check_whole_number("context_length", context_length)
     return _FlopCount(plan, sizes, context_length).per_token(iteration or Iteration())
 
 
@@ -273,11 +280,6 @@ def _sum_of_known(parts: Iterable[float | None]) -> float | None:
             return None
         total += part
     return total
-
-
-def _check_context_length(context_length: int) -> None:
-    if context_length < 1:
-        raise UserError(f"context_length={context_length}: allowed is 1 or more")
 
 
 def _hides_own_key(layer: LayerPlan, sizes: ModelSizes) -> bool:

@@ -14,3 +14,34 @@ def near_miss(given: str, allowed: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the allowed name nearest to `given`, or an empty string."""
     matches = get_close_matches(given, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def check_whole_number(key: str, value: object, minimum: int = 1) -> None:
+    """Refuses what is not a whole number of `minimum` or more.
+
+    Raises:
+        UserError: naming the key, as the user writes it.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise UserError(f"{key}={value!r}: allowed is a whole number, {minimum} or more")
+
+
+def check_positive(key: str, value: float) -> None:
+    """Refuses what is not above zero.
+
+    Raises:
+        UserError: naming the key, as the user writes it.
+    """
+    if not value > 0:
+        raise UserError(f"{key}={value!r}: allowed is a number above 0")
+
+
+def check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
+    """Refuses what is none of the `allowed` names.
+
+    Raises:
+        UserError: naming the key, as the user writes it, and the nearest name.
+    """
+    names = list(allowed)
+    if value not in names:
+        raise UserError(f"{key}={value!r}: allowed are {', '.join(names)}{near_miss(str(value), names)}")

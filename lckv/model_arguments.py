@@ -6,10 +6,25 @@ from dataclasses import fields
 from typing import Any
 
 from lckv.config import ModelConfig, TrainConfig
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, check_choice, check_positive, check_whole_number, near_miss
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 CONVERGE = "converge"
+DEFAULT_SLIDING_WINDOW = 4096
+KEPT_WITH_SOURCE = (
+    "name",
+    "layer_types",
+    "sliding_window",
+    "forward_passes",
+    "backward_passes",
+    "converge_tolerance",
+    "use_sequential",
+    "force_nodiag",
+    "attention_dropout",
+    "attn_implementation",
+    "dtype",
+)
+"""The keys of the `model` group that a pretrained model leaves to the user."""
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
@@ -65,6 +80,7 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
         vocab_size=cfg.model.vocab_size or vocab_size,
         num_key_value_heads=cfg.model.num_key_value_heads or cfg.model.num_attention_heads,
         rope_parameters=cfg.model.rope_parameters or None,
+        sliding_window=cfg.model.sliding_window or DEFAULT_SLIDING_WINDOW,
     )
     return {name: value for name, value in arguments.items() if value is not None}
 
@@ -76,24 +92,28 @@ def check_model(model: ModelConfig, plan: SharingPlan) -> None:
         UserError: with the first mistake found; the message names the key, what was given and what is allowed.
     """
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
-        _check_at_least(f"model.{name}", getattr(model, name), 1)
-    for name in ("num_key_value_heads", "head_dim", "vocab_size"):
+        check_whole_number(f"model.{name}", getattr(model, name))
+    for name in ("num_key_value_heads", "head_dim", "vocab_size", "sliding_window"):
         if getattr(model, name) is not None:
-            _check_at_least(f"model.{name}", getattr(model, name), 1)
-    _check_at_least("model.sliding_window", model.sliding_window, 1)
+            check_whole_number(f"model.{name}", getattr(model, name))
     _check_heads(model)
     _check_passes(model, plan)
     for name, allowed in ("dtype", DTYPES), ("attn_implementation", ATTENTIONS):
-        value = getattr(model, name)
-        if value not in allowed:
-            raise UserError(f"model.{name}={value!r}: allowed are {', '.join(allowed)}{near_miss(value, allowed)}")
+        check_choice(f"model.{name}", getattr(model, name), allowed)
     if not 0 <= model.attention_dropout < 1:
         raise UserError(f"model.attention_dropout={model.attention_dropout}: allowed is 0 up to, but without, 1")
 
 
-def _check_at_least(key: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise UserError(f"{key}={value!r}: allowed is a whole number, {minimum} or more")
+def check_passes_value(key: str, value: object) -> None:
+    """Refuses what is no number of passes over a cycle.
+
+    Raises:
+        UserError: naming the key, as the user writes it.
+    """
+    if value == CONVERGE or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return
+    hint = near_miss(value, [CONVERGE]) if isinstance(value, str) else ""
+    raise UserError(f"{key}={value!r}: allowed is a whole number, 0 or more, or {CONVERGE!r}{hint}")
 
 
 def _check_heads(model: ModelConfig) -> None:
@@ -114,17 +134,11 @@ def _check_heads(model: ModelConfig) -> None:
 
 
 def _check_passes(model: ModelConfig, plan: SharingPlan) -> None:
-    passes = model.forward_passes
-    if passes != CONVERGE and (isinstance(passes, bool) or not isinstance(passes, int) or passes < 0):
-        hint = near_miss(passes, [CONVERGE]) if isinstance(passes, str) else ""
-        raise UserError(
-            f"model.forward_passes={passes!r}: allowed is a whole number, 0 or more, or {CONVERGE!r}{hint}"
-        )
-    _check_at_least("model.backward_passes", model.backward_passes, 1)
+    check_passes_value("model.forward_passes", model.forward_passes)
+    check_whole_number("model.backward_passes", model.backward_passes)
     if plan.has_cycles and model.backward_passes < 2:
         raise UserError(
             f"model.backward_passes={model.backward_passes}: with layers that read upward, 2 or more is needed; "
             "at 1 the owners' K/V projections would get no gradient through the iteration"
         )
-    if not model.converge_tolerance > 0:
-        raise UserError(f"model.converge_tolerance={model.converge_tolerance}: must be greater than 0")
+    check_positive("model.converge_tolerance", model.converge_tolerance)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -81,7 +81,7 @@ class SharingPlan:
     @property
     def layer_types(self) -> str:
         """The string in its shortest spelling; `parse_layer_types` reads it back to an equal plan."""
-        return "_".join(f"{layer.kv_source}{'s' * layer.is_sliding}" for layer in self.layers)
+        return join_layer_types(self.kv_source, [layer.is_sliding for layer in self.layers])
 
     def readers(self, owner: int) -> tuple[LayerPlan, ...]:
         """The layers that read the KV of layer `owner`."""
@@ -120,6 +120,17 @@ def _cut_at_cycles(layers: tuple[LayerPlan, ...]) -> tuple[Segment, ...]:
     if start < layer_idx:
         segments.append(Segment(start, layer_idx, is_cycle=False))
     return tuple(segments)
+
+
+def join_layer_types(kv_source: Sequence[int], is_sliding: Sequence[bool] | None = None) -> str:
+    """The `layer_types` string of a pattern.
+
+    Args:
+        kv_source: for every layer, the layer whose KV it reads.
+        is_sliding: for every layer, whether it has a window; by default none has.
+    """
+    windows = [False] * len(kv_source) if is_sliding is None else is_sliding
+    return "_".join(f"{source}{'s' * sliding}" for source, sliding in zip(kv_source, windows, strict=True))
 
 
 @lru_cache(maxsize=256)
@@ -206,21 +217,17 @@ def _check_range(name: str, value: int, minimum: int, maximum: int | None) -> No
         raise UserError(f"{name}={value!r}: allowed is a whole number, {allowed}")
 
 
-def _join(entries: list[int]) -> str:
-    return "_".join(map(str, entries))
-
-
 @register_pattern("llama")
 def llama(num_hidden_layers: int) -> str:
     """Every layer reads its own KV: no sharing."""
-    return _join(list(range(num_hidden_layers)))
+    return join_layer_types(list(range(num_hidden_layers)))
 
 
 @register_pattern("cla")
 def cla(num_hidden_layers: int, group_size: int = 2) -> str:
     """Cross-Layer Attention (Brandon et al., NeurIPS 2024): groups of layers read the lowest of the group."""
     _check_range("group_size", group_size, 1, num_hidden_layers)
-    return _join([layer_idx - layer_idx % group_size for layer_idx in range(num_hidden_layers)])
+    return join_layer_types([layer_idx - layer_idx % group_size for layer_idx in range(num_hidden_layers)])
 
 
 @register_pattern("yoco")
@@ -262,14 +269,14 @@ def _target(first: int, last: int, position: str) -> int:
 def _pizza(num_hidden_layers: int, num_kv_layers: int, position: str) -> str:
     own = num_kv_layers - 1
     group = [_target(own, num_hidden_layers - 1, position)] * (num_hidden_layers - own)
-    return _join([*range(own), *group])
+    return join_layer_types([*range(own), *group])
 
 
 def _sandwich(num_hidden_layers: int, num_kv_layers: int, position: str) -> str:
     bottom, top = num_kv_layers // 2, (num_kv_layers - 1) // 2
     first, stop = bottom, num_hidden_layers - top
     group = [_target(first, stop - 1, position)] * (stop - first)
-    return _join([*range(bottom), *group, *range(stop, num_hidden_layers)])
+    return join_layer_types([*range(bottom), *group, *range(stop, num_hidden_layers)])
 
 
 def _lasagna(num_hidden_layers: int, num_kv_layers: int, position: str) -> str:
@@ -277,7 +284,7 @@ def _lasagna(num_hidden_layers: int, num_kv_layers: int, position: str) -> str:
     entries: list[int] = []
     for first, stop in zip(bounds, bounds[1:], strict=False):
         entries += [_target(first, stop - 1, position)] * (stop - first)
-    return _join(entries)
+    return join_layer_types(entries)
 
 
 def _register_study_pattern(

@@ -52,6 +52,10 @@ def build_report(cfg: PlanConfig) -> PlanReport:
     Raises:
         UserError: if the configuration is wrong, or does not say how large the vocabulary is.
     """
+    if cfg.init.source is not None:
+        from lckv.conversion import Source, adopt_source  # takes transformers along, which nothing else here needs
+
+        cfg = adopt_source(cfg, Source.find(cfg.init.source, revision=cfg.init.revision, key="init.source").config)
     arguments = model_arguments(cfg, _vocab_size(cfg))
     plan = parse_layer_types(arguments["layer_types"])
     sizes = ModelSizes.from_config(arguments)

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lckv import cli
-from lckv.config import TrainConfig
-from lckv.errors import UserError, near_miss
+from lckv.config import TeacherConfig, TokenizerConfig, TrainConfig
+from lckv.errors import UserError, check_choice, near_miss
 from lckv.model_arguments import check_model, model_arguments, resolve_layer_types
 from lckv.patterns import parse_layer_types
 from lckv.training.launch import launch_missing_processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from lckv.conversion import Source
+    from lckv.training.run_folder import RunFolder
 
 
 def main(cfg: TrainConfig) -> None:
     """Builds everything that the configuration names, trains, and shows the results."""
     launch_missing_processes("lckv.train")
-    check_model(cfg.model, parse_layer_types(resolve_layer_types(cfg)))
+    if cfg.init.source is None:
+        check_model(cfg.model, parse_layer_types(resolve_layer_types(cfg)))
 
     # Behind the checks: importing torch and transformers takes seconds.
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
     from transformers.activations import ACT2FN
+    from transformers.utils.logging import disable_progress_bar
 
     from lckv.data import build_dataset, build_tokenizer
-    from lckv.models import LCKVLlamaConfig
     from lckv.training.arguments import build_training_arguments, is_main_process, set_num_threads
     from lckv.training.callbacks import check_sample_prompt
     from lckv.training.loggers import check_loggers
@@ -33,22 +43,27 @@ def main(cfg: TrainConfig) -> None:
     from lckv.training.run_folder import RunFolder
     from lckv.training.session import Session
 
+    disable_progress_bar()  # transformers' own, for every file that it reads or writes
     console = Console(quiet=not is_main_process())
     if not is_main_process():
         logging.getLogger("lckv").setLevel(logging.ERROR)
 
+    assert cfg.run_dir is not None  # filled in with the run's name
+    folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
+    cfg, source = _adopt_source(cfg, folder)
     if cfg.model.hidden_act not in ACT2FN:
         hint = near_miss(cfg.model.hidden_act, ACT2FN)
         raise UserError(f"model.hidden_act={cfg.model.hidden_act!r}: allowed are {', '.join(ACT2FN)}{hint}")
     set_num_threads(cfg.trainer.num_threads)
     args = build_training_arguments(cfg)
     check_loggers(cfg.logger)
-    assert cfg.run_dir is not None  # filled in with the run's name
-    folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
     if is_main_process():
         folder.claim(asdict(cfg), resume=cfg.trainer.resume)
+    if source is not None:
+        _convert(cfg, source, folder.init, args, console)
 
-    tokenizer = build_tokenizer(cfg.tokenizer, cfg.data)
+    is_random = cfg.init.source is None
+    tokenizer = build_tokenizer(cfg.tokenizer if is_random else TokenizerConfig(str(folder.init)), cfg.data)
     check_sample_prompt(tokenizer, cfg.trainer.sample_prompt)
     data = build_dataset(cfg.data, tokenizer)
     if is_main_process():
@@ -58,15 +73,82 @@ def main(cfg: TrainConfig) -> None:
         show_results(results, folder, console)
         return
 
+    teacher = _load_teacher(cfg.teacher, tokenizer)
     set_seed(cfg.seed)
+    model = _build_model(cfg, tokenizer, None if is_random else folder.init)
+    if (results := Session(cfg, args, model, tokenizer, data, folder, console, teacher).run()) is not None:
+        show_results(results, folder, console)
+
+
+def _adopt_source(cfg: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, Source | None]:
+    """The configuration with the sizes of the pretrained model to start from, and the model, if it is still needed.
+
+    A run that has begun needs only what it has made of the model, and goes on where that is no longer there.
+    """
+    name, revision = cfg.init.source, cfg.init.revision
+    if name is None:
+        return cfg, None
+    from lckv.conversion import METHODS, TRAINED, Source, adopt_source, check_calibration, source_config_of
+    from lckv.data.tokenizer import check_tokenizer
+
+    check_choice("init.method", cfg.init.method, METHODS)
+    check_calibration(cfg.init)
+    if cfg.init.method in TRAINED and cfg.teacher.source is None:
+        cfg = replace(cfg, teacher=replace(cfg.teacher, source=name, revision=revision))
+    if folder.holds_a_run() and folder.init.is_dir():
+        return adopt_source(cfg, source_config_of(folder.init)), None
+    source = Source.find(name, revision=revision, key="init.source")
+    check_tokenizer(source.load_tokenizer(), str(source.checkpoint))
+    return adopt_source(cfg, source.config), source
+
+
+def _convert(cfg: TrainConfig, source: Source, init: Path, args: TrainingArguments, console: Console) -> None:
+    """Writes the converted model in one process; the others wait for it, and end if there is none."""
+    from lckv.conversion import convert
+    from lckv.training.arguments import is_main_process
+
+    with args.main_process_first(local=False):
+        if is_main_process():
+            convert(cfg, source, init, console, device=str(args.device))
+    if not init.is_dir():
+        sys.exit(2)  # the first process has said why
+
+
+def _build_model(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, init: Path | None) -> PreTrainedModel:
+    """The model with random weights, or with those of a converted one."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model_config = LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)), **special)
     try:
-        model = AutoModelForCausalLM.from_config(model_config)
+        if init is None:
+            return AutoModelForCausalLM.from_config(LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)), **special))
+        config = LCKVLlamaConfig.from_pretrained(init)
+        config.attention_dropout = cfg.model.attention_dropout
+        attention, dtype = cfg.model.attn_implementation, cfg.model.dtype
+        model: PreTrainedModel = LCKVLlamaForCausalLM.from_pretrained(
+            init, config=config, attn_implementation=attention, dtype=dtype
+        )
     except ImportError as error:  # such as FlashAttention's package
         raise UserError(f"model.attn_implementation={cfg.model.attn_implementation!r}: {error}") from error
-    if (results := Session(cfg, args, model, tokenizer, data, folder, console).run()) is not None:
-        show_results(results, folder, console)
+    # The source's own may hold settings for sampling that transformers reads, but refuses to save.
+    model.generation_config = GenerationConfig(**special)
+    return model
+
+
+def _load_teacher(cfg: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """The model to learn from, if there is one."""
+    if cfg.source is None:
+        return None
+    from lckv.generation.loading import load_model
+    from lckv.training.teacher import check_tokenizers
+
+    teacher, teachers_tokenizer = load_model(
+        cfg.source, revision=cfg.revision, dtype=cfg.dtype, device="cpu", key="teacher.source"
+    )
+    check_tokenizers(cfg.source, tokenizer, teachers_tokenizer)
+    return teacher
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def compare_gather(repeats: int) -> dict[str, Any]:
     cache = PagedKVCache(config, page_size=page_size)
     states = torch.randn(num_rows, num_heads, length, head_dim)
     cache.update(states, states, 0)
-    layer, rows = cache.owners()[0], cache._book.rows
+    layer, rows = cache.owners()[0], cache.book.rows
     new = torch.randn(num_rows, num_heads, 1, head_dim)
 
     def vectorised() -> torch.Tensor:

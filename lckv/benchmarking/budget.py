@@ -1,33 +1,8 @@
-"""Bytes with units, and how many sequences fit into them."""
+"""How many sequences fit into a budget of bytes."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from typing import Any
-
-from lckv.errors import UserError
-
-_UNITS = {"": 1, "b": 1} | {
-    f"{prefix}{kind}b": base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for kind, base in (("", 1000), ("i", 1024))
-}
-
-
-def parse_bytes(value: Any, key: str) -> int:
-    """Reads a number of bytes such as `4096`, `64MB` (a million bytes each) or `1.5GiB` (2^30 bytes each).
-
-    Raises:
-        UserError: if it cannot be read, or is not above zero; the message names `key`.
-    """
-    text = str(value).strip()
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text, re.IGNORECASE | re.ASCII)
-    unit = found[2].lower() if found else None
-    if found is None or isinstance(value, bool) or unit not in _UNITS or float(found[1]) * _UNITS[unit] < 1:
-        raise UserError(f"{key}={text}: allowed are bytes, with or without a unit: 1000000, 64MB, 64MiB, 1.5GB, 2GiB")
-    number = found[1]
-    return int(number) * _UNITS[unit] if number.isdigit() else int(float(number) * _UNITS[unit])
 
 
 def largest_batch(planned_bytes: Callable[[int], int], budget: int, limit: int) -> int:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, check_choice
 
 PLOT_FORMATS = ("png", "svg", "pdf")
 _DEFAULT = Path("runs") / "benchmark"
@@ -33,9 +33,7 @@ class OutputFolder:
     """
 
     def __init__(self, path: str | None, *, overwrite: bool, plot_format: str) -> None:
-        if plot_format not in PLOT_FORMATS:
-            hint = near_miss(plot_format, PLOT_FORMATS)
-            raise UserError(f"plot_format={plot_format}: allowed are {', '.join(PLOT_FORMATS)}{hint}")
+        check_choice("plot_format", plot_format, PLOT_FORMATS)
         if path is None and overwrite:
             raise UserError("overwrite=true: has no effect without output_dir; name the folder, or leave it out")
         self.path = _DEFAULT if path is None else Path(path)

@@ -13,7 +13,7 @@ import torch
 from lckv.benchmarking.budget import largest_batch
 from lckv.benchmarking.candidates import Candidate
 from lckv.benchmarking.memory import peak_bytes
-from lckv.benchmarking.recording import RecordsWrites, record_reads
+from lckv.benchmarking.recording import RecordsTraffic, record_reads
 from lckv.benchmarking.results import BatchResult, CandidateResult, Workload
 from lckv.cache import KVCache, PagedKVCache
 from lckv.costs import FlopsPerToken, Iteration, KVBytes, ModelSizes, count_flops, count_kv_bytes
@@ -95,17 +95,18 @@ class Bench:
                 self._attempt(self._time_batch, batch, base, report)
 
     def _measure_bytes(self) -> None:
-        cache = self.new_cache(RecordsWrites)
-        assert isinstance(cache, RecordsWrites)
+        cache = self.new_cache(RecordsTraffic)
+        assert isinstance(cache, RecordsTraffic)
+        cache.record_codecs()
         report = self._prefill(cache)
         if not bool(torch.isfinite(report.logits).all()):
             raise UserError("the logits behind the prompt are not finite: the weights are no good in this dtype")
         token = self._decode(cache, report.logits, self.workload.new_tokens - 1)
-        cache.written_bytes = 0
+        cache.start_step()
         with record_reads(self.model) as reads:
             self._step(cache, token)
         self.result.resident_bytes, self.result.written_bytes = cache.num_bytes(), cache.written_bytes
-        self.result.read_bytes = reads.total
+        self.result.read_bytes = cache.stored_bytes_read if cache.quantises else reads.total
         self.result.prefill_passes, self.result.prefill_residual = report.num_passes, report.residual
 
     def _plan_batches(self) -> Iterator[BatchResult]:

@@ -1,38 +1,120 @@
-"""Bytes of keys and values that go into a cache and into attention, counted on the tensors themselves."""
+"""Bytes of keys and values that go into a cache, out of it and into attention, counted on the tensors themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lckv.cache import KVCache
+from lckv.cache.quantization import GroupCodec, Quantized
 from lckv.models.attention import LCKVAttention
 from lckv.models.iteration import KeyValue
 from lckv.models.masks import VisibleKeys
 
 
-class RecordsWrites(KVCache):
-    """To be mixed into a cache class: counts the bytes of the states that `update` is given.
+class MeteredCodec(GroupCodec):
+    """A codec that counts the bytes of what it encodes to and decodes from, and the tokens that it encodes.
 
-    Attributes:
-        written_bytes: so far; may be set to zero.
-        written_layers: which layers wrote, in order.
+    Args:
+        codec: what it does.
     """
 
-    written_bytes = 0
-    written_layers: tuple[int, ...] = ()
+    encoded_bytes = encoded_tokens = decoded_bytes = 0
+
+    def __init__(self, codec: GroupCodec) -> None:
+        super().__init__(codec.bits, codec.group_tokens, codec.group_channels)
+
+    def encode(self, states: torch.Tensor) -> Quantized:
+        """Encodes, and counts."""
+        encoded = super().encode(states)
+        self.encoded_bytes += sum(tensor.nbytes for tensor in encoded)
+        self.encoded_tokens += states.shape[0] * states.shape[2]
+        return encoded
+
+    def decode(self, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
+        """Counts, and decodes."""
+        self.decoded_bytes += sum(tensor.nbytes for tensor in quantized)
+        return super().decode(quantized, dtype)
+
+    @property
+    def encoded_bytes_per_token(self) -> float:
+        """How much a token of all groups so far takes; 0 if there were none."""
+        return self.encoded_bytes / max(1, self.encoded_tokens)
+
+
+class RecordsTraffic(KVCache):
+    """To be mixed into a cache class: counts what one sequence's tokens bring into storage, and what is read from it.
+
+    Attributes:
+        given_bytes: of the states that `update` was given since `start_step`.
+        exact_bytes: of the tokens that a quantising cache returned without decoding them, since `start_step`.
+    """
+
+    given_bytes = exact_bytes = 0
+
+    def record_codecs(self) -> None:
+        """Lets the layers of a quantising cache count too; before anything is stored."""
+        layers: list[Any] = list(self.owners().values())
+        for layer in layers:
+            if self.quantises:
+                layer.codecs = tuple(MeteredCodec(codec) for codec in layer.codecs)
+
+    @property
+    def quantises(self) -> bool:
+        """Whether old tokens are encoded."""
+        return hasattr(self, "quantization")
+
+    def start_step(self) -> None:
+        """Counts a new step's bytes from here on."""
+        self.given_bytes = self.exact_bytes = 0
+        for codec in self._codecs():
+            codec.decoded_bytes = 0
+
+    @property
+    def written_bytes(self) -> int:
+        """Of the step's one token: as it is at first, and as it is once encoded, with its part of the group's.
+
+        A layer that has not encoded anything so far, and may never do so, counts with the former only.
+        """
+        return self.given_bytes + round(sum(codec.encoded_bytes_per_token for codec in self._codecs()))
+
+    @property
+    def stored_bytes_read(self) -> int:
+        """Of a quantising cache: what the step's reading decoded, as it is stored, and the tokens kept as they are."""
+        return self.exact_bytes + sum(codec.decoded_bytes for codec in self._codecs())
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> KeyValue:
-        """Counts, and updates."""
-        self.written_bytes += key_states.nbytes + value_states.nbytes
-        self.written_layers += (layer_idx,)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        """Updates, and counts."""
+        self.given_bytes += key_states.nbytes + value_states.nbytes
+        update = partial(super().update, key_states, value_states, layer_idx, *args, **kwargs)
+        return self._counted(update, layer_idx) if self.quantises else update()
+
+    def peek(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeyValue:
+        """Peeks, and counts, without the new tokens, which are not stored."""
+        peek = partial(super().peek, key_states, value_states, layer_idx)
+        return self._counted(peek, layer_idx, num_unstored=key_states.shape[2]) if self.quantises else peek()
+
+    def _counted(self, read: Callable[[], KeyValue], layer_idx: int, num_unstored: int = 0) -> KeyValue:
+        """Counts which of the returned tokens were stored as they are: those behind the last group that is old."""
+        layer, options = self.owners()[layer_idx], cast(Any, self).quantization
+        num_old = (layer.get_seq_length() - options.residual_length) // options.group_size * options.group_size
+        _, first = layer.get_mask_sizes(0)
+        keys, values = read()
+        num_tokens = keys.shape[2]
+        num_exact = num_tokens - max(0, num_old - first) - num_unstored
+        self.exact_bytes += (keys.nbytes + values.nbytes) * num_exact // num_tokens
+        return keys, values
+
+    def _codecs(self) -> list[MeteredCodec]:
+        layers: list[Any] = list(self.owners().values())
+        return [codec for layer in layers for codec in layer.codecs] if self.quantises else []
 
 
 class ReadCount:

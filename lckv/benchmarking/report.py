@@ -148,9 +148,11 @@ def print_report(
         f"Medians of {num_rounds} rounds in which the candidates took turns; x: the median of the ratios to the "
         f"first within a round.\n{workload.prompt_length} tokens of prompt, {workload.new_tokens} decoding steps, "
         f"threads: {environment.num_threads}, {environment.device}, torch {environment.torch_version}.\n"
-        "Bytes: resident are those of the cache's tensors, codes and scales if it quantises; written are the states "
-        "that the cache is given and read the\nkeys and values that it gives to attention, both in the model's type. "
-        "In brackets, the plan's where it differs. Peak: beyond the weights, cache included."
+        "Bytes: resident are those of the cache's tensors; written are the states that the cache is given, and read "
+        "the keys and values that it gives\nto the attention of each layer. A cache that quantises also writes codes, "
+        "scales and zero points, a group of tokens at once (here per token),\nand reads what it stores once per step "
+        "for all layers that share it. In brackets, the plan's where it differs. Peak: beyond the weights, cache "
+        "included."
     )
 
 

@@ -81,8 +81,10 @@ class CandidateResult:
         weight_bytes: bytes of the parameters.
         error: why there are no (more) figures.
         resident_bytes: live tensors of the cache of one sequence, behind the last step.
-        written_bytes: states that the cache was given in the last step, before it encodes them if it does.
-        read_bytes: keys and values that attention was given in the last step, over all layers, decoded if need be.
+        written_bytes: states that the cache was given in the last step, and what a token takes once it is encoded, if
+            it is: codes, scales and zero points.
+        read_bytes: keys and values that attention was given in the last step, over all layers; of a cache that
+            quantises, what it decoded in that step, as it is stored, and the tokens that it keeps as they are.
         prefill_peak_bytes: memory beyond weights and inputs, the cache included, of the prefill of one sequence.
         prefill_passes: over the layers that read upward, for each chunk of the prompt.
         prefill_residual: how far KV moved in the last pass, relative to its size.

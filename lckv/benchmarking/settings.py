@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from lckv.benchmarking.budget import parse_bytes
 from lckv.benchmarking.results import Workload
-from lckv.config import BenchmarkConfig, ModelConfig, SharingConfig, TokenizerConfig, TrainConfig, config_dir
-from lckv.errors import UserError, near_miss
-from lckv.model_arguments import CONVERGE, DTYPES, model_arguments
+from lckv.byte_sizes import parse_bytes
+from lckv.config import BenchmarkConfig, ModelConfig, SharingConfig, TokenizerConfig, TrainConfig
+from lckv.errors import UserError, check_choice, check_positive, check_whole_number, near_miss
+from lckv.hydra_store import config_dir
+from lckv.model_arguments import CONVERGE, DTYPES, check_passes_value, model_arguments
 from lckv.patterns import PATTERNS
 
 if TYPE_CHECKING:  # importing it takes seconds, and most mistakes are found without
@@ -28,14 +29,16 @@ def build_workload(cfg: BenchmarkConfig) -> Workload:
         UserError: for a value out of range; the message names the key.
     """
     for name in ("prompt_length", "new_tokens", "rounds", "max_batch_size"):
-        _check_at_least_one(name, getattr(cfg, name))
+        check_whole_number(name, getattr(cfg, name))
     for name in ("prefill_chunk", "num_threads"):
         if getattr(cfg, name) is not None:
-            _check_at_least_one(name, getattr(cfg, name))
+            check_whole_number(name, getattr(cfg, name))
     for size in cfg.batch_sizes:
-        _check_at_least_one("batch_sizes", size)
-    if cfg.prefill_tolerance is not None and not cfg.prefill_tolerance > 0:
-        raise UserError(f"prefill_tolerance={cfg.prefill_tolerance}: must be greater than 0")
+        check_whole_number("batch_sizes", size)
+    if cfg.prefill_passes is not None:
+        check_passes_value("prefill_passes", cfg.prefill_passes)
+    if cfg.prefill_tolerance is not None:
+        check_positive("prefill_tolerance", cfg.prefill_tolerance)
     if cfg.kv_budget is None and cfg.max_batch_size != BenchmarkConfig.max_batch_size:
         raise UserError(f"max_batch_size={cfg.max_batch_size}: has no effect with kv_budget=null; leave it out")
     return Workload(
@@ -46,7 +49,7 @@ def build_workload(cfg: BenchmarkConfig) -> Workload:
         max_batch_size=cfg.max_batch_size,
         rounds=cfg.rounds,
         prefill_chunk=cfg.prefill_chunk,
-        prefill_passes=_prefill_passes(cfg.prefill_passes),
+        prefill_passes=cfg.prefill_passes,
         prefill_tolerance=cfg.prefill_tolerance,
         seed=cfg.seed,
     )
@@ -130,9 +133,7 @@ def check_dtype(dtype: str) -> None:
     Raises:
         UserError: naming what is allowed.
     """
-    allowed = ("auto", *DTYPES)
-    if dtype not in allowed:
-        raise UserError(f"dtype={dtype}: allowed are {', '.join(allowed)}{near_miss(dtype, allowed)}")
+    check_choice("dtype", dtype, ("auto", *DTYPES))
 
 
 def _arguments(model: ModelConfig, pattern: Any, key: str) -> dict[str, Any]:
@@ -155,16 +156,3 @@ def _arguments(model: ModelConfig, pattern: Any, key: str) -> dict[str, Any]:
         return model_arguments(cfg, model.vocab_size or TokenizerConfig().vocab_size)
     except UserError as error:
         raise UserError(str(error).replace("model.layer_types", key, 1)) from None
-
-
-def _prefill_passes(passes: Any) -> int | str | None:
-    is_number = isinstance(passes, int) and not isinstance(passes, bool) and passes >= 0
-    if passes is None or passes == CONVERGE or is_number:
-        return passes
-    hint = near_miss(passes, [CONVERGE]) if isinstance(passes, str) else ""
-    raise UserError(f"prefill_passes={passes!r}: allowed is a whole number, 0 or more, or {CONVERGE!r}{hint}")
-
-
-def _check_at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name}={value}: allowed is a whole number, 1 or more")

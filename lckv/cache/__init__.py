@@ -1,7 +1,8 @@
 """Caches of keys and values (KV) that keep what the sharing pattern says must be kept, and no more."""
 
-from lckv.cache.base import CACHES, KVCache, KVLayer, build_cache
+from lckv.cache.base import CACHES, KVCache, build_cache
 from lckv.cache.dynamic import DynamicKVCache
+from lckv.cache.layers import KVLayer
 from lckv.cache.paged import PagedKVCache
 from lckv.cache.quantized import QuantizedKVCache
 from lckv.cache.quantized_paged import QuantizedPagedKVCache

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from lckv.cache.base import CACHES, KVCache, KVLayer
+from lckv.cache.base import CACHES, KVCache
+from lckv.cache.layers import KVLayer, check_crop, writable
 from lckv.models.iteration import KeyValue
 
 
@@ -146,22 +147,6 @@ def _last_tokens(states: torch.Tensor, num_slots: int) -> torch.Tensor:
     """The last tokens of `(batch, num_kv_heads, seq_len, head_dim)`, after zeros if there are too few."""
     states = states[:, :, max(0, states.shape[2] - num_slots) :]
     return torch.nn.functional.pad(states, (0, 0, num_slots - states.shape[2], 0))
-
-
-def writable(states: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy if it was made in inference mode, which allows no writing outside that mode."""
-    return states.clone() if states.is_inference() and not torch.is_inference_mode_enabled() else states
-
-
-def check_crop(tokens_to_remove: int, seq_length: int) -> int:
-    """The number of tokens to take back, from transformers' negative number.
-
-    Raises:
-        ValueError: for a positive number, which once meant the length to keep, and for more tokens than there are.
-    """
-    if not -seq_length <= tokens_to_remove <= 0:
-        raise ValueError(f"crop({tokens_to_remove}) of {seq_length} tokens: allowed are {-seq_length} to 0")
-    return -tokens_to_remove
 
 
 @CACHES.register("dynamic")

@@ -178,7 +178,7 @@ class PageGroup:
             return length
         return max(length, self.first_kept_after(length + num_new) // self.page_size * self.page_size)
 
-    def _written_indices(self, length: int, num_new: int) -> range:
+    def written_indices(self, length: int, num_new: int) -> range:
         """Which entries of the block table the new tokens are written to."""
         stop = -(-(length + num_new) // self.page_size)
         return range(self.first_written(length, num_new) // self.page_size, stop) if num_new else range(0)
@@ -191,7 +191,7 @@ class PageGroup:
         num_missing = 0
         num_writers: Counter[int] = Counter()
         for table, length, num_new in calls:
-            for index in self._written_indices(length, num_new):
+            for index in self.written_indices(length, num_new):
                 if index in table.pages:
                     num_writers[table.pages[index]] += 1
                 else:
@@ -207,7 +207,7 @@ class PageGroup:
             Pages whose content has to be copied, and where to.
         """
         copies = []
-        for index in self._written_indices(length, num_new):
+        for index in self.written_indices(length, num_new):
             page = table.pages.get(index)
             if page is None:
                 table.pages[index] = self.allocator.allocate()

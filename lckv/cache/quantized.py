@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from lckv.cache.base import CACHES, KVCache, KVLayer
-from lckv.cache.dynamic import check_crop
+from lckv.cache.base import CACHES, KVCache
+from lckv.cache.layers import KVLayer, check_crop
 from lckv.cache.quantization import ALLOWED_BITS, GroupCodec, Quantized
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, check_choice, check_whole_number
 from lckv.models.iteration import KeyValue
 
 AXES = ("channel", "token")
@@ -232,11 +232,11 @@ class QuantizedOptions:
     def __post_init__(self) -> None:
         if self.bits not in ALLOWED_BITS:
             raise UserError(f"cache.bits={self.bits!r}: allowed are 2, 4 and 8")
-        _check_count("group_size", self.group_size, 1)
-        _check_count("residual_length", self.residual_length, 0)
-        _check_choice("key_axis", self.key_axis, AXES)
-        _check_choice("value_axis", self.value_axis, AXES)
-        _check_choice("layout", self.layout, LAYOUTS)
+        check_whole_number("cache.group_size", self.group_size)
+        check_whole_number("cache.residual_length", self.residual_length, 0)
+        check_choice("cache.key_axis", self.key_axis, AXES)
+        check_choice("cache.value_axis", self.value_axis, AXES)
+        check_choice("cache.layout", self.layout, LAYOUTS)
 
     def codecs(self, head_dim: int) -> tuple[GroupCodec, GroupCodec]:
         """For keys and for values.
@@ -332,16 +332,3 @@ class QuantizedKVCache(KVCache):
             if isinstance(layer, QuantizedLayer)
         )
         return batch_size * self.config.num_key_value_heads * per_head
-
-
-def _check_count(option: str, value: object, lowest: int) -> None:
-    """Refuses what is no whole number from `lowest` on."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise UserError(f"cache.{option}={value!r}: allowed is a whole number, {lowest} or more")
-
-
-def _check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuses what is not one of the allowed words."""
-    if value not in allowed:
-        choices = " and ".join(repr(name) for name in allowed)
-        raise UserError(f"cache.{option}={value!r}: allowed are {choices}{near_miss(str(value), allowed)}")

@@ -8,18 +8,80 @@ enough for it to be encoded, it is encoded for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from lckv.cache.base import KVLayer
-from lckv.cache.paged import PagedKVCache, PagedLayer, _Book, _Step
+from lckv.cache.page_book import PageBook, PageStep
+from lckv.cache.paged import PagedKVCache
+from lckv.cache.paged_layer import PagedLayer
 from lckv.cache.pages import capacity_for
 from lckv.cache.quantization import GroupCodec, Quantized
 from lckv.cache.quantized import QuantizedLayer, QuantizedOptions
 from lckv.errors import UserError
 from lckv.models.iteration import KeyValue
+
+
+@dataclass(frozen=True)
+class ExactPages:
+    """Which pages lie as they are, in their order in the pools for those. It never changes, so that layers share it.
+
+    Attributes:
+        pages: their numbers.
+    """
+
+    pages: tuple[int, ...] = ()
+
+    @cached_property
+    def place_of(self) -> dict[int, int]:
+        """Where each of them lies."""
+        return {page: place for place, page in enumerate(self.pages)}
+
+    def joined_by(self, pages: Iterable[int]) -> ExactPages:
+        """These, and others behind them."""
+        return ExactPages((*self.pages, *pages))
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """What happens to exact pages when some of them leave.
+
+    Attributes:
+        pages: those that leave, `(num_pages,)`.
+        places: where they lie in the exact pools, `(num_pages,)`.
+        kept: where the others lie, `(num_kept,)`.
+        exact: the others.
+    """
+
+    pages: torch.Tensor
+    places: torch.Tensor
+    kept: torch.Tensor
+    exact: ExactPages
+
+    @classmethod
+    def among(cls, exact: ExactPages, pages: Collection[int], device: torch.device) -> _Leaving:
+        """Lets those of the `pages` leave that are exact."""
+        leaving = set(pages)
+        gone = [(page, place) for page, place in exact.place_of.items() if page in leaving]
+        kept = [(page, place) for page, place in exact.place_of.items() if page not in leaving]
+        return cls(
+            pages=_indices([page for page, _ in gone], device),
+            places=_indices([place for _, place in gone], device),
+            kept=_indices([place for _, place in kept], device),
+            exact=ExactPages(tuple(page for page, _ in kept)),
+        )
+
+    @property
+    def num_pages(self) -> int:
+        """How many leave."""
+        return len(self.pages)
+
+
+def _indices(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.long, device=device)
 
 
 class QuantizedPagedLayer(PagedLayer):
@@ -28,7 +90,7 @@ class QuantizedPagedLayer(PagedLayer):
     Attributes:
         keys: of exact pages, `(num_exact_pages, num_kv_heads, page_size, head_dim)`.
         values: as `keys`.
-        exact: which pages those are, in their order in the pools; all others are read from the packed pools.
+        exact: which pages those are; all others are read from the packed pools.
 
     Args:
         book: what the cache's layers share.
@@ -40,18 +102,18 @@ class QuantizedPagedLayer(PagedLayer):
     tensor_names = QuantizedLayer.tensor_names
 
     def __init__(
-        self, book: _Book, group_idx: int, codecs: tuple[GroupCodec, GroupCodec], residual_length: int
+        self, book: PageBook, group_idx: int, codecs: tuple[GroupCodec, GroupCodec], residual_length: int
     ) -> None:
         super().__init__(book, group_idx)
         self.codecs, self.residual_length = codecs, residual_length
-        self.exact: list[int] = []
+        self.exact = ExactPages()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes the pools."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.exact = []
+        self.exact = ExactPages()
         for names, codec, states in zip(self._names(), self.codecs, (key_states, value_states), strict=True):
-            nothing = self._new_pool(states, 0)
+            nothing = self.new_pool(states, 0)
             setattr(self, names[0], nothing)
             with torch.inference_mode(False):
                 for name, tensor in zip(names[1:], codec.encode(nothing), strict=True):
@@ -60,13 +122,15 @@ class QuantizedPagedLayer(PagedLayer):
 
     def resize(self, num_pages: int) -> None:
         """Lets the packed pools have `num_pages` pages: new ones at the end, or the first of the old ones."""
-        if not self.is_initialized:
+        if not self.is_initialized or len(getattr(self, self._packed_names()[0])) == num_pages:
             return
         held = self.group.allocator.count_holders
-        self._encode([page for page in self.exact if page < num_pages and not held(page)])  # they may be found again
+        found_again = [page for page in self.exact.pages if page < num_pages and not held(page)]
+        self._encode(_Leaving.among(self.exact, found_again, self.keys.device))
         for name in self._packed_names():
             setattr(self, name, _resized(getattr(self, name), num_pages))
-        self._keep_exact([page for page in self.exact if page < num_pages])
+        gone = [page for page in self.exact.pages if page >= num_pages]
+        self._forget(_Leaving.among(self.exact, gone, self.keys.device))
 
     def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copies pages within the pools; pairs of from where and where to."""
@@ -77,129 +141,143 @@ class QuantizedPagedLayer(PagedLayer):
         for name in self._packed_names():
             pool = getattr(self, name)
             pool.index_copy_(0, target, pool.index_select(0, source))
-        targets = {page for _, page in pairs}
-        self._keep_exact([page for page in self.exact if page not in targets])
-        exact = [(self.exact.index(page), copy) for page, copy in pairs if page in self.exact]
+        self._forget(_Leaving.among(self.exact, [copy for _, copy in pairs], self.keys.device))
+        exact = [(self.exact.place_of[page], copy) for page, copy in pairs if page in self.exact.place_of]
         if exact:
-            places = [place for place, _ in exact]
-            self._add_exact([page for _, page in exact], (self.keys[places], self.values[places]))
+            places, pages = zip(*exact, strict=True)
+            self._add_exact(self.exact.joined_by(pages), (self.keys[list(places)], self.values[list(places)]))
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
-        """Writes the new tokens to their pages, returns what their queries see, and encodes pages that are old."""
-        step = self._open_step(key_states, writes=True)
-        totals = [length + num_new for length, num_new in zip(step.lengths, step.num_new, strict=True)]
-        rows = list(zip(self.book.rows, totals, strict=True))
-        states = super().update(key_states, value_states)
-        old = {page for row, total in rows for page in self._old_pages(row.tables[self.group_idx].pages, total)}
+    def end_step(self, step: PageStep) -> None:
+        """Encodes pages that are old."""
+        device = self.keys.device
+        key = ("encode", self.group_idx, self.exact, self.record_past, device)
+        self._encode(step.share(key, lambda: _Leaving.among(self.exact, self._old_pages(step), device)))
+
+    def _old_pages(self, step: PageStep) -> set[int]:
+        """The pages that are full and older than the recent ones of some row, and exact ones that nobody holds."""
         held = self.group.allocator.count_holders
-        self._encode([page for page in self.exact if page in old or not held(page)])
-        return states
+        old = {page for page in self.exact.pages if not held(page)}
+        for row, total in zip(self.book.rows, step.totals, strict=True):
+            edge = (total - self.residual_length) // self.group.page_size
+            if not self.record_past:  # those that are about to be freed go too
+                edge = max(edge, self.group.first_kept_after(total) // self.group.page_size)
+            old |= {page for index, page in row.tables[self.group_idx].pages.items() if index < edge}
+        return old
 
-    def _old_pages(self, pages: dict[int, int], length: int) -> list[int]:
-        """The pages of a sequence of `length` tokens that are full and older than the recent ones."""
-        edge = (length - self.residual_length) // self.group.page_size
-        if not self.record_past:  # those that are about to be freed go too
-            edge = max(edge, self.group.first_kept_after(length) // self.group.page_size)
-        return [page for index, page in pages.items() if index < edge]
-
-    def _encode(self, pages: list[int]) -> None:
+    def _encode(self, leaving: _Leaving) -> None:
         """Moves exact pages to the packed pools."""
-        if not pages:
+        if not leaving.num_pages:
             return
-        places = [self.exact.index(page) for page in pages]
-        target = torch.tensor(pages, device=self.keys.device)
         for names, codec in zip(self._names(), self.codecs, strict=True):
-            encoded = codec.encode(getattr(self, names[0])[places])
+            encoded = codec.encode(getattr(self, names[0])[leaving.places])
             for name, tensor in zip(names[1:], encoded, strict=True):
-                getattr(self, name).index_copy_(0, target, tensor)
-        self._keep_exact([page for page in self.exact if page not in pages])
+                getattr(self, name).index_copy_(0, leaving.pages, tensor)
+        self._forget(leaving)
 
-    def _keep_exact(self, pages: list[int]) -> None:
-        """Leaves only these of the exact pages."""
-        places = [self.exact.index(page) for page in pages]
-        if len(places) < len(self.exact):
-            with torch.inference_mode(False):
-                for names in self._names():
-                    pool = getattr(self, names[0])[places]
-                    setattr(self, names[0], _resized(pool, capacity_for(len(pages))))
-            self.exact = list(pages)
+    def _forget(self, leaving: _Leaving) -> None:
+        """Drops exact pages."""
+        if not leaving.num_pages:
+            return
+        self.exact = leaving.exact
+        with torch.inference_mode(False):
+            for names in self._names():
+                pool = getattr(self, names[0])[leaving.kept]
+                setattr(self, names[0], _resized(pool, capacity_for(len(self.exact.pages))))
 
-    def _add_exact(self, pages: list[int], contents: KeyValue) -> None:
-        """Makes more pages exact, with these keys and values `(num_pages, num_kv_heads, page_size, head_dim)`."""
-        start, self.exact = len(self.exact), [*self.exact, *pages]
+    def _add_exact(self, exact: ExactPages, contents: KeyValue) -> None:
+        """Makes these pages exact; `contents` `(num_new, num_kv_heads, page_size, head_dim)` has the last of them."""
+        start, self.exact = len(self.exact.pages), exact
         for names, content in zip(self._names(), contents, strict=True):
-            pool = _resized(getattr(self, names[0]), capacity_for(len(self.exact)))
-            pool[start : len(self.exact)] = content
+            pool = _resized(getattr(self, names[0]), capacity_for(len(exact.pages)))
+            pool[start : len(exact.pages)] = content
             setattr(self, names[0], pool)
 
-    def _write_slots(self, step: _Step, width: int, firsts: list[int], totals: list[int]) -> torch.Tensor:
-        """Places `(batch, num_kv_heads, width)` for the last `width` new columns, in exact pages."""
-        slots = super()._write_slots(step, width, firsts, totals)
-        size = self.group.page_size
+    def write_slots(self, step: PageStep, slots: torch.Tensor) -> torch.Tensor:
+        """Where in the exact pools lies what pools of all pages have in these slots; makes pages exact for that."""
+        key = ("write", self.group_idx, self.exact, self.keys.device)
+        missing, exact, slots = step.share(key, lambda: self._make_exact(step, slots))
+        if missing.numel():  # they may hold tokens already, if some were taken back
+            self._add_exact(exact, (self._decode(missing, 0), self._decode(missing, 1)))
+        return slots
+
+    def _make_exact(self, step: PageStep, slots: torch.Tensor) -> tuple[torch.Tensor, ExactPages, torch.Tensor]:
+        """The packed pages that new tokens are written to, the exact pages with these, and the slots there."""
+        calls = zip(self.book.rows, step.lengths, step.num_new, strict=True)
         written = dict.fromkeys(
             row.tables[self.group_idx].pages[index]
-            for row, first, total in zip(self.book.rows, firsts, totals, strict=True)
-            for index in range(first // size, -(-total // size) if first < total else 0)
+            for row, length, num_new in calls
+            for index in self.group.written_indices(length, num_new)
         )
-        missing = [page for page in written if page not in self.exact]
-        if missing:  # they may hold tokens already, if some were taken back
-            self._add_exact(missing, (self._content(missing, 0), self._content(missing, 1)))
-        return self._moved(slots, self.exact)
+        missing = [page for page in written if page not in self.exact.place_of]
+        exact = self.exact.joined_by(missing)
+        return _indices(missing, slots.device), exact, self._moved(slots, exact.pages)
 
-    def _read(self, slots: torch.Tensor, num_tokens: list[int]) -> KeyValue:
-        """Keys and values in these places, `(batch, num_kv_heads, num_columns, head_dim)`; zeros for empty rows."""
-        tables = [row.tables[self.group_idx] for row in self.book.rows]
-        pages = sorted({page for table in tables for page in table.pages.values()})
-        if not pages:
+    def read(self, step: PageStep, columns: range, num_tokens: list[int]) -> KeyValue:
+        """Keys and values of these columns, `(batch, num_kv_heads, num_columns, head_dim)`; zeros for empty rows."""
+        slots = self.read_slots(step, columns, num_tokens)
+        key = ("pages", self.group_idx, columns, tuple(num_tokens), self.exact, self.keys.device)
+        packed, places, slots = step.share(key, lambda: self._find_pages(slots))
+        if not packed.numel() + places.numel():
             shape = (*slots.shape, self.keys.shape[3])
             return self.keys.new_zeros(shape), self.values.new_zeros(shape)
-        contents = (self._content(pages, 0), self._content(pages, 1))
-        return self._gather(contents, self._moved(slots, pages), num_tokens)
+        return self.gather((self._content(packed, places, 0), self._content(packed, places, 1)), slots, num_tokens)
 
-    def _content(self, pages: list[int], which: int) -> torch.Tensor:
-        """Keys (0) or values (1) of these pages, `(num_pages, num_kv_heads, page_size, head_dim)`."""
+    def _find_pages(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The packed pages of all rows, the places of the exact ones, and the slots where one follows the other."""
+        tables = [row.tables[self.group_idx] for row in self.book.rows]
+        pages = sorted({page for table in tables for page in table.pages.values()})
+        packed = [page for page in pages if page not in self.exact.place_of]
+        exact = [page for page in pages if page in self.exact.place_of]
+        places = [self.exact.place_of[page] for page in exact]
+        moved = self._moved(slots, [*packed, *exact]) if pages else slots
+        return _indices(packed, slots.device), _indices(places, slots.device), moved
+
+    def _content(self, packed: torch.Tensor, places: torch.Tensor, which: int) -> torch.Tensor:
+        """Keys (0) or values (1) of packed, then of exact pages, `(num_pages, num_kv_heads, page_size, head_dim)`.
+
+        Args:
+            packed: places of pages in the packed pools, `(num_packed,)`.
+            places: in the exact ones, `(num_exact,)`.
+            which: of the two.
+        """
+        exact = getattr(self, self._names()[which][0])[places]
+        return torch.cat([self._decode(packed, which), exact]) if packed.numel() else exact
+
+    def _decode(self, pages: torch.Tensor, which: int) -> torch.Tensor:
+        """Keys (0) or values (1) of packed pages, `(num_pages, num_kv_heads, page_size, head_dim)`."""
         names, codec = self._names()[which], self.codecs[which]
-        pool = getattr(self, names[0])
-        content = pool.new_empty(len(pages), *pool.shape[1:])
-        place_of = {page: place for place, page in enumerate(self.exact)}
-        exact = [(index, place_of[page]) for index, page in enumerate(pages) if page in place_of]
-        packed = [(index, page) for index, page in enumerate(pages) if page not in place_of]
-        if exact:
-            index, source = torch.tensor(exact, device=pool.device).T
-            content.index_copy_(0, index, pool.index_select(0, source))
-        if packed:
-            index, source = torch.tensor(packed, device=pool.device).T
-            encoded = Quantized(*(getattr(self, name).index_select(0, source) for name in names[1:]))
-            content.index_copy_(0, index, codec.decode(encoded, pool.dtype))
-        return content
+        encoded = Quantized(*(getattr(self, name).index_select(0, pages) for name in names[1:]))
+        return codec.decode(encoded, getattr(self, names[0]).dtype)
 
-    def _moved(self, slots: torch.Tensor, pages: list[int]) -> torch.Tensor:
+    def _moved(self, slots: torch.Tensor, pages: Sequence[int]) -> torch.Tensor:
         """Flat places for a pool in which these pages lie one after the other."""
         block = self.keys.shape[1] * self.keys.shape[2]
         places = torch.zeros(max(1, self.group.allocator.capacity), dtype=torch.long)
-        places[pages] = torch.arange(len(pages))
+        places[list(pages)] = torch.arange(len(pages))
         return places.to(slots.device)[slots // block] * block + slots % block
 
-    def _saved(self, pages: list[int]) -> dict[str, torch.Tensor]:
+    def saved_pages(self, pages: list[int]) -> dict[str, torch.Tensor]:
         """What these pages hold, and which of them are exact, by their place among them."""
-        exact = [page for page in self.exact if page in pages]
-        places = [self.exact.index(page) for page in exact]
+        index_of = {page: index for index, page in enumerate(pages)}
+        exact = [(index_of[page], place) for place, page in enumerate(self.exact.pages) if page in index_of]
+        indices, places = torch.tensor(exact, dtype=torch.long).view(-1, 2).T
         saved = {name: getattr(self, name)[pages] for name in self._packed_names()}
-        saved |= {names[0]: getattr(self, names[0])[places] for names in self._names()}
-        return saved | {"exact_pages": torch.tensor([pages.index(page) for page in exact], dtype=torch.long)}
+        saved |= {names[0]: getattr(self, names[0])[places.to(self.keys.device)] for names in self._names()}
+        return saved | {"exact_pages": indices}
 
-    def _restore(self, saved: dict[str, torch.Tensor]) -> None:
-        """Fills new pools with what `_saved` gave."""
+    def restore_pages(self, saved: dict[str, torch.Tensor]) -> None:
+        """Fills new pools with what `saved_pages` gave."""
         self.lazy_initialization(saved["keys"], saved["values"])
         for name in self._packed_names():
             getattr(self, name)[: saved[name].shape[0]] = saved[name]
         if saved["exact_pages"].numel():
-            self._add_exact(saved["exact_pages"].tolist(), (saved["keys"], saved["values"]))
+            exact = self.exact.joined_by(saved["exact_pages"].tolist())
+            self._add_exact(exact, (saved["keys"], saved["values"]))
 
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.exact = []
+        self.exact = ExactPages()
 
     def planned_bytes(self, seq_length: int, batch_size: int, num_pages: int | None, like: tuple[int, int]) -> int:
         """Bytes per head after `seq_length` tokens of each row; `like` is the head's size and bytes per number."""
@@ -213,7 +291,7 @@ class QuantizedPagedLayer(PagedLayer):
     def num_used_bytes(self) -> int:
         """Bytes of the pages that some sequence holds."""
         allocator = self.group.allocator
-        num_exact = sum(allocator.count_holders(page) > 0 for page in self.exact)
+        num_exact = sum(allocator.count_holders(page) > 0 for page in self.exact.pages)
         exact = sum(pool.nbytes // max(1, len(pool)) * num_exact for pool in (self.keys, self.values))
         packed = sum(getattr(self, name).nbytes for name in self._packed_names())
         return exact + packed // max(1, allocator.capacity) * allocator.num_used
@@ -253,13 +331,10 @@ class QuantizedPagedKVCache(PagedKVCache):
             raise UserError(f"cache.layout={self.quantization.layout!r}: for pages it is 'paged'")
         super().__init__(config, page_size=self.quantization.group_size, num_pages=num_pages)
 
-    def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:
-        """Makes the store of one owner, in the group of those with an equal window."""
-        plain = super().make_layer(layer_idx, window)
-        assert isinstance(plain, PagedLayer)
-        self._book.layers[plain.group_idx].remove(plain)
+    def new_store(self, group_idx: int) -> PagedLayer:
+        """Makes the empty store of a layer in this group of the book."""
         codecs = self.quantization.codecs(self.config.head_dim)
-        return QuantizedPagedLayer(self._book, plain.group_idx, codecs, self.quantization.residual_length)
+        return QuantizedPagedLayer(self.book, group_idx, codecs, self.quantization.residual_length)
 
     def options(self) -> dict[str, Any]:
         """The arguments, beside `config`, that make an empty cache like this one."""

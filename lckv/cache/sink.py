@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lckv.cache.base import CACHES, KVCache, KVLayer
-from lckv.cache.dynamic import RingLayer, check_crop, writable
-from lckv.errors import UserError
+from lckv.cache.base import CACHES, KVCache
+from lckv.cache.dynamic import RingLayer
+from lckv.cache.layers import KVLayer, check_crop, writable
+from lckv.errors import UserError, check_whole_number
 from lckv.models.attention import PositionEmbeddings, apply_rotary
 from lckv.models.iteration import KeyValue
 from lckv.patterns import SharingPlan
@@ -26,6 +27,8 @@ GROWING_ROPE_TYPES = ("dynamic", "longrope")
 
 class KeyRotation:
     """Moves rotated keys to other positions. The layers of a cache share one, so that a step makes its tables once.
+
+    No tensor outlives a step: the next one moves keys by another distance, and needs other tables.
 
     Args:
         config: the configuration of the model, which has the frequencies.
@@ -49,13 +52,18 @@ class KeyRotation:
             self._last = last = key, self._make_tables(shifts, dtype, key_states.device)
         return apply_rotary(key_states.to(dtype), last[1]).to(key_states.dtype)
 
+    def forget_tables(self) -> None:
+        """Frees the tables: the step is over."""
+        self._last = None
+
     @cached_property
-    def _frequencies(self) -> torch.Tensor:
-        return LlamaRotaryEmbedding(self.config).inv_freq.double().cpu()  # (head_dim / 2,)
+    def _frequencies(self) -> list[float]:
+        return LlamaRotaryEmbedding(self.config).inv_freq.tolist()  # head_dim / 2 numbers
 
     def _make_tables(self, shifts: list[int], dtype: torch.dtype, device: torch.device) -> PositionEmbeddings:
         """Cosines and sines `(batch or 1, 1, head_dim)`; float64 keeps the angles exact for shifts of any size."""
-        angles = torch.tensor(shifts, dtype=torch.float64)[:, None, None] * self._frequencies
+        frequencies = torch.tensor(self._frequencies, dtype=torch.float64)
+        angles = torch.tensor(shifts, dtype=torch.float64)[:, None, None] * frequencies
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
@@ -323,8 +331,8 @@ class SinkKVCache(KVCache):
     name = "sink"
 
     def __init__(self, config: Any, num_sinks: int = 4, window: int = 1020) -> None:
-        _check_at_least("num_sinks", num_sinks, 0)
-        _check_at_least("window", window, 1)
+        check_whole_number("cache.num_sinks", num_sinks, 0)
+        check_whole_number("cache.window", window)
         self.num_sinks, self.window = num_sinks, window
         self.rotation = KeyRotation(config)
         super().__init__(config)
@@ -370,6 +378,16 @@ class SinkKVCache(KVCache):
         if offset != self.offset:
             for layer in self._movable():
                 layer.rebase(offset)
+            self.rotation.forget_tables()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KeyValue:
+        """Adds the new tokens of a layer that computes KV, and returns what their queries may see."""
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if len({layer.seq_length for layer in self.owners().values()}) == 1:  # this was the last layer of the step
+            self.rotation.forget_tables()
+        return states
 
     def get_next_position(self) -> int:
         """The rotary position of the next token, below twice the size of the cache plus the tokens of one call."""
@@ -396,11 +414,6 @@ def _count_padding(attention_mask: torch.Tensor) -> list[int]:
     if attention_mask[:, 0].all():
         return []
     return (attention_mask.bool().cumsum(dim=1) == 0).sum(dim=1).tolist()
-
-
-def _check_at_least(option: str, value: Any, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise UserError(f"cache.{option}={value!r}: allowed is a whole number, {minimum} or more")
 
 
 def _check_rope_type(config: Any) -> None:

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from lckv.cache.base import CACHES, KVCache, KVLayer
-from lckv.cache.dynamic import check_crop
-from lckv.errors import UserError
+from lckv.cache.base import CACHES, KVCache
+from lckv.cache.layers import KVLayer, check_crop
+from lckv.errors import UserError, check_whole_number
 from lckv.models.iteration import KeyValue
 from lckv.patterns import SharingPlan
 
@@ -307,8 +307,7 @@ class StaticKVCache(KVCache):
     name = "static"
 
     def __init__(self, config: Any, max_length: int) -> None:
-        if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
-            raise UserError(f"cache.max_length={max_length!r}: allowed is 1 or more")
+        check_whole_number("cache.max_length", max_length)
         self.max_length = max_length
         super().__init__(config)
 

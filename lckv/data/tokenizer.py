@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from huggingface_hub import constants
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
 from lckv.data.packing import mark_document
@@ -81,10 +81,19 @@ def _load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
             f"tokenizer.name={config.name!r}: cannot be loaded, neither as a local folder nor from the Hub "
             f"(offline, or misspelt?); tokenizer.name={BPE} needs neither{hint}"
         ) from error
+    return check_tokenizer(tokenizer, f"tokenizer.name={config.name!r}")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, given: str) -> PreTrainedTokenizerFast:
+    """Checks that a tokenizer can make blocks of documents, and returns it.
+
+    Raises:
+        UserError: if it has no fast version, or no token that ends a document; the message begins with `given`.
+    """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"tokenizer.name={config.name!r}: has no fast version (tokenizer.json), which is needed here")
+        raise UserError(f"{given}: has no fast version (tokenizer.json), which is needed here")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer.name={config.name!r}: has no eos token, which is to end every document")
+        raise UserError(f"{given}: has no eos token, which is to end every document")
     return tokenizer
 
 

@@ -11,96 +11,21 @@ Its processors for a row of many requests leave out those that look at earlier t
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
 from itertools import count
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+from transformers import GenerationConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from lckv.cache.paged import PagedKVCache
 from lckv.cache.pages import OutOfPagesError, extend_hashes
-from lckv.errors import UserError
-
-OnToken = Callable[[str, int], Any]
-"""Called with the request's name and each token as it is made."""
-
-UNSUPPORTED = {
-    "num_return_sequences": (None, 1),
-    "stop_strings": (None,),
-    "max_time": (None,),
-    "guidance_scale": (None, 1),
-}
-"""Options of `generate()` that concern several rows, or the loop around it, and the values that ask for nothing."""
-
-
-@dataclass
-class BatchStatistics:
-    """What a batcher has done so far.
-
-    Attributes:
-        seconds: wall time of all steps.
-        num_steps: how many there were.
-        num_prompt_tokens: tokens that were run through the model without one being generated from them, those of
-            requests that had to begin again included.
-        num_reused_tokens: tokens whose keys and values an earlier request had left.
-        num_generated_tokens: tokens that requests got.
-        num_preemptions: how often a request lost its pages and had to begin again.
-        num_finished: requests that ended well.
-        num_failed: requests that did not.
-        peak_rows: most requests that were running at once.
-        peak_used_bytes: most bytes of pages that were in use after a step.
-    """
-
-    seconds: float = 0.0
-    num_steps: int = 0
-    num_prompt_tokens: int = 0
-    num_reused_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_preemptions: int = 0
-    num_finished: int = 0
-    num_failed: int = 0
-    peak_rows: int = 0
-    peak_used_bytes: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens per second of wall time, prefill included."""
-        return self.num_generated_tokens / self.seconds if self.seconds else 0.0
-
-
-@dataclass(eq=False)
-class _Request:
-    """A request and what it takes to choose its tokens.
-
-    Attributes:
-        state: transformers' record of it.
-        tokens: of the prompt, and those generated so far.
-        processors: what `generate()` would do to the logits.
-        do_sample: whether tokens are drawn.
-        generator: draws them; `None` for torch's own.
-        on_token: told each token.
-        hashes: of the prompt's full pages.
-    """
-
-    state: RequestState
-    tokens: list[int]
-    processors: LogitsProcessorList
-    do_sample: bool
-    generator: torch.Generator | None
-    on_token: OnToken | None
-    hashes: list[bytes] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """What the user calls it."""
-        return str(self.state.request_id)
+from lckv.errors import UserError, check_whole_number
+from lckv.generation.padding import pad_left
+from lckv.generation.requests import BatchStatistics, OnToken, Request, make_request
 
 
 class ContinuousBatcher:
@@ -118,6 +43,7 @@ class ContinuousBatcher:
         max_rows: most requests that run at once.
         tokens_per_step: most tokens of one step, except that each running request always gets its token.
         forward_passes: for prompts, where layers read upward; by default they are iterated until they converge.
+        converge_tolerance: the relative change of KV that ends the iteration; by default the model's.
         on_token: called with each request's name and token, unless the request brings a callback.
 
     Raises:
@@ -133,24 +59,25 @@ class ContinuousBatcher:
         max_rows: int = 64,
         tokens_per_step: int = 512,
         forward_passes: int | str | None = None,
+        converge_tolerance: float | None = None,
         on_token: OnToken | None = None,
     ) -> None:
         cache = PagedKVCache(model.config) if cache is None else cache
         if not isinstance(cache, PagedKVCache):
             raise UserError(f"continuous batching with a cache {type(cache).__name__}: allowed is cache=paged")
         for option, value in (("max_rows", max_rows), ("tokens_per_step", tokens_per_step)):
-            if value < 1:
-                raise UserError(f"{option}={value}: allowed is 1 or more")
+            check_whole_number(option, value)
         self.model, self.cache, self.generation_config = model, cache, generation_config
         self.max_rows, self.tokens_per_step, self.on_token = max_rows, tokens_per_step, on_token
         if forward_passes is None and model.config.sharing_plan.has_cycles:
             forward_passes = "converge"
-        self.forward_passes = forward_passes
+        self.forward_passes, self.converge_tolerance = forward_passes, converge_tolerance
         self.statistics = BatchStatistics()
         self.outputs: dict[str, GenerationOutput] = {}
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []  # in the order in which they joined
-        self._untold: deque[tuple[_Request, int]] = deque()
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # in the order in which they joined
+        self._names: set[str] = set()  # of those that wait or run
+        self._untold: deque[tuple[Request, int]] = deque()
 
     def add_request(
         self,
@@ -179,23 +106,19 @@ class ContinuousBatcher:
             UserError: for an empty prompt, tokens that the model does not know, a name that is taken, and options that
                 are not those of one greedy or sampled sequence.
         """
-        prompt = [int(token) for token in prompt_ids]
         name = self._new_name() if request_id is None else request_id
-        self._check_prompt(name, prompt)
-        config = self._prepare_config(generation_config or self.generation_config)
-        if max_new_tokens is None:
-            max_new_tokens = _max_new_tokens(config, len(prompt))
-        if max_new_tokens < 1:
-            raise UserError(f"request {name!r}: max_new_tokens={max_new_tokens}: allowed is 1 or more")
-        state = RequestState(name, prompt, max_new_tokens=max_new_tokens, eos_token_id=config.eos_token_id)
-        request = _Request(
-            state,
-            list(prompt),
-            self._processors(config, len(prompt)),
-            do_sample=bool(config.do_sample),
-            generator=None if seed is None else torch.Generator(self.model.device).manual_seed(seed),
+        if self._is_taken(name):
+            raise UserError(f"request {name!r}: there is one of that name")
+        request = make_request(
+            self.model,
+            name,
+            [int(token) for token in prompt_ids],
+            generation_config or self.generation_config,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
             on_token=on_token or self.on_token,
         )
+        self._names.add(name)
         self._let_wait(request, first=False)
         return name
 
@@ -236,52 +159,17 @@ class ContinuousBatcher:
         statistics.seconds += time.perf_counter() - start_time
 
     def _is_taken(self, name: str) -> bool:
-        return name in self.outputs or any(name == request.name for request in [*self._waiting, *self._running])
+        return name in self.outputs or name in self._names
 
     def _new_name(self) -> str:
-        first = len(self.outputs) + len(self._waiting) + len(self._running)
+        first = len(self.outputs) + len(self._names)
         return next(name for name in map(str, count(first)) if not self._is_taken(name))
 
-    def _check_prompt(self, name: str, prompt: list[int]) -> None:
-        if self._is_taken(name):
-            raise UserError(f"request {name!r}: there is one of that name")
-        if not prompt:
-            raise UserError(f"request {name!r}: the prompt is empty: give at least one token")
-        vocab_size = self.model.config.vocab_size
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise UserError(
-                f"request {name!r}: tokens {min(prompt)} to {max(prompt)}: allowed are 0 to {vocab_size - 1}"
-            )
-
-    def _prepare_config(self, config: GenerationConfig | None) -> GenerationConfig:
-        """The options with defaults filled in, as `generate()` sees them."""
-        config = copy.deepcopy(self.model.generation_config if config is None else config)
-        for option, allowed in UNSUPPORTED.items():
-            if getattr(config, option, None) not in allowed:
-                raise UserError(
-                    f"continuous batching with {option}={getattr(config, option)!r}: allowed is {allowed[-1]}"
-                )
-        mode = config.get_generation_mode()
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise UserError(f"continuous batching with {mode.value}: allowed are greedy search and sampling")
-        return config
-
-    def _processors(self, config: GenerationConfig, prompt_length: int) -> LogitsProcessorList:
-        """What `generate()` would do to the logits of this prompt's continuation."""
-        config, _ = self.model._prepare_generation_config(config)
-        self.model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=self.model.device)
-        return self.model._get_logits_processor(
-            config,
-            input_ids_seq_length=prompt_length,
-            logits_processor=LogitsProcessorList(),
-            device=self.model.device,
-        )
-
-    def _let_wait(self, request: _Request, first: bool) -> None:
+    def _let_wait(self, request: Request, first: bool) -> None:
         request.hashes = extend_hashes([], request.tokens[:-1], self.cache.page_size)
         (self._waiting.appendleft if first else self._waiting.append)(request)
 
-    def _num_pending(self, request: _Request) -> int:
+    def _num_pending(self, request: Request) -> int:
         """Tokens that are not in the cache yet."""
         return len(request.tokens) - self.cache.length(request.name)
 
@@ -293,7 +181,7 @@ class ContinuousBatcher:
             self._generate(requests, self._forward(requests, [1] * len(requests)))
         return len(requests)
 
-    def _make_room(self, requests: list[_Request]) -> list[_Request]:
+    def _make_room(self, requests: list[Request]) -> list[Request]:
         """Takes pages from the newest requests until those that are left of `requests` have room for a token each."""
         while requests:
             try:
@@ -312,7 +200,7 @@ class ContinuousBatcher:
             return
         self._begin_again(newest)
 
-    def _begin_again(self, request: _Request) -> None:
+    def _begin_again(self, request: Request) -> None:
         """Takes a request's pages away, and lets it wait in front of the others."""
         self._running.remove(request)
         self.cache.remove(request.name)
@@ -322,7 +210,7 @@ class ContinuousBatcher:
 
     def _prefill(self, budget: int) -> None:
         """Goes on with the prompts that have been begun, then begins others."""
-        sizes: dict[_Request, int] = {}
+        sizes: dict[Request, int] = {}
         for request in self._running:
             if request.state.status == RequestStatus.PREFILLING and budget > 0:
                 sizes[request] = min(self._num_pending(request), budget)
@@ -341,30 +229,40 @@ class ContinuousBatcher:
                 self._generate([requests[row] for row in done], logits[done])
 
     def _admit(self) -> bool:
-        """Lets the request that waits longest join if there is room for its prompt; says whether it did."""
-        request = self._waiting[0]
-        if self._waits_for_pages(request):
-            return False
-        self._waiting.popleft()
+        """Lets the request that waits longest join if there is room for its prompt; says whether one did.
+
+        One that does not fit though it would be alone never will: it fails, and the next has its turn.
+        """
+        while self._waiting:
+            request = self._waiting[0]
+            if self._waits_for_pages(request):
+                return False
+            error = self._begin(request)
+            if error is None:
+                return True
+            if self._running:
+                return False
+            self._end(request, error)
+        return False
+
+    def _begin(self, request: Request) -> str | None:
+        """Moves the first of those that wait to those that run, or says for what there is no room."""
         num_reused = self.cache.add(request.name, request.tokens)
         # What is running shall be able to go on for a while, or this request would soon lose its pages again.
         num_new = {other.name: max(self.cache.page_size, self._num_pending(other)) for other in self._running}
         try:
             self.cache.check_room(num_new | {request.name: self._num_pending(request)})
         except OutOfPagesError as error:
-            if self._running:
-                self.cache.remove(request.name)
-                self._waiting.appendleft(request)
-                return False
-            self._end(request, str(error))
-            return bool(self._waiting) and self._admit()
+            self.cache.remove(request.name)
+            return str(error)
+        self._waiting.popleft()
         self._running.append(request)
         request.state.status = RequestStatus.PREFILLING
         self.statistics.num_reused_tokens += num_reused
         self.statistics.peak_rows = max(self.statistics.peak_rows, len(self._running))
-        return True
+        return None
 
-    def _waits_for_pages(self, request: _Request) -> bool:
+    def _waits_for_pages(self, request: Request) -> bool:
         """Whether a prompt that is being run begins alike and will soon have pages that this one can use."""
         for other in self._running:
             num_equal = 0
@@ -376,7 +274,7 @@ class ContinuousBatcher:
                 return True
         return False
 
-    def _fit(self, sizes: dict[_Request, int]) -> dict[_Request, int]:
+    def _fit(self, sizes: dict[Request, int]) -> dict[Request, int]:
         """Takes pages from the newest requests, or makes the piece of the only one smaller, until all have room."""
         while sizes:
             try:
@@ -392,10 +290,10 @@ class ContinuousBatcher:
                 del sizes[request]
         return sizes
 
-    def _similar(self, sizes: dict[_Request, int]) -> list[list[_Request]]:
+    def _similar(self, sizes: dict[Request, int]) -> list[list[Request]]:
         """Requests in groups for one forward call each, so that no more than half of a group's tokens are padding."""
         least = 1.0 if self.model.config.use_sequential else 0.5
-        groups: list[list[_Request]] = []
+        groups: list[list[Request]] = []
         for request in sorted(sizes, key=lambda request: -sizes[request]):
             if groups and sizes[request] >= least * sizes[groups[-1][0]]:
                 groups[-1].append(request)
@@ -403,25 +301,23 @@ class ContinuousBatcher:
                 groups.append([request])
         return groups
 
-    def _forward(self, requests: list[_Request], sizes: list[int]) -> torch.Tensor:
+    def _forward(self, requests: list[Request], sizes: list[int]) -> torch.Tensor:
         """Runs each request's next tokens, and returns the logits behind the last, `(batch, vocab_size)`."""
         names: list[Hashable] = [request.name for request in requests]
         starts = [self.cache.length(name) for name in names]
         attention_mask, position_ids = self.cache.select(names, sizes)
-        width = max(sizes)
-        rows = [
-            [0] * (width - size) + request.tokens[start : start + size]
-            for request, start, size in zip(requests, starts, sizes, strict=True)
-        ]
+        rows = zip(requests, starts, sizes, strict=True)
+        input_ids, _ = pad_left([request.tokens[start : start + size] for request, start, size in rows], 0)
         device = self.model.device
         try:
             outputs = self.model(
-                torch.tensor(rows, device=device),
+                input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 position_ids=position_ids.to(device),
                 past_key_values=self.cache,
                 logits_to_keep=1,
-                forward_passes=self.forward_passes if width > 1 else None,
+                forward_passes=self.forward_passes if max(sizes) > 1 else None,
+                converge_tolerance=self.converge_tolerance,
             )
         except BaseException:  # Ctrl-C too: whoever goes on afterwards finds these requests waiting
             for request in reversed(requests):
@@ -433,7 +329,7 @@ class ContinuousBatcher:
         self.statistics.peak_used_bytes = max(self.statistics.peak_used_bytes, used)
         return outputs.logits[:, -1]
 
-    def _generate(self, requests: list[_Request], logits: torch.Tensor) -> None:
+    def _generate(self, requests: list[Request], logits: torch.Tensor) -> None:
         """Gives each request its next token, and ends those that are done."""
         is_number = (~logits.isnan().any(dim=1)).tolist()
         tokens = self._choose(requests, logits)
@@ -457,21 +353,21 @@ class ContinuousBatcher:
             if request.on_token is not None:
                 request.on_token(request.name, token)
 
-    def _choose(self, requests: list[_Request], logits: torch.Tensor) -> list[int]:
+    def _choose(self, requests: list[Request], logits: torch.Tensor) -> list[int]:
         """The next token of each request, as `generate()` would choose it."""
         if not any(request.processors or request.do_sample for request in requests):
             return list(map(int, logits.argmax(dim=1).tolist()))
         logits = logits.float().masked_fill(logits.isnan(), 0.0)  # rows with NaN fail, whatever is chosen
         return [self._choose_one(request, row) for request, row in zip(requests, logits, strict=True)]
 
-    def _choose_one(self, request: _Request, logits: torch.Tensor) -> int:
+    def _choose_one(self, request: Request, logits: torch.Tensor) -> int:
         input_ids = cast(torch.LongTensor, torch.tensor([request.tokens], device=logits.device))
         scores = request.processors(input_ids, cast(torch.FloatTensor, logits[None]))
         if not request.do_sample:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=request.generator))
 
-    def _end(self, request: _Request, error: str | None) -> None:
+    def _end(self, request: Request, error: str | None) -> None:
         """Takes a request out, and its pages with it; once is enough."""
         if request.name in self.outputs:
             return
@@ -486,11 +382,5 @@ class ContinuousBatcher:
             request.state.status = RequestStatus.FAILED
         self.statistics.num_failed += error is not None
         self.statistics.num_finished += error is None
+        self._names.remove(request.name)
         self.outputs[request.name] = request.state.to_generation_output()
-
-
-def _max_new_tokens(config: GenerationConfig, prompt_length: int) -> int:
-    """How many tokens `generate()` would make at most."""
-    if config.max_new_tokens is not None:
-        return int(config.max_new_tokens)
-    return 20 if config.max_length is None else int(config.max_length) - prompt_length

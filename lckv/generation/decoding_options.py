@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lckv.errors import UserError
+from lckv.errors import UserError, check_positive, check_whole_number
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 
 @dataclass(frozen=True)
-class DecodingOptions:
-    """What `lckv.config.GenerateConfig` says about decoding; see there.
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        greedy: take the likeliest token; by default unless one of `temperature`, `top_k`, `top_p` and `seed` is given.
+        temperature: logits are divided by it; None: 1.
+        top_k: only among the so many likeliest tokens; None: all.
+        top_p: only among the likeliest tokens that together have this probability; None: all.
+        seed: where the random numbers start; None: somewhere else each time.
+        repetition_penalty: above 1, tokens that occurred already become less likely.
 
     Raises:
         UserError: for values out of range, and an option that would have no effect beside another.
     """
 
-    max_new_tokens: int | None = None
     greedy: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
     repetition_penalty: float = 1.0
-    num_beams: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k", "num_beams"):
-            _check(name, value := getattr(self, name), value is None or value >= 1, "1 or more")
+        if self.top_k is not None:
+            check_whole_number("top_k", self.top_k)
         for name in ("temperature", "repetition_penalty"):
-            _check(name, value := getattr(self, name), value is None or value > 0, "a number above 0")
-        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0, and 1 or less")
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "0 or more")
+            if (value := getattr(self, name)) is not None:
+                check_positive(name, value)
+                if math.isinf(value):
+                    raise UserError(f"{name}={value}: allowed is a finite number")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: allowed is a number above 0, up to 1")
+        if self.seed is not None:
+            check_whole_number("seed", self.seed, minimum=0)
+            if self.seed >= 2**64:
+                raise UserError(f"seed={self.seed}: allowed is less than 2**64")
         if self.greedy and (given := self._sampling_options()):
             name, value = next(iter(given.items()))
             raise UserError(f"{name}={value}: has no effect with greedy=true; leave one of them out")
@@ -43,6 +57,32 @@ class DecodingOptions:
     def samples(self) -> bool:
         """Whether tokens are drawn at random."""
         return bool(self._sampling_options()) if self.greedy is None else not self.greedy
+
+    def _sampling_options(self) -> dict[str, float]:
+        given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class DecodingOptions(Sampling):
+    """What `lckv.config.GenerateConfig` says about decoding.
+
+    Attributes:
+        max_new_tokens: where to stop at the latest.
+        num_beams: how many continuations beam search pursues; 1: no beam search.
+
+    Raises:
+        UserError: for values out of range, and an option that would have no effect beside another.
+    """
+
+    max_new_tokens: int | None = None
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            check_whole_number("max_new_tokens", self.max_new_tokens)
+        check_whole_number("num_beams", self.num_beams)
+        super().__post_init__()
 
     def generation_config(self, max_new_tokens: int, eos_token_id: int | list[int] | None) -> GenerationConfig:
         """The same for transformers, with nothing left to its defaults."""
@@ -64,12 +104,3 @@ class DecodingOptions:
                 top_p=1.0 if self.top_p is None else self.top_p,
             )
         return config
-
-    def _sampling_options(self) -> dict[str, float]:
-        given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed")}
-        return {name: value for name, value in given.items() if value is not None}
-
-
-def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
-    if not is_allowed:
-        raise UserError(f"{name}={value}: allowed is {allowed}")

@@ -16,6 +16,7 @@ from lckv.cache import KVCache
 from lckv.errors import UserError
 from lckv.generation.decoding import compile_config
 from lckv.generation.decoding_options import DecodingOptions
+from lckv.generation.padding import pad_left
 from lckv.generation.prefill import PrefillReport, prefill
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ def generate(
     decoding: DecodingOptions,
     max_new_tokens: int,
     *,
+    num_columns: int | None = None,
     prefill_options: PrefillOptions | None = None,
     compile_step: bool = False,
     streamer: BaseStreamer | None = None,
@@ -120,6 +122,7 @@ def generate(
         cache: an empty cache; a static one may have been in use before, and reset.
         decoding: how tokens are chosen.
         max_new_tokens: where to stop at the latest.
+        num_columns: to how many tokens prompts are padded; by default to the longest prompt's.
         prefill_options: how the prompt goes through the model.
         compile_step: whether to compile the step that decodes a token, which needs the static cache.
         streamer: gets each token as it comes, for a single prompt without beams.
@@ -130,12 +133,12 @@ def generate(
     """
     _check_tokens(prompts, model.config.vocab_size)
     config = decoding.generation_config(max_new_tokens, model.generation_config.eos_token_id)
-    config.pad_token_id = _pad_token_id(model)
+    config.pad_token_id = pad_token_id(model)
     if compile_step:
         config.disable_compile, config.compile_config = False, compile_config(model.device)
         if cache.batch_size < 0:  # else this cache has been here before
             logger.info("compiling the decoding step, which takes a minute or so")
-    input_ids, attention_mask = pad_left(prompts, config.pad_token_id)
+    input_ids, attention_mask = pad_left(prompts, config.pad_token_id, num_columns)
     input_ids = input_ids.to(model.device)
     attention_mask = None if attention_mask is None else attention_mask.to(model.device)
     if decoding.seed is not None:
@@ -165,19 +168,6 @@ def generate(
         num_passes=[1] if report is None else report.num_passes,
         residual=None if report is None else report.residual,
     )
-
-
-def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One row per prompt, padded on the left.
-
-    Returns:
-        `(batch, q_len)` tokens, and the mask of the same shape with zeros at padding; `None` if there is no padding.
-    """
-    length = max(map(len, prompts))
-    rows = [[pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    is_padded = any(len(prompt) < length for prompt in prompts)
-    return torch.tensor(rows), torch.tensor(mask) if is_padded else None
 
 
 def _prefill_all_but_last(
@@ -210,14 +200,13 @@ def _check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
         raise UserError(f"the tokenizer has a token {largest}, but the model knows {vocab_size}: they do not fit")
 
 
-def _pad_token_id(model: PreTrainedModel) -> int:
+def pad_token_id(model: PreTrainedModel) -> int:
     """What fills rows up; any token that the model knows will do, as nothing attends to it.
 
     Some models name one that they do not know: -1, or a token that was added to the tokenizer alone.
     """
-    pad_token_id = model.generation_config.pad_token_id
-    is_known = pad_token_id is not None and 0 <= pad_token_id < model.config.vocab_size
-    return int(pad_token_id) if is_known else 0
+    token = model.generation_config.pad_token_id
+    return int(token) if token is not None and 0 <= token < model.config.vocab_size else 0
 
 
 def _cut_at_eos(rows: list[list[int]], eos_token_id: int | list[int] | None) -> list[list[int]]:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-from lckv.errors import UserError
+from lckv.errors import UserError, check_positive, check_whole_number
+from lckv.generation.padding import positions
+from lckv.model_arguments import check_passes_value
 from lckv.models.sharing_cache import SharingCache
 
 
@@ -71,9 +73,9 @@ def prefill(
     Raises:
         UserError: if the prompt is empty, or the chunk size below 1.
     """
-    check_prefill(input_ids.shape[1], chunk_size, forward_passes, tolerance)
+    _check_options(input_ids.shape[1], chunk_size, forward_passes, tolerance)
     num_past = int(past_key_values.get_seq_length())
-    position_ids = _positions(attention_mask)
+    position_ids = None if attention_mask is None else positions(attention_mask)
     report = PrefillReport(logits=input_ids.new_empty(0))
     start_time = time.perf_counter()
     for chunk in _chunks(input_ids, past_key_values, chunk_size or input_ids.shape[1]):
@@ -119,25 +121,15 @@ def _chunks(input_ids: torch.Tensor, past_key_values: Cache, chunk_size: int) ->
         yield chunk
 
 
-def check_prefill(
+def _check_options(
     num_tokens: int, chunk_size: int | None, forward_passes: int | str | None, tolerance: float | None
 ) -> None:
-    """Refuses what makes no prefill.
-
-    Raises:
-        UserError: naming the argument.
-    """
+    """Refuses what makes no prefill."""
     if num_tokens < 1:
         raise UserError("the prompt is empty: give at least one token")
-    if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"prefill chunk={chunk_size}: allowed is 1 or more")
-    is_number = isinstance(forward_passes, int) and forward_passes >= 0
-    if not (forward_passes is None or forward_passes == "converge" or is_number):
-        raise UserError(f"prefill passes={forward_passes!r}: allowed is a whole number, 0 or more, or 'converge'")
-    if tolerance is not None and not tolerance > 0:
-        raise UserError(f"prefill tolerance={tolerance}: allowed is a number above 0")
-
-
-def _positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Each token's position among the real tokens of its row, `(batch, past + q_len)`; 0 for padding before them."""
-    return None if attention_mask is None else (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    if chunk_size is not None:
+        check_whole_number("prefill chunk", chunk_size)
+    if forward_passes is not None:
+        check_passes_value("prefill passes", forward_passes)
+    if tolerance is not None:
+        check_positive("prefill tolerance", tolerance)

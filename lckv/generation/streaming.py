@@ -6,13 +6,11 @@ leaves in pieces, and what the repetition penalty looks back on is bounded.
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -27,61 +25,9 @@ from transformers.generation import (
 )
 
 from lckv.cache import KVCache
-from lckv.errors import UserError
+from lckv.errors import UserError, check_whole_number
+from lckv.generation.decoding_options import Sampling
 from lckv.generation.prefill import num_at_once
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        greedy: take the likeliest token.
-        temperature: logits are divided by it; None: 1.
-        top_k: only among the so many likeliest tokens; None: all.
-        top_p: only among the likeliest tokens that together have this probability; None: all.
-        repetition_penalty: above 1, tokens among the last `history` become less likely.
-        history: how many of the last tokens the penalty looks back on.
-        seed: where the random numbers start; None: somewhere else each time.
-
-    Raises:
-        UserError: for values out of range.
-    """
-
-    greedy: bool = False
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    history: int = 256
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        _check("temperature", self.temperature, "a number above 0", lambda value: 0 < value < math.inf)
-        _check("top_k", self.top_k, "1 or more", lambda value: value >= 1)
-        _check("top_p", self.top_p, "a number above 0, up to 1", lambda value: 0 < value <= 1)
-        _check("repetition_penalty", self.repetition_penalty, "a number above 0", lambda value: 0 < value < math.inf)
-        _check("history", self.history, "1 or more", lambda value: value >= 1)
-
-    def processors(self) -> LogitsProcessorList:
-        """Those of transformers, in the order in which `generate` applies them."""
-        processors = LogitsProcessorList()
-        if self.repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
-        if self.greedy:
-            return processors
-        if self.temperature is not None:
-            processors.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k is not None:
-            processors.append(TopKLogitsWarper(self.top_k))
-        if self.top_p is not None and self.top_p < 1:
-            processors.append(TopPLogitsWarper(float(self.top_p)))
-        return processors
-
-
-def _check(name: str, value: Any, allowed: str, is_allowed: Any) -> None:
-    if value is not None and not is_allowed(value):
-        raise UserError(f"{name}={value}: allowed is {allowed}")
 
 
 class TokenPicker:
@@ -90,11 +36,16 @@ class TokenPicker:
     Args:
         sampling: how.
         device: where the logits will be.
+        history: how many of the last tokens the repetition penalty looks back on.
+
+    Raises:
+        UserError: for a history below 1.
     """
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self.is_greedy, self.processors = sampling.greedy, sampling.processors()
-        self.history: deque[int] = deque(maxlen=sampling.history)
+    def __init__(self, sampling: Sampling, device: torch.device, history: int = 256) -> None:
+        check_whole_number("history", history)
+        self.samples, self.processors = sampling.samples, _processors(sampling)
+        self.history: deque[int] = deque(maxlen=history)
         self.generator: torch.Generator | None = None
         if sampling.seed is not None:
             self.generator = torch.Generator(device).manual_seed(sampling.seed)
@@ -113,12 +64,26 @@ class TokenPicker:
             raise UserError("the model's logits are NaN: its weights are broken, or its dtype is too small for them")
         history = torch.tensor([list(self.history)], dtype=torch.long, device=logits.device)
         scores = self.processors(history, logits.float())  # type: ignore[arg-type]
-        if self.is_greedy:
-            token = int(scores.argmax())
-        else:
+        if self.samples:
             token = int(torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self.generator))
+        else:
+            token = int(scores.argmax())
         self.history.append(token)
         return token
+
+
+def _processors(sampling: Sampling) -> LogitsProcessorList:
+    """Those of transformers, in the order in which `generate` applies them."""
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.temperature is not None:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k is not None:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p is not None and sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(float(sampling.top_p)))
+    return processors
 
 
 class TextPieces:
@@ -171,6 +136,7 @@ def stream(
     past_key_values: Cache,
     *,
     sampling: Sampling | None = None,
+    history: int = 256,
     max_new_tokens: int | None = None,
     stop_ids: Collection[int] = (),
     chunk_size: int | None = None,
@@ -185,6 +151,7 @@ def stream(
         input_ids: `(1, q_len)` or `(q_len,)`, the tokens that are not in the cache yet.
         past_key_values: the cache, empty or not.
         sampling: how tokens are chosen; by default from the model's plain probabilities.
+        history: how many of the last tokens the repetition penalty looks back on.
         max_new_tokens: where to stop at the latest; None: nowhere, which takes a cache that does not grow.
         stop_ids: tokens that end the text, and are not returned.
         chunk_size: how many tokens of the prompt to run at once; None: as many as the cache takes.
@@ -194,7 +161,7 @@ def stream(
         The new tokens, one at a time.
 
     Raises:
-        UserError: for an empty prompt, and a cache that would grow for ever.
+        UserError: for an empty prompt, a history below 1, and a cache that would grow for ever.
     """
     input_ids = input_ids.reshape(1, -1) if input_ids.ndim == 1 else input_ids
     if input_ids.shape[0] != 1:
@@ -203,7 +170,7 @@ def stream(
         raise UserError("the prompt is empty: give at least one token")
     if max_new_tokens is None:
         check_bounded(past_key_values)
-    picker = TokenPicker(sampling or Sampling(), model.device)
+    picker = TokenPicker(sampling or Sampling(greedy=False), model.device, history)
     picker.remember(input_ids[0, -picker.history.maxlen :].tolist())  # type: ignore[operator]  # it has one
     steps = count() if max_new_tokens is None else range(max_new_tokens)
     return _stream(model, input_ids.to(model.device), past_key_values, picker, steps, stop_ids, chunk_size, options)

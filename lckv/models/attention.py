@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, rotate_half
 
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.masks import VisibleKeys
@@ -45,14 +45,20 @@ class LCKVAttention(nn.Module):
         if config.sharing_plan.layers[layer_idx].computes_kv:
             self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
             self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.has_output_bias)
+        if config.use_qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            if config.sharing_plan.layers[layer_idx].computes_kv:
+                self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def project_kv(
         self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Computes rotated keys, and values, each `(batch, num_kv_heads, q_len, head_dim)`."""
-        key_states = apply_rotary(self._split_heads(self.k_proj(hidden_states)), position_embeddings)
-        return key_states, self._split_heads(self.v_proj(hidden_states))
+        key_states = self._split_heads(self.k_proj(hidden_states))
+        if self.config.use_qk_norm:
+            key_states = self.k_norm(key_states)
+        return apply_rotary(key_states, position_embeddings), self._split_heads(self.v_proj(hidden_states))
 
     def forward(
         self,
@@ -81,7 +87,10 @@ class LCKVAttention(nn.Module):
             # Attention to all-zero values is zero whatever the weights, and leaves only the output's bias.
             output = torch.zeros_like(hidden_states)
             return (output if self.o_proj.bias is None else output + self.o_proj.bias), None
-        query_states = apply_rotary(self._split_heads(self.q_proj(hidden_states)), position_embeddings)
+        query_states = self._split_heads(self.q_proj(hidden_states))
+        if self.config.use_qk_norm:
+            query_states = self.q_norm(query_states)
+        query_states = apply_rotary(query_states, position_embeddings)
         attn_output, attn_weights = attend(self, query_states, key_states, value_states, visible_keys, **kwargs)
         return self.o_proj(attn_output.flatten(2)), attn_weights  # (batch, q_len, num_heads, head_dim) -> hidden_size
 

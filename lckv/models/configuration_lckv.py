@@ -34,6 +34,8 @@ class LCKVLlamaConfig(LlamaConfig):
         sliding_window: tokens, the query's own among them, that layers with an `s` see.
         use_sequential: run the layers token by token, which is exact for every pattern and slow.
         force_nodiag: no layer sees the token's own key.
+        attention_output_bias: whether `o_proj` has a bias, where that differs from `attention_bias`, as in Qwen2.
+        use_qk_norm: whether each head's queries and keys are normalised before they are rotated, as in Qwen3.
 
     Raises:
         UserError: for a bad `layer_types` string and values out of range.
@@ -50,6 +52,8 @@ class LCKVLlamaConfig(LlamaConfig):
     sliding_window: int = 4096
     use_sequential: bool = False
     force_nodiag: bool = False
+    attention_output_bias: bool | None = None
+    use_qk_norm: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.layer_types, str):
@@ -83,6 +87,11 @@ class LCKVLlamaConfig(LlamaConfig):
         """The parsed sharing pattern."""
         assert self.kv_sharing is not None
         return parse_layer_types(self.kv_sharing)
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether `o_proj` has a bias."""
+        return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:

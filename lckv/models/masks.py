@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -18,6 +17,7 @@ from transformers.masking_utils import (
 
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.sharing_cache import SharingCache
+from lckv.models.visibility import Geometry, MaskFunction, build_rule, or_own_token
 from lckv.patterns import LayerPlan, SharingPlan
 
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -179,31 +179,30 @@ class _MaskBuilder:
         implementation = self.config._attn_implementation
         if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
             return VisibleKeys(mask=None)
-        kv_length, kv_offset, q_offset = self._geometry(kind.geometry_layer)
-        key_positions = self._key_positions(kind.geometry_layer)
+        at = self._geometry(kind.geometry_layer)
         window = kind.window
-        if window is not None and isinstance(q_offset, int) and q_offset + self.q_length <= window:
+        if window is not None and isinstance(at.q_offset, int) and at.q_offset + self.q_length <= window:
             window = None
         is_plain = window is None and self.document_ids is None and self.is_unpadded
         if implementation in FLASH_ATTENTION:
-            return self._flash(kind, kv_length, window, key_positions)
-        if implementation == "sdpa" and is_plain and isinstance(q_offset, int) and self._is_aligned(kv_length):
+            return self._flash(kind, at.kv_length, window, at.key_positions)
+        if implementation == "sdpa" and is_plain and isinstance(at.q_offset, int) and self._is_aligned(at.kv_length):
             return VisibleKeys(mask=None, drop_own_token=kind.hides_own_token)
-        return self._dense_or_block(kind.hides_own_token, window, kv_length, kv_offset, q_offset, key_positions)
+        return self._dense_or_block(kind.hides_own_token, window, at)
 
-    def _geometry(self, layer_idx: int) -> tuple[int, int, int | torch.Tensor]:
-        """Number of keys, position of the first, and position of the first query."""
+    def _geometry(self, layer_idx: int) -> Geometry:
+        """Where the keys in this layer's cache and the queries lie."""
         num_new_tokens = self.num_tokens_before + self.q_length
         if self.past_key_values is None:
-            return num_new_tokens, 0, self.num_tokens_before
+            return Geometry(num_new_tokens, 0, self.num_tokens_before)
         q_offset = self.past_key_values.get_seq_length(layer_idx) + self.num_tokens_before
         if isinstance(q_offset, torch.Tensor):
             q_offset = q_offset.to(self.device)
         kv_length, kv_offset = self.past_key_values.get_mask_sizes(num_new_tokens, layer_idx)
-        return kv_length, kv_offset, q_offset
+        return Geometry(kv_length, kv_offset, q_offset, self._key_positions(layer_idx))
 
     def _key_positions(self, layer_idx: int) -> torch.Tensor | None:
-        """The position of each key, `(batch or 1, kv_len)`; `None` where they are consecutive."""
+        """The position of each key, `(batch, kv_len)`; `None` where they are consecutive."""
         if not isinstance(self.past_key_values, SharingCache):
             return None
         positions = self.past_key_values.get_key_positions(self.num_tokens_before + self.q_length, layer_idx)
@@ -220,69 +219,45 @@ class _MaskBuilder:
             return False
         return bool(self.attention_mask.all())
 
-    def _dense_or_block(
-        self,
-        hides_own_token: bool,
-        window: int | None,
-        kv_length: int,
-        kv_offset: int,
-        q_offset: int | torch.Tensor,
-        key_positions: torch.Tensor | None,
-    ) -> VisibleKeys:
+    def _dense_or_block(self, hides_own_token: bool, window: int | None, at: Geometry) -> VisibleKeys:
         """A mask from transformers' own function for the backend, with our rule for who sees whom."""
+        allowed = padding = None
         if self.attention_mask is not None and self.attention_mask.ndim == 4:
-            allowed = self._allowed_pairs(self.attention_mask, kv_length, kv_offset, key_positions)
-            padding = None
+            allowed = self._allowed_pairs(self.attention_mask, at)
         else:
-            allowed, padding = None, prepare_padding_mask(self.attention_mask, kv_length, kv_offset)
-        documents = self.document_ids
-        if documents is not None:  # a static cache has room behind them
-            room = max(0, kv_length + kv_offset - documents.shape[1])
-            documents = torch.nn.functional.pad(documents, (0, room), value=-1)
-
-        def sees(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
-            index = kv_idx - kv_offset
-            if key_positions is not None:
-                kv_idx = key_positions[batch_idx, index]
-            visible = kv_idx < q_idx if hides_own_token else kv_idx <= q_idx
-            if key_positions is not None:
-                visible, kv_idx = visible & (kv_idx >= 0), kv_idx.clamp(min=0)  # an empty slot has no token
-            if window is not None:
-                visible = visible & (kv_idx > q_idx - window)
-            if padding is not None:
-                visible = visible & padding[batch_idx, kv_idx]
-            if documents is not None:
-                visible = visible & (documents[batch_idx, q_idx] == documents[batch_idx, kv_idx])
-            if allowed is not None:
-                visible = visible & allowed[batch_idx, q_idx - q_offset, index]
-            return visible
-
-        sees_nothing = None
-        mask_function: Callable[..., Any] = sees
+            padding = prepare_padding_mask(self.attention_mask, at.kv_length, at.kv_offset)
+        sees = build_rule(at, hides_own_token, window, padding, self._documents_with_room(at), allowed)
+        sees_nothing, mask_function = None, sees
         if hides_own_token or padding is not None or allowed is not None:
-            if allowed is not None or key_positions is not None:
-                nothing = self._rows_without_keys(sees, kv_length, kv_offset, q_offset)
+            if allowed is not None or at.key_positions is not None:
+                nothing = self._rows_without_keys(sees, at)
             else:
-                nothing = self._rows_without_earlier_keys(hides_own_token, window, padding, q_offset)
+                nothing = self._rows_without_earlier_keys(hides_own_token, window, padding, at.q_offset)
             sees_nothing = nothing if hides_own_token else None
+            mask_function = or_own_token(sees, nothing, at)
+        is_sdpa = self.config._attn_implementation == "sdpa"
+        has_reach = is_sdpa and at.key_positions is None and self._ends_with_the_last_query()
+        return VisibleKeys(
+            self._mask(mask_function, at), sees_nothing=sees_nothing, reach=window if has_reach else None
+        )
 
-            def mask_function(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
-                position = kv_idx if key_positions is None else key_positions[batch_idx, kv_idx - kv_offset]
-                own_token = nothing[batch_idx, q_idx - q_offset] & (position == q_idx)
-                return sees(batch_idx, head_idx, q_idx, kv_idx) | own_token
+    def _documents_with_room(self, at: Geometry) -> torch.Tensor | None:
+        """The tokens' documents, `(batch, kv_offset + kv_len)`: a static cache has room behind them."""
+        if self.document_ids is None:
+            return None
+        room = max(0, at.kv_length + at.kv_offset - self.document_ids.shape[1])
+        return torch.nn.functional.pad(self.document_ids, (0, room), value=-1)
 
+    def _mask(self, mask_function: MaskFunction, at: Geometry) -> torch.Tensor | BlockMask:
+        """What the backend takes for such a rule."""
         if self.config._attn_implementation == "flex_attention" and self.device.type == "cpu":
-            mask = self._block_mask_on_cpu(mask_function, kv_length, kv_offset, q_offset)
-            return VisibleKeys(mask=mask, sees_nothing=sees_nothing)
-        reach = None
-        if self.config._attn_implementation == "sdpa" and key_positions is None and self._ends_with_the_last_query():
-            reach = window
-        mask = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
+            return self._block_mask_on_cpu(mask_function, at)
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
             batch_size=self.batch_size,
             q_length=self.q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
+            kv_length=at.kv_length,
+            q_offset=at.q_offset,
+            kv_offset=at.kv_offset,
             mask_function=mask_function,
             attention_mask=None,
             allow_is_causal_skip=False,
@@ -291,42 +266,35 @@ class _MaskBuilder:
             use_vmap=False,
             device=self.device,
         )
-        return VisibleKeys(mask=mask, sees_nothing=sees_nothing, reach=reach)
 
     def _ends_with_the_last_query(self) -> bool:
         """Whether no key lies behind the last query's, as empty slots of a static cache do."""
         return not is_compileable(self.past_key_values)
 
-    def _allowed_pairs(
-        self, attention_mask: torch.Tensor, kv_length: int, kv_offset: int, key_positions: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The part `(batch, q_len, kv_len)` of a 4D mask for the keys from `kv_offset` on, false where it has none."""
+    def _allowed_pairs(self, attention_mask: torch.Tensor, at: Geometry) -> torch.Tensor:
+        """The part `(batch, q_len, kv_len)` of a 4D mask for the keys that there are, false where it has none."""
         allowed = attention_mask[:, 0].expand(self.batch_size, -1, -1)
-        if key_positions is not None:
-            return allowed.gather(2, key_positions[:, None].clamp(min=0).expand(-1, self.q_length, -1))
-        allowed = allowed[..., kv_offset : kv_offset + kv_length]
-        return torch.nn.functional.pad(allowed, (0, kv_length - allowed.shape[-1]))
+        if at.key_positions is not None:
+            return allowed.gather(2, at.key_positions[:, None].clamp(min=0).expand(-1, self.q_length, -1))
+        allowed = allowed[..., at.kv_offset : at.kv_offset + at.kv_length]
+        return torch.nn.functional.pad(allowed, (0, at.kv_length - allowed.shape[-1]))
 
-    def _block_mask_on_cpu(
-        self, mask_function: Callable[..., Any], kv_length: int, kv_offset: int, q_offset: int | torch.Tensor
-    ) -> BlockMask:
+    def _block_mask_on_cpu(self, mask_function: MaskFunction, at: Geometry) -> BlockMask:
         """What transformers' function does, but without compiling it: inductor's C++ for such masks does not build."""
         return create_block_mask(
-            mask_mod=add_offsets_to_mask_function(mask_function, cast(int, q_offset), kv_offset),
+            mask_mod=add_offsets_to_mask_function(mask_function, cast(int, at.q_offset), at.kv_offset),
             B=self.batch_size,
             H=None,
             Q_LEN=self.q_length,
-            KV_LEN=kv_length,
+            KV_LEN=at.kv_length,
             device=self.device,
         )
 
-    def _rows_without_keys(
-        self, sees: Callable[..., Any], kv_length: int, kv_offset: int, q_offset: int | torch.Tensor
-    ) -> torch.Tensor:
+    def _rows_without_keys(self, sees: MaskFunction, at: Geometry) -> torch.Tensor:
         """Which queries see no key at all, `(batch, q_len)`, by trying every pair."""
         batch_idx = torch.arange(self.batch_size, device=self.device)[:, None, None]
-        q_idx = torch.arange(self.q_length, device=self.device)[None, :, None] + q_offset
-        kv_idx = torch.arange(kv_length, device=self.device)[None, None, :] + kv_offset
+        q_idx = torch.arange(self.q_length, device=self.device)[None, :, None] + at.q_offset
+        kv_idx = torch.arange(at.kv_length, device=self.device)[None, None, :] + at.kv_offset
         return ~sees(batch_idx, None, q_idx, kv_idx).any(dim=-1)  # (batch, q_len, kv_len) -> (batch, q_len)
 
     def _rows_without_earlier_keys(

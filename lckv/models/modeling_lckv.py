@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
-from lckv.models.attention import LCKVAttention, PositionEmbeddings, last_positions
 from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.decoder_layer import AnyCache, LCKVDecoderLayer
+from lckv.models.forward_call import ForwardCall, count_outputs
 from lckv.models.iteration import (
-    CacheView,
-    CycleReport,
     KeyValues,
     PassSchedule,
     new_sequential_cache,
@@ -27,98 +24,9 @@ from lckv.models.iteration import (
     with_past,
 )
 from lckv.models.masks import VisibleKeys, build_visible_keys, find_documents, has_cached_tokens
+from lckv.models.outputs import LCKVCausalLMOutputWithPast, LCKVModelOutputWithPast
 from lckv.models.sharing_cache import SharingCache
 from lckv.patterns import Segment
-
-AnyCache = Cache | CacheView
-
-
-@dataclass
-class LCKVModelOutputWithPast(BaseModelOutputWithPast):
-    """[`BaseModelOutputWithPast`] with what iterating over layers that read upward came to.
-
-    Args:
-        num_passes: passes over the cycle that took most; 1 where none was needed.
-        kv_residual: how far KV still moved in the last pass (a scalar), if asked for.
-    """
-
-    num_passes: int | None = None
-    kv_residual: torch.Tensor | None = None
-
-
-@dataclass
-class LCKVCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """[`CausalLMOutputWithPast`] with `num_passes` and `kv_residual` as in [`LCKVModelOutputWithPast`]."""
-
-    num_passes: int | None = None
-    kv_residual: torch.Tensor | None = None
-
-
-class LCKVDecoderLayer(GradientCheckpointingLayer):
-    """One decoder layer. Keys and values of another layer come in as arguments, its own go out as results."""
-
-    def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
-        super().__init__()
-        plan = config.sharing_plan.layers[layer_idx]
-        self.layer_idx = layer_idx
-        self.computes_kv = plan.computes_kv
-        self.reads_itself = plan.kv_source == layer_idx
-        self.self_attn = LCKVAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        key_states: torch.Tensor | None = None,
-        value_states: torch.Tensor | None = None,
-        *,
-        visible_keys: VisibleKeys,
-        position_embeddings: PositionEmbeddings,
-        past_key_values: AnyCache | None = None,
-        needs_kv: bool = True,
-        num_outputs: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Runs the layer.
-
-        Args:
-            hidden_states: `(batch, q_len, hidden_size)`.
-            key_states: `(batch, num_kv_heads, kv_len, head_dim)` of the layer that this one reads; unused if it reads
-                itself, `None` if all keys and values are zero.
-            value_states: like `key_states`.
-            visible_keys: which keys each query sees, of the last `num_outputs` tokens.
-            position_embeddings: cosines and sines for the new tokens.
-            past_key_values: where a layer that computes KV adds it to that of earlier tokens.
-            needs_kv: whether somebody reads this layer's KV.
-            num_outputs: how many of the last tokens' outgoing hidden states somebody uses; `None` for all.
-            kwargs: passed on to the attention backend.
-
-        Returns:
-            The hidden states that leave the layer, its own keys and values for its readers, and the attention weights,
-            if the backend has them; `None` for what is not needed.
-        """
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        own_keys = own_values = None
-        if self.computes_kv and needs_kv:
-            own_keys, own_values = self.self_attn.project_kv(hidden_states, position_embeddings)
-            if past_key_values is not None:
-                own_keys, own_values = past_key_values.update(own_keys, own_values, self.layer_idx)
-        if num_outputs == 0:
-            return None, own_keys, own_values, None
-        if num_outputs is not None:
-            residual, hidden_states = residual[:, -num_outputs:], hidden_states[:, -num_outputs:]
-            position_embeddings = last_positions(position_embeddings, num_outputs)
-        if self.reads_itself:
-            key_states, value_states = own_keys, own_values
-        attn_output, attn_weights = self.self_attn(
-            hidden_states, key_states, value_states, visible_keys, position_embeddings, **kwargs
-        )
-        hidden_states = residual + attn_output
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, own_keys, own_values, attn_weights
 
 
 class LCKVPreTrainedModel(PreTrainedModel):
@@ -151,23 +59,6 @@ class LCKVPreTrainedModel(PreTrainedModel):
         return nn.functional.pad(
             attention_mask, (0, max(0, past_key_values.get_max_length() - attention_mask.shape[1]))
         )
-
-
-@dataclass
-class _Call:
-    """What stays the same through all layers and passes of one forward call."""
-
-    visible_keys: list[VisibleKeys]
-    position_embeddings: PositionEmbeddings
-    past_key_values: Cache | None
-    layer_kwargs: dict[str, Any]
-    schedule: PassSchedule
-    num_outputs: int | None = None  # of the last tokens, from the highest layer that computes KV on; `None` for all
-    visible_keys_of_outputs: list[VisibleKeys] | None = None
-    hidden_states: list[torch.Tensor] | None = None
-    attentions: list[Any] | None = None
-    needs_residual: bool = False
-    reports: list[CycleReport] = field(default_factory=list)
 
 
 class LCKVLlamaModel(LCKVPreTrainedModel):
@@ -235,46 +126,29 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             past_key_values = DynamicCache(config=config)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        is_sequential = self._begin(
-            past_key_values, attention_mask, position_ids, num_new_tokens, output_hidden_states or output_attentions
-        )
-        document_ids = None
+        needs_each_layer = output_hidden_states or output_attentions
+        is_sequential = self._begin(past_key_values, attention_mask, position_ids, num_new_tokens, needs_each_layer)
         has_past = has_cached_tokens(past_key_values, self.sharing_plan)
+        document_ids = None
         if position_ids is None:
             position_ids = self._next_positions(inputs_embeds, past_key_values)
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
-        num_outputs = None
-        if isinstance(logits_to_keep, int) and 0 < logits_to_keep < num_new_tokens:
-            num_outputs = None if output_hidden_states or output_attentions else logits_to_keep
-        build_masks = partial(
-            build_visible_keys,
-            config,
-            self.sharing_plan,
-            inputs_embeds,
-            attention_mask,
-            past_key_values,
-            document_ids,
-        )
-        call = _Call(
-            visible_keys=[] if is_sequential else build_masks(),
+        call = ForwardCall(
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            has_past=has_past,
             position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
             past_key_values=past_key_values,
             layer_kwargs=kwargs,
             schedule=self._schedule(forward_passes, converge_tolerance, num_new_tokens),
-            num_outputs=None if is_sequential else num_outputs,
+            num_outputs=None if needs_each_layer else count_outputs(logits_to_keep, num_new_tokens),
             hidden_states=[inputs_embeds] if output_hidden_states else None,
             attentions=[] if output_attentions else None,
             needs_residual=output_kv_residual,
         )
-        if call.num_outputs is not None:
-            call.visible_keys_of_outputs = build_masks(num_queries=num_outputs)
-        if is_sequential:
-            hidden_states = self._run_token_by_token(call, inputs_embeds, attention_mask, document_ids, num_outputs)
-        else:
-            hidden_states = self._run_segments(call, inputs_embeds, has_past)
-        hidden_states = self.norm(hidden_states if num_outputs is None else hidden_states[:, -num_outputs:])
-        return self._outputs(call, hidden_states, use_cache)
+        run = self._run_token_by_token if is_sequential else self._run_at_once
+        return self._outputs(call, self.norm(run(call, inputs_embeds)), use_cache)
 
     def _begin(
         self,
@@ -307,7 +181,9 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             num_new_tokens,
         )
 
-    def _outputs(self, call: _Call, hidden_states: torch.Tensor, use_cache: bool | None) -> LCKVModelOutputWithPast:
+    def _outputs(
+        self, call: ForwardCall, hidden_states: torch.Tensor, use_cache: bool | None
+    ) -> LCKVModelOutputWithPast:
         """What the call returns; `hidden_states` are those behind the norm."""
         if call.hidden_states is not None:
             call.hidden_states[-1] = hidden_states
@@ -345,7 +221,28 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             positions = positions + past_key_values.get_seq_length(self.sharing_plan.kv_owners[0])
         return positions[None]  # (1, q_len)
 
-    def _run_segments(self, call: _Call, hidden_states: torch.Tensor, has_past: bool) -> torch.Tensor:
+    def _visible_keys(
+        self, call: ForwardCall, inputs_embeds: torch.Tensor, num_queries: int | None = None
+    ) -> list[VisibleKeys]:
+        """What the queries of the call's tokens, or of its last `num_queries`, see in each layer."""
+        return build_visible_keys(
+            self.config,
+            self.sharing_plan,
+            inputs_embeds,
+            call.attention_mask,
+            call.past_key_values,
+            call.document_ids,
+            num_queries,
+        )
+
+    def _run_at_once(self, call: ForwardCall, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Runs all layers for all tokens; returns `(batch, num_outputs or q_len, hidden_size)`."""
+        call.visible_keys = self._visible_keys(call, inputs_embeds)
+        if call.num_outputs is not None:
+            call.visible_keys_of_outputs = self._visible_keys(call, inputs_embeds, call.num_outputs)
+        return self._run_segments(call, inputs_embeds)
+
+    def _run_segments(self, call: ForwardCall, hidden_states: torch.Tensor) -> torch.Tensor:
         """Runs all layers from the bottom, each cycle as often as it needs; without outputs, those that matter."""
         plan = self.sharing_plan
         key_values: KeyValues = {}
@@ -357,7 +254,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
                 hidden_states, key_values = run(hidden_states, key_values, call.past_key_values, True)
                 continue
             owners = owners_read_upward(plan, segment)
-            if has_past and call.past_key_values is not None:
+            if call.has_past and call.past_key_values is not None:
                 zeros = self._zero_states(hidden_states)
                 key_values = with_past(key_values, owners, call.past_key_values, zeros)
             hidden_states, key_values, report = run_cycle(
@@ -374,7 +271,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
 
     def _run_layers(
         self,
-        call: _Call,
+        call: ForwardCall,
         segment: Segment,
         hidden_states: torch.Tensor,
         key_values: KeyValues,
@@ -426,14 +323,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         assert num_heads is not None and head_dim is not None  # the configuration fills them in
         return hidden_states.new_zeros(batch_size, num_heads, q_len, head_dim, dtype=dtype)
 
-    def _run_token_by_token(
-        self,
-        call: _Call,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
-        num_outputs: int | None,
-    ) -> torch.Tensor:
+    def _run_token_by_token(self, call: ForwardCall, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Runs all layers for one token after the other, which is exact for every pattern.
 
         Returns:
@@ -447,26 +337,26 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         cos, sin = call.position_embeddings
         outputs = []
         num_tokens = inputs_embeds.shape[1]
-        num_unused = 0 if num_outputs is None else num_tokens - num_outputs
+        num_unused = 0 if call.num_outputs is None else num_tokens - call.num_outputs
         for position in range(num_tokens):
             stop = num_past + position + 1
             token = slice(position, position + 1)
-            mask = None if attention_mask is None else attention_mask[:, :stop]
+            mask = None if call.attention_mask is None else call.attention_mask[:, :stop]
             if isinstance(cache, SharingCache):
                 cache.begin_forward(self.sharing_plan, mask, 1)
-            visible_keys = build_visible_keys(
-                self.config, self.sharing_plan, inputs_embeds[:, token], mask, cache, document_ids
-            )
             step = replace(
                 call,
-                visible_keys=visible_keys,
+                attention_mask=mask,
+                has_past=stop > 1,
                 num_outputs=0 if position < num_unused else None,
-                visible_keys_of_outputs=visible_keys if position < num_unused else None,
                 position_embeddings=(cos[:, token], sin[:, token]),
                 past_key_values=cache,
                 schedule=PassSchedule(num_ungraded=0, num_graded=1, tolerance=None),
             )
-            output = self._run_segments(step, inputs_embeds[:, token], has_past=stop > 1)
+            step.visible_keys = self._visible_keys(step, inputs_embeds[:, token])
+            if position < num_unused:
+                step.visible_keys_of_outputs = step.visible_keys
+            output = self._run_segments(step, inputs_embeds[:, token])
             if position >= num_unused:
                 outputs.append(output)
         return torch.cat(outputs, dim=1)

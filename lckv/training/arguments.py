@@ -15,8 +15,10 @@ import torch
 from transformers import TrainingArguments
 
 from lckv.config import TrainConfig, TrainerConfig
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, check_choice, check_whole_number, near_miss
 from lckv.training.optim import schedule_arguments
+from lckv.training.teacher import check_teacher_settings
+from lckv.training.trainable import TRAINABLE
 
 _OURS = {
     "output_dir": "run_dir",
@@ -64,9 +66,8 @@ def gradient_accumulation_steps(cfg: TrainerConfig, num_processes: int) -> tuple
         UserError: if the global batch does not divide.
     """
     for name in ("global_batch_size", "micro_batch_size", "eval_batch_size"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise UserError(f"trainer.{name}={value}: allowed is a whole number, 1 or more")
+        if getattr(cfg, name) is not None:
+            check_whole_number(f"trainer.{name}", getattr(cfg, name))
     if cfg.micro_batch_size is None and cfg.global_batch_size % num_processes == 0:
         return cfg.global_batch_size // num_processes, 1
     micro_batch_size = cfg.micro_batch_size or 1
@@ -97,8 +98,8 @@ def set_num_threads(num_threads: int | None) -> int:
     Raises:
         UserError: if the number is below 1.
     """
-    if num_threads is not None and num_threads < 1:
-        raise UserError(f"trainer.num_threads={num_threads}: allowed is a whole number, 1 or more")
+    if num_threads is not None:
+        check_whole_number("trainer.num_threads", num_threads)
     if num_threads is None and "OMP_NUM_THREADS" not in os.environ:
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = min(usable, psutil.cpu_count(logical=False) or usable)
@@ -121,6 +122,7 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     _check_numbers(trainer)
     _check_combinations(cfg)
     _check_switches(trainer)
+    check_teacher_settings(cfg)
     _check_pass_through(trainer.hf)
     if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else processes under torchrun do not find each other
@@ -186,23 +188,19 @@ def _fields() -> set[str]:
 
 
 def _check_numbers(cfg: TrainerConfig) -> None:
-    for name in ("max_steps", "eval_steps", "save_steps", "save_total_limit", "logging_steps", "sample_steps"):
+    for name, minimum in (("max_steps", 1), ("logging_steps", 1), ("sample_tokens", 0), ("dataloader_num_workers", 0)):
+        check_whole_number(f"trainer.{name}", getattr(cfg, name), minimum)
+    for name in ("eval_steps", "save_steps", "save_total_limit", "sample_steps"):
         value = getattr(cfg, name)
         if value is not None and value < 1:
-            null = "" if name in ("max_steps", "logging_steps") else ", or null"
-            raise UserError(f"trainer.{name}={value}: allowed is a whole number, 1 or more{null}")
-    for name in ("sample_tokens", "dataloader_num_workers"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"trainer.{name}={getattr(cfg, name)}: allowed is a whole number, 0 or more")
+            raise UserError(f"trainer.{name}={value}: allowed is a whole number, 1 or more, or null")
     if not 0 <= cfg.max_grad_norm < math.inf:
         raise UserError(f"trainer.max_grad_norm={cfg.max_grad_norm}: allowed is a number, 0 (no clipping) or more")
 
 
 def _check_switches(cfg: TrainerConfig) -> None:
-    precisions = ("fp32", "bf16", "fp16")
-    if cfg.precision not in precisions:
-        hint = near_miss(cfg.precision, precisions)
-        raise UserError(f"trainer.precision={cfg.precision!r}: allowed are {', '.join(precisions)}{hint}")
+    check_choice("trainer.precision", cfg.precision, ("fp32", "bf16", "fp16"))
+    check_choice("trainer.trainable", cfg.trainable, TRAINABLE)
     if cfg.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision='fp16': needs a GPU, which torch does not see; use bf16 or fp32")
     if cfg.use_liger_kernel:
@@ -242,10 +240,7 @@ def _check_combinations(cfg: TrainConfig) -> None:
 
 
 def _check_can_compile(backend: str) -> None:
-    backends = torch.compiler.list_backends(exclude_tags=())
-    if backend not in backends:
-        hint = near_miss(backend, backends)
-        raise UserError(f"trainer.torch_compile_backend={backend!r}: allowed are {', '.join(backends)}{hint}")
+    check_choice("trainer.torch_compile_backend", backend, torch.compiler.list_backends(exclude_tags=()))
     if backend != "inductor":
         return
     if torch.cuda.is_available():

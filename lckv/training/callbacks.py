@@ -122,6 +122,11 @@ class ThroughputCallback(TrainerCallback):
         self._mark = time.perf_counter()
 
 
+def text_loss(logs: dict[str, Any]) -> float:
+    """The cross entropy with the text in training metrics: the loss, or with a teacher a part of it."""
+    return float(logs.get("loss_labels", logs["loss"]))
+
+
 class PerplexityCallback(TrainerCallback):
     """Adds the perplexity of the training loss, and its bits per byte.
 
@@ -140,9 +145,10 @@ class PerplexityCallback(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" not in logs:
             return
-        logs["perplexity"] = math.exp(min(logs["loss"], 700.0))
+        loss = text_loss(logs)
+        logs["perplexity"] = math.exp(min(loss, 700.0))
         if self.bytes_per_token:
-            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.bytes_per_token
+            logs["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
 
 
 class MemoryCallback(TrainerCallback):
@@ -288,12 +294,20 @@ class ProgressCallback(TrainerCallback):
 
 def _describe_training(logs: dict[str, Any]) -> str:
     parts = [f"loss {logs['loss']:.3f}", f"ppl {logs['perplexity']:,.1f}", f"{logs['tokens_per_second']:,.0f} tok/s"]
+    if "loss_labels" in logs:
+        parts.insert(1, f"({describe_loss_parts(logs)})")
     if "mfu" in logs:
         parts.append(f"MFU {logs['mfu']:.1%}")
     if "kv_residual" in logs:
         parts.append(f"KV residual {logs['kv_residual']:.1e}")
     parts.append(f"ETA {format_duration(logs['eta_seconds'])}")
     return "  ".join(parts)
+
+
+def describe_loss_parts(values: dict[str, Any]) -> str:
+    """The parts of a loss against a teacher that are among `values`."""
+    names = [name for name in ("logits", "attention", "labels") if f"loss_{name}" in values]
+    return ", ".join(f"{name} {values[f'loss_{name}']:.4f}" for name in names)
 
 
 def _describe_evaluation(logs: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lckv.config import OptimConfig
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, check_choice, check_positive
 from lckv.registry import Registry
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -66,7 +66,8 @@ def muon(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
         momentum=cfg.momentum,
         adjust_lr_fn="match_rms_adamw",  # updates as large as AdamW's, so that one learning rate suits both
     )
-    return JointOptimizer([by_muon, adamw([("", parameter) for parameter in others], cfg)])
+    by_adamw = [adamw([("", parameter) for parameter in others], cfg)] if others else []
+    return JointOptimizer([by_muon, *by_adamw])
 
 
 def split_hidden_matrices(named_parameters: NamedParameters) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -139,10 +140,7 @@ def schedule_arguments(cfg: OptimConfig, max_steps: int) -> tuple[str, dict[str,
     Raises:
         UserError: if the name is unknown, a number is out of range, or a setting has no effect in this schedule.
     """
-    if cfg.schedule not in SCHEDULES:
-        raise UserError(
-            f"optim.schedule={cfg.schedule!r}: allowed are {', '.join(SCHEDULES)}{near_miss(cfg.schedule, SCHEDULES)}"
-        )
+    check_choice("optim.schedule", cfg.schedule, SCHEDULES)
     _check_optim(cfg)
     minimum = cfg.min_learning_rate if cfg.min_learning_rate is not None else cfg.learning_rate / 10
     warmup_steps = _steps("warmup_steps", cfg.warmup_steps, 0.05, max_steps)
@@ -163,8 +161,7 @@ def schedule_arguments(cfg: OptimConfig, max_steps: int) -> tuple[str, dict[str,
 
 
 def _check_optim(cfg: OptimConfig) -> None:
-    if not cfg.learning_rate > 0:
-        raise UserError(f"optim.learning_rate={cfg.learning_rate}: must be greater than 0")
+    check_positive("optim.learning_rate", cfg.learning_rate)
     if cfg.min_learning_rate is not None:
         if cfg.schedule == "constant":
             raise UserError("optim.min_learning_rate: has no effect with optim.schedule='constant'; leave it out")

@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from lckv.training.callbacks import text_loss
+
 
 def plot_loss(lines: Sequence[dict[str, Any]], path: Path, *, title: str, unigram_loss: float | None) -> None:
     """Draws training and validation loss against tokens, with the unigram model's loss as a line to be below of.
@@ -21,7 +23,7 @@ def plot_loss(lines: Sequence[dict[str, Any]], path: Path, *, title: str, unigra
         title: what was trained.
         unigram_loss: nats per token of the unigram model on the validation text.
     """
-    train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    train = [(line["tokens"], text_loss(line)) for line in lines if "loss" in line]
     validation = [(line["tokens"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, and leaves a notebook's own figures alone

@@ -24,8 +24,15 @@ import lckv
 from lckv.costs import Costs, Iteration, ModelSizes, count_costs, count_kv_bytes, llama_plan
 from lckv.data import TokenizedData
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
-from lckv.training.callbacks import format_duration
+from lckv.training.callbacks import describe_loss_parts, format_duration
 from lckv.training.run_folder import RunFolder
+
+_OF_CONVERT = {"source": "init.source", "revision": "init.revision", "method": "init.method"}
+"""Settings of `lckv.convert` by what `lckv.train` calls them."""
+
+_ONLY_OF_CONVERT = ("out", "max_shard_size", "device")
+_GROUPS_OF_CONVERT = {"trainer": "distill", "optim": "uptrain"}
+"""What `lckv.convert` trains with where nothing else is given."""
 
 _OF_ONE_RUN = ("sharing", "model.layer_types", "model.num_hidden_layers", "run_name", "run_dir")
 """Settings that another pattern's run cannot take over."""
@@ -77,6 +84,7 @@ def build_results(
         "run_name": run_name,
         "layer_types": plan.layer_types,
         "num_parameters": model.num_parameters(),
+        "num_trained_parameters": model.num_parameters(only_trainable=True),
         "steps": evaluation["step"],
         "tokens": evaluation["tokens"],
         "train_loss": train[-1]["loss"],
@@ -103,7 +111,7 @@ def build_results(
             "python": platform.python_version(),
         },
     }
-    for name in ("mfu", "kv_residual"):
+    for name in ("mfu", "kv_residual", "loss_logits", "loss_attention", "loss_labels"):
         if name in train[-1]:
             results[name] = train[-1][name]
     return results
@@ -137,7 +145,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("validation loss", f"{results['eval_loss']:.4f}  (unigram {results['unigram_loss']:.4f}; nats per token)"),
         ("bits per byte", "unknown" if bits is None else f"{bits:.4f}"),
-        ("parameters", f"{results['num_parameters']:,}"),
+        ("parameters", _parameters(results)),
         (
             "KV bytes per token",
             f"written {kv['written']:,}, resident {kv['resident']:,.0f} {context}, in 16 bits  (Llama: "
@@ -151,11 +159,20 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("speed", _speed(results)),
         ("peak memory", f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ]
+    if "loss_labels" in results:
+        rows.insert(2, ("training loss", f"{results['train_loss']:.4f}  ({describe_loss_parts(results)})"))
     if "kv_residual" in results:
         rows.append(("KV residual of the last pass", f"{results['kv_residual']:.2e}"))
     if results["sample"] is not None:
         rows.append(("sample", " ".join(results["sample"].split())))
     return rows
+
+
+def _parameters(results: dict[str, Any]) -> str:
+    # Results of earlier versions do not say how many were trained: all of them.
+    num_parameters = results["num_parameters"]
+    num_trained = results.get("num_trained_parameters", num_parameters)
+    return f"{num_parameters:,}" + (f", {num_trained:,} of them trained" if num_trained != num_parameters else "")
 
 
 def _speed(results: dict[str, Any]) -> str:
@@ -168,10 +185,12 @@ def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:
     num_layers = parse_layer_types(layer_types).num_hidden_layers
     llama = build_layer_types("llama", num_layers)
     python = shlex.quote(_interpreter())
-    commands = [f"{python} -m lckv.plan model.layer_types={layer_types}"]
+    given = _as_train_takes_them(_arguments())
+    source = [item for item in given if item.lstrip("+").startswith(("init.source=", "init.revision="))]
+    commands = [f"{python} -m lckv.plan {shlex.join([*source, f'model.layer_types={layer_types}'])}"]
     if num_layers > 1:  # a single layer has nothing to share
         other, name = (llama, "llama") if layer_types != llama else (build_layer_types("cla", num_layers), "cla")
-        again = [given for given in _arguments() if not given.lstrip("+").startswith(_OF_ONE_RUN)]
+        again = [item for item in given if not item.lstrip("+").startswith(_OF_ONE_RUN)]
         again += [f"model.layer_types={other}", f"run_name={results['run_name']}_{name}"]
         commands.append(f"{python} -m lckv.train {shlex.join(again)}")
     path, prompt = (json.dumps(text, ensure_ascii=False) for text in (str(folder.model), results["sample_prompt"]))
@@ -179,6 +198,18 @@ def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:
         f'import lckv.models; from transformers import pipeline; print(pipeline("text-generation", {path})({prompt}))'
     )
     return [*commands, f"{python} -c {shlex.quote(generate)}"]
+
+
+def _as_train_takes_them(arguments: list[str]) -> list[str]:
+    """Settings of `lckv.convert` as those of `lckv.train` that do the same; others stay."""
+    if not any(item.startswith("out=") for item in arguments):
+        return arguments
+    pairs = [item.partition("=") for item in arguments]
+    keys = [key for key, _, _ in pairs]
+    groups = [f"{group}={name}" for group, name in _GROUPS_OF_CONVERT.items() if group not in keys]
+    return groups + [
+        f"{_OF_CONVERT.get(key, key)}{equals}{value}" for key, equals, value in pairs if key not in _ONLY_OF_CONVERT
+    ]
 
 
 def _interpreter() -> str:

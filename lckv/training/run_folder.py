@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ class RunFolder:
         self.loss_plot = self.path / "loss.png"
         self.model = self.path / "model"
         self.tensorboard = self.path / "tensorboard"
+        self.init = self.path / "init"
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", save_total_limit)
 
     def claim(self, config: Mapping[str, Any], *, resume: bool = True) -> None:
@@ -53,7 +55,7 @@ class RunFolder:
             UserError: if the folder holds another config or cannot be written to, or `resume` is off and it holds
                 a run.
         """
-        holds_a_run = self._holds_a_run()
+        holds_a_run = self.holds_a_run()
         if holds_a_run:
             self._check_same_config(config)
             if not resume:
@@ -64,6 +66,7 @@ class RunFolder:
         self._check_writable()
         self.checkpoints.clean()
         if not holds_a_run:
+            shutil.rmtree(self.init, ignore_errors=True)  # perhaps of other settings
             write_atomically(self.config, _to_yaml(config))
 
     def claim_data(self, fingerprint: str) -> None:
@@ -73,7 +76,7 @@ class RunFolder:
             UserError: if the folder holds a run on other data.
         """
         text = json.dumps({"fingerprint": fingerprint}) + "\n"
-        if not (self._holds_a_run() and self.data.is_file()):
+        if not (self.holds_a_run() and self.data.is_file()):
             write_atomically(self.data, text)
         elif self.data.read_text(encoding="utf-8") != text:
             raise UserError(
@@ -108,7 +111,8 @@ class RunFolder:
         lines = self.metrics.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]  # behind the last newline: empty, or torn
 
-    def _holds_a_run(self) -> bool:
+    def holds_a_run(self) -> bool:
+        """Whether a run has begun here that can be gone on with, or looked at."""
         return self.metrics.is_file() or self.results.is_file() or self.checkpoints.latest() is not None
 
     def _check_same_config(self, config: Mapping[str, Any]) -> None:

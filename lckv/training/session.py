@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
-from transformers.utils.logging import disable_progress_bar
 
 from lckv.config import TrainConfig
 from lckv.data import TokenizedData, collate
@@ -17,12 +17,15 @@ from lckv.errors import UserError
 from lckv.training import callbacks as ours
 from lckv.training.checkpoints import step_of
 from lckv.training.compilation import compile_layers
+from lckv.training.distillation import DistillationTrainer
 from lckv.training.liger import use_liger_kernels
 from lckv.training.loggers import build_loggers
 from lckv.training.optim import build_optimizer
 from lckv.training.plots import plot_loss
 from lckv.training.report import build_results, costs_of, sharing_plan_of
 from lckv.training.run_folder import RunFolder, write_atomically
+from lckv.training.teacher import check_teacher_fits
+from lckv.training.trainable import freeze_all_but
 from lckv.training.trainer import LCKVTrainer
 
 
@@ -52,6 +55,7 @@ class Session:
         data: training and validation blocks.
         folder: the run folder, claimed.
         console: where to show progress.
+        teacher: a model to learn from, as `cfg.teacher` says.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Session:
         data: TokenizedData,
         folder: RunFolder,
         console: Console,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         self.cfg = cfg
         self.model = model
@@ -78,9 +83,9 @@ class Session:
             use_liger_kernels(model)
         if cfg.trainer.torch_compile:
             compile_layers(model, cfg.trainer.torch_compile_backend, cfg.trainer.torch_compile_mode)
-        disable_progress_bar()  # transformers' own, for every file that it writes
+        freeze_all_but(model, cfg.trainer.trainable)
         self.progress = ours.ProgressCallback(console)
-        self.trainer = LCKVTrainer(
+        self.trainer = self._trainer_class(teacher)(
             model,
             args,
             data.train,
@@ -99,6 +104,12 @@ class Session:
         self.trainer.remove_callback(PrinterCallback)
         for callback in self._callbacks():
             self.trainer.add_callback(callback)
+
+    def _trainer_class(self, teacher: PreTrainedModel | None) -> Callable[..., LCKVTrainer]:
+        if teacher is None:
+            return LCKVTrainer
+        check_teacher_fits(teacher, self.model, self.cfg.teacher, self.data.train.block_size)
+        return partial(DistillationTrainer, teacher=teacher, distillation=self.cfg.teacher)
 
     def _callbacks(self) -> list[Any]:
         cfg, trainer, data = self.cfg.trainer, self.trainer, self.data

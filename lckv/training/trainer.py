@@ -115,13 +115,21 @@ class LCKVTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Computes the loss; at logging steps also keeps the residual of the model's iteration."""
-        if not (self._has_residual and model.training and self._is_logging_step()):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {**inputs, "output_kv_residual": True}
+        inputs = {**inputs, **self.residual_arguments(model)}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if outputs.kv_residual is not None:
-            self._residuals.append(outputs.kv_residual.detach().float())
+        self.keep_residual(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def residual_arguments(self, model: nn.Module) -> dict[str, bool]:
+        """What makes the model return the residual of its iteration, where it is wanted."""
+        is_wanted = self._has_residual and model.training and self._is_logging_step()
+        return {"output_kv_residual": True} if is_wanted else {}
+
+    def keep_residual(self, outputs: Any) -> None:
+        """Keeps the residual for the log, if the model has returned one."""
+        residual = getattr(outputs, "kv_residual", None)  # models of other families know none
+        if residual is not None:
+            self._residuals.append(residual.detach().float())
 
     def _is_logging_step(self) -> bool:
         step, state = self.state.global_step + 1, self.state

@@ -3,7 +3,9 @@
 import json
 import os
 import pty
+import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -49,10 +51,36 @@ assert not {"torch", "transformers"} & set(sys.modules), "slow to start"
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.timeout(120)
+def test_a_file_of_prompts_is_batched_continuously(run_module: Run, finished_run: FinishedRun, tmp_path: Path) -> None:
+    prompts = [
+        "in the beginning",
+        "was",
+        "in the beginning was the word and the light shone upon the face of the deep",
+        "the",
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    arguments = [f"model={finished_run.folder}", f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=6"]
+    pages = ["cache=paged", "cache.page_size=4", "cache.num_pages=4", "prefill_passes=converge"]
+    done = run_module("lckv.generate", *arguments, *pages)
+    failure, summary, error = done.stderr.splitlines()
+    assert done.returncode == 2 and failure.startswith("prompt 3: out of pages: ")
+    assert error == f"lckv.generate: error: prompts_file={tmp_path}/prompts.txt: 1 of 4 prompts have failed"
+    assert re.match(r"\d+ tokens · [\d,.]+ tok/s · \d+ steps of up to \d texts · ", summary)
+
+    static = run_module("lckv.generate", *arguments, "prefill_passes=converge", "batch_size=1", "json=true")
+    texts = {text["prompt"]: text["text"] for text in json.loads(static.stdout)["texts"]} | {prompts[2]: ""}
+    assert done.stdout == "".join(f"==> {prompt} <==\n{texts[prompt]}\n\n" for prompt in prompts)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "sink"])
-def test_ctrl_c_leaves_the_terminal_clean(finished_run: FinishedRun, cache: str) -> None:
+def test_ctrl_c_leaves_the_terminal_clean(finished_run: FinishedRun, tmp_path: Path, cache: str) -> None:
+    folder = shutil.copytree(finished_run.folder / "model", tmp_path / "model")
+    generation_config = json.loads((folder / "generation_config.json").read_text())
+    # No token of the vocabulary: a text that ends by itself may do so before it is interrupted.
+    (folder / "generation_config.json").write_text(json.dumps(generation_config | {"eos_token_id": 10**6}))
     options = ["max_new_tokens=2000"] if cache == "dynamic" else ["cache=sink", "cache.window=20", "stream=endless"]
-    arguments = [f"model={finished_run.folder}", "prompt=in the beginning", "temperature=1.0", *options]
+    arguments = [f"model={folder}", "prompt=in the beginning", "temperature=1.0", *options]
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-m", "lckv.generate", *arguments])

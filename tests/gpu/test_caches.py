@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lckv.cache import CACHES, DynamicKVCache, StaticKVCache, build_cache
-from tests.contract.test_caches import OPTIONS, PATTERNS, exact_model, live_bytes
-from tests.reference import token_ids
+from tests.contract.caches import OPTIONS, exact_model, live_bytes
+from tests.reference import PATTERNS, token_ids
 
 pytestmark = [
     pytest.mark.gpu,

@@ -93,7 +93,7 @@ ONE_LINERS = [
     (["model.hiden_size=3"], "unknown key 'model.hiden_size'; did you mean 'model.hidden_size'?"),
     (["hidden_size=3"], "unknown key 'hidden_size'; did you mean 'model.hidden_size'?"),
     (["+model.hiden_size=3"], "unknown key 'model.hiden_size'; did you mean 'model.hidden_size'?"),
-    (["+nonsense=3"], "unknown key 'nonsense'; allowed are model, sharing,"),
+    (["+nonsense=3"], "unknown key 'nonsense'; allowed are model, init, sharing,"),
     (["experimnt=demo_lckv"], "unknown key 'experimnt'; did you mean 'experiment'?"),
     (["experiment=demo_lkcv"], "experiment=demo_lkcv: there is no such file; allowed are demo_lckv, "),
     (["debug=overfitt"], "did you mean 'overfit'?"),
@@ -287,6 +287,8 @@ def test_help_names_the_groups_of_the_entry_point_only(start, capsys):
     for name, present, absent in (
         ("train", "\nmodel: ", "\ncache: "),
         ("generate", "\ncache: dynamic, ", "\nmodel: tiny"),
+        ("convert", "\nsharing: cla, ", "\ncache: "),
+        ("search", "\ndata: bible, ", "\nmodel: "),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [f"lckv.{name}", "--help"])

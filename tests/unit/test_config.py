@@ -9,11 +9,13 @@ import yaml
 
 from lckv import cli
 from lckv.cache import CACHES
-from lckv.config import ModelConfig, TrainConfig, config_dir, default_run_name, file_name
+from lckv.config import ModelConfig, TrainConfig
 from lckv.errors import UserError
+from lckv.hydra_store import config_dir
 from lckv.model_arguments import check_model, model_arguments, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
+from lckv.run_names import default_run_name, file_name
 
 CONF = config_dir()
 
@@ -83,7 +85,7 @@ def test_the_wheel_is_preferred_over_the_checkout(tmp_path, monkeypatch):
     package = tmp_path / "lckv"
     (tmp_path / "conf").mkdir()
     (package / "conf").mkdir(parents=True)
-    monkeypatch.setattr("lckv.config.__file__", str(package / "config.py"))
+    monkeypatch.setattr("lckv.hydra_store.__file__", str(package / "hydra_store.py"))
     with pytest.raises(UserError, match="no configuration files"):
         config_dir()
     (tmp_path / "conf" / "train.yaml").write_text("")
@@ -142,7 +144,7 @@ def test_parameters_of_another_pattern_are_refused():
         ({"forward_passes": 2.5}, "model.forward_passes=2.5"),
         ({"forward_passes": True}, "model.forward_passes=True"),
         ({"sliding_window": 0}, "model.sliding_window=0: allowed is a whole number, 1 or more"),
-        ({"converge_tolerance": 0.0}, "model.converge_tolerance=0.0: must be greater than 0"),
+        ({"converge_tolerance": 0.0}, "model.converge_tolerance=0.0: allowed is a number above 0"),
         ({"attention_dropout": 1.0}, "model.attention_dropout=1.0"),
         ({"dtype": "bf16"}, "model.dtype='bf16': allowed are float32, bfloat16, float16"),
         ({"attn_implementation": "spda"}, "model.attn_implementation='spda': allowed are eager.*did you mean 'sdpa'"),

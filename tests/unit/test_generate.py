@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from lckv import cli, generate
 from lckv.cache import CACHES, build_cache
 from lckv.errors import UserError
+from lckv.generation.continuous import ContinuousBatcher
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.generating import PrefillOptions, StepWatch
 from lckv.generation.generating import generate as generate_batch
@@ -96,7 +97,7 @@ CACHE_MISTAKES = [
     (["cache=quantized", "cache.bits=3"], "cache.bits=3: allowed are 2, 4 and 8"),
     (["cache=paged", "cache.page_size=0"], "cache.page_size=0: allowed is a whole number, 1 or more"),
     (["cache=sink", "cache.window=0"], "cache.window=0: allowed is a whole number, 1 or more"),
-    (["cache=static", "cache.max_length=0"], "cache.max_length=0: allowed is 1 or more"),
+    (["cache=static", "cache.max_length=0"], "cache.max_length=0: allowed is a whole number, 1 or more"),
     (["cache=quantized", "cache.num_pages=3"], "cache.num_pages=3 with cache.layout='dynamic'"),
     (["cache=sink", "cache.bits=8"], "bits"),
     (["cache.name=snik"], "did you mean 'sink'"),
@@ -134,6 +135,123 @@ def test_prompts_of_a_file_are_continued_in_batches(run, tmp_path):
     assert [text["text"] for text in result["texts"]] == expected and len(result["batches"]) == 2
 
 
+PROMPTS = ["In the beginning", "a", "Be light, and", "abc", "In the beginning was"]
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    return f"prompts_file={tmp_path}/prompts.txt"
+
+
+def printed(prompts, texts):
+    return "".join(f"==> {prompt} <==\n{text}\n\n" for prompt, text in zip(prompts, texts, strict=True))
+
+
+@pytest.mark.parametrize("options", [[], ["batch_size=2", "prefill_chunk=7"], ["cache.num_pages=5", "batch_size=3"]])
+def test_continuous_batches_print_what_static_ones_do(run, prompts_file, options):
+    expected = printed(PROMPTS, [continuation(prompt, 9) for prompt in PROMPTS])
+    arguments = [prompts_file, "max_new_tokens=9", "cache=paged"]
+    out, err = run(*arguments, *options)
+    assert out == expected
+    assert re.fullmatch(
+        r"\d+ tokens · [\d,.]+ tok/s · \d+ steps of up to \d texts · cache up to [\d,]+ bytes( · .+)?\n", err
+    )
+    if not options:
+        assert run(*arguments, "batching=static")[0] == expected
+
+
+def test_continuous_batches_as_json(run, prompts_file):
+    arguments = [prompts_file, "max_new_tokens=9", "batch_size=2", "json=true"]
+    result, static = (json.loads(run(*arguments, f"cache={cache}")[0]) for cache in ("paged", "dynamic"))
+    assert result["texts"] == static["texts"] and [text["prompt"] for text in result["texts"]] == PROMPTS
+    assert (result["batching"], static["batching"]) == ("continuous", "static")
+    (figures,) = result["batches"]
+    assert figures["num_new_tokens"] == sum(text["num_new_tokens"] for text in result["texts"])
+    assert figures["peak_rows"] == 2 and figures["num_steps"] >= 9 and figures["peak_used_bytes"] > 0
+    assert figures["tokens_per_second"] == figures["num_new_tokens"] / figures["seconds"]
+
+
+def test_options_reach_the_continuous_batch(run, prompts_file):
+    def figures(*options):
+        return json.loads(run(prompts_file, "max_new_tokens=4", "cache=paged", "json=true", *options)[0])["batches"][0]
+
+    num_prompt_tokens = sum(len(byte_tokenizer()(prompt)["input_ids"]) for prompt in PROMPTS)
+    assert figures()["peak_rows"] == len(PROMPTS) and figures()["num_steps"] == 4
+    assert figures("batch_size=1")["peak_rows"] == 1 and figures("batch_size=1")["num_steps"] == 1 + 3 * len(PROMPTS)
+    assert figures("prefill_chunk=5")["num_steps"] > num_prompt_tokens / 5
+    exact = [continuation(prompt, 4) for prompt in PROMPTS]
+    for options in (["prefill_passes=0"], ["prefill_passes=converge", "prefill_tolerance=0.9"]):
+        result = json.loads(run(prompts_file, "max_new_tokens=4", "cache=paged", "json=true", *options)[0])
+        assert [text["text"] for text in result["texts"]] != exact
+
+
+def test_beams_are_searched_in_static_batches(run, prompts_file):
+    result = json.loads(run(prompts_file, "max_new_tokens=3", "cache=paged", "num_beams=2", "json=true")[0])
+    assert result["batching"] == "static"
+    assert [text["text"] for text in result["texts"]] == [continuation(prompt, 3, num_beams=2) for prompt in PROMPTS]
+
+
+def test_quantised_pages_are_batched_continuously(run, prompts_file):
+    options = [prompts_file, "max_new_tokens=5", "cache=quantized", "json=true"]
+    assert json.loads(run(*options)[0])["batching"] == "static"
+    paged = json.loads(run(*options, "cache.layout=paged")[0])  # all tokens are recent, and exact
+    assert paged["batching"] == "continuous"
+    assert [text["text"] for text in paged["texts"]] == [continuation(prompt, 5) for prompt in PROMPTS]
+
+
+def test_seeds_of_continuous_batches(run, prompts_file):
+    """Each prompt has its own: what a text is does not depend on who runs beside it."""
+    first, alone, other = (
+        run(prompts_file, "max_new_tokens=9", "cache=paged", "temperature=2", f"seed={seed}", f"batch_size={size}")[0]
+        for seed, size in ((1, 5), (1, 1), (2, 5))
+    )
+    assert first == alone != other
+
+
+def test_prompts_that_fail_alone_are_named_behind_the_others(run, tmp_path, capsys):
+    prompts = ["abc", "x" * 50, "a"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    arguments = [f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=4", "cache=paged", "cache.num_pages=2"]
+    assert message_of(run, *arguments).endswith("prompts.txt: 1 of 3 prompts have failed")
+    out, err = capsys.readouterr()
+    assert out == printed(prompts, [continuation("abc", 4), "", continuation("a", 4)])
+    failure, summary = err.splitlines()
+    assert failure.startswith("prompt 2: out of pages: sequence '2' has 0 tokens and takes 50 more")
+    assert summary.startswith("8 tokens · ")
+    message_of(run, *arguments, "json=true")
+    out, err = capsys.readouterr()
+    texts = json.loads(out)["texts"]
+    assert [text["num_new_tokens"] for text in texts] == [4, 0, 4] and err == failure + "\n"
+    assert f"prompt 2: {texts[1]['error']}" == failure and "error" not in texts[0] | texts[2]
+
+
+def test_texts_are_printed_as_soon_as_those_before_them_are_done(run, prompts_file, monkeypatch, capsys):
+    """Two prompts run at once; when the third has one token, the first two have been printed."""
+    step, outputs = ContinuousBatcher.step, []
+
+    def step_then_look(self):
+        outputs.append(capsys.readouterr().out)
+        if len(outputs) == 7:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(ContinuousBatcher, "step", step_then_look)
+    with pytest.raises(KeyboardInterrupt):
+        run(prompts_file, "max_new_tokens=5", "cache=paged", "batch_size=2")
+    texts = [continuation(prompt, 5) for prompt in PROMPTS[:2]]
+    assert outputs[:5] == [""] * 5 and "".join(outputs) == printed(PROMPTS[:2], texts)
+
+
+def test_a_bar_on_a_terminal_leaves_texts_alone(run, prompts_file, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    out, err = run(prompts_file, "max_new_tokens=5", "cache=paged", "batch_size=2")
+    assert out == printed(PROMPTS, [continuation(prompt, 5) for prompt in PROMPTS])
+    assert "continuing the prompts" in err and err.count("\x1b[?25l") == err.count("\x1b[?25h") > 0
+
+
 def interrupt_step(monkeypatch, batch: int, step: int) -> None:
     """Presses Ctrl-C before token `step` of batch `batch`, both counted from 0."""
     watch, batches = StepWatch.__call__, []
@@ -157,6 +275,31 @@ def test_batches_that_are_done_have_been_printed_when_one_breaks_off(run, tmp_pa
         run(f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=6", "batch_size=1")
     out = capsys.readouterr()
     assert out.out == expected and out.err.count("tokens ·") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_batches_of_any_length_share_one_compiled_step(run, tmp_path):
+    prompts = ["a", "In the beginning", "Be light, and", "abc", "To be or not to be"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    expected = [continuation(prompt, 6) for prompt in prompts]
+    options = ["max_new_tokens=6", "batch_size=2", "cache=static", "compile=true", "json=true"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        result = json.loads(run(f"prompts_file={tmp_path}/prompts.txt", *options)[0])
+    assert [text["text"] for text in result["texts"]] == expected
+    assert [batch["num_new_tokens"] for batch in result["batches"]] == [12, 12, 6]
+
+
+def test_columns_of_padding_change_nothing():
+    model, prompts = exact_model(), [[5], [6]]
+    expected, padded = (
+        generate_batch(model, prompts, cache, DecodingOptions(), 4, num_columns=num_columns).new_tokens
+        for cache, num_columns in (
+            (build_cache("dynamic", model.config), None),
+            (build_cache("static", model.config, max_length=7), 3),
+        )
+    )
+    assert padded == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -231,20 +374,38 @@ MISTAKES = [
     (["prompt="], "prompt='': holds no text"),
     (["prompt=  "], "prompt='  ': holds no text"),
     (["prompt=x", "prompt_file=y"], "prompt and prompt_file are both given"),
-    (["prompt=x", "max_new_tokens=0"], "max_new_tokens=0: allowed is 1 or more"),
+    (["prompt=x", "max_new_tokens=0"], "max_new_tokens=0: allowed is a whole number, 1 or more"),
     (["prompt=x", "temperature=0"], "temperature=0.0: allowed is a number above 0"),
-    (["prompt=x", "top_p=1.5"], "top_p=1.5: allowed is above 0, and 1 or less"),
+    (["prompt=x", "top_p=1.5"], "top_p=1.5: allowed is a number above 0, up to 1"),
     (["prompt=x", "top_k=0"], "top_k=0"),
     (["prompt=x", "num_beams=0"], "num_beams=0"),
-    (["prompt=x", "seed=-1"], "seed=-1: allowed is 0 or more"),
+    (["prompt=x", "seed=-1"], "seed=-1: allowed is a whole number, 0 or more"),
+    (["prompt=x", "seed=18446744073709551616"], "seed=18446744073709551616: allowed is less than 2**64"),
+    (["prompt=x", "temperature=inf"], "temperature=inf: allowed is a finite number"),
     (["prompt=x", "greedy=true", "top_k=5"], "top_k=5: has no effect with greedy=true"),
     (["prompt=x", "num_threads=0"], "num_threads=0"),
-    (["prompt=x", "prefill_chunk=0"], "prefill_chunk=0: allowed is 1 or more"),
+    (["prompt=x", "prefill_chunk=0"], "prefill_chunk=0: allowed is a whole number, 1 or more"),
     (["prompt=x", "prefill_passes=convrge"], "did you mean 'converge'"),
     (["prompt=x", "prefill_passes=true"], "prefill_passes=True"),
     (["prompt=x", "prefill_tolerance=0"], "prefill_tolerance=0.0"),
+    (["prompt=x", "prefill_passes=0", "prefill_tolerance=0.1"], "prefill_tolerance=0.1: has no effect without"),
     (["prompt=x", "prefill_passes=3", "prefill_tolerance=0.1"], "prefill_tolerance=0.1: has no effect without"),
     (["prompt=x", "batch_size=3"], "batch_size=3: has no effect without prompts_file"),
+    (["prompt=x", "batching=continuous", "cache=paged"], "batching=continuous: has no effect without prompts_file"),
+    (["prompt=x", "batching=static"], "batching=static: has no effect without prompts_file; leave it out"),
+    (["prompts_file=x", "batching=contnuous"], "allowed are continuous, static; did you mean 'continuous'?"),
+    (
+        ["prompts_file=x", "batching=continuous"],
+        "cannot be had with cache=dynamic; choose cache=paged",
+    ),
+    (
+        ["prompts_file=x", "batching=continuous", "cache=quantized"],
+        "cannot be had with cache=quantized; choose",
+    ),
+    (
+        ["prompts_file=x", "batching=continuous", "cache=paged", "num_beams=2"],
+        "batching=continuous: cannot be had with num_beams=2; leave one of them out",
+    ),
     (["prompt=x", "compile=true"], "compile=true: has no effect with cache=dynamic"),
     (["prompt=x", "stream=endles"], "stream='endles': allowed are tokens, off, endless; did you mean 'endless'?"),
     (["prompt=x", "stream=endless"], "stream=endless: cannot be had with cache=dynamic"),

@@ -19,15 +19,18 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 
 # From the bottom: a module may import from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "registry"],
+    ["errors", "registry", "byte_sizes"],
     ["patterns"],
-    ["costs", "config", "overrides", "drawing"],
+    ["costs", "config", "hydra_store", "run_names", "overrides", "drawing"],
     ["model_arguments"],
     ["data", "models"],
     ["cache"],
-    ["evaluation", "generation", "training"],
+    ["evaluation", "training"],
+    ["checkpoint"],
+    ["generation"],
+    ["conversion"],
     ["benchmarking"],
-    ["cli", "plan", "train", "generate", "benchmark"],
+    ["cli", "plan", "train", "generate", "benchmark", "convert", "search"],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
 STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "cache": {"data", "config"}, "training": {"models"}}
@@ -38,6 +41,7 @@ TORCH_FREE = [
     "lckv.patterns",
     "lckv.costs",
     "lckv.config",
+    "lckv.hydra_store",
     "lckv.model_arguments",
 ]
 

@@ -10,8 +10,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lckv import cli
-from lckv.config import SCHEMAS, TrainConfig, config_dir, register_schemas
+from lckv.config import TrainConfig
 from lckv.costs import ModelSizes, count_costs
+from lckv.hydra_store import SCHEMAS, config_dir, register_schemas
 from lckv.model_arguments import resolve_layer_types
 from lckv.overrides import quote_overrides
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types

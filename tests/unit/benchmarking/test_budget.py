@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lckv.benchmarking.budget import largest_batch, parse_bytes
+from lckv.benchmarking.budget import largest_batch
+from lckv.byte_sizes import parse_bytes
 from lckv.errors import UserError
 
 

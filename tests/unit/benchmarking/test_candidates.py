@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lckv.benchmarking.candidates import CacheChoice, checkpoint_labels, choose_caches, combine, random_model
-from lckv.benchmarking.recording import RecordsWrites
+from lckv.benchmarking.recording import RecordsTraffic
 from lckv.cache import DynamicKVCache, StaticKVCache
 from lckv.errors import UserError
 from tests.reference import tiny_model
@@ -51,8 +51,8 @@ def test_a_cache_of_fixed_length_gets_the_length_unless_told():
     default, given = combine({"m": model}, choose_caches(["static", {"name": "static", "max_length": 7}], {}))
     assert default.new_cache(30).options()["max_length"] == 30
     assert given.new_cache(30).options()["max_length"] == 7
-    recording = default.new_cache(30, RecordsWrites)
-    assert isinstance(recording, RecordsWrites) and isinstance(recording, StaticKVCache)
+    recording = default.new_cache(30, RecordsTraffic)
+    assert isinstance(recording, RecordsTraffic) and isinstance(recording, StaticKVCache)
     assert type(combine({"m": model}, choose_caches(["dynamic"], {}))[0].new_cache(30)) is DynamicKVCache
 
 

@@ -67,8 +67,49 @@ def test_measured_bytes_of_every_cache_are_those_it_plans(cache, options, layer_
     bench.inspect()
     assert bench.result.error is None
     assert bench.result.resident_bytes == bench.planned_bytes(12, 1)
-    assert bench.result.written_bytes == planned(layer_types, 12).written
+    written = planned(layer_types, 12).written
+    if options.get("layout") == "paged":  # which encodes pages that leave a window, too; the others are all recent
+        plan = bench.candidate.config.sharing_plan
+        windows = sum(plan.owner_is_sliding(owner) for owner in plan.kv_owners)
+        written += windows * (stored_bytes(bench.candidate.config, 8, 0) // 8)
+    assert bench.result.written_bytes == written
     assert [batch.kv_bytes for batch in bench.result.batches] == [bench.planned_bytes(12, 1)]
+
+
+def stored_bytes(config, num_encoded, num_exact, bits=8, group=8):
+    """Of one layer: keys with a scale and a zero per channel and group, values per token and as many channels."""
+    size = config.num_key_value_heads * config.head_dim
+    parameters = 4 * (num_encoded // group * size + num_encoded * size // group)
+    return num_encoded * 2 * size * bits // 8 + parameters + num_exact * 2 * size * 4
+
+
+@pytest.mark.parametrize("layout", ["dynamic", "paged"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("layer_types", "num_upward"), [("0_1_2_3", 0), ("0_0_2_2", 0), ("0_3_3_3_4", 1)])
+def test_a_quantised_cache_writes_and_reads_what_it_stores(layer_types, num_upward, bits, layout):
+    options = SMALL_GROUPS | {"bits": bits, "layout": layout}
+    bench = bench_of(layer_types, "quantized", Workload(30, 4, rounds=1), **options)
+    bench.inspect()
+    assert bench.result.error is None
+    config = bench.candidate.config
+    num_owners = len(config.sharing_plan.kv_owners)
+    # The last step has 33 tokens before it, of which the last 8 and what fills no group of 8 are kept as they are.
+    past, own = stored_bytes(config, 24, 33 - 24, bits), stored_bytes(config, 0, 1)
+    # Layers that read upward get the past before its owner has computed the new token, and it is decoded once more.
+    assert bench.result.read_bytes == num_owners * (past + own) + num_upward * past
+    assert bench.result.written_bytes == num_owners * (own + stored_bytes(config, 24, 0, bits) // 24)
+
+
+def test_where_a_quantised_cache_has_a_window_hidden_tokens_of_the_first_group_are_decoded():
+    options = {"group_size": 2, "residual_length": 1}
+    for new_tokens in 3, 4:
+        bench = bench_of("0s_1s", "quantized", Workload(20, new_tokens, rounds=1), **options)
+        bench.inspect()
+        config = bench.candidate.config
+        length = 20 + new_tokens - 1
+        first, edge = (length - config.sliding_window + 1) // 2 * 2, (length - 1) // 2 * 2
+        expected = 2 * stored_bytes(config, edge - first, length - edge + 1, group=2)
+        assert bench.result.read_bytes == expected
 
 
 def test_reads_are_counted_by_layer_and_only_inside():

@@ -100,7 +100,7 @@ def test_the_tables_say_what_was_measured():
     assert "500.0 ms" not in text and "1.00 s 1.00x" in text
     assert "2.00x" in text and "10 kB of KV" in text
     assert "77 0.77x [50]" in text  # measured, to the first, and the plan's in brackets
-    assert "written are the states that the cache is given" in text and "both in the model's type" in text
+    assert "written are the states that the cache is given" in text and "reads what it stores once per step" in text
     assert "b, batch 1: no room" in text and "broken: out of memory" in text
     assert failures([other]) == ["b, batch 1: no room"]
     assert "Largest batch" not in text_of([result("a", 1)], Workload(100, 10))
@@ -192,7 +192,7 @@ def test_results_that_have_come_meanwhile_stay(tmp_path, caplog):
     ("path", "overwrite", "plot_format", "message"),
     [
         ("file", False, "png", "output_dir=file: is a file"),
-        ("new", False, "pgn", "plot_format=pgn: allowed are png, svg, pdf; did you mean 'png'"),
+        ("new", False, "pgn", "plot_format='pgn': allowed are png, svg, pdf; did you mean 'png'"),
         (None, True, "png", "overwrite=true: has no effect without output_dir"),
     ],
 )

@@ -11,8 +11,8 @@ from lckv.benchmarking.settings import (
     check_iteration,
     random_models,
 )
-from lckv.config import config_dir
 from lckv.errors import UserError
+from lckv.hydra_store import config_dir
 from lckv.patterns import build_layer_types
 from tests.reference import tiny_model
 
@@ -119,7 +119,7 @@ def test_a_pattern_that_yaml_has_made_a_number_is_refused():
 def test_contradictions_are_refused():
     with pytest.raises(UserError, match="cache=static: has no effect beside caches"):
         cache_entries(compose("cache=static", "caches=[dynamic]"))
-    with pytest.raises(UserError, match="dtype=float61: .*did you mean 'float16'"):
+    with pytest.raises(UserError, match="dtype='float61': .*did you mean 'float16'"):
         check_dtype("float61")
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from lckv.cache import DynamicKVCache, build_cache, load_cache, save_cache
-from lckv.cache.base import KVCache, ReaderLayer
+from lckv.cache.base import KVCache
+from lckv.cache.layers import ReaderLayer
 from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError
 from tests.reference import tiny_config, tiny_model, token_ids

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from lckv.cache import DynamicKVCache
-from lckv.cache.dynamic import FullLayer, RingLayer, check_crop
+from lckv.cache.dynamic import FullLayer, RingLayer
+from lckv.cache.layers import check_crop
 from tests.reference import PATTERNS, tiny_model, token_ids
 
 

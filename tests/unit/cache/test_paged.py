@@ -268,7 +268,7 @@ def test_gathering_reads_what_a_loop_over_tokens_reads():
     texts = Texts(exact_model("0_0_2_2"), page_size=4)
     texts.feed(a=11)
     texts.feed(b=6)
-    layer, book = texts.cache.owners()[0], texts.cache._book
+    layer, book = texts.cache.owners()[0], texts.cache.book
     rows = [book.named[name] for name in "ab"]
     texts.cache.select(["a", "b"])
     new = torch.randn(2, 2, 1, 8)
@@ -284,7 +284,7 @@ def test_gathering_reads_what_a_loop_over_tokens_reads():
 def test_wrong_use_is_refused():
     config = exact_model("0_0_2_2").config
     for option in ("page_size", "num_pages"):
-        for value in (0, -1, 1.5):
+        for value in (0, -1, 1.5, True):
             with pytest.raises(UserError, match=f"cache.{option}={value}: allowed is a whole number, 1 or more"):
                 PagedKVCache(config, **{option: value})
     cache = PagedKVCache(config)

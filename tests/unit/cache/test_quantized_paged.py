@@ -7,8 +7,7 @@ from lckv.cache import build_cache, load_cache, save_cache
 from lckv.cache.quantized_paged import QuantizedPagedKVCache
 from lckv.errors import UserError
 from lckv.generation.continuous import ContinuousBatcher
-from tests.contract import test_caches as contract
-from tests.contract.test_caches import no_grad  # noqa: F401
+from tests.contract.caches import live_bytes, no_grad  # noqa: F401
 from tests.reference import tiny_config, tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -41,7 +40,7 @@ def test_pages_hold_what_groups_hold(layer_types, bits):
         seq_length += chunk
         logits = [model(tokens, past_key_values=cache).logits for cache in (paged, dynamic)]
         torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
-        assert paged.num_bytes() == contract.live_bytes(paged) == paged.planned_bytes(seq_length, 2, torch.float32)
+        assert paged.num_bytes() == live_bytes(paged) == paged.planned_bytes(seq_length, 2, torch.float32)
         assert 0 < paged.num_used_bytes() <= paged.num_bytes()
 
 
@@ -70,7 +69,22 @@ def test_beams_share_pages_until_they_write():
         for cache in caches:
             cache.reorder_cache(order)
     layer = caches[0].owners()[0]
-    assert len(layer.exact) < 6 * 4
+    assert len(layer.exact.pages) < 6 * 4
+
+
+def test_layers_of_a_group_encode_the_same_pages():
+    model = exact_model("1s_1s_3s_3s", sliding_window=9)
+    cache = build_cache("quantized", model.config, residual_length=12, **OPTIONS)
+    cache.add("a")
+    for step, num_new in enumerate((8, 7, 1)):  # the fork goes on to hold what leaves the window
+        mask, positions = cache.select(["a"], [num_new])
+        tokens = token_ids(1, num_new, seed=step)
+        model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        if step == 0:
+            cache.fork_sequence("a", "b")
+        first, last = cache.owners().values()
+        assert first.exact == last.exact
+    assert len(first.exact.pages) < cache.num_used_pages() / 2
 
 
 def test_saved_pages_are_restored_bit_by_bit(tmp_path):

@@ -242,7 +242,7 @@ def test_mistakes(config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_pa
 
     num_tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in split_texts(config)[0])
     fails(f"data.block_size=100000: longer than the training text, which has {num_tokens} tokens", block_size=100000)
-    fails("data.block_size=1: allowed is 2 or more", block_size=1)
+    fails("data.block_size=1: allowed is a whole number, 2 or more", block_size=1)
     fails("none of the 80 documents is held out, so the validation split is empty", validation_fraction=1e-9)
     fails("all 80 documents are held out, none is left for training", validation_fraction=1 - 1e-9)
     (tmp_path / "empty.txt").touch()

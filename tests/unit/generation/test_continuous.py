@@ -1,5 +1,7 @@
 """Continuous batching: every request gets what `generate()` gives it alone, whoever joins and leaves."""
 
+import sys
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -79,6 +81,34 @@ def test_who_never_fits_fails_alone():
         assert outputs[name].status == RequestStatus.FAILED and match in outputs[name].error
         assert len(outputs[name].generated_tokens) == count
     assert batcher.statistics.num_failed == 2 and batcher.cache.num_used_pages() == 0
+
+
+def test_any_number_of_requests_may_never_fit():
+    model, count = exact_model("0_0_2_2"), sys.getrecursionlimit()
+    batcher = ContinuousBatcher(model, PagedKVCache(model.config, page_size=4, num_pages=1))
+    for _ in range(count):
+        batcher.add_request([3] * 9, max_new_tokens=1)
+    batcher.add_request([3], "short", max_new_tokens=1)
+    outputs = batcher.run()
+    assert outputs["short"].generated_tokens == alone(model, [3], max_new_tokens=1)
+    assert batcher.statistics.num_failed == count and batcher.cache.num_used_pages() == 0
+
+
+def test_names_are_not_looked_for_one_by_one():
+    class Name(str):
+        num_compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Name.num_compared += 1
+            return super().__eq__(other)
+
+    batcher = ContinuousBatcher(exact_model("0_0"))
+    for index in range(40):
+        batcher.add_request([3], Name(index))
+    assert Name.num_compared < 40
+    with pytest.raises(UserError, match="there is one of that name"):
+        batcher.add_request([3], "7")
 
 
 @pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4"])
@@ -236,7 +266,7 @@ def test_wrong_use_is_refused():
         ([], "b", {}, "'b': the prompt is empty"),
         ([5], "a", {}, "'a': there is one of that name"),
         ([5, 61], "b", {}, "allowed are 0 to 60"),
-        ([5], "b", {"max_new_tokens": 0}, "max_new_tokens=0: allowed is 1 or more"),
+        ([5], "b", {"max_new_tokens": 0}, "'b': max_new_tokens=0: allowed is a whole number, 1 or more"),
         ([5], "b", {"generation_config": GenerationConfig(num_beams=2)}, "beam_search: allowed are greedy|with beam"),
         ([5], "b", {"generation_config": GenerationConfig(stop_strings=["x"])}, "stop_strings=\\['x'\\]"),
         (
@@ -251,6 +281,6 @@ def test_wrong_use_is_refused():
     with pytest.raises(UserError, match="DynamicKVCache: allowed is cache=paged"):
         ContinuousBatcher(model, DynamicKVCache(model.config))
     for option in ("max_rows", "tokens_per_step"):
-        with pytest.raises(UserError, match=f"{option}=0: allowed is 1 or more"):
+        with pytest.raises(UserError, match=f"{option}=0: allowed is a whole number, 1 or more"):
             ContinuousBatcher(model, **{option: 0})
     assert list(batcher.run()) == ["a"]

@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lckv.errors import UserError
 from lckv.generation.loading import find_device, load_model
 from tests.reference import tiny_model, token_ids
-
-
-def byte_tokenizer(**options) -> PreTrainedTokenizerFast:
-    """One token per byte."""
-    vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab | {"<eos>": len(vocab)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **options)
+from tests.tiny import byte_tokenizer
 
 
 @pytest.fixture
@@ -206,6 +197,7 @@ def test_weights_of_other_layers(folder):
 
 def test_other_architectures(tmp_path):
     GPT2Config().save_pretrained(tmp_path / "gpt2")
-    assert "is of model_type 'gpt2'; allowed are lckv-llama and llama" in message_of(tmp_path / "gpt2")
+    message = message_of(tmp_path / "gpt2")
+    assert "is of model_type 'gpt2'; allowed are lckv-llama, llama, mistral, qwen2, qwen3" in message
     (tmp_path / "gpt2" / "config.json").write_text("{}")
     assert "is of model_type None" in message_of(tmp_path / "gpt2")

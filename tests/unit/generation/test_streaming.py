@@ -104,7 +104,9 @@ def test_sampling_is_that_of_generate(model, cache, options):
     torch.manual_seed(3)
     expected = generate(model, prompt, 30, do_sample=True, **({"top_k": 0} | options))
     torch.manual_seed(3)
-    assert list(stream(model, prompt, cache, sampling=Sampling(**options), max_new_tokens=30)) == expected
+    assert (
+        list(stream(model, prompt, cache, sampling=Sampling(greedy=False, **options), max_new_tokens=30)) == expected
+    )
 
 
 def test_seeds(model):
@@ -117,9 +119,9 @@ def test_seeds(model):
 
 def test_the_penalty_looks_back_on_the_last_tokens_only(model, cache):
     """With a penalty that forbids repetition, each token differs from as many before it as are remembered."""
-    sampling = Sampling(greedy=True, repetition_penalty=1e9, history=6)
+    sampling = Sampling(greedy=True, repetition_penalty=1e9)
     prompt = token_ids(1, 9)
-    tokens = prompt[0].tolist() + list(stream(model, prompt, cache, sampling=sampling, max_new_tokens=80))
+    tokens = prompt[0].tolist() + list(stream(model, prompt, cache, sampling=sampling, history=6, max_new_tokens=80))
     for index in range(9, len(tokens)):
         assert tokens[index] not in tokens[index - 6 : index]
     assert len(set(tokens[9:])) < 80  # but tokens do come back
@@ -146,8 +148,8 @@ def held_by(root, *outside):
 def test_nothing_grows(tokenizer):
     model = tiny_model("0_1s_1", vocab_size=257)
     cache = SinkKVCache(model.config, num_sinks=2, window=5)
-    sampling = Sampling(seed=0, repetition_penalty=1.1, history=20)
-    pieces = stream_text(model, tokenizer, "ab", cache, sampling=sampling)
+    sampling = Sampling(seed=0, repetition_penalty=1.1)
+    pieces = stream_text(model, tokenizer, "ab", cache, sampling=sampling, history=20)
     sizes = []
     for _ in range(4):
         for _ in itertools.islice(pieces, 60):
@@ -315,8 +317,13 @@ def test_nan_is_named(model, cache):
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.0}, {"top_k": 0}, {"top_p": 1.5}, {"repetition_penalty": -1.0}, {"history": 0}],
+    [{"temperature": 0.0}, {"top_k": 0}, {"top_p": 1.5}, {"repetition_penalty": -1.0}, {"top_p": 0.0}],
 )
 def test_sampling_out_of_range_is_refused(options):
     with pytest.raises(UserError, match=f"{next(iter(options))}=.*: allowed is "):
         Sampling(**options)
+
+
+def test_a_history_of_nothing_is_refused(model, cache):
+    with pytest.raises(UserError, match="history=0: allowed is a whole number, 1 or more"):
+        stream(model, token_ids(1, 3), cache, sampling=GREEDY, history=0)

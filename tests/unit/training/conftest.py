@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from lckv.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TrainerConfig
 from lckv.data import TokenizedData, build_dataset, build_tokenizer
@@ -84,7 +84,7 @@ def make_config(corpus: Corpus, tmp_path: Path) -> Callable[..., TrainConfig]:
 def make_session(corpus: Corpus, make_config: Callable[..., TrainConfig]) -> Callable[..., Session]:
     """Builds what `lckv.train` builds, with the settings of `make_config`."""
 
-    def make(name: str = "run", **settings: Any) -> Session:
+    def make(name: str = "run", teacher: PreTrainedModel | None = None, **settings: Any) -> Session:
         cfg = make_config(name, **settings)
         assert cfg.run_dir is not None
         args = build_training_arguments(cfg)
@@ -92,6 +92,26 @@ def make_session(corpus: Corpus, make_config: Callable[..., TrainConfig]) -> Cal
         model = LCKVLlamaForCausalLM(LCKVLlamaConfig(**model_arguments(cfg, len(corpus.tokenizer))))
         folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
         folder.claim({"seed": cfg.seed})
-        return Session(cfg, args, model, corpus.tokenizer, corpus.data, folder, Console(quiet=True))
+        return Session(cfg, args, model, corpus.tokenizer, corpus.data, folder, Console(quiet=True), teacher)
 
     return make
+
+
+@pytest.fixture
+def interrupt() -> Callable[[Session, int], None]:
+    """Runs a session that ends as abruptly as an exception can, behind the given step."""
+
+    class KillAt(TrainerCallback):
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == self.step:
+                raise KeyboardInterrupt
+
+    def run(session: Session, step: int) -> None:
+        session.trainer.add_callback(KillAt(step))
+        with pytest.raises(KeyboardInterrupt):
+            session.run()
+
+    return run

@@ -136,7 +136,7 @@ def test_lengths_follow_the_run_where_they_are_not_given():
         ({"schedule": "linear", "decay_steps": 5}, "has no effect"),
         ({"schedule": "wsd", "warmup_steps": 60, "decay_steps": 50}, "more than trainer.max_steps=100"),
         ({"warmup_steps": 101}, "allowed is 0 to trainer.max_steps=100"),
-        ({"learning_rate": 0.0}, "must be greater than 0"),
+        ({"learning_rate": 0.0}, "optim.learning_rate=0.0: allowed is a number above 0"),
         ({"min_learning_rate": 1.0}, "below optim.learning_rate"),
         ({"betas": (0.9, 1.0)}, "optim.betas"),
         ({"weight_decay": -1.0}, "optim.weight_decay"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lckv import cli
 from lckv.training.report import _arguments, _next_commands
 from lckv.training.run_folder import RunFolder
 
@@ -26,6 +27,27 @@ def test_the_next_run_differs_in_its_pattern_only(monkeypatch, tmp_path):
         *("model.layer_types=0_1_2_3", "run_name=mine_llama"),
     ]
     assert commands("0_1_2_3", tmp_path)[1][-2:] == ["model.layer_types=0_0_2_2", "run_name=mine_cla"]
+
+
+def test_the_plan_is_that_of_the_source(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train", "init.source=a b", "init.revision=main", "init.method=fit"])
+    plan, train, _ = commands("0_0_2_2", tmp_path)
+    assert plan[1:] == ["-m", "lckv.plan", "init.source=a b", "init.revision=main", "model.layer_types=0_0_2_2"]
+    cli.compose(plan[3:], "plan")
+    assert cli.compose(train[3:], "train").init.source == "a b"
+
+
+@pytest.mark.parametrize("given", [[], ["trainer=demo", "optim=adamw"]])
+def test_what_was_converted_by_training_can_be_trained_with_another_pattern(monkeypatch, tmp_path, given):
+    own = ["source=a", "revision=main", "method=distill", "device=cpu", "max_shard_size=1GB"]
+    monkeypatch.setattr(sys, "argv", ["convert", *own, "out=b", *given, "trainer.max_steps=7"])
+    plan, train, _ = commands("0_0_2_2", tmp_path)
+    assert plan[3:5] == ["init.source=a", "init.revision=main"]
+    cfg = cli.compose(train[3:], "train")
+    assert (cfg.init.source, cfg.init.revision, cfg.init.method) == ("a", "main", "distill")
+    before = cli.compose(sys.argv[1:], "convert")
+    assert cfg.trainer == before.trainer and cfg.optim == before.optim
+    assert cfg.model.layer_types == "0_1_2_3"
 
 
 def test_a_single_layer_has_nothing_to_compare_with(tmp_path):

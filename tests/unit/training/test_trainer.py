@@ -48,17 +48,6 @@ def reference(make_session: MakeSession) -> Session:
     return session
 
 
-class KillAt(TrainerCallback):
-    """Ends the session as abruptly as an exception can, behind a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def test_blocks_predict_different_numbers_of_tokens(corpus):
     counts = [int((corpus.data.train[index]["labels"] != -100).sum()) for index in range(len(corpus.data.train))]
     assert max(counts) > min(counts) + 5  # else the tests below could not tell token weighting from its absence
@@ -135,7 +124,9 @@ def test_sampling_and_evaluation_leave_no_trace_in_training(make_session: MakeSe
 
 
 @pytest.mark.parametrize(("stop", "optimizer"), [(2, "adamw"), (3, "adamw"), (5, "adamw"), (5, "muon")])
-def test_interrupted_run_goes_on_bit_for_bit(make_session: MakeSession, stop: int, optimizer: str):
+def test_interrupted_run_goes_on_bit_for_bit(
+    make_session: MakeSession, interrupt: Callable[[Session, int], None], stop: int, optimizer: str
+):
     settings = {
         "model__attention_dropout": 0.3,
         "optim__name": optimizer,
@@ -144,10 +135,7 @@ def test_interrupted_run_goes_on_bit_for_bit(make_session: MakeSession, stop: in
     }
     whole = make_session("whole", **settings)
     whole.run()
-    first = make_session("parts", **settings)
-    first.trainer.add_callback(KillAt(stop))
-    with pytest.raises(KeyboardInterrupt):
-        first.run()
+    interrupt(make_session("parts", **settings), stop)
     second = make_session("parts", **settings)
     assert second.first_step == (3 if stop >= 3 else 0)
     results = second.run()

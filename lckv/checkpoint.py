@@ -1,0 +1,212 @@
+"""Finding a model by what the user calls it: a training run, a folder, a GGUF file, a name on the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from lckv.errors import UserError, near_miss
+from lckv.models import LCKVLlamaConfig
+from lckv.models.families import read_config
+from lckv.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Where weights are, the better first: in this file, or in several that `index_name` lists."""
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+# RuntimeError: torch's own format.
+_BROKEN = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+
+
+def index_name(file: str) -> str:
+    """What the list of several files is called that stand for one of `WEIGHT_FILES`."""
+    return f"{file}.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model is.
+
+    Attributes:
+        key: what the user gave its name under, for error messages.
+        given: the name.
+        path: a local folder, or a name on the Hub.
+        gguf_file: the file in the folder, where the model is one.
+        is_local: whether it is a folder.
+        revision: of the Hub.
+        local_files_only: whether the Hub is not to be asked.
+    """
+
+    key: str
+    given: str
+    path: str
+    gguf_file: str | None = None
+    is_local: bool = True
+    revision: str | None = None
+    local_files_only: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.given}"
+
+    def arguments(self) -> dict[str, Any]:
+        """What every `from_pretrained` gets beside the path."""
+        arguments: dict[str, Any] = {"revision": self.revision or "main", "local_files_only": self.local_files_only}
+        return arguments if self.gguf_file is None else arguments | {"gguf_file": self.gguf_file}
+
+    def config_values(self) -> dict[str, Any]:
+        """What its `config.json` holds, or what a GGUF file says instead.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        with self.loading("the configuration"):
+            return PretrainedConfig.get_config_dict(self.path, **self.arguments())[0]
+
+    def load_config(self) -> LCKVLlamaConfig:
+        """The configuration as one of ours; see [`lckv.models.families.read_config`].
+
+        Raises:
+            UserError: if it cannot be read, or is of a family that is not supported.
+        """
+        values = self.config_values()
+        with self.loading("the configuration"):
+            return read_config(values)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            UserError: if there is none, or it is broken.
+        """
+        with self.loading("the tokenizer"):
+            return AutoTokenizer.from_pretrained(self.path, **self.arguments())
+
+    def check_files(self) -> None:
+        """Names what a local folder lacks.
+
+        Raises:
+            UserError: if it has no weights, or no tokenizer.
+        """
+        if not self.is_local or self.gguf_file is not None:
+            return
+        present = {entry.name for entry in Path(self.path).iterdir()}
+        weights = [name for file in WEIGHT_FILES for name in (file, index_name(file))]
+        for what, names in ("weights", weights), ("tokenizer", _TOKENIZERS):
+            if present.isdisjoint(names):
+                raise UserError(f"{self}: {self.path} holds no {what} ({names[0]})")
+
+    @contextlib.contextmanager
+    def loading(self, what: str) -> Iterator[None]:
+        """Keeps transformers' reports and progress bars away, and says in one line what could not be read.
+
+        Raises:
+            UserError: if what the block reads is missing or broken, or needs a package that is not installed.
+        """
+        verbosity, shows_progress = (
+            transformers_logging.get_verbosity(),
+            transformers_logging.is_progress_bar_enabled(),
+        )
+        transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self}: {error}") from error
+        except Exception as error:
+            if not isinstance(error, _BROKEN) and type(error) is not Exception:  # which is what tokenizers raises
+                raise
+            raise UserError(self._describe_failure(what, error)) from error
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if shows_progress:
+                transformers_logging.enable_progress_bar()
+
+    def _describe_failure(self, what: str, error: Exception) -> str:
+        if not self.is_local and isinstance(error, OSError):
+            reason = "the Hub cannot be reached" if self.local_files_only else "the Hub has none (misspelt, or gated?)"
+            return f"{self}: there is no such folder, {what} was never downloaded, and {reason}"
+        lines = str(error).strip().splitlines() or [""]
+        return f"{self}: {what} cannot be read: {type(error).__name__}: {lines[0]}"
+
+
+def find_checkpoint(name: str, *, revision: str | None = None, key: str = "model") -> Checkpoint:
+    """Finds a model, without reading it.
+
+    Args:
+        name: a run folder of `lckv.train` (its trained model, or the newest whole checkpoint of an unfinished run), a
+            folder with a model, a GGUF file, or a name on the Hub.
+        revision: only for the Hub: branch, tag or commit.
+        key: what the user gave the name under.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(name).expanduser()
+    if revision is not None and path.exists():
+        raise UserError(f"revision={revision!r}: has no effect on {key}={name}, which is local; leave it out")
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(f"{key}={name}: is a file; allowed are folders and GGUF files (.gguf)")
+        return Checkpoint(key, name, str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        return Checkpoint(key, name, str(_model_folder(path, name, key)))
+    if not _HUB_NAME.fullmatch(name) or path.parent.is_dir():
+        raise UserError(f"{key}={name}: there is no such folder{_nearest_folder(path)}")
+    return Checkpoint(
+        key,
+        name,
+        name,
+        is_local=False,
+        revision=revision,
+        local_files_only=constants.HF_HUB_OFFLINE or not _hub_answers(),
+    )
+
+
+def _hub_answers() -> bool:
+    from lckv.data.tokenizer import hub_answers  # takes libraries along that nothing else here needs
+
+    return hub_answers()
+
+
+def _nearest_folder(path: Path) -> str:
+    """For an error message: the folder beside a missing one whose name is most like it."""
+    parent = path.parent
+    while not parent.is_dir():
+        path, parent = parent, parent.parent
+    siblings = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf")
+    if hint := near_miss(path.name, siblings):
+        return f" ({hint.removeprefix('; ').removesuffix('?')} in {parent}?)"
+    return ", and a name on the Hub is OWNER/NAME"
+
+
+def _model_folder(folder: Path, name: str, key: str) -> Path:
+    """The folder with the model: this one, or the one that a training run has put it into."""
+    if (folder / "config.json").is_file():
+        return folder
+    run = RunFolder(folder)
+    if (run.model / "config.json").is_file():
+        return run.model
+    if (latest := run.checkpoints.latest()) is not None:
+        logger.warning("%s is not finished: using %s", name, latest.name)
+        return latest
+    if run.config.is_file() or run.checkpoints.path.is_dir():
+        raise UserError(f"{key}={name}: this training run has no checkpoint yet")
+    inner = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
+    files = sorted(entry.name for entry in folder.glob("*.gguf"))
+    hint = f"; did you mean {str(folder / (inner + files)[0])!r}?" if inner + files else ""
+    raise UserError(f"{key}={name}: holds no config.json, so this is no folder of a model or a training run{hint}")

@@ -1,0 +1,43 @@
+"""What can be configured: the dataclasses that own every key's name, type, default and check.
+
+The YAML files under `conf/` only choose among these values; `lckv.cli` composes them with Hydra and hands the result
+to an entry point as a root dataclass, see `lckv.hydra_store`. No torch here, so that mistakes are reported at once.
+"""
+
+from lckv.config.conversion import ConvertConfig, SearchConfig
+from lckv.config.generation import DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, CacheConfig, GenerateConfig
+from lckv.config.literals import literal
+from lckv.config.training import (
+    DataConfig,
+    InitConfig,
+    LoggerConfig,
+    ModelConfig,
+    OptimConfig,
+    PlanConfig,
+    SharingConfig,
+    TeacherConfig,
+    TokenizerConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "BenchmarkConfig",
+    "CacheConfig",
+    "ConvertConfig",
+    "DEFAULT_MAX_NEW_TOKENS",
+    "DataConfig",
+    "GenerateConfig",
+    "InitConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PlanConfig",
+    "SearchConfig",
+    "SharingConfig",
+    "TeacherConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "TrainerConfig",
+    "literal",
+]

@@ -1,0 +1,179 @@
+"""Keys and values of a layer fitted in closed form to what its readers used to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lckv.conversion.alignment import match_heads
+from lckv.conversion.heads import AttentionHeads, from_planes, to_planes
+from lckv.conversion.moments import InputMoments
+
+_TINY = 1e-30  # beside which numbers of any use are infinite, and whose square root is not lost in float64
+
+
+def predictor(moments: InputMoments, reader: int, owner: int, ridge: float) -> Tensor:
+    """The matrix `(inputs, inputs)` that predicts what enters layer `reader` from what enters layer `owner`.
+
+    Args:
+        moments: of both layers' inputs.
+        reader: the layer to predict.
+        owner: the layer to predict from.
+        ridge: a penalty on large weights, relative to the mean square of the owner's inputs. What stands for a bias
+            is not among them: shrinking it would move every key and value towards zero.
+    """
+    if reader == owner:
+        return torch.eye(len(moments[owner, owner]), dtype=torch.float64)
+    gram = moments[owner, owner]
+    num_weights = len(gram) - moments.has_ones
+    penalty = torch.zeros_like(gram.diagonal())
+    penalty[:num_weights] = ridge * gram.diagonal()[:num_weights].mean()
+    return torch.linalg.solve(gram + penalty.diag(), moments[owner, reader]).T
+
+
+def fit_mean(
+    heads: Mapping[int, AttentionHeads], readers: Sequence[int], owner: int, moments: InputMoments, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Key and value projections whose outputs come closest, in the mean square, to those of all readers.
+
+    Returns:
+        Both `(num_kv_heads, head_dim, inputs)`.
+    """
+    predictors = {reader: predictor(moments, reader, owner, ridge) for reader in readers}
+    keys = torch.stack([heads[reader].key.double() @ predictors[reader] for reader in readers])
+    values = torch.stack([heads[reader].value.double() @ predictors[reader] for reader in readers])
+    return keys.mean(0).float(), values.mean(0).float()
+
+
+def fit_subspace(
+    heads: Mapping[int, AttentionHeads], readers: Sequence[int], owner: int, moments: InputMoments, ridge: float
+) -> tuple[Tensor, Tensor, dict[int, AttentionHeads]]:
+    """Shared keys and values that tell most about each reader's own, and readers that make theirs of them.
+
+    Heads are matched first. A reader's values are a matrix times the shared ones, and its keys, in each rotary plane,
+    a complex number times the shared ones; its output projection and its queries take both over. The best shared
+    values for given inputs are a reduced-rank regression (Izenman, 1975), weighted by what the output projections make
+    of an error. The keys are the same with rank one in each plane, weighted by the power of the queries; where keys
+    are normalised dimension by dimension, which no plane's factor commutes with, they are the mean's fit instead.
+
+    Args:
+        heads: of the owner and its readers.
+        readers: the layers that are to read.
+        owner: the layer that is to compute.
+        moments: of the inputs of all these layers.
+        ridge: see [`predictor`].
+
+    Returns:
+        The key and value projections, both `(num_kv_heads, head_dim, inputs)`, and the changed readers.
+    """
+    matched = {
+        reader: heads[reader].permuted(match_heads(heads[reader], heads[owner], moments[reader, owner].float()))
+        for reader in readers
+    }
+    fit = _SharedFit(
+        heads=[matched[reader] for reader in readers],
+        inputs=[moments[reader, reader] for reader in readers],
+        predictors=[predictor(moments, reader, owner, ridge) for reader in readers],
+        root=_square_root(moments[owner, owner]),
+    )
+    gains: Sequence[Tensor | None] = [None] * len(readers)
+    if heads[owner].key_norm is None:
+        key, gains = fit.keys()
+    else:
+        key = fit_mean(matched, readers, owner, moments, ridge)[0]
+    value, decoders = fit.values()
+    changed = {
+        reader: matched[reader].with_readers_changed(gain, decoder)
+        for reader, gain, decoder in zip(readers, gains, decoders, strict=True)
+    }
+    return key, value, changed
+
+
+@dataclass(frozen=True)
+class _SharedFit:
+    """Reduced-rank regressions of what readers compute, on what enters the owner.
+
+    Attributes:
+        heads: each reader's, matched.
+        inputs: the second moments `(inputs, inputs)` of each reader's inputs.
+        predictors: for each reader, what predicts its inputs from the owner's.
+        root: `root @ root.T` are the second moments of the owner's inputs.
+    """
+
+    heads: Sequence[AttentionHeads]
+    inputs: Sequence[Tensor]
+    predictors: Sequence[Tensor]
+    root: Tensor
+
+    def keys(self) -> tuple[Tensor, list[Tensor]]:
+        """The shared key projection, and each reader's factor, complex `(num_kv_heads, head_dim / 2)`."""
+        predicted = [
+            to_planes(heads.key.double() @ predictor)
+            for heads, predictor in zip(self.heads, self.predictors, strict=True)
+        ]
+        weight = torch.stack(
+            [_query_power(heads, gram).sqrt() for heads, gram in zip(self.heads, self.inputs, strict=True)], dim=-1
+        )[..., None]  # (num_kv_heads, head_dim / 2, readers, 1)
+        weighted = torch.stack(predicted, dim=2) * weight  # (num_kv_heads, head_dim / 2, readers, inputs)
+        left = weighted @ self.root.to(weighted.dtype)
+        top = torch.linalg.eigh(left @ left.mH).eigenvectors[..., -1:]
+        shared = (top.mH @ weighted)[..., 0, :]
+        gains = (top / weight)[..., 0]
+        # Any factor may go from the readers to the keys: this one makes the keys as large as the readers' were.
+        first = gains[..., :1]
+        factor = gains.abs().square().mean(-1, keepdim=True).sqrt() * torch.polar(
+            torch.ones_like(first.abs()), first.angle()
+        )
+        gains = (gains / factor).to(torch.complex64)
+        return from_planes(shared * factor).float(), list(gains.unbind(-1))
+
+    def values(self) -> tuple[Tensor, list[Tensor]]:
+        """The shared value projection, and each reader's matrix `(num_kv_heads, head_dim, head_dim)`."""
+        predicted = [heads.value.double() @ matrix for heads, matrix in zip(self.heads, self.predictors, strict=True)]
+        weights = [_output_weight(heads) for heads in self.heads]
+        stacked = torch.cat([weight @ value for weight, value in zip(weights, predicted, strict=True)], dim=1)
+        head_dim = predicted[0].shape[1]
+        left = torch.linalg.svd(stacked @ self.root, full_matrices=False).U[..., :head_dim]
+        shared = left.mT @ stacked  # (num_kv_heads, head_dim, inputs)
+        size = torch.stack([_size(value @ self.root) for value in predicted]).mean(0)
+        factor = size / _size(shared @ self.root)
+        decoders = [
+            (torch.linalg.solve(weight, part) / factor).float()
+            for weight, part in zip(weights, left.split(head_dim, dim=1), strict=True)
+        ]
+        return (shared * factor).float(), decoders
+
+
+def _square_root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def _query_power(heads: AttentionHeads, inputs: Tensor) -> Tensor:
+    """The mean square of the queries that read a KV head, in each rotary plane: `(num_kv_heads, head_dim / 2)`."""
+    query = heads.query.double()
+    square = ((query @ inputs) * query).sum(-1).sum(1)  # (num_kv_heads, head_dim)
+    power = sum(square.unflatten(-1, (2, -1)).unbind(-2))
+    assert isinstance(power, Tensor)
+    return _with_floor(power)
+
+
+def _output_weight(heads: AttentionHeads) -> Tensor:
+    """The symmetric root of how output projections weight an error of values, `(num_kv_heads, head_dim, head_dim)`."""
+    output = heads.output.double()
+    values, vectors = torch.linalg.eigh((output.mT @ output).sum(1))
+    values = _with_floor(values).sqrt()
+    return (vectors * values[:, None]) @ vectors.mT
+
+
+def _with_floor(weights: Tensor) -> Tensor:
+    """What is next to nothing raised to a little, so that it can be divided by; all may be zero, in new layers."""
+    return weights.clamp(min=max(1e-9 * float(weights.mean()), _TINY))
+
+
+def _size(states: Tensor) -> Tensor:
+    """Root mean square of each head, `(num_heads, 1, 1)`, never zero."""
+    return states.square().mean((1, 2), keepdim=True).sqrt().clamp(min=_TINY)

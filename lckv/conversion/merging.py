@@ -1,0 +1,212 @@
+"""The sharing patterns that a search goes through: neighbouring layers with common keys and values, merged further."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lckv.byte_sizes import parse_bytes
+from lckv.errors import UserError
+from lckv.patterns import join_layer_types
+
+DIRECTIONS = ("down", "both")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Layers `start, ..., stop - 1`, which all read the keys and values of one among them, the `owner`."""
+
+    owner: int
+    start: int
+    stop: int
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers read the owner, itself among them."""
+        return self.stop - self.start
+
+
+Spans = tuple[Span, ...]
+"""A sharing pattern as its spans, from the bottom."""
+
+
+def own_spans(num_layers: int) -> Spans:
+    """The pattern in which every layer reads itself."""
+    return tuple(Span(layer_idx, layer_idx, layer_idx + 1) for layer_idx in range(num_layers))
+
+
+def layer_types_of(spans: Spans, has_window: Sequence[bool]) -> str:
+    """The `layer_types` string of a pattern.
+
+    Args:
+        spans: the pattern.
+        has_window: for each layer, whether it sees a window only.
+    """
+    owners = [span.owner for span in spans for _ in range(span.num_layers)]
+    return join_layer_types(owners, has_window)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One step: an owner gives up its keys and values, and its readers turn to the next owner below or above.
+
+    Attributes:
+        lower: the lower of the two spans that become one.
+        upper: the upper one.
+        merged: the span that they become.
+        spans: the whole pattern afterwards.
+    """
+
+    lower: Span
+    upper: Span
+    merged: Span
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far from a layer the owner may be that it reads.
+
+    Attributes:
+        down: layers that an owner may be below its reader.
+        up: layers that an owner may be above its reader.
+    """
+
+    down: int
+    up: int
+
+    @classmethod
+    def of(cls, directions: str, max_distance: int) -> Reach:
+        """The reach for one of `DIRECTIONS`."""
+        return cls(max_distance, max_distance if directions == "both" else 0)
+
+    def merges(self, spans: Spans) -> list[Merge]:
+        """All patterns with one owner less that this reach allows."""
+        found = []
+        for index, (lower, upper) in enumerate(zip(spans, spans[1:], strict=False)):
+            for owner in (lower.owner, upper.owner):
+                merged = Span(owner, lower.start, upper.stop)
+                if self._allows(merged):
+                    found.append(Merge(lower, upper, merged, (*spans[:index], merged, *spans[index + 2 :])))
+        return found
+
+    def fewest_owners(self, spans: Spans) -> int:
+        """The number of owners that merging can come down to.
+
+        Taking as many spans together as possible, from the bottom, is optimal: a part of an allowed span is allowed.
+        """
+        count, index = 0, 0
+        while index < len(spans):
+            count, stop = count + 1, index + 1
+            while stop < len(spans) and self._can_become_one(spans[index : stop + 1]):
+                stop += 1
+            index = stop
+        return count
+
+    def _can_become_one(self, spans: Spans) -> bool:
+        return any(self._allows(Span(span.owner, spans[0].start, spans[-1].stop)) for span in spans)
+
+    def _allows(self, span: Span) -> bool:
+        return span.owner - span.start <= self.up and span.stop - 1 - span.owner <= self.down
+
+
+class Surrogate:
+    """What merges are expected to cost, from what merges have cost.
+
+    The loss of a pattern is taken for the sum of its spans' costs. That of a span is what it added when it was last
+    tried. One that was not tried yet costs the sum over its readers, and over the steps from the reader to the owner,
+    of what merging two neighbouring layers alone has cost.
+    """
+
+    def __init__(self) -> None:
+        self._costs: dict[Span, float] = {}
+
+    def estimate(self, loss: float, merge: Merge) -> float:
+        """The expected loss of a pattern that comes by `merge` from one of this loss."""
+        return loss + self._cost(merge.merged) - self._cost(merge.lower) - self._cost(merge.upper)
+
+    def record(self, before: float, merge: Merge, after: float) -> None:
+        """Remembers the losses before and after a merge."""
+        self._costs[merge.merged] = after - before + self._cost(merge.lower) + self._cost(merge.upper)
+
+    def _cost(self, span: Span) -> float:
+        if span.num_layers == 1:
+            return 0.0
+        if span in self._costs:
+            return self._costs[span]
+        down = [
+            Span(step - 1, step - 1, step + 1)
+            for reader in range(span.owner + 1, span.stop)
+            for step in range(span.owner + 1, reader + 1)
+        ]
+        up = [
+            Span(step + 1, step, step + 2)
+            for reader in range(span.start, span.owner)
+            for step in range(reader, span.owner)
+        ]
+        return sum(self._costs[step] for step in (*down, *up))
+
+
+def parse_budget(value: Any) -> float | int:
+    """Reads `budget`: a fraction of the KV as a float, or bytes per token as an int.
+
+    Raises:
+        UserError: if it is neither a number above 0 and below 1 nor a number of bytes.
+    """
+    text = str(value).strip()
+    if value is None or isinstance(value, bool) or not re.match(r"\d|\.\d", text):
+        raise UserError(
+            f"budget={'null' if value is None else text}: allowed is a fraction of the model's KV above 0 and below "
+            "1, such as 0.5, or bytes of KV per token, such as 12KiB"
+        )
+    is_number = re.fullmatch(r"\d*\.?\d*(e-?\d+)?", text) is not None
+    if is_number and (float(text) <= 1 or not text.isdigit()):  # no one means one byte and a half
+        if not 0 < float(text) < 1:
+            raise UserError(f"budget={text}: allowed is a fraction above 0 and below 1, or bytes, such as 12KiB")
+        return float(text)
+    return parse_bytes(text, "budget")
+
+
+def owners_in(budget: float | int, bytes_per_owner: int, num_layers: int) -> int:
+    """How many layers' keys and values fit a budget.
+
+    Args:
+        budget: see [`parse_budget`].
+        bytes_per_owner: of the keys and values that one layer makes of a token.
+        num_layers: of the model.
+
+    Raises:
+        UserError: if not one fits, or all do.
+    """
+    full = bytes_per_owner * num_layers
+    given = f"budget={budget}" if isinstance(budget, float) else f"budget={budget} bytes"
+    # Rounding may leave 0.1 of 30 layers just below three.
+    num_owners = int(budget * num_layers + 1e-9) if isinstance(budget, float) else budget // bytes_per_owner
+    if num_owners < 1:
+        raise UserError(
+            f"{given}: is too little: the keys and values of one layer alone are {bytes_per_owner} bytes per token, "
+            f"{1 / num_layers:.3g} of the model's {full}"
+        )
+    if num_owners >= num_layers:
+        raise UserError(f"{given}: is what the model needs already: {full} bytes per token in {num_layers} layers")
+    return num_owners
+
+
+def resolve_reach(directions: str, max_distance: int | None, num_owners: int, num_layers: int) -> Reach:
+    """How far layers may look for so many owners; by default about twice as far as equal spans would need.
+
+    Raises:
+        UserError: if a given `max_distance` is too short.
+    """
+    if max_distance is None:
+        max_distance = 2 * -(-num_layers // num_owners)
+    reach = Reach.of(directions, min(max_distance, num_layers - 1))
+    fewest = reach.fewest_owners(own_spans(num_layers))
+    if fewest > num_owners:
+        raise UserError(
+            f"max_distance={max_distance}: leaves {fewest} of {num_layers} layers with keys and values of their own, "
+            f"and the budget has room for {num_owners}; allow a larger distance"
+        )
+    return reach

@@ -1,0 +1,208 @@
+"""How the keys and values of an owner come from those that its readers used to compute; a method is one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lckv.conversion.alignment import align
+from lckv.conversion.fitting import fit_mean, fit_subspace
+from lckv.conversion.heads import AttentionHeads, Tensors, layer_prefix, read_finite
+from lckv.conversion.moments import InputMoments, Pair
+from lckv.errors import UserError
+from lckv.models import LCKVLlamaConfig
+from lckv.patterns import SharingPlan
+from lckv.registry import Registry
+
+
+@dataclass(frozen=True)
+class Group:
+    """An owner of keys and values, the layers that are to read them, and what a method may look at.
+
+    Attributes:
+        owner: the layer that computes keys and values.
+        readers: the layers that attend to them, perhaps without the owner itself.
+        tensors: of the source, in which every layer computes its own keys and values.
+        config: the source's.
+        moments: second moments of the layers' inputs on calibration text, where the method asks for them.
+        ridge: a penalty on large weights, relative to the mean square of the inputs.
+    """
+
+    owner: int
+    readers: tuple[int, ...]
+    tensors: Tensors
+    config: LCKVLlamaConfig
+    moments: InputMoments | None = None
+    ridge: float = 0.0
+
+    def heads(self, layer_idx: int) -> AttentionHeads:
+        """A layer's attention weights by head."""
+        return AttentionHeads.read(self.tensors, layer_idx, self.config)
+
+    def name(self, layer_idx: int, tensor: str) -> str:
+        """The full name of an attention tensor."""
+        return layer_prefix(layer_idx) + tensor
+
+    def merged_norm(self) -> Tensor | None:
+        """The mean of the readers' key norms, if they have any."""
+        names = [self.name(reader, "k_norm.weight") for reader in self.readers]
+        return _mean([self.tensors[name] for name in names]) if names[0] in self.tensors else None
+
+
+Method = Callable[[Group], dict[str, Tensor]]
+"""Gives the tensors that change, under their full names: the owner's KV, and what its readers read them with."""
+
+METHODS: Registry[Method] = Registry("conversion method")
+CALIBRATED: set[str] = set()
+"""The methods that look at calibration text."""
+
+TRAINED: set[str] = set()
+"""The methods whose result is only where a training begins, with the source as the teacher."""
+
+# Of the mean size of an input norm's entries: what is smaller stands for an input that the layer does not look at.
+_NO_SCALE = 1e-3
+
+
+def register(name: str, *, is_calibrated: bool = False, is_trained: bool = False) -> Callable[[Method], Method]:
+    """Registers a method; one that `is_calibrated` gets `Group.moments`."""
+    if is_calibrated:
+        CALIBRATED.add(name)
+    if is_trained:
+        TRAINED.add(name)
+    return METHODS.register(name)
+
+
+def make_tensors(method: str, group: Group) -> dict[str, Tensor]:
+    """What a method, a name in `METHODS`, makes for a group.
+
+    Raises:
+        UserError: if a number is not finite: the source's own is not, or its type does not reach so far.
+    """
+    tensors = METHODS[method](group)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"method={method}: {name} comes out with numbers that are not finite: the source's own are not, or "
+                f"{dtype} cannot hold them; allowed are sources of finite weights whose layers {dtype} can merge"
+            )
+    return tensors
+
+
+@register("inherit")
+def inherit(group: Group) -> dict[str, Tensor]:
+    """The owner keeps its own keys and values."""
+    return {}
+
+
+@register("average")
+def average(group: Group) -> dict[str, Tensor]:
+    """The mean of the readers' key and value projections, biases and key norms (LCKV; Wu and Tu, ACL 2024)."""
+    tensors = {}
+    for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "k_norm.weight"):
+        if group.name(group.owner, name) in group.tensors:
+            merged = _mean([group.tensors[group.name(reader, name)] for reader in group.readers])
+            tensors[group.name(group.owner, name)] = merged
+    return tensors
+
+
+@register("aligned")
+def aligned(group: Group) -> dict[str, Tensor]:
+    """The mean of projections whose heads were first permuted and rotated towards the owner's.
+
+    Projections are compared with the layers' input norms multiplied in, as what they do to a normalised input.
+    """
+    scales = {layer: _input_scale(group, layer) for layer in {group.owner, *group.readers}}
+    reference = _scaled(group.heads(group.owner), scales[group.owner])
+    turned = {
+        reader: reference if reader == group.owner else align(_scaled(group.heads(reader), scales[reader]), reference)
+        for reader in group.readers
+    }
+    merged = _scaled(
+        replace(
+            reference,
+            key=torch.stack([heads.key for heads in turned.values()]).mean(0),
+            value=torch.stack([heads.value for heads in turned.values()]).mean(0),
+        ),
+        _reciprocal(scales[group.owner]),
+    )
+    return _tensors(group, merged.key, merged.value, turned)
+
+
+@register("activation", is_calibrated=True)
+def activation(group: Group) -> dict[str, Tensor]:
+    """Keys and values that come closest, in the mean square, to what all readers computed on calibration text."""
+    assert group.moments is not None
+    heads = {reader: group.heads(reader) for reader in group.readers}
+    key, value = fit_mean(heads, group.readers, group.owner, group.moments, group.ridge)
+    return _tensors(group, key, value, {})
+
+
+@register("subspace", is_calibrated=True)
+def subspace(group: Group) -> dict[str, Tensor]:
+    """Alignment and fit in one: the shared keys and values from which all readers' own can best be made.
+
+    See [`lckv.conversion.fitting.fit_subspace`].
+    """
+    assert group.moments is not None
+    heads = {layer: group.heads(layer) for layer in {group.owner, *group.readers}}
+    key, value, changed = fit_subspace(heads, group.readers, group.owner, group.moments, group.ridge)
+    return _tensors(group, key, value, changed)
+
+
+@register("distill", is_calibrated=True, is_trained=True)
+def distill(group: Group) -> dict[str, Tensor]:
+    """What `subspace` makes, which then learns from the source; see [`lckv.training.distillation`]."""
+    return subspace(group)
+
+
+def groups_of(plan: SharingPlan) -> list[tuple[int, tuple[int, ...]]]:
+    """For every owner whose keys and values change, the owner and its readers."""
+    groups = [(owner, tuple(layer.layer_idx for layer in plan.readers(owner))) for owner in plan.kv_owners]
+    return [(owner, readers) for owner, readers in groups if readers != (owner,)]
+
+
+def needed_pairs(plan: SharingPlan) -> list[Pair]:
+    """The pairs of layers whose inputs a calibrated method multiplies."""
+    pairs = set()
+    for owner, readers in groups_of(plan):
+        pairs |= {(owner, owner)} | {(reader, owner) for reader in readers} | {(reader, reader) for reader in readers}
+    return sorted(pairs)
+
+
+def _tensors(group: Group, key: Tensor, value: Tensor, readers: Mapping[int, AttentionHeads]) -> dict[str, Tensor]:
+    """The changed tensors by their full names, in the types that they had."""
+    owner = replace(group.heads(group.owner), key=key, value=value, key_norm=group.merged_norm())
+    tensors = {group.name(group.owner, name): tensor for name, tensor in owner.kv_tensors().items()}
+    for reader, heads in readers.items():
+        tensors |= {group.name(reader, name): tensor for name, tensor in heads.reading_tensors().items()}
+    return {name: tensor.to(group.tensors[name].dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    """The mean, taken in float32 or wider, in the tensors' own type."""
+    dtype = tensors[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.stack([tensor.to(wide) for tensor in tensors]).mean(0).to(dtype)
+
+
+def _input_scale(group: Group, layer_idx: int) -> Tensor:
+    """What the layer's input norm multiplies each dimension by, and one where a column stands for a bias."""
+    scale = read_finite(group.tensors, f"model.layers.{layer_idx}.input_layernorm.weight")
+    has_bias = group.name(layer_idx, "k_proj.bias") in group.tensors
+    return torch.cat([scale, scale.new_ones(1)]) if has_bias else scale
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    """One over each number; zero for those next to zero, whose inputs are zero, about, whatever multiplies them."""
+    return torch.where(scale.abs() <= _NO_SCALE * scale.abs().mean(), 0.0, 1 / scale)
+
+
+def _scaled(heads: AttentionHeads, scale: Tensor) -> AttentionHeads:
+    return replace(heads, key=heads.key * scale, value=heads.value * scale)
+
+
+__all__ = ["CALIBRATED", "METHODS", "TRAINED", "Group", "groups_of", "make_tensors", "needed_pairs", "register"]

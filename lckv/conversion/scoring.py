@@ -1,0 +1,167 @@
+"""How much a sharing pattern changes what a pretrained model says, without writing the converted model anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lckv.conversion.converted import converted_config
+from lckv.conversion.heads import Tensors
+from lckv.conversion.methods import Group, groups_of, make_tensors
+from lckv.conversion.moments import InputMoments
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.patterns import LayerPlan, SharingPlan, join_layer_types, parse_layer_types
+
+_GroupKey = tuple[int, tuple[int, ...]]
+
+
+@dataclass
+class Converter:
+    """Converts a model in memory, into models that share with it all tensors that stay as they are.
+
+    What a method has made for an owner and its readers is kept for the next pattern that has them, until `forget`.
+
+    Attributes:
+        model: the pretrained model, in which every layer computes its own keys and values.
+        method: a name in `METHODS`.
+        moments: for methods that look at calibration text, of all pairs of layers that will be asked for.
+        ridge: for these, too.
+        settings: other arguments of `LCKVLlamaConfig` that change, such as `forward_passes`.
+    """
+
+    model: LCKVLlamaForCausalLM
+    method: str
+    moments: InputMoments | None = None
+    ridge: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    _made: dict[_GroupKey, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._tensors: Tensors = self.model.state_dict()
+        # Methods work on the CPU; there, this is the same tensors again.
+        self._on_cpu: Tensors = {name: tensor.cpu() for name, tensor in self._tensors.items()}
+
+    @property
+    def config(self) -> LCKVLlamaConfig:
+        """The pretrained model's."""
+        return self.model.config
+
+    def build(self, plan: SharingPlan, start: int = 0) -> LCKVLlamaForCausalLM:
+        """The model with another sharing pattern, in evaluation mode.
+
+        Args:
+            plan: the pattern, of all layers.
+            start: leave out the layers below this one, none of which may be read by one that stays; the embeddings'
+                place is then taken by `inputs_embeds`.
+        """
+        upper = _without_layers_below(plan, start)
+        config = converted_config(self.config, upper, num_hidden_layers=upper.num_hidden_layers, **self.settings)
+        with torch.device("meta"):
+            model = LCKVLlamaForCausalLM(config)
+        changed: dict[str, Tensor] = {}
+        for owner, readers in groups_of(plan):
+            if owner >= start:
+                changed |= self._make(owner, readers)
+        tensors = {}
+        for name in model.state_dict():
+            original = _shifted(name, start)
+            tensors[name] = changed[original] if original in changed else self._tensors[original]
+        model.load_state_dict(tensors, assign=True)
+        model.model.rotary_emb = self.model.model.rotary_emb  # whose tables no checkpoint holds
+        return model.eval()
+
+    def forget(self, plans: Sequence[SharingPlan]) -> None:
+        """Drops what was made for owners and readers that none of these patterns has."""
+        kept = {group for plan in plans for group in groups_of(plan)}
+        self._made = {key: made for key, made in self._made.items() if key in kept}
+
+    def _make(self, owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
+        if (owner, readers) not in self._made:
+            group = Group(owner, readers, self._on_cpu, self.config, self.moments, self.ridge)
+            made = make_tensors(self.method, group)
+            self._made[owner, readers] = {name: tensor.to(self.model.device) for name, tensor in made.items()}
+        return self._made[owner, readers]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What came of a pattern.
+
+    Attributes:
+        loss: the divergence from the pretrained model's predictions, in nats per token.
+        inputs: for each layer what enters it, `(batch, block_size, hidden_size)`.
+    """
+
+    loss: float
+    inputs: tuple[Tensor, ...]
+
+
+class Scorer:
+    """Measures on a few blocks of text how far converted models are from the pretrained one.
+
+    The measure is the Kullback-Leibler divergence of the next-token distributions from the pretrained model's, a mean
+    over tokens: how many nats per token the conversion would cost on text that the pretrained model itself had
+    written. On few tokens it says more than the loss on the text, which looks at one word of each distribution only;
+    it is zero for the pretrained model, and never negative.
+
+    The pretrained model's distributions stay in memory: 4 bytes for every token and entry of the vocabulary.
+
+    Args:
+        converter: of the pretrained model.
+        batch: `input_ids` and `position_ids`, each `(batch, block_size)`.
+    """
+
+    def __init__(self, converter: Converter, batch: dict[str, Tensor]) -> None:
+        self._converter = converter
+        model = converter.model
+        self._position_ids = batch["position_ids"].to(model.device)
+        with torch.no_grad():
+            embeddings = model.model.embed_tokens(batch["input_ids"].to(model.device))
+            self.original, states = self._run(model, (embeddings,))
+            self._log_probs = [model.lm_head(row).float().log_softmax(-1) for row in states]
+
+    def score(self, plan: SharingPlan, start: int, inputs: tuple[Tensor, ...]) -> Score:
+        """Scores a pattern whose layers below `start` are known already.
+
+        Args:
+            plan: the pattern.
+            start: none of the layers from here on may read one below.
+            inputs: for the layers up to `start`, or more, what enters them.
+        """
+        model = self._converter.build(plan, start)
+        with torch.no_grad():
+            above, states = self._run(model, inputs[start : start + 1])
+            total = torch.zeros((), dtype=torch.float64)
+            for row, expected in zip(states, self._log_probs, strict=True):
+                log_probs = model.lm_head(row).float().log_softmax(-1)
+                divergence = F.kl_div(log_probs, expected, log_target=True, reduction="none").sum(-1)
+                total += divergence.double().sum().cpu()
+        return Score(float(total) / self._position_ids.numel(), (*inputs[:start], *above))
+
+    def _run(self, model: LCKVLlamaForCausalLM, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What enters each layer, and what leaves the last one's norm."""
+        outputs = model.model(
+            inputs_embeds=inputs[0], position_ids=self._position_ids, use_cache=False, output_hidden_states=True
+        )
+        assert outputs.hidden_states is not None and outputs.last_hidden_state is not None
+        return outputs.hidden_states[:-1], outputs.last_hidden_state
+
+
+def _without_layers_below(plan: SharingPlan, start: int) -> SharingPlan:
+    kept: list[LayerPlan] = list(plan.layers[start:])
+    assert all(layer.kv_source >= start for layer in kept)
+    sources = [layer.kv_source - start for layer in kept]
+    return parse_layer_types(join_layer_types(sources, [layer.is_sliding for layer in kept]))
+
+
+def _shifted(name: str, start: int) -> str:
+    """What a tensor of a model without its `start` lowest layers is called in the whole model."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"]:
+        parts[2] = str(int(parts[2]) + start)
+    return ".".join(parts)

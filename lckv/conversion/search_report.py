@@ -1,0 +1,351 @@
+"""What a search has found: a table, a picture, figures for other programs, and configurations to train from."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+import lckv
+from lckv.config import DataConfig, InitConfig, SearchConfig
+from lckv.conversion.search import SearchTrace
+from lckv.conversion.writing import appearing
+from lckv.costs import ModelSizes, count_kv_bytes
+from lckv.models import LCKVLlamaConfig
+from lckv.patterns import parse_layer_types
+from lckv.run_names import file_name
+
+_TEXTS = ("calibration", "eval", "validation")
+_MARKERS = "sD^vPX*<>hpd"
+
+
+@dataclass(frozen=True)
+class KVCount:
+    """Counts the bytes of keys and values that each token adds, in the model's own type.
+
+    Attributes:
+        sizes: of the model.
+        dtype: its type, such as "bfloat16".
+        num_layers: how many layers compute keys and values in it.
+    """
+
+    sizes: ModelSizes
+    dtype: str
+    num_layers: int
+
+    @classmethod
+    def of(cls, config: LCKVLlamaConfig) -> KVCount:
+        """For the model of this configuration."""
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
+        return cls(ModelSizes.from_config(config), dtype, config.sharing_plan.num_hidden_layers)
+
+    @property
+    def bytes_per_owner(self) -> int:
+        """Bytes per token of one layer that computes keys and values."""
+        return count_kv_bytes(parse_layer_types("0"), self.sizes, 1, self.dtype).written
+
+    def bytes_of(self, layer_types: str) -> int:
+        """Bytes per token of a pattern."""
+        return count_kv_bytes(parse_layer_types(layer_types), self.sizes, 1, self.dtype).written
+
+
+@dataclass(frozen=True)
+class Point:
+    """A pattern with what it needs and what it costs.
+
+    Attributes:
+        name: what it is called.
+        layer_types: the pattern.
+        kv: counts its bytes.
+        loss: see [`lckv.conversion.scoring.Scorer`].
+        perplexity: on held-out text; `None` where the search was interrupted before.
+    """
+
+    name: str
+    layer_types: str
+    kv: KVCount
+    loss: float
+    perplexity: float | None
+
+    @property
+    def num_owners(self) -> int:
+        """Layers that compute keys and values."""
+        return len(parse_layer_types(self.layer_types).kv_owners)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values per token."""
+        return self.kv.bytes_of(self.layer_types)
+
+    @property
+    def fraction(self) -> float:
+        """Of the bytes that the source needs."""
+        return self.num_owners / self.kv.num_layers
+
+    def figures(self) -> dict[str, Any]:
+        """All of it, for `search.json`."""
+        return {
+            "name": self.name,
+            "layer_types": self.layer_types,
+            "num_owners": self.num_owners,
+            "kv_bytes_per_token": self.kv_bytes,
+            "fraction": self.fraction,
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+        }
+
+    def cells(self) -> list[str]:
+        """All of it, for tables."""
+        perplexity = "-" if self.perplexity is None else f"{self.perplexity:,.2f}"
+        return [
+            self.name,
+            f"{self.kv_bytes:,}",
+            f"{self.fraction:.1%}",
+            f"{self.loss:.4f}",
+            perplexity,
+            self.layer_types,
+        ]
+
+
+COLUMNS = ("pattern", "KV bytes per token", "of the source's", "loss", "perplexity", "layer_types")
+
+
+@dataclass
+class SearchReport:
+    """Everything about one search.
+
+    Attributes:
+        cfg: what was asked for.
+        source: the pretrained model's configuration.
+        kv: counts bytes.
+        data_fingerprint: a short name of the text.
+        trace: all patterns that were scored, and the best ones.
+        num_tokens: how many tokens of "calibration", "eval" and "validation" text there were, in whole blocks.
+        perplexities: of the patterns of the frontier.
+        baselines: patterns made by hand.
+        search_seconds: from the start to the end of the search; `None` if it was interrupted.
+        seconds: to the end.
+        is_interrupted: whether the user has interrupted it.
+    """
+
+    cfg: SearchConfig
+    source: LCKVLlamaConfig
+    kv: KVCount
+    data_fingerprint: str
+    trace: SearchTrace
+    num_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TEXTS, 0))
+    perplexities: dict[str, float] = field(default_factory=dict)
+    baselines: list[Point] = field(default_factory=list)
+    search_seconds: float | None = None
+    seconds: float = 0.0
+    is_interrupted: bool = False
+
+    @property
+    def frontier(self) -> list[Point]:
+        """The best pattern for each number of owners, the source's own first."""
+        total, perplexities = self.kv.num_layers, self.perplexities
+        return [
+            Point(
+                name=f"{each.num_owners} of {total}",
+                layer_types=each.layer_types,
+                kv=self.kv,
+                loss=each.loss,
+                perplexity=perplexities.get(each.layer_types),
+            )
+            for each in self.trace.frontier
+        ]
+
+    def table(self) -> Table:
+        """The frontier and the baselines for a terminal."""
+        table = Table(*COLUMNS[:1], title="Frontier")
+        for column in COLUMNS[1:-1]:
+            table.add_column(column, justify="right")
+        for point in (*self.frontier, *self.baselines):
+            table.add_row(*point.cells()[:-1])
+        return table
+
+    def summary(self, folder: Path) -> str:
+        """What was found, and what to do with it."""
+        last = self.frontier[-1]
+        state = "interrupted; the last pattern" if self.is_interrupted else "the pattern"
+        return (
+            f"{state} of {last.kv_bytes:,} bytes per token: {last.layer_types}\n"
+            f"written to {folder}; to train it: "
+            f"python -m lckv.train --config-dir {folder} experiment={experiment_name(last)}"
+        )
+
+    def write(self, folder: Path) -> None:
+        """Writes `search.json`, `frontier.md`, `frontier.png` and `experiment/*.yaml`."""
+        (folder / "search.json").write_text(json.dumps(self._figures(), indent=2) + "\n", encoding="utf-8")
+        (folder / "frontier.md").write_text(self._markdown(), encoding="utf-8")
+        draw_frontier(self, folder / "frontier.png")
+        (folder / "experiment").mkdir()
+        for point in self.frontier[1:]:
+            file = folder / "experiment" / f"{experiment_name(point)}.yaml"
+            file.write_text(_experiment(point, self), encoding="utf-8")
+
+    def _figures(self) -> dict[str, Any]:
+        return {
+            "settings": asdict(self.cfg),
+            "data_fingerprint": self.data_fingerprint,
+            "num_tokens": self.num_tokens,
+            "kv_dtype": self.kv.dtype,
+            "is_interrupted": self.is_interrupted,
+            "search_seconds": self.search_seconds,
+            "seconds": self.seconds,
+            "frontier": [point.figures() for point in self.frontier],
+            "baselines": [point.figures() for point in self.baselines],
+            "candidates": [asdict(candidate) for candidate in self.trace.candidates],
+            "lckv_version": lckv.__version__,
+        }
+
+    def _markdown(self) -> str:
+        cfg, num_tokens = self.cfg, self.num_tokens
+        calibrated = f" on {num_tokens['calibration']:,} tokens" if num_tokens["calibration"] else ""
+        lines = [
+            f"# Sharing patterns for {cfg.source}",
+            "",
+            f"Converted by `{cfg.method}`{calibrated}. The loss is the divergence of the next-token distributions "
+            f"from the source's, in nats per token, on {num_tokens['eval']:,} tokens of the training split; the "
+            f"perplexity is of {num_tokens['validation']:,} tokens of the validation split. KV bytes are of type "
+            f"{self.kv.dtype}.",
+            *(["", "The search was interrupted."] if self.is_interrupted else []),
+            *_markdown_table(self.frontier),
+            *(["", "Made by hand:", *_markdown_table(self.baselines)] if self.baselines else []),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _markdown_table(points: Sequence[Point]) -> list[str]:
+    rows = [[*point.cells()[:-1], f"`{point.layer_types}`"] for point in points]
+    rule = ["---", *["---:"] * (len(COLUMNS) - 2), "---"]
+    return ["", *(f"| {' | '.join(row)} |" for row in ([*COLUMNS], rule, *rows))]
+
+
+def draw_frontier(report: SearchReport, path: Path) -> None:
+    """Draws perplexity, or loss where the search did not come so far, against KV bytes per token."""
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display, and leaves a notebook's own figures alone
+    axes = figure.subplots()
+    if report.baselines or len(report.perplexities) == len(report.frontier):
+        _draw_perplexities(axes, report)
+    else:
+        values = [(point.kv_bytes, point.loss) for point in report.frontier]
+        axes.plot(*zip(*values, strict=True), color="#c0392b", marker="o", markersize=4, label="searched")
+        axes.set_ylabel("divergence from the source (nats per token)")
+    axes.set_xlabel(f"KV bytes per token ({report.kv.dtype})")
+    axes.set_title(f"{Path(report.cfg.source or '').name}, converted by {report.cfg.method}", loc="left", fontsize=11)
+    axes.set_xlim(left=0)
+    axes.grid(color="0.9", linewidth=0.8, which="both")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, format="png")
+
+
+def _draw_perplexities(axes: Axes, report: SearchReport) -> None:
+    """On a logarithmic scale, with the source's own as a line to stay close to."""
+    values = [(point.kv_bytes, point.perplexity) for point in report.frontier if point.perplexity is not None]
+    axes.plot(*zip(*values, strict=True), color="#c0392b", marker="o", markersize=4, label="searched")
+    axes.axhline(values[0][1], color="0.45", linestyle="--", linewidth=1.2, label="source")
+    for number, point in enumerate(report.baselines):
+        assert point.perplexity is not None
+        marker = _MARKERS[number % len(_MARKERS)]
+        axes.plot(point.kv_bytes, point.perplexity, marker, color="#3b6ea8", markersize=7, label=point.name)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,.4g}")
+    axes.yaxis.set_minor_formatter("{x:,.4g}")
+    axes.set_ylabel("perplexity on held-out text")
+
+
+def experiment_name(point: Point) -> str:
+    """What the configuration of a point is called: `kv_15_of_30`."""
+    return f"kv_{point.num_owners}_of_{point.kv.num_layers}"
+
+
+def _experiment(point: Point, report: SearchReport) -> str:
+    """A configuration for `lckv.train` that starts from the point: same method, same text, same windows."""
+    cfg, plan = report.cfg, parse_layer_types(point.layer_types)
+    source = str(Path(cfg.source or "").expanduser())
+    init = {
+        "source": str(Path(source).resolve()) if Path(source).exists() else source,
+        "revision": cfg.revision,
+        "method": cfg.method,
+        "calibration_tokens": cfg.calibration_tokens,
+        "ridge": cfg.ridge,
+    }
+    # lckv.train takes the sizes from the source, but lckv.plan looks at no model.
+    sizes = {name: value for name, value in asdict(ModelSizes.from_config(report.source)).items() if value is not None}
+    model = {"name": Path(source).stem, "layer_types": plan.layer_types, **sizes}
+    if plan.has_cycles:
+        model |= {"forward_passes": cfg.forward_passes, "converge_tolerance": cfg.converge_tolerance}
+    body = {
+        "defaults": [{"override /data": cfg.data.name}],
+        "model": model,
+        "init": _changed(init, InitConfig()),
+        "data": _changed(_with_absolute_files(asdict(cfg.data)), DataConfig(name=cfg.data.name)),
+    }
+    comment = (
+        f"# Keys and values of {point.name} layers, {point.kv_bytes:,} bytes per token: divergence from the source "
+        f"{point.loss:.4f}"
+    )
+    if point.perplexity is not None:
+        comment += f", perplexity {point.perplexity:.2f} before training"
+    text = yaml.safe_dump({key: value for key, value in body.items() if value}, sort_keys=False, width=10**6)
+    return f"# @package _global_\n{comment}\n{text}"
+
+
+def _with_absolute_files(data: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the text with paths and globs that mean the same files from any folder."""
+
+    def absolute(pattern: str) -> str:
+        path = Path(pattern).expanduser()
+        return str(path) if path.is_absolute() else f"{glob.escape(str(Path.cwd()))}/{path}"
+
+    def all_absolute(given: Any) -> Any:
+        if given is None:
+            return None
+        return absolute(str(given)) if isinstance(given, str | Path) else [absolute(str(each)) for each in given]
+
+    return data | {name: all_absolute(data[name]) for name in ("files", "validation_files")}
+
+
+def _changed(values: dict[str, Any], defaults: Any) -> dict[str, Any]:
+    """The values that are not what a dataclass says anyway."""
+    return {name: value for name, value in values.items() if value != getattr(defaults, name)}
+
+
+def write_report(report: SearchReport, out: Path | None) -> Path:
+    """Writes everything into a folder that appears when it is whole, and returns it.
+
+    Args:
+        report: what to write.
+        out: the folder. `None` makes a name in `runs/search` of model, method and budget; this, or one that another
+            program has filled meanwhile, gets a number.
+    """
+    cfg = report.cfg
+    if out is None:
+        out = Path("runs") / "search" / file_name(f"{Path(cfg.source or '').stem}-{cfg.method}-{cfg.budget}")
+    out = _first_free(out)
+    with appearing(out) as folder:
+        report.write(folder)
+    return out
+
+
+def _first_free(path: Path) -> Path:
+    """The first of `path`, `path-2`, ... that is not there, or is an empty folder."""
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        if not candidate.exists() or (candidate.is_dir() and not any(candidate.iterdir())):
+            return candidate
+    raise AssertionError("there are numbers enough")

@@ -1,0 +1,225 @@
+"""One search from the configuration to what is reported: text, moments, the search itself, perplexities, baselines."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, cast
+
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import Subset
+
+from lckv.config import SearchConfig
+from lckv.conversion.calibration import batches_of, choose_blocks
+from lckv.conversion.merging import DIRECTIONS, Reach, owners_in, parse_budget, resolve_reach
+from lckv.conversion.methods import CALIBRATED, METHODS, TRAINED, needed_pairs
+from lckv.conversion.moments import InputMoments, Pair, collect_moments
+from lckv.conversion.progress import counting_progress
+from lckv.conversion.scoring import Converter, Scorer
+from lckv.conversion.search import Candidate, PatternSearch, SearchLimits, SearchTrace
+from lckv.conversion.search_report import KVCount, Point, SearchReport
+from lckv.conversion.source import Source
+from lckv.data import BlockDataset, build_dataset, collate
+from lckv.data.tokenizer import check_tokenizer
+from lckv.errors import UserError, check_choice, check_positive, check_whole_number
+from lckv.evaluation.perplexity import evaluate_perplexity
+from lckv.model_arguments import check_passes_value
+from lckv.models import LCKVLlamaForCausalLM
+from lckv.patterns import SharingPlan, build_layer_types, join_layer_types, parse_layer_types
+
+_BASELINES = ("lasagna_bottom", "pizza_bottom", "sandwich_bottom")
+_VALIDATION_BATCH = 8
+
+logger = logging.getLogger(__name__)
+
+
+def check_search(cfg: SearchConfig) -> None:
+    """Refuses what is wrong whatever the model.
+
+    Raises:
+        UserError: naming the key.
+    """
+    parse_budget(cfg.budget)
+    METHODS[cfg.method]
+    if cfg.method in TRAINED:
+        untrained = ", ".join(name for name in METHODS if name not in TRAINED)
+        raise UserError(f"method={cfg.method}: would train every pattern that is tried; allowed are {untrained}")
+    check_choice("directions", cfg.directions, DIRECTIONS)
+    for name in ("beam", "shortlist", "calibration_tokens", "eval_tokens", "validation_tokens"):
+        check_whole_number(name, getattr(cfg, name))
+    for name in ("max_distance", "num_threads"):
+        if getattr(cfg, name) is not None:
+            check_whole_number(name, getattr(cfg, name))
+    for name in ("ridge", "converge_tolerance"):
+        check_positive(name, getattr(cfg, name))
+    check_passes_value("forward_passes", cfg.forward_passes)
+
+
+class SearchSession:
+    """A search as the configuration says.
+
+    Args:
+        cfg: checked by [`check_search`].
+        source: the pretrained model.
+        console: where to show progress.
+
+    Raises:
+        UserError: if the budget cannot be met.
+    """
+
+    def __init__(self, cfg: SearchConfig, source: Source, console: Console) -> None:
+        self._cfg, self._source, self._console = cfg, source, console
+        self._plan = source.config.sharing_plan
+        self._kv = KVCount.of(source.config)
+        num_layers = self._plan.num_hidden_layers
+        num_owners = owners_in(parse_budget(cfg.budget), self._kv.bytes_per_owner, num_layers)
+        reach = resolve_reach(cfg.directions, cfg.max_distance, num_owners, num_layers)
+        self._limits = SearchLimits(reach, num_owners, cfg.beam, cfg.shortlist)
+        self._trace = SearchTrace()
+
+    def run(self) -> SearchReport:
+        """Searches. A search that is interrupted is reported as far as it came.
+
+        Raises:
+            UserError: for wrong text or weights.
+            KeyboardInterrupt: if nothing was found yet.
+        """
+        started = time.monotonic()
+        tokenizer = check_tokenizer(self._source.load_tokenizer(), str(self._source.checkpoint))
+        data = build_dataset(self._cfg.data, tokenizer)
+        model = self._source.load_model(self._cfg.device)
+        if model.device.type == "cpu":
+            model = model.float()
+        model.config.use_sequential = False  # which gives no single layer's inputs
+        baselines = self._baselines()
+        calibration = choose_blocks(data.train, self._cfg.calibration_tokens)
+        converter = Converter(
+            model,
+            self._cfg.method,
+            self._calibrate(model, data.train, calibration, baselines),
+            self._cfg.ridge,
+            {"forward_passes": self._cfg.forward_passes, "converge_tolerance": self._cfg.converge_tolerance},
+        )
+        batch = _scored_batch(data.train, calibration, self._cfg)
+        report = SearchReport(self._cfg, self._source.config, self._kv, data.fingerprint, self._trace)
+        report.num_tokens = {
+            "calibration": 0 if converter.moments is None else converter.moments.num_tokens,
+            "eval": batch["input_ids"].numel(),
+            "validation": len(self._validation_blocks(data.validation)) * data.validation.block_size,
+        }
+        try:
+            scorer = Scorer(converter, batch)
+            self._search(converter, scorer)
+            report.search_seconds = time.monotonic() - started
+            self._evaluate(converter, scorer, data.validation, baselines, report)
+        except KeyboardInterrupt:
+            if len(self._trace.frontier) < 2:
+                raise
+            report.is_interrupted = True
+        report.seconds = time.monotonic() - started
+        return report
+
+    def _baselines(self) -> dict[str, SharingPlan]:
+        """Patterns made by hand that need no less than the budget, by name; none occurs twice."""
+        if not self._cfg.baselines:
+            return {}
+        num_layers, num_owners = self._plan.num_hidden_layers, self._limits.num_owners
+        built = {
+            f"cla, groups of {size}": build_layer_types("cla", num_layers, group_size=size)
+            for size in range(2, num_layers + 1)
+            if -(-num_layers // size) >= num_owners
+        }
+        built |= {name: build_layer_types(name, num_layers, num_kv_layers=num_owners) for name in _BASELINES}
+        plans: dict[str, SharingPlan] = {}
+        for name, layer_types in built.items():
+            plan = self._with_windows(parse_layer_types(layer_types))
+            if plan not in plans.values():
+                plans[name] = plan
+        return plans
+
+    def _with_windows(self, plan: SharingPlan) -> SharingPlan:
+        has_window = [layer.is_sliding for layer in self._plan.layers]
+        return parse_layer_types(join_layer_types(plan.kv_source, has_window))
+
+    def _calibrate(
+        self, model: LCKVLlamaForCausalLM, blocks: BlockDataset, chosen: list[int], baselines: dict[str, SharingPlan]
+    ) -> InputMoments | None:
+        """The second moments that any pattern may need, summed up in one pass over the text."""
+        if self._cfg.method not in CALIBRATED:
+            return None
+        pairs = _pairs_within(self._plan.num_hidden_layers, self._limits.reach)
+        pairs |= {pair for plan in baselines.values() for pair in needed_pairs(plan)}
+        num_pairs = len({(min(pair), max(pair)) for pair in pairs})
+        size = num_pairs * self._source.config.hidden_size**2 * 8
+        logger.info("calibrating: the moments of %d pairs of layers take %.3g GB of memory", num_pairs, size / 1e9)
+        total = len(chosen) * blocks.block_size
+        with counting_progress(self._console, "calibrating", "tokens", total) as advance:
+            return collect_moments(
+                model,
+                batches_of(blocks, chosen),
+                pairs,
+                has_ones=self._source.config.attention_bias,
+                on_batch=advance,
+            )
+
+    def _search(self, converter: Converter, scorer: Scorer) -> None:
+        search = PatternSearch(converter, scorer, self._limits)
+        num_layers = self._plan.num_hidden_layers
+
+        def tell(best: Candidate) -> None:
+            line = f"{best.num_owners} of {num_layers}: loss {best.loss:.4f}: {best.layer_types}"
+            self._console.print(line, markup=False)
+
+        total = self._limits.num_scored(num_layers)
+        with counting_progress(self._console, "searching", "patterns", total) as advance:
+            search.run(self._trace, on_scored=lambda _: advance(1), on_step=tell)
+
+    def _evaluate(
+        self,
+        converter: Converter,
+        scorer: Scorer,
+        validation: BlockDataset,
+        baselines: dict[str, SharingPlan],
+        report: SearchReport,
+    ) -> None:
+        """Perplexities on text that nothing was fitted to or chosen by."""
+        blocks: Any = self._validation_blocks(validation)
+
+        def perplexity(plan: SharingPlan) -> float:
+            return evaluate_perplexity(converter.build(plan), blocks, batch_size=_VALIDATION_BATCH).perplexity
+
+        total = len(self._trace.frontier) + len(baselines)
+        with counting_progress(self._console, "measuring", "perplexities", total) as advance:
+            for candidate in self._trace.frontier:
+                report.perplexities[candidate.layer_types] = perplexity(parse_layer_types(candidate.layer_types))
+                advance(1)
+            for name, plan in baselines.items():
+                loss = scorer.score(plan, 0, scorer.original).loss
+                report.baselines.append(Point(name, plan.layer_types, self._kv, loss, perplexity(plan)))
+                advance(1)
+
+    def _validation_blocks(self, validation: BlockDataset) -> Subset[Any]:
+        chosen = choose_blocks(validation, self._cfg.validation_tokens)
+        return Subset(cast(Any, validation), chosen)
+
+
+def _pairs_within(num_layers: int, reach: Reach) -> set[Pair]:
+    """All pairs of layers of which one may read the other."""
+    distance = max(reach.down, reach.up)
+    return {(low, high) for low in range(num_layers) for high in range(low, min(num_layers, low + distance + 1))}
+
+
+def _scored_batch(blocks: BlockDataset, calibration: list[int], cfg: SearchConfig) -> dict[str, Tensor]:
+    """Blocks to score patterns on, evenly among those that nothing is fitted to, if there are any."""
+    free = sorted(set(range(len(blocks))) - set(calibration))
+    if not free and cfg.method in CALIBRATED:
+        logger.warning(
+            "all %d tokens of the training split are calibration text, so patterns are scored on what they were "
+            "fitted to; give more text, or fewer calibration_tokens",
+            len(blocks) * blocks.block_size,
+        )
+    free = free or list(range(len(blocks)))
+    count = min(len(free), -(-cfg.eval_tokens // blocks.block_size))
+    step = len(free) / count
+    return collate([blocks[free[int((number + 0.5) * step)]] for number in range(count)])

@@ -1,0 +1,84 @@
+"""What a configuration takes from a pretrained model, and what it says about the model made from it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from lckv.config import InitConfig, ModelConfig, TrainConfig
+from lckv.errors import check_positive, check_whole_number
+from lckv.model_arguments import KEPT_WITH_SOURCE, check_model, resolve_layer_types
+from lckv.models import LCKVLlamaConfig
+from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
+
+logger = logging.getLogger(__name__)
+
+AnyTrainConfig = TypeVar("AnyTrainConfig", bound=TrainConfig)
+
+_ITERATION = ("forward_passes", "backward_passes", "converge_tolerance", "use_sequential", "force_nodiag")
+
+
+def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig:
+    """The configuration with the sizes of a pretrained model.
+
+    Where neither `model.layer_types` nor a sharing pattern other than Llama's is given, every layer reads itself as
+    before. Windows that layers had in the source are theirs only if the pattern says so; a warning tells of those that
+    lose one. A source whose layers hide a token's own key stays so; others become so where the configuration asks.
+
+    Args:
+        cfg: the configuration.
+        source: of the pretrained model.
+
+    Raises:
+        UserError: if the sharing pattern does not fit the model.
+    """
+    sizes = {item.name: getattr(source, item.name) for item in fields(ModelConfig) if hasattr(source, item.name)}
+    kept = {name: getattr(cfg.model, name) for name in KEPT_WITH_SOURCE}
+    model = ModelConfig(**(sizes | kept))
+    model.force_nodiag = cfg.model.force_nodiag or source.force_nodiag
+    if any(layer.is_sliding for layer in source.sharing_plan.layers):
+        model.sliding_window = cfg.model.sliding_window or source.sliding_window
+    if model.layer_types is None and cfg.sharing.name == "llama":
+        model.layer_types = source.kv_sharing
+    cfg = replace(cfg, model=model)
+    plan = plan_of(cfg)
+    check_model(cfg.model, plan)
+    _warn_of_lost_windows(plan, source)
+    return cfg
+
+
+def check_calibration(cfg: InitConfig) -> None:
+    """Checks the settings of methods that look at text.
+
+    Raises:
+        UserError: for the first that is out of range.
+    """
+    check_whole_number("init.calibration_tokens", cfg.calibration_tokens)
+    check_positive("init.ridge", cfg.ridge)
+
+
+def plan_of(cfg: TrainConfig) -> SharingPlan:
+    """The sharing pattern that the configuration asks for."""
+    return parse_layer_types(resolve_layer_types(cfg), cfg.model.num_hidden_layers)
+
+
+def model_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """What the configuration says of a converted model beside its pattern: arguments of `LCKVLlamaConfig`."""
+    settings = {name: getattr(cfg.model, name) for name in _ITERATION}
+    return settings if cfg.model.sliding_window is None else settings | {"sliding_window": cfg.model.sliding_window}
+
+
+def _warn_of_lost_windows(plan: SharingPlan, source: LCKVLlamaConfig) -> None:
+    pairs = list(zip(plan.layers, source.sharing_plan.layers, strict=True))
+    lost = [layer.layer_idx for layer, before in pairs if before.is_sliding and not layer.is_sliding]
+    if lost:
+        has_window = [layer.is_sliding or before.is_sliding for layer, before in pairs]
+        logger.warning(
+            "%d layers see a window of %d tokens in the source and all tokens in this pattern, such as layer %d; "
+            "an s keeps the window: model.layer_types=%s",
+            len(lost),
+            source.sliding_window,
+            lost[0],
+            join_layer_types(plan.kv_source, has_window),
+        )

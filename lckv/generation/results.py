@@ -1,0 +1,83 @@
+"""What came of prompts, as `lckv.generate` hands it out: figures for JSON, and a line for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lckv.generation.generating import Generation
+from lckv.generation.requests import BatchStatistics
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one prompt.
+
+    Attributes:
+        new_tokens: what follows it.
+        error: why there is no more, if something went wrong.
+    """
+
+    new_tokens: list[int]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is there at once: answers to the next prompts, and what has been measured.
+
+    Attributes:
+        answers: to the next prompts.
+        figures: as JSON-able data; `None` where they are not known yet.
+        summary: the same in a line.
+    """
+
+    answers: list[Answer]
+    figures: dict[str, Any] | None = None
+    summary: str = ""
+
+
+def batch_part(generation: Generation) -> Part:
+    """What came of a batch."""
+    figures = asdict(generation)
+    figures["num_new_tokens"] = sum(map(len, figures.pop("new_tokens")))
+    figures["tokens_per_second"] = generation.tokens_per_second
+    figures["cache_bytes_per_token"] = generation.cache_bytes / generation.cache_tokens
+    return Part(list(map(Answer, generation.new_tokens)), figures, _describe(generation))
+
+
+def requests_part(statistics: BatchStatistics) -> Part:
+    """What all requests together took, behind the last of their answers."""
+    figures = asdict(statistics)
+    figures["num_new_tokens"] = figures.pop("num_generated_tokens")
+    figures["tokens_per_second"] = statistics.tokens_per_second
+    parts = [
+        count_tokens(statistics.num_generated_tokens),
+        f"{statistics.tokens_per_second:,.1f} tok/s",
+        f"{statistics.num_steps:,} steps of up to {statistics.peak_rows:,} texts",
+        f"cache up to {statistics.peak_used_bytes:,} bytes",
+    ]
+    if statistics.num_reused_tokens:
+        parts.append(f"{statistics.num_reused_tokens:,} prompt tokens shared")
+    if statistics.num_preemptions:
+        parts.append(f"{statistics.num_preemptions:,} begun again for want of pages")
+    return Part([], figures, " · ".join(parts))
+
+
+def _describe(generation: Generation) -> str:
+    parts = [count_tokens(sum(map(len, generation.new_tokens)))]
+    if generation.tokens_per_second is not None:
+        parts.append(f"{generation.tokens_per_second:,.1f} tok/s")
+    parts.append(f"first after {generation.first_token_seconds:.2f} s")
+    per_token = generation.cache_bytes / generation.cache_tokens
+    parts.append(f"cache {generation.cache_bytes:,} bytes, {per_token:,.0f} per token")
+    if max(generation.num_passes) > 1:
+        parts.append(f"{max(generation.num_passes)} passes over the prompt")
+    if generation.residual is not None:
+        parts.append(f"KV residual {generation.residual:.1e}")
+    return " · ".join(parts)
+
+
+def count_tokens(count: int) -> str:
+    """Such as "1 token" or "1,234 tokens"."""
+    return f"{count:,} token{'' if count == 1 else 's'}"

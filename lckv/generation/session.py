@@ -1,0 +1,296 @@
+"""A loaded model at work for `lckv.generate`: from prompts to what is printed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from lckv.cache import KVCache, PagedKVCache, build_cache
+from lckv.config import DEFAULT_MAX_NEW_TOKENS, GenerateConfig
+from lckv.errors import UserError
+from lckv.generation.checks import CONTINUOUS, choose_batching
+from lckv.generation.continuous import ContinuousBatcher
+from lckv.generation.decoding_options import DecodingOptions
+from lckv.generation.generating import Generation, PrefillOptions, generate, pad_token_id
+from lckv.generation.printing import Printer, PromptsBar
+from lckv.generation.results import Answer, Part, batch_part, count_tokens, requests_part
+from lckv.generation.streaming import stream_text
+from lckv.models import LCKVLlamaForCausalLM
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """A loaded model, and how to use it.
+
+    Attributes:
+        cfg: what the user asks for, checked.
+        decoding: the part of it that says how tokens are chosen.
+        model: the model, in evaluation mode.
+        tokenizer: the model's.
+        console: for what is no text: figures and progress.
+    """
+
+    cfg: GenerateConfig
+    decoding: DecodingOptions
+    model: LCKVLlamaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    console: Console
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Where text that ends does so at the latest."""
+        return DEFAULT_MAX_NEW_TOKENS if self.cfg.max_new_tokens is None else self.cfg.max_new_tokens
+
+    def answer(self, prompts: list[str], encoded: list[list[int]], *, is_streamed: bool) -> None:
+        """Continues the prompts, and prints texts and what they took as soon as they are there.
+
+        Args:
+            prompts: the texts.
+            encoded: their tokens.
+            is_streamed: whether the only text is printed while it comes.
+
+        Raises:
+            UserError: at the end, if some prompts have failed alone.
+        """
+        is_continuous = choose_batching(self.cfg) == CONTINUOUS
+        parts = self._requests(encoded) if is_continuous else self._batches(encoded, is_streamed=is_streamed)
+        texts: list[dict[str, Any]] = []
+        figures: list[dict[str, Any]] = []
+        for part in parts:
+            for answer in part.answers:
+                index = len(texts)
+                texts.append(self._result(prompts[index], encoded[index], answer))
+                if not (self.cfg.json or is_streamed):
+                    self._print_text(texts[index])
+                if answer.error is not None:
+                    self.console.print(f"prompt {index + 1}: {answer.error}", markup=False)
+            if part.figures is not None:
+                figures.append(part.figures)
+                if not self.cfg.json:
+                    self._say(part.summary)
+        if self.cfg.json:
+            _print(json.dumps(self._about() | {"texts": texts, "batches": figures}, ensure_ascii=False, indent=2))
+        if num_failed := sum("error" in text for text in texts):
+            raise UserError(f"prompts_file={self.cfg.prompts_file}: {num_failed} of {len(texts)} prompts have failed")
+
+    def stream_endlessly(self, prompt: list[int]) -> None:
+        """Prints text until Ctrl-C, or `max_new_tokens` if that is given."""
+        cfg, cache = self.cfg, self._build_cache(len(prompt))
+        options = {"forward_passes": cfg.prefill_passes, "converge_tolerance": cfg.prefill_tolerance}
+        pieces = stream_text(
+            self.model,
+            self.tokenizer,
+            torch.tensor([prompt]),
+            cache,
+            sampling=self.decoding,
+            max_new_tokens=cfg.max_new_tokens,
+            chunk_size=cfg.prefill_chunk,
+            **options,
+        )
+        printer = Printer(self.tokenizer, sys.stdout)
+        start_time = time.perf_counter()
+        try:
+            for piece in pieces:
+                printer.write(piece)
+        finally:
+            printer.end()
+            num_seen, seconds = int(cache.get_seq_length()), time.perf_counter() - start_time
+            speed = f"{num_seen / seconds:,.1f} tok/s, the prompt's among them"
+            self._say(f"{count_tokens(num_seen)} · {speed} · cache {cache.num_bytes():,} bytes")
+
+    def _requests(self, encoded: list[list[int]]) -> Iterator[Part]:
+        """Continues all prompts in one batch that they join and leave at any step; answers come in their order."""
+        batcher = self._build_batcher(encoded)
+        waited_for = deque(
+            batcher.add_request(prompt, str(number), seed=self._seed_of(number))
+            for number, prompt in enumerate(encoded, 1)
+        )
+        with PromptsBar(self.console, len(encoded)) as bar:
+            while batcher.has_work():
+                batcher.step()
+                bar.update(len(batcher.outputs))
+                ready = []
+                while waited_for and waited_for[0] in batcher.outputs:
+                    ready.append(_answer(batcher.outputs[waited_for.popleft()]))
+                if ready:
+                    bar.hide()
+                    yield Part(ready)
+                    bar.show()
+        yield requests_part(batcher.statistics)
+
+    def _build_batcher(self, encoded: list[list[int]]) -> ContinuousBatcher:
+        cfg, longest = self.cfg, _length(encoded)
+        self._check_length(longest)
+        config = self.decoding.generation_config(self.max_new_tokens, self.model.generation_config.eos_token_id)
+        config.pad_token_id = pad_token_id(self.model)
+        options: dict[str, Any] = {"max_rows": cfg.batch_size, "tokens_per_step": cfg.prefill_chunk}
+        return ContinuousBatcher(
+            self.model,
+            cast(PagedKVCache, self._build_cache(longest)),
+            generation_config=config,
+            forward_passes=cfg.prefill_passes,
+            converge_tolerance=cfg.prefill_tolerance,
+            **{option: value for option, value in options.items() if value is not None},
+        )
+
+    def _seed_of(self, number: int) -> int | None:
+        """A seed for each prompt, so that its text does not depend on when it gets its turn."""
+        return None if self.decoding.seed is None else (self.decoding.seed + number) % 2**64
+
+    def _batches(self, encoded: list[list[int]], *, is_streamed: bool) -> Iterator[Part]:
+        """Continues one batch after the other."""
+        size = self.cfg.batch_size or len(encoded)
+        batches = [encoded[start : start + size] for start in range(0, len(encoded), size)]
+        for batch in batches:
+            self._check_length(_length(batch))
+        if self.cfg.compile:
+            generations = self._compiled_batches(batches, is_streamed=is_streamed)
+        else:
+            generations = (
+                self._generate(batch, self._build_cache(_length(batch)), _length(batch), is_streamed=is_streamed)
+                for batch in batches
+            )
+        yield from map(batch_part, generations)
+
+    def _compiled_batches(self, batches: list[list[list[int]]], *, is_streamed: bool) -> Iterator[Generation]:
+        """Continues batches that share what is compiled for the first.
+
+        It fits one cache: all batches get it, the longest of them decides on its length, and the last is filled up
+        with copies of its last prompt, which nobody gets to see. And it fits calls with an attention mask, or without
+        one, as transformers leaves it where nothing is padding: if one batch has padding, all get some.
+        """
+        num_rows, has_padding = len(batches[0]), any(map(_is_ragged, batches))
+        widths = [_length(batch) + (has_padding and not _is_ragged(batch)) for batch in batches]
+        cache = self._build_cache(max(widths))
+        for batch, width in zip(batches, widths, strict=True):
+            if self.decoding.num_beams > 1:
+                cache = self._build_cache(max(widths))  # the last one has a row for every beam
+            cache.reset()
+            filled = batch + [batch[-1]] * (num_rows - len(batch))
+            generation = self._generate(filled, cache, width, is_streamed=is_streamed)
+            yield replace(generation, new_tokens=generation.new_tokens[: len(batch)])
+
+    def _generate(self, batch: list[list[int]], cache: KVCache, width: int, *, is_streamed: bool) -> Generation:
+        cfg = self.cfg
+        printer = Printer(self.tokenizer, sys.stdout) if is_streamed else None
+        try:
+            with self._prefill_progress(width - 1) as on_chunk:
+                return generate(
+                    self.model,
+                    batch,
+                    cache,
+                    self.decoding,
+                    self.max_new_tokens,
+                    num_columns=width,
+                    prefill_options=PrefillOptions(cfg.prefill_chunk, cfg.prefill_passes, cfg.prefill_tolerance),
+                    compile_step=cfg.compile,
+                    streamer=printer,
+                    on_chunk=on_chunk,
+                )
+        except BaseException:  # Ctrl-C among them: the text so far stays, on a line of its own
+            if printer is not None:
+                printer.end()
+            raise
+
+    def _build_cache(self, prompt_length: int) -> KVCache:
+        """An empty cache, as long as is needed if it has a length.
+
+        Raises:
+            UserError: if its length is given and too short.
+        """
+        options, needed = self.cfg.cache.options(), prompt_length + self.max_new_tokens
+        if self.cfg.cache.name == "static" and options.setdefault("max_length", needed) < needed:
+            raise UserError(
+                f"cache.max_length={options['max_length']}: the prompt has {prompt_length} tokens and "
+                f"max_new_tokens={self.max_new_tokens} follow; allowed is {needed} or more, or leave it out"
+            )
+        return build_cache(self.cfg.cache.name, self.model.config, **options)
+
+    def _check_length(self, prompt_length: int) -> None:
+        """Warns of positions that the model was not made for."""
+        limit, length = self.model.config.max_position_embeddings, prompt_length + self.max_new_tokens
+        if length > limit and self.cfg.cache.name != "sink":
+            logger.warning(
+                "the prompt has %d tokens and max_new_tokens=%d follow, but the model was made for %d: "
+                "text beyond them is likely to be bad",
+                prompt_length,
+                self.max_new_tokens,
+                limit,
+            )
+
+    @contextmanager
+    def _prefill_progress(self, num_tokens: int) -> Iterator[Callable[[int], Any] | None]:
+        """A bar for a prompt that comes in several chunks, gone as soon as it is through."""
+        chunk = self.cfg.prefill_chunk
+        if chunk is None or chunk >= num_tokens or not self.console.is_terminal:
+            yield None
+            return
+        with Progress(console=self.console, transient=True) as progress:
+            task = progress.add_task("reading the prompt", total=num_tokens)
+
+            def advance(num_done: int) -> None:
+                progress.advance(task, num_done)
+                if progress.finished:
+                    progress.stop()
+
+            yield advance
+
+    def _print_text(self, result: dict[str, Any]) -> None:
+        text = result["text"]
+        _print(f"==> {result['prompt']} <==\n{text}\n" if self.cfg.prompts_file is not None else text)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False)
+
+    def _result(self, prompt: str, encoded: list[int], answer: Answer) -> dict[str, Any]:
+        """What came of one prompt, as JSON-able data."""
+        text = str(self.tokenizer.decode(answer.new_tokens, skip_special_tokens=True))
+        counts = {"num_prompt_tokens": len(encoded), "num_new_tokens": len(answer.new_tokens)}
+        error = {} if answer.error is None else {"error": answer.error}
+        return {"prompt": prompt, "text": text, **counts, **error}
+
+    def _about(self) -> dict[str, Any]:
+        """Where the texts come from, as JSON-able data."""
+        return {
+            "model": self.cfg.model,
+            "layer_types": self.model.config.sharing_plan.layer_types,
+            "cache": {"name": self.cfg.cache.name, **self.cfg.cache.options()},
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "batching": choose_batching(self.cfg),
+        }
+
+
+def _answer(output: GenerationOutput) -> Answer:
+    return Answer(output.generated_tokens, output.error)
+
+
+def _length(batch: list[list[int]]) -> int:
+    """Of a batch's longest prompt."""
+    return max(map(len, batch))
+
+
+def _is_ragged(batch: list[list[int]]) -> bool:
+    """Whether its prompts have different lengths, so that some are padded."""
+    return len(set(map(len, batch))) > 1
+
+
+def _print(text: str) -> None:
+    """Writes a result, and nothing else, to standard output."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

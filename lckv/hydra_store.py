@@ -1,0 +1,68 @@
+"""What Hydra is told before it composes a configuration: the dataclasses, and the YAML's folder and functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from tempfile import gettempdir
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from lckv.config import BenchmarkConfig, ConvertConfig, GenerateConfig, PlanConfig, SearchConfig, TrainConfig
+from lckv.errors import UserError
+
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "plan": PlanConfig,
+    "convert": ConvertConfig,
+    "search": SearchConfig,
+    "generate": GenerateConfig,
+    "benchmark": BenchmarkConfig,
+}
+"""The root dataclass of each entry point, by the name of its YAML file."""
+
+
+@cache
+def register_schemas() -> None:
+    """Tells Hydra the dataclasses, as `<name>_schema`, and the functions that the root YAML files use."""
+    OmegaConf.register_new_resolver(
+        "lckv.first_given", lambda *values: next(value for value in values if value is not None), replace=True
+    )
+    OmegaConf.register_new_resolver(
+        "lckv.temporary_folder", lambda name: str(Path(gettempdir()) / f"{name}-{os.getuid()}"), replace=True
+    )
+    OmegaConf.register_new_resolver("lckv.groups", _list_groups, replace=True)
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema, provider="lckv")
+    register_literals({})
+
+
+def register_literals(values: Mapping[str, str]) -> None:
+    """Tells Hydra the values of keys that are `lckv.config.literal`, which root YAML files merge last."""
+    node = OmegaConf.create()
+    for key, value in values.items():
+        OmegaConf.update(node, key, value)
+    ConfigStore.instance().store(name="literals", node=node, provider="lckv")
+
+
+def _list_groups(*names: str) -> str:
+    """For help texts: the options of these groups, one group a line, the user's own folders included."""
+    loader = GlobalHydra.instance().config_loader()
+    return "".join(f"{name}: {', '.join(sorted(loader.get_group_options(name)))}\n" for name in names)
+
+
+def config_dir() -> Path:
+    """The folder with the YAML files: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        UserError: if neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"no configuration files in {package / 'conf'} or {package.parent / 'conf'}: install lckv again")

@@ -1,0 +1,29 @@
+"""What a run folder is called where the user does not say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from hashlib import sha256
+from pathlib import Path
+
+from lckv.config import TrainConfig
+
+
+def default_run_name(cfg: TrainConfig) -> str:
+    """A name for the run folder: the model's size or where it comes from, how it shares, and the seed."""
+    if cfg.model.layer_types is not None:
+        sharing = str(cfg.model.layer_types)
+    else:
+        parameters = [(item.name, getattr(cfg.sharing, item.name)) for item in fields(cfg.sharing)[1:]]
+        sharing = cfg.sharing.name + "".join(f"-{name}{value}" for name, value in parameters if value is not None)
+    model = cfg.model.name if cfg.init.source is None else f"{Path(cfg.init.source).stem}-{cfg.init.method}"
+    return file_name(f"{model}-{sharing}-seed{cfg.seed}")
+
+
+def file_name(text: str, max_length: int = 100) -> str:
+    """`text` as one path component; what is too long is cut, with a hash of the whole behind it."""
+    name = re.sub(r"[^\w.,=+-]+", "_", text).strip("._") or "run"
+    if len(name) <= max_length:
+        return name
+    return f"{name[: max_length - 9]}-{sha256(text.encode()).hexdigest()[:8]}"

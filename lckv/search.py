@@ -1,0 +1,44 @@
+"""`python -m lckv.search`: which layers of a pretrained model should share KV; see `conf/search.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lckv import cli
+from lckv.config import SearchConfig
+from lckv.errors import UserError
+
+
+def main(cfg: SearchConfig) -> None:
+    """Searches, prints the frontier and writes it."""
+    if cfg.source is None:
+        raise UserError("source: give one: python -m lckv.search source=MODEL budget=0.5")
+
+    # Behind the check: importing torch and transformers takes seconds.
+    from rich.console import Console
+
+    from lckv.conversion import Source, check_output
+    from lckv.conversion.search_report import write_report
+    from lckv.conversion.searching import SearchSession, check_search
+    from lckv.training.arguments import set_num_threads
+
+    check_search(cfg)
+    out = None if cfg.out is None else Path(cfg.out).expanduser()
+    if out is not None:
+        check_output(out)
+    set_num_threads(cfg.num_threads)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    session = SearchSession(cfg, Source.find(cfg.source, revision=cfg.revision), console)
+    report = session.run()
+    folder = write_report(report, out)
+    output = Console(highlight=False, soft_wrap=True)
+    output.print(report.table())
+    for point in report.frontier:  # too long for a column
+        output.print(f"{point.name}: {point.layer_types}", markup=False)
+    console.print(report.summary(folder), markup=False)
+    if report.is_interrupted:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    cli.run(main, "search")

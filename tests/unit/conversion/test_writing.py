@@ -1,0 +1,301 @@
+"""Output appears whole or not at all, and reading and writing take no more memory than a shard and a group."""
+
+import errno
+import io
+import os
+import platform
+import subprocess
+import weakref
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors import SafetensorError
+
+from lckv.conversion import writing
+from lckv.conversion.converted import RECORD, converted_config, write_converted, write_trained
+from lckv.conversion.methods import METHODS
+from lckv.conversion.progress import counting_progress
+from lckv.conversion.source import CheckpointTensors, Source
+from lckv.conversion.writing import appearing, check_output, plan_shards
+from lckv.errors import UserError
+from lckv.generation.loading import load_model
+from lckv.patterns import parse_layer_types
+from tests.unit.conversion.sources import assert_identical, random_source, read_folder, run_convert, save_source
+
+SHARED = "model.layer_types=0_1_2_2"
+SHARDS = "max_shard_size=40KB"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_source(tmp_path_factory.mktemp("source"), random_source(4))
+
+
+@pytest.fixture(scope="module")
+def expected(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("expected") / "out"
+    run_convert(source, out, SHARED, SHARDS)
+    return read_folder(out)
+
+
+def refusal(out):
+    with pytest.raises(UserError) as error:
+        check_output(out)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    (tmp_path / "empty").mkdir()
+    assert "full: is not empty; name a folder that is not there yet" in refusal(tmp_path / "full")
+    assert "full/b/..: is not empty; name a folder" in refusal(tmp_path / "full" / "b" / "..")
+    assert "a: is a file; name a folder" in refusal(tmp_path / "full" / "a")
+    assert f"{tmp_path}/full/a is a file; name a folder" in refusal(tmp_path / "full" / "a" / "b" / "c")
+    for name in ("empty", "new", "new/newer"):
+        check_output(tmp_path / name)
+
+
+@pytest.mark.parametrize("place", ["missing", "empty", "link", "deeper/than/there/is"])
+def test_a_folder_appears_at_once(tmp_path, place):
+    out = tmp_path / place
+    if place in ("empty", "link"):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "link").symlink_to("empty")
+    with appearing(out) as folder:
+        (folder / "a").write_text("1")
+        assert not (out / "a").exists()
+    assert (out / "a").read_text() == "1" and not folder.exists()
+    assert (tmp_path / "link").is_symlink() == (place in ("empty", "link"))
+
+
+def test_the_folder_that_the_shell_is_in_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "new/..", str(tmp_path / "here"), ".."):
+        assert refusal(Path(name)).startswith(f"out={name}: is the current folder, or holds it; name a folder")
+    check_output(Path("new"))
+
+
+def test_two_that_write_the_same_do_not_disturb_each_other(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="^out=.*/out: something else was written there meanwhile") as error:
+        with appearing(out) as first:
+            (first / "a").write_text("1")
+            with appearing(out) as second:
+                assert (first / "a").read_text() == "1"
+                (second / "b").write_text("2")
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["b"]
+
+
+def test_only_what_the_dead_left_is_cleared_away(tmp_path):
+    begin = f".out.partial-{platform.node()}"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = [
+        f"{begin}-{dead.pid}-01234567",
+        f"{begin}-{os.getpid()}-01234567",
+        f".out.partial-other-{dead.pid}-01234567",
+    ]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with appearing(tmp_path / "out"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], "out"])
+
+
+@given(st.lists(st.integers(0, 50), min_size=1), st.integers(1, 60))
+def test_shards_hold_everything_in_order(sizes, max_size):
+    named = {str(number): size for number, size in enumerate(sizes)}
+    shards = plan_shards(named, max_size)
+    assert [name for shard in shards for name in shard] == list(named)
+    for shard, after in zip(shards, [*shards[1:], []], strict=True):
+        size = sum(named[name] for name in shard)
+        assert size <= max_size or len(shard) == 1
+        assert not after or size + named[after[0]] > max_size  # the next one did not fit
+
+
+def fail_at_second_shard(error):
+    """Writes the first shard, and then fails as a full disk makes it."""
+    saved = []
+
+    def save_file(tensors, file, **options):
+        if saved:
+            raise error
+        saved.append(file)
+        original(tensors, file, **options)
+
+    original = writing.save_file
+    return save_file
+
+
+FULL_DISK = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), FULL_DISK, OSError(errno.EIO, "Input/output error")])
+def test_interrupted_writing_leaves_nothing_and_the_next_run_works(source, expected, tmp_path, monkeypatch, error):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "save_file", fail_at_second_shard(error))
+        with pytest.raises(OSError if error is FULL_DISK else type(error)) as raised:
+            run_convert(source, out, SHARED, SHARDS)
+    if error is FULL_DISK:
+        assert raised.value.errno == errno.ENOSPC and raised.value.filename.endswith(".safetensors")
+    assert os.listdir(tmp_path) == []
+    run_convert(source, out, SHARED, SHARDS)
+    assert_identical(read_folder(out), expected)
+
+
+def test_an_error_that_is_not_the_operating_systems_passes(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "save_file", fail_at_second_shard(SafetensorError("some bug")))
+    with pytest.raises(SafetensorError, match="some bug"):
+        run_convert(source, tmp_path / "out", SHARED, SHARDS)
+
+
+def test_an_interrupted_method_leaves_nothing(source, expected, tmp_path, monkeypatch):
+    def interrupt(group):
+        assert any(tmp_path.glob(".out.partial-*/model-00001-*"))  # half-way
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS._entries, "average", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_convert(source, tmp_path / "out", SHARED, SHARDS)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_left_does_not_load_and_is_cleared_away(source, expected, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.shutil, "rmtree", lambda *args, **options: None)  # as if there were no time for it
+        patch.setattr(writing, "save_file", fail_at_second_shard(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run_convert(source, tmp_path / "out", SHARED, SHARDS)
+    (partial,) = tmp_path.glob(".out.partial-*")
+    assert list(partial.glob("*.safetensors")) and not (partial / "config.json").exists()
+    for name in (partial, tmp_path / "out"):
+        with pytest.raises(UserError):
+            load_model(str(name))
+    (partial / "left.txt").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.psutil, "pid_exists", lambda pid: pid != os.getpid())  # it was another process
+        run_convert(source, tmp_path / "out", SHARED, SHARDS)
+    assert os.listdir(tmp_path) == ["out"] and not (tmp_path / "out" / "left.txt").exists()
+    assert_identical(read_folder(tmp_path / "out"), expected)
+
+
+class CountingTensors(CheckpointTensors):
+    """Counts the bytes of the tensors that were read and are still there."""
+
+    peaks: ClassVar[list[int]] = []
+
+    def __init__(self, folder, stack):
+        super().__init__(folder, stack)
+        self.live = self.peak = 0
+
+    def __getitem__(self, name):
+        tensor = super().__getitem__(name)
+        self.live += tensor.nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(tensor, self._forget, tensor.nbytes)
+        return tensor
+
+    def _forget(self, num_bytes):
+        self.live -= num_bytes
+
+
+class CountingSource(Source):
+    """A source whose tensors are counted."""
+
+    @contextmanager
+    def open(self):
+        with ExitStack() as stack:
+            tensors = CountingTensors(self._folder(), stack)
+            yield tensors
+            CountingTensors.peaks.append(tensors.peak)
+
+
+@pytest.mark.parametrize("num_files", ["one", "several"])
+def test_one_shard_and_one_group_are_in_memory(tmp_path, num_files):
+    model = random_source(12, hidden_size=64, intermediate_size=128)
+    folder = save_source(tmp_path / "source", model, max_shard_size="100KB" if num_files == "several" else "5GB")
+    found = Source.find(str(folder))
+    source = CountingSource(found.checkpoint, found.config)
+    layer_types = "0_3_3_3_6_6_6_9_9_9_10_11"
+    config = converted_config(source.config, parse_layer_types(layer_types))
+    shard_size = 100_000
+    write_converted(source, config, "average", tmp_path / "out", max_shard_size=shard_size)
+    largest = max(tensor.nbytes for tensor in model.state_dict().values())
+    group = 3 * model.model.layers[0].self_attn.k_proj.weight.nbytes
+    total = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert total > 10 * shard_size
+    assert CountingTensors.peaks.pop() <= max(shard_size, largest) + group
+    tensors = read_folder(tmp_path / "out")
+    values = [model.state_dict()[f"model.layers.{layer}.self_attn.v_proj.weight"] for layer in (7, 8, 9)]
+    torch.testing.assert_close(tensors["model.layers.9.self_attn.v_proj.weight"], sum(values) / 3)
+
+
+def test_progress_reaches_its_end(tmp_path):
+    source = Source.find(str(save_source(tmp_path / "source", random_source(2))))
+    calls = []
+    config = converted_config(source.config, parse_layer_types("0_0"))
+    write_converted(
+        source, config, "average", tmp_path / "out", on_bytes=lambda done, total: calls.append((done, total))
+    )
+    tensors = read_folder(tmp_path / "out")
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert len(calls) == len(tensors) and calls[-1] == (total, total)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+class AskedSource(Source):
+    """A source that counts how often its folder is asked for, which may ask the Hub."""
+
+    count = 0
+
+    def _folder(self):
+        AskedSource.count += 1
+        return super()._folder()
+
+
+def test_the_source_is_asked_once_for_what_lies_beside_its_weights(source, tmp_path):
+    found = Source.find(str(source))
+    AskedSource(found.checkpoint, found.config).copy_rest(tmp_path)
+    assert AskedSource.count == 1
+    assert (tmp_path / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_progress_is_shown_on_terminals_only():
+    for is_terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=is_terminal, width=100)
+        with counting_progress(console, "counting", "tokens", 2500) as advance:
+            advance(1000)
+            advance(500)
+        assert ("counting 1,500 of 2,500 tokens" in console.file.getvalue()) == is_terminal
+
+
+def test_trained_models_are_written_in_the_types_of_their_source(tmp_path):
+    source = save_source(tmp_path / "source", random_source(3, tie_word_embeddings=True).to(torch.bfloat16))
+    run_convert(source, tmp_path / "init", "model.layer_types=0_0_2")
+    model, tokenizer = load_model(str(tmp_path / "init"), device="cpu", dtype="float32")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name).add_(1)
+    model.save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    assert {each.dtype for each in read_folder(tmp_path / "trained").values()} == {torch.float32}
+
+    write_trained(tmp_path / "trained", tmp_path / "init", tmp_path / "out", max_shard_size=40_000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    before, after = read_folder(tmp_path / "init"), read_folder(tmp_path / "out")
+    assert_identical(after, before | {name: (before[name].float() + 1).to(torch.bfloat16)})
+    loaded, _ = load_model(str(tmp_path / "out"), device="cpu")
+    assert loaded.dtype == loaded.config.dtype == torch.bfloat16
+    assert (tmp_path / "out" / RECORD).read_bytes() == (tmp_path / "init" / RECORD).read_bytes()

@@ -1,0 +1,208 @@
+"""What `lckv.convert` refuses, in one line, before anything is written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, LlamaConfig, MixtralConfig, Qwen2MoeConfig
+
+from lckv import cli, convert
+from lckv.errors import UserError
+from tests.tiny import byte_tokenizer
+from tests.unit.conversion.sources import random_source, run_convert, save_source
+from tests.unit.models.test_families import SIZES
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return save_source(tmp_path_factory.mktemp("whole"), random_source(3))
+
+
+@pytest.fixture
+def source(whole, tmp_path):
+    """A folder that a test may break."""
+    return shutil.copytree(whole, tmp_path / "source")
+
+
+def message_of(source, out, *arguments):
+    with pytest.raises(UserError) as error:
+        run_convert(source, out, *arguments)
+    assert "\n" not in str(error.value)
+    left = sorted(path.name for path in out.parent.iterdir() if "out" in path.name)
+    assert left == []  # neither the folder nor a half of it
+    return str(error.value)
+
+
+MISTAKES = [
+    (["model.layer_types=0_0"], "model.layer_types='0_0': has 2 entries"),
+    (["model.layer_types=0_0_3"], "there is no layer 3"),
+    (["method=avrage"], "method='avrage': allowed are inherit, average, aligned, "),
+    (["method=avrage"], "did you mean 'average'?"),
+    (["model.hidden_size=64"], "model.hidden_size=64: has no effect on the model"),
+    (["model.rope_parameters={rope_theta: 1}"], "has no effect on the model"),
+    (["model=nano"], "model=nano: has no effect on the model"),
+    (["tokenizer=bpe"], "tokenizer=bpe: has no effect on the model"),
+    (["tokenizer.vocab_size=99"], "tokenizer.vocab_size=99: has no effect on"),
+    (["sharing=cla", "model.layer_types=0_0_2"], "sharing=cla: has no effect beside model.layer_types=0_0_2"),
+    (["method=activation", "init.calibration_tokens=0"], "init.calibration_tokens=0: allowed is a whole number, 1 or"),
+    (["method=activation", "init.ridge=0"], "init.ridge=0.0: allowed is a number above 0"),
+    (["method=activation", "init.ridge=nan"], "init.ridge=nan: allowed is a number above 0"),
+    (["device=gpu"], "device='gpu': there is no such device here"),
+    (["max_shard_size=abc"], "max_shard_size=abc: allowed are bytes, with or without a unit"),
+    (["max_shard_size=0"], "max_shard_size=0: allowed are bytes"),
+    (["init.source=x"], "init.source=x: has no effect here; give source=x"),
+    (["init.method=aligned"], "init.method=aligned: has no effect here; give method=aligned"),
+    (["init.revision=main"], "init.revision=main: has no effect here; give revision=main"),
+    (["revision=main"], "revision='main': has no effect on source="),
+    (["model.layer_types=2_2_2", "model.backward_passes=1"], "model.backward_passes=1: with layers that read upward"),
+    (["model.sliding_window=0"], "model.sliding_window=0: allowed is a whole number, 1 or more"),
+    (["trainer.max_steps=3"], "trainer.max_steps=3: has no effect with method=average, which does not train (distill"),
+    (["trainer=default"], "trainer=default: has no effect with method=average"),
+    (["optim.learning_rate=1"], "optim.learning_rate=1: has no effect with method=average"),
+    (["teacher.temperature=2", "method=subspace"], "teacher.temperature=2: has no effect with method=subspace"),
+    (["logger=wandb"], "logger=wandb: has no effect with method=average"),
+    (["seed=3"], "seed=3: has no effect with method=average"),
+    (["run_dir=runs/x"], "run_dir=runs/x: has no effect with method=average"),
+    (["run_name=x"], "run_name=x: has no effect with method=average"),
+    (["model.dtype=float32"], "model.dtype=float32: has no effect with method=average"),
+    (["model.attention_dropout=0.1"], "model.attention_dropout=0.1: has no effect with method=average"),
+    (["model.attn_implementation=eager"], "model.attn_implementation=eager: has no effect with method=average"),
+    (["method=distill", "run_dir=x"], "run_dir=x: has no effect with method=distill, which trains in a folder beside"),
+    (["method=distill", "device=cpu"], "device=cpu: has no effect with method=distill, which calibrates where it tra"),
+    (["methd=average"], "unknown key 'methd'; did you mean 'method'?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes(whole, tmp_path, arguments, message):
+    assert message in message_of(whole, tmp_path / "out", *arguments)
+
+
+def test_source_and_out_are_asked_for(whole, tmp_path):
+    for arguments, key in [([f"source={whole}"], "out"), ([f"out={tmp_path}/out"], "source")]:
+        with pytest.raises(UserError, match=f"^{key}: give one: python -m lckv.convert source=MODEL .* out=FOLDER$"):
+            convert.main(cli.compose(arguments, "convert"))
+
+
+def test_outputs(whole, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for out, message in [
+        ("full", "is not empty"),
+        ("full/file", "is a file"),
+        ("full/file/new", "full/file is a file"),
+    ]:
+        with pytest.raises(UserError, match=f"^out={tmp_path}/{out}: .*{message}; name a folder that is not there"):
+            run_convert(whole, tmp_path / out)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("config", [BertConfig(), MixtralConfig(), Qwen2MoeConfig()], ids=lambda each: each.model_type)
+def test_other_families_are_refused_by_name(source, tmp_path, config):
+    config.save_pretrained(source)
+    message = message_of(source, tmp_path / "out")
+    assert f"source={source}: is of model_type '{config.model_type}'; allowed are " in message
+    assert "llama, mistral, qwen2, qwen3" in message
+
+
+def test_a_source_that_shares(tmp_path):
+    for layer_types, layer in ("0_1_1", "layer 2 reads those of layer 1"), ("1_0_2", "layer 0 reads those of layer 1"):
+        folder = save_source(tmp_path / layer_types, random_source(layer_types=layer_types))
+        message = message_of(folder, tmp_path / "out")
+        assert message.startswith(f"source={folder}: shares keys and values already ({layer_types}): {layer}")
+
+
+def test_quantised_weights(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    assert f"source={source}: its weights are quantised (awq)" in message_of(source, tmp_path / "out")
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for dtype, given in (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.uint8, "U8"):
+        save_file(tensors | {name: tensors[name].to(dtype)}, source / "model.safetensors", metadata={"format": "pt"})
+        message = message_of(source, tmp_path / "out")
+        assert message.startswith(f"source={source}: {name} is of type {given}: its weights are quantised, which")
+    (source / "model.safetensors").unlink()
+    torch.save(tensors | {name: tensors[name].to(torch.int8)}, source / "pytorch_model.bin")
+    assert f"{name} is of type int8: its weights are quantised" in message_of(source, tmp_path / "out")
+
+
+def test_packed_weights_of_another_shape_are_called_quantised(source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: torch.zeros(512, 1, dtype=torch.uint8)}, source / "model.safetensors")
+    assert "its weights are quantised" in message_of(source, tmp_path / "out")
+
+
+def test_tensors_that_do_not_fit(source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({each: tensors[each] for each in tensors if each != name}, source / "model.safetensors")
+    begin = f"source={source}: the weights do not fit config.json: "
+    assert message_of(source, tmp_path / "out") == f"{begin}there is no {name}"
+    save_file(tensors | {name: torch.zeros(3, 4)}, source / "model.safetensors")
+    assert message_of(source, tmp_path / "out") == f"{begin}{name} is [3, 4], not [48, 32]"
+
+
+def test_broken_files(source, tmp_path):
+    weights = source / "model.safetensors"
+    data = weights.read_bytes()
+    for size in (len(data) // 2, 5, 0):
+        weights.write_bytes(data[:size])
+        assert message_of(source, tmp_path / "out").startswith(f"source={source}: {weights} cannot be read: Safetens")
+    weights.unlink()
+    assert f"source={source}: {source} holds no weights" in message_of(source, tmp_path / "out")
+    for content in (b"", b"PK\x03\x04 half an archive", b"\x80\x02cos\nsystem\nq\x00."):
+        (source / "pytorch_model.bin").write_bytes(content)
+        message = message_of(source, tmp_path / "out")
+        assert message.startswith(f"source={source}: {source}/pytorch_model.bin cannot be read: ")
+    (source / "pytorch_model.bin").unlink()
+    (source / "model.safetensors").write_bytes(data)
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer_config.json").unlink()
+    assert "holds no tokenizer" in message_of(source, tmp_path / "out")
+
+
+def test_missing_shards(tmp_path):
+    source = save_source(tmp_path / "source", random_source(3), max_shard_size="40KB")
+    index = source / "model.safetensors.index.json"
+    shard = sorted(source.glob("model-*"))[1]
+    shard.rename(tmp_path / "away")
+    message = message_of(source, tmp_path / "out")
+    assert message == f"source={source}: {index} names {shard.name}, which is not there"
+    (tmp_path / "away").rename(shard)
+    for content in ("{", '{"weights": {}}', "[]"):
+        index.write_text(content)
+        assert message_of(source, tmp_path / "out").startswith(f"source={source}: {index} cannot be read: ")
+
+
+def test_names_that_lead_nowhere(source, tmp_path):
+    message = message_of(tmp_path / "sorce", tmp_path / "out")
+    assert message == f"source={tmp_path}/sorce: there is no such folder (did you mean 'source' in {tmp_path}?)"
+
+
+def test_a_config_that_says_nothing_of_weights(tmp_path):
+    LlamaConfig(**SIZES).save_pretrained(tmp_path / "empty")
+    byte_tokenizer().save_pretrained(tmp_path / "empty")
+    assert "holds no weights (model.safetensors)" in message_of(tmp_path / "empty", tmp_path / "out")
+
+
+def test_the_last_line_says_what_was_made(whole, tmp_path, capsys):
+    run_convert(whole, tmp_path / "[out]", "sharing=cla")
+    run_convert(whole, tmp_path / "other")
+    captured = capsys.readouterr()
+    lines = [
+        f"{tmp_path}/[out]: cla from {whole} by average",
+        f"{tmp_path}/other: 0_1_2 from {whole} by average; nothing is shared: give model.layer_types or sharing",
+    ]
+    assert captured.out == "" and captured.err.splitlines() == lines
+
+
+def test_what_every_method_or_training_alone_reads_is_accepted(tmp_path):
+    given = ["source=x", "out=y"]
+    assert cli.compose([*given, "trainer.num_threads=1", "device=cpu"], "convert").trainer.num_threads == 1
+    settings = ["method=distill", "trainer.max_steps=3", "seed=1", "model.dtype=bfloat16", "max_shard_size=1GB"]
+    assert cli.compose([*given, *settings], "convert").trainer.max_steps == 3

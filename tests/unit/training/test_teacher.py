@@ -1,0 +1,85 @@
+"""What cannot be a teacher, and what cannot be asked of one."""
+
+from collections.abc import Callable
+
+import pytest
+
+from lckv.config import TeacherConfig, TrainConfig
+from lckv.errors import UserError
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.training.arguments import build_training_arguments
+from lckv.training.teacher import check_teacher_fits, check_tokenizers
+from tests.tiny import byte_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainer__trainable": "vk"}, "trainer.trainable='vk': allowed are all, kv, qkv; did you mean 'kv'?"),
+        ({"teacher__logits_weight": 2.0}, "teacher.logits_weight=2.0: has no effect without teacher.source"),
+        ({"teacher__dtype": "float32"}, "teacher.dtype=float32: has no effect without teacher.source"),
+        ({"teacher__source": "x", "teacher__dtype": "fp32"}, "teacher.dtype='fp32': allowed are auto, float32"),
+        ({"teacher__source": "x", "teacher__labels_weight": -1.0}, "teacher.labels_weight=-1.0: allowed is a number"),
+        ({"teacher__source": "x", "teacher__temperature": 0.0}, "teacher.temperature=0.0: allowed is a number above"),
+        (
+            {"teacher__source": "x", "teacher__logits_weight": 0.0, "teacher__attention_weight": 0.0},
+            "teacher.logits_weight, teacher.attention_weight, teacher.labels_weight: are all 0",
+        ),
+        (
+            {
+                "teacher__source": "x",
+                "trainer__torch_compile": True,
+                "trainer__torch_compile_backend": "aot_eager",
+            },
+            "teacher.attention_weight=1.0: cannot be had with trainer.torch_compile=true",
+        ),
+        (
+            {"teacher__source": "x", "trainer__hf": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}},
+            "trainer.hf.gradient_checkpointing_kwargs.use_reentrant=false",
+        ),
+    ],
+)
+def test_mistakes_name_the_key(make_config: Callable[..., TrainConfig], settings: dict, message: str):
+    with pytest.raises(UserError) as raised:
+        build_training_arguments(make_config(**settings))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_compiled_students_learn_from_logits(make_config: Callable[..., TrainConfig]):
+    compiled = {"trainer__torch_compile": True, "trainer__torch_compile_backend": "aot_eager"}
+    build_training_arguments(make_config(teacher__source="x", teacher__attention_weight=0.0, **compiled))
+
+
+def build_model(layer_types: str = "0_0", **settings) -> LCKVLlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
+    return LCKVLlamaForCausalLM(LCKVLlamaConfig(layer_types=layer_types, **{**sizes, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "matters_to_logits"),
+    [
+        ({"vocab_size": 17}, "teacher.source=x: its vocab_size is 17, the trained model's 16", True),
+        ({"layer_types": "0_1_2"}, "teacher.source=x: its num_hidden_layers is 3, the trained model's 2", False),
+        ({"hidden_size": 32}, "teacher.source=x: its hidden_size is 32, the trained model's 16", False),
+        ({"max_position_embeddings": 16}, "data.block_size=32: longer than the teacher's", True),
+    ],
+)
+def test_teachers_that_cannot_be_compared_with(settings: dict, message: str, matters_to_logits: bool):
+    student, teacher = build_model(), build_model(**settings)
+    with pytest.raises(UserError, match=message) as raised:
+        check_teacher_fits(teacher, student, TeacherConfig(source="x"), block_size=32)
+    assert ("teacher.attention_weight=0" in str(raised.value)) == (not matters_to_logits)
+    logits_only = TeacherConfig(source="x", attention_weight=0.0)
+    if not matters_to_logits:
+        check_teacher_fits(teacher, student, logits_only, block_size=32)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_teacher_fits(teacher, student, logits_only, block_size=32)
+
+
+def test_tokens_must_be_the_same_but_for_special_ones(corpus):
+    own = byte_tokenizer()
+    check_tokenizers("x", own, byte_tokenizer(additional_special_tokens=["<user>"]))
+    with pytest.raises(UserError, match="teacher.source=x: its tokenizer has other tokens, .*tokenizer.name=x"):
+        check_tokenizers("x", own, corpus.tokenizer)
