@@ -1,10 +1,11 @@
 """Settings of every test: one thread per process, no network, caches in a temporary folder."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch or a Hugging Face library is imported, here or in a subprocess: they read these once. More than one
@@ -44,6 +45,22 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seed() -> None:
     """Makes every test start from the same random state, in whatever order the tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """Undoes what Hydra does to the loggers where a test runs a command in this process.
+
+    Its handlers write to a stream that pytest has closed by the next test, and its `--help` switches loggers off.
+    """
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for logger in root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Entry points: what the user gets to see, with a main function that only looks at its configuration."""
 
 import errno
-import logging
 import subprocess
 import sys
 
@@ -16,8 +15,6 @@ from lckv.errors import UserError
 def start(monkeypatch, capsys, tmp_path):
     """Starts an entry point in an empty folder; returns exit code, the configurations that `main` got, and stderr."""
     monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
 
     def start(*arguments: str, main=None, config_name="train"):
         seen: list[TrainConfig] = []
@@ -29,12 +26,7 @@ def start(monkeypatch, capsys, tmp_path):
             code = stop.code
         return code, seen, capsys.readouterr().err
 
-    yield start
-    root.handlers[:] = handlers  # Hydra's go to a stream that pytest closes
-    root.setLevel(level)
-    for logger in root.manager.loggerDict.values():
-        if isinstance(logger, logging.Logger):
-            logger.disabled = False  # Hydra's --help switches off whatever there is
+    return start
 
 
 def test_the_configuration_arrives_as_dataclasses(start, tmp_path):
