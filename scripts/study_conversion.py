@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import subprocess
 import sys
 import time
@@ -77,7 +78,8 @@ class Study:
     def patterns(self, num_hidden_layers: int) -> dict[str, str]:
         """The patterns to look at, by their label."""
         found = {label: build_layer_types(name, num_hidden_layers) for label, name in PATTERNS.items()}
-        return found | dict(item.split("=", 1) for item in self.arguments.pattern)
+        found |= dict(item.split("=", 1) for item in self.arguments.pattern)
+        return {label: found[label] for label in self.arguments.label or found}
 
     def missing(self, stage: str, label: str) -> bool:
         """Whether this has not been measured yet."""
@@ -159,7 +161,7 @@ def uptrain_all(study: Study) -> None:
     arguments = study.arguments
     layers = Source.find(arguments.source).config.sharing_plan.num_hidden_layers
     for label, layer_types in study.patterns(layers).items():
-        for method in arguments.method or ZERO_SHOT:
+        for method in arguments.method or METHODS:
             name = f"{label} / {method}"
             if study.missing("uptraining", name):
                 lines = uptrain(arguments, name, layer_types, method)
@@ -185,13 +187,16 @@ def uptrain(arguments: argparse.Namespace, name: str, layer_types: str, method: 
         "optim=uptrain",
         f"trainer.max_steps={arguments.steps}",
         f"trainer.global_batch_size={arguments.batch_size}",
-        "trainer.micro_batch_size=4",
+        f"trainer.micro_batch_size={math.gcd(arguments.batch_size, 4)}",
         "trainer.save_steps=null",
         "trainer.logging_steps=1",
         f"trainer.num_threads={arguments.threads}",
         f"run_dir={folder.resolve()}",
     ]
-    subprocess.run([sys.executable, "-m", "lckv.train", *overrides], check=True)
+    if method in TRAINED:
+        overrides.append("trainer.trainable=kv")
+    if failed := subprocess.run([sys.executable, "-m", "lckv.train", *overrides]).returncode:
+        sys.exit(failed)  # it has said why
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -206,7 +211,7 @@ def show(study: Study) -> None:
     """Prints the tables, and draws the training curves."""
     console = Console()
     for stage, column in ("conversion", "perplexity"), ("uptraining", "eval_losses"):
-        table = Table("pattern", *ZERO_SHOT, title=stage)
+        table = Table("pattern", *METHODS, title=stage)
         rows: dict[str, dict[str, str]] = {}
         for name, figures in study.results.get(stage, {}).items():
             label, _, method = name.partition(" / ")
@@ -214,7 +219,7 @@ def show(study: Study) -> None:
             shown = f"{value:,.2f}" if isinstance(value, float) else " -> ".join(f"{each:.3f}" for each in value)
             rows.setdefault(label, {})[method] = shown
         for label, cells in rows.items():
-            table.add_row(label, *([cells[""]] if "" in cells else [cells.get(method, "") for method in ZERO_SHOT]))
+            table.add_row(label, *([cells[""]] if "" in cells else [cells.get(method, "") for method in METHODS]))
         console.print(table)
     if study.results.get("uptraining"):
         draw(study.results["uptraining"], Path(study.arguments.out) / "uptraining.png")
@@ -253,6 +258,7 @@ def main() -> None:
     parser.add_argument("--heldout-text", help="jsonl, for perplexity")
     parser.add_argument("--out", default="runs/conversion_study")
     parser.add_argument("--pattern", action="append", default=[], metavar="LABEL=LAYER_TYPES", help="one more pattern")
+    parser.add_argument("--label", action="append", help="look only at the pattern of this label (may be repeated)")
     parser.add_argument("--method", action="append", help="train only behind this method (may be repeated)")
     parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--heldout-documents", type=int, default=25)
