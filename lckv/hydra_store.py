@@ -12,7 +12,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from lckv.config import BenchmarkConfig, ConvertConfig, GenerateConfig, PlanConfig, SearchConfig, TrainConfig
+from lckv.config import (
+    BenchmarkConfig,
+    ConvertConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PlanConfig,
+    SearchConfig,
+    TrainConfig,
+)
 from lckv.errors import UserError
 
 SCHEMAS: dict[str, type] = {
@@ -20,6 +28,7 @@ SCHEMAS: dict[str, type] = {
     "plan": PlanConfig,
     "convert": ConvertConfig,
     "search": SearchConfig,
+    "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
 }

@@ -5,6 +5,15 @@ to an entry point as a root dataclass, see `lckv.hydra_store`. No torch here, so
 """
 
 from lckv.config.conversion import ConvertConfig, SearchConfig
+from lckv.config.evaluation import (
+    EvaluateConfig,
+    EvaluationConfig,
+    HarnessConfig,
+    NeedleConfig,
+    PerplexityConfig,
+    RecallConfig,
+    SpeedConfig,
+)
 from lckv.config.generation import DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, CacheConfig, GenerateConfig
 from lckv.config.literals import literal
 from lckv.config.training import (
@@ -27,14 +36,21 @@ __all__ = [
     "ConvertConfig",
     "DEFAULT_MAX_NEW_TOKENS",
     "DataConfig",
+    "EvaluateConfig",
+    "EvaluationConfig",
     "GenerateConfig",
+    "HarnessConfig",
     "InitConfig",
     "LoggerConfig",
     "ModelConfig",
+    "NeedleConfig",
     "OptimConfig",
+    "PerplexityConfig",
     "PlanConfig",
+    "RecallConfig",
     "SearchConfig",
     "SharingConfig",
+    "SpeedConfig",
     "TeacherConfig",
     "TokenizerConfig",
     "TrainConfig",

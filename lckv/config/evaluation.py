@@ -1,0 +1,154 @@
+"""What can be configured of evaluations: which to run, and each one's own settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lckv.config.generation import CacheConfig
+from lckv.config.literals import literal
+from lckv.config.training import DataConfig
+
+
+@dataclass
+class PerplexityConfig:
+    """Sliding evaluation of held-out text: every token is scored once, with as much text before it as there is room.
+
+    Attributes:
+        context_length: tokens that the model sees at once; None: as many as it was made for, at most 2048.
+        stride: how many tokens the window moves on, each scored once; None: half of `context_length`.
+        max_documents: evaluate at most so many documents; None: all.
+    """
+
+    context_length: int | None = None
+    stride: int | None = None
+    max_documents: int | None = None
+
+
+@dataclass
+class HarnessConfig:
+    """LM-Harness (lm-eval): its own options, under its own names.
+
+    Attributes:
+        tasks: names of tasks and groups; `lckv_papers` are the seven of the LCKV papers, `lckv_local` those that come
+            with this package and need no download.
+        include_path: a folder with task YAML files of your own.
+        num_fewshot: examples before each question; None: the task's own number.
+        limit: at most so many questions of each task, or below 1 that part of them; None: all.
+        batch_size: sequences per forward pass, or `auto`: as many as fit.
+        max_length: tokens that the model sees at once; None: as many as it was made for.
+        apply_chat_template: whether questions are put as messages of a chat.
+        log_samples: whether to write every question with the model's answer.
+        output_path: the folder for lm-eval's own files; None: beside the results.
+        bootstrap_iters: how often lm-eval draws anew for standard errors; 0: none.
+    """
+
+    tasks: list[str] = field(default_factory=lambda: ["lckv_local"])
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: float | None = None
+    batch_size: Any = 8
+    max_length: int | None = None
+    apply_chat_template: bool = False
+    log_samples: bool = False
+    output_path: str | None = None
+    bootstrap_iters: int = 100000
+
+
+@dataclass
+class NeedleConfig:
+    """Needle in a haystack: a sentence to be found again in a long text, at every length and depth.
+
+    Attributes:
+        lengths: tokens of the whole prompt; None: quarters of what the model was made for, at most 2048.
+        depths: where the needle lies, from 0 (first) to 1 (last).
+        num_samples: prompts for each length and depth.
+    """
+
+    lengths: list[int] | None = None
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    num_samples: int = 10
+
+
+@dataclass
+class RecallConfig:
+    """Multi-query associative recall: pairs of keys and values, then keys whose values are asked for (MQAR).
+
+    Attributes:
+        num_pairs: how many pairs a sequence holds, one measurement each.
+        num_queries: how many of them are asked for.
+        num_samples: sequences for each number of pairs.
+    """
+
+    num_pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
+    num_queries: int = 4
+    num_samples: int = 50
+
+
+@dataclass
+class SpeedConfig:
+    """What generation costs in time, for one model; see `lckv.benchmark` for several side by side.
+
+    Attributes:
+        prompt_length: tokens of the prompt.
+        new_tokens: decoding steps behind it.
+        batch_size: how many sequences side by side.
+        rounds: how often everything is timed.
+    """
+
+    prompt_length: int = 512
+    new_tokens: int = 32
+    batch_size: int = 1
+    rounds: int = 3
+
+
+@dataclass
+class EvaluationConfig:
+    """Which evaluations to run, and their settings.
+
+    Attributes:
+        evals: any of "perplexity", "harness", "needle", "recall" and "speed".
+        batch_size: sequences per forward pass, in all but "harness" and "speed". Changes no result.
+    """
+
+    evals: list[str] = field(default_factory=list)
+    batch_size: int = 8
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+    recall: RecallConfig = field(default_factory=RecallConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+
+
+@dataclass
+class EvaluateConfig(EvaluationConfig):
+    """Everything that `python -m lckv.evaluate` needs.
+
+    Attributes:
+        model: a run folder of `lckv.train`, a folder with a model and its tokenizer, a GGUF file, or a name on the
+            Hub; the models are ours, or Llamas and their like.
+        revision: only for the Hub: branch, tag or commit.
+        data: the text; its validation split is what is evaluated, and what needles are hidden in.
+        cache: what keys and values go through; `cache=none`: each forward pass has its own.
+        out: the folder for `results.json`, where results of other evaluations stay; None: `evaluation/` in a run
+            folder, or one in `runs/evaluation/`.
+        attn_implementation: as in `model.attn_implementation` of `lckv.train`; None: as the model was saved.
+        device: such as "cpu", "cuda" or "cuda:1"; "auto": an accelerator, if there is one.
+        dtype: "float32", "bfloat16" or "float16"; "auto": as the model was saved.
+        num_threads: torch's threads on a CPU; None: torch's own choice.
+        seed: of whatever is drawn.
+        json: whether to print one JSON object instead of the tables.
+    """
+
+    evals: list[str] = field(default_factory=lambda: ["perplexity"])
+    model: str | None = literal()
+    revision: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig(name="none"))
+    out: str | None = literal()
+    attn_implementation: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    num_threads: int | None = None
+    seed: int = 0
+    json: bool = False
