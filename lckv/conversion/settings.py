@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from lckv.config import InitConfig, ModelConfig, TrainConfig
-from lckv.errors import check_positive, check_whole_number
+from lckv.errors import UserError, check_positive, check_whole_number
 from lckv.model_arguments import KEPT_WITH_SOURCE, check_model, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
@@ -41,6 +41,7 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
         model.sliding_window = cfg.model.sliding_window or source.sliding_window
     if model.layer_types is None and cfg.sharing.name == "llama":
         model.layer_types = source.kv_sharing
+    _check_num_layers(model)
     cfg = replace(cfg, model=model)
     plan = plan_of(cfg)
     check_model(cfg.model, plan)
@@ -67,6 +68,16 @@ def model_settings(cfg: TrainConfig) -> dict[str, Any]:
     """What the configuration says of a converted model beside its pattern: arguments of `LCKVLlamaConfig`."""
     settings = {name: getattr(cfg.model, name) for name in _ITERATION}
     return settings if cfg.model.sliding_window is None else settings | {"sliding_window": cfg.model.sliding_window}
+
+
+def _check_num_layers(model: ModelConfig) -> None:
+    """Refuses a string for another number of layers, in words that do not ask to leave the source's number out."""
+    num_entries = str(model.layer_types or "").count("_") + 1
+    if model.layer_types is not None and num_entries != model.num_hidden_layers:
+        raise UserError(
+            f"model.layer_types={model.layer_types!r}: has {num_entries} entries, but the source has "
+            f"{model.num_hidden_layers} layers; give one entry per layer"
+        )
 
 
 def _warn_of_lost_windows(plan: SharingPlan, source: LCKVLlamaConfig) -> None:
