@@ -1,0 +1,37 @@
+"""`python -m lckv.report`: the table and the pictures of a sweep; see `conf/report.yaml`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lckv import cli
+from lckv.config import ReportConfig
+from lckv.errors import UserError
+from lckv.overrides import name_the_first
+
+
+def main(cfg: ReportConfig) -> None:
+    """Reads the runs, writes the report and prints its main figures."""
+    if cfg.folder is None:
+        raise UserError("folder: give the one that holds the runs: python -m lckv.report runs/sweep")
+
+    # Behind the check: importing matplotlib and scipy takes a second.
+    from rich.console import Console
+
+    from lckv.reporting.analysis import analyse
+    from lckv.reporting.collecting import read_runs
+    from lckv.reporting.terminal import print_report
+    from lckv.reporting.writing import check_out, write_report
+
+    folder = Path(cfg.folder).expanduser()
+    out = folder / "report" if cfg.out is None else Path(cfg.out).expanduser()
+    report = analyse(read_runs(folder), folder, cfg.metric)
+    check_out(out)
+    files = write_report(report, out)
+    print_report(report, files, Console())
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = name_the_first(sys.argv[1:], "folder")
+    cli.run(main, "report")

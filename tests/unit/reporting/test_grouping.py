@@ -1,0 +1,126 @@
+"""What is averaged and what is not, what is compared and what is not."""
+
+import pytest
+
+from lckv.reporting.analysis import analyse
+from lckv.reporting.collecting import read_runs
+from lckv.reporting.grouping import baseline_of, group_runs
+from lckv.reporting.metrics import result_metric
+from lckv.reporting.provenance import warnings_of
+from lckv.reporting.relative import flops_ratio, llama_flops, time_ratio
+from tests.unit.reporting.sweeps import VERSIONS, write_run
+
+BITS = result_metric("bits_per_byte")
+
+
+def labels(folder):
+    return [group.label for group in group_runs(read_runs(folder))[0]]
+
+
+def test_runs_that_differ_in_the_seed_and_in_what_changes_no_result_are_one_group(tmp_path):
+    write_run(tmp_path / "a", "cla", 0)
+    write_run(tmp_path / "b", "cla", 1, settings={"trainer.num_threads": 2, "trainer.resume": False})
+    write_run(tmp_path / "c", "cla", 2, settings={"logger.names": ["wandb"], "trainer.micro_batch_size": 4})
+    ((group,), notes) = group_runs(read_runs(tmp_path))
+    assert (group.label, len(group.runs), notes) == ("cla", 3, [])
+
+
+def test_the_same_pattern_by_its_string_and_by_its_family_is_one_group(tmp_path):
+    write_run(tmp_path / "a", "cla", 0)
+    string = {"model.layer_types": "0_0_2_2_4_4_6_6", "model.num_hidden_layers": None, "sharing.name": "lckv"}
+    write_run(tmp_path / "b", "cla", 1, settings=string)
+    assert labels(tmp_path) == ["cla"]
+
+
+def test_passes_matter_only_to_cycles_and_windows_only_to_windows(tmp_path):
+    for seed, settings in enumerate(({}, {"model.forward_passes": 3, "model.sliding_window": 64})):
+        for sharing in ("llama", "lckv", "yoco"):
+            write_run(tmp_path / f"{sharing}{seed}", sharing, seed, settings=settings)
+    assert labels(tmp_path) == [
+        *("llama", "yoco sliding_window=4096", "yoco sliding_window=64"),
+        *("lckv forward_passes=7", "lckv forward_passes=3"),
+    ]
+
+
+def test_other_settings_are_other_groups_and_say_so(tmp_path):
+    write_run(tmp_path / "a", "cla")
+    write_run(tmp_path / "b", "cla", settings={"optim.learning_rate": 0.002})
+    write_run(tmp_path / "c", "cla", steps=200)
+    assert labels(tmp_path) == [
+        "cla learning_rate=0.001 max_steps=400 steps=400 tokens=1638400",
+        "cla learning_rate=0.002 max_steps=400 steps=400 tokens=1638400",
+        "cla learning_rate=0.001 max_steps=200 steps=200 tokens=819200",
+    ]
+
+
+def test_the_same_run_twice_counts_once(tmp_path):
+    write_run(tmp_path / "a", "cla", 0)
+    write_run(tmp_path / "b", "cla", 0)
+    ((group,), notes) = group_runs(read_runs(tmp_path))
+    assert [run.name for run in group.runs] == ["a"]
+    assert notes == ["b repeats a (same pattern, same settings, same seed) and is left out"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"versions": {**VERSIONS, "torch": "2.11.0"}}, "the version of torch differs: 2.13.0 in a; 2.11.0 in b"),
+        ({"versions": {**VERSIONS, "lckv": "0.0.9"}}, "the version of lckv differs: 0.1.0 in a; 0.0.9 in b"),
+        ({"data_fingerprint": "ffff"}, "the text differs: a1b2c3d4e5f6 in a; ffff in b"),
+        ({"tokens": 5}, "the number of tokens differs: 1,638,400 in a; 5 in b"),
+        ({"settings": {"model.hidden_size": 128}}, "hidden_size differs: 256 in a; 128 in b"),
+        ({"drop": ("data_fingerprint",)}, "the text differs: a1b2c3d4e5f6 in a; unknown in b"),
+    ],
+)
+def test_what_is_not_comparable_is_named_and_never_averaged(tmp_path, changed, words):
+    write_run(tmp_path / "a", "cla", 0)
+    write_run(tmp_path / "b", "cla", 1, **changed)
+    report = analyse(read_runs(tmp_path), tmp_path)
+    assert report.warnings == (f"not comparable: {words}",)
+    assert [[len(row.group.runs) for row in cohort.rows] for cohort in report.cohorts] == [[1], [1]]
+    assert [cohort.name for cohort in report.cohorts] == ["A", "B"]
+
+
+def test_comparable_runs_get_no_warning(sweep):
+    assert warnings_of([run for run in read_runs(sweep) if run.results]) == []
+
+
+def test_costs_are_relative_to_the_llama_of_the_sweep(tmp_path):
+    write_run(tmp_path / "a", "llama", train_flops_per_token=100, tokens_per_second=50)
+    write_run(tmp_path / "b", "cla", train_flops_per_token=80, tokens_per_second=40)
+    write_run(tmp_path / "c", "lckv", settings={"trainer.num_threads": 7})
+    groups, _ = group_runs(read_runs(tmp_path))
+    llama, cla, lckv = groups
+    baseline = baseline_of(cla, groups, BITS)
+    assert baseline is llama
+    assert flops_ratio(cla, baseline) == 0.8
+    assert time_ratio(cla, baseline) == 1.25
+    assert time_ratio(lckv, llama) is None  # another number of threads
+
+
+def test_without_a_llama_its_flops_are_counted_where_the_sizes_are_certain(tmp_path):
+    write_run(tmp_path / "a", "llama")
+    write_run(tmp_path / "b", "lckv", settings={"model.forward_passes": 7})
+    write_run(tmp_path / "c", "cla", train_flops_per_token=1.0)
+    llama, lckv, cla = read_runs(tmp_path)
+    assert llama_flops(lckv) == pytest.approx(llama.figure("train_flops_per_token"))
+    assert llama_flops(cla) is None
+    (group,), _ = group_runs([lckv])
+    assert flops_ratio(group, None) == pytest.approx(
+        lckv.figure("train_flops_per_token") / llama.figure("train_flops_per_token")
+    )
+
+
+def test_a_llama_of_the_same_settings_is_the_baseline(tmp_path):
+    for rate in (0.001, 0.002):
+        for sharing in ("llama", "cla"):
+            settings = {"optim.learning_rate": rate}
+            write_run(tmp_path / f"{sharing}{rate}", sharing, settings=settings, eval_bits_per_byte=rate)
+    write_run(tmp_path / "other", "cla", settings={"optim.learning_rate": 0.003})
+    groups, _ = group_runs(read_runs(tmp_path))
+    found = {group.label: baseline_of(group, groups, BITS).label for group in groups}
+    assert found == {
+        **{f"llama learning_rate={rate}": f"llama learning_rate={rate}" for rate in (0.001, 0.002)},
+        **{f"cla learning_rate={rate}": f"llama learning_rate={rate}" for rate in (0.001, 0.002)},
+        "cla learning_rate=0.003": "llama learning_rate=0.001",
+    }

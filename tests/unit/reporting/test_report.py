@@ -1,0 +1,280 @@
+"""The report as a whole: its files, what stands in them, and where they may be written."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from matplotlib import rc_context
+from PIL import Image
+
+from lckv.config import ReportConfig
+from lckv.errors import UserError
+from lckv.overrides import name_the_first
+from lckv.report import main
+from lckv.reporting.analysis import analyse
+from lckv.reporting.collecting import read_runs
+from lckv.reporting.pictures import pictures_of
+from lckv.reporting.pictures.base import draw_panel
+from lckv.reporting.pictures.style import PALETTE, RC, styles_of
+from lckv.reporting.tables import main_table, tables_of
+from lckv.reporting.writing import check_out, write_report
+from tests.unit.reporting.sweeps import VERSIONS, write_failure, write_run
+
+PICTURES = {"quality", "loss", "cost", "needle"}
+
+
+@pytest.fixture(scope="module")
+def folder(sweep, tmp_path_factory):
+    """The report of the sweep."""
+    out = tmp_path_factory.mktemp("reports") / "report"
+    write_report(analyse(read_runs(sweep), sweep), out)
+    return out
+
+
+def report_of(folder, out):
+    write_report(analyse(read_runs(folder), folder), out)
+    return (
+        (out / "report.html").read_text(),
+        (out / "report.md").read_text(),
+        json.loads((out / "report.json").read_text()),
+    )
+
+
+class Page(HTMLParser):
+    """What a page loads, and which elements stay open."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.ids, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.loads += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data", "action")]
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_all_files_are_there_and_whole(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"report.md", "report.html", "report.json"} | {
+        f"{each}.{end}" for each in PICTURES for end in ("png", "svg")
+    }
+    for name in PICTURES:
+        ElementTree.parse(folder / f"{name}.svg")
+        with Image.open(folder / f"{name}.png") as image:
+            assert image.info["dpi"] == pytest.approx((300, 300), abs=1)
+    assert set(json.loads((folder / "report.json").read_text())["files"]) == names
+
+
+def test_the_page_needs_nothing_else(folder):
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert {value for value in page.loads if not value.startswith("#")} == {"data:,"}
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    targets = {value[1:] for value in page.loads if value.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert len(page.ids) == len(set(page.ids)) and targets <= set(page.ids)
+
+
+def test_every_point_has_its_figures_to_hover_on(folder):
+    text = (folder / "report.html").read_text()
+    groups = re.findall(r'<g id="([^"]*)" class="hits" data-texts="([^"]*)">(.*?)</g>\s*</g>', text, flags=re.DOTALL)
+    assert {re.sub(r"\d.*", "", name) for name, _, _ in groups} == PICTURES
+    for _, texts, marks in groups:
+        assert len(json.loads(texts.replace("&quot;", '"').replace("&#x27;", "'"))) == marks.count("<use")
+
+
+def test_the_table_can_be_sorted(folder):
+    text = (folder / "report.html").read_text()
+    assert text.count('aria-sort="none"') == text.count('<button type="button">') > 20
+    assert 'data-value="8192"' in text
+
+
+def test_markdown_names_pictures_that_are_there(folder):
+    text = (folder / "report.md").read_text()
+    names = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert set(names) == {f"{name}.png" for name in PICTURES}
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert "| llama `0_1_2_3_4_5_6_7` | 8,192 | 100% |" in text
+    assert "RuntimeError: CUDA out of memory: tried to get 2 GiB |" in text
+    assert "| unfinished | step 230 of 400 |" in text
+    assert all(row.endswith(" |") for row in rows)
+
+
+def test_figures_for_other_programs(folder):
+    figures = json.loads((folder / "report.json").read_text())
+    (only,) = figures["sets"]
+    llama, cla, lckv = only["groups"]
+    assert (cla["label"], cla["kv_bytes"]["written"], cla["kv_fraction"]) == ("cla", 4096, 0.5)
+    assert cla["bits_per_byte"]["n"] == 2 and llama["versus_llama"] is None
+    assert lckv["versus_llama"]["test"] == "paired t-test"
+    assert only["pareto_front"] == ["lckv", "cla", "llama"]
+    assert [trouble["state"] for trouble in figures["troubles"]] == ["failed", "unfinished"]
+    assert len(figures["needle"]) == 3
+
+
+def test_names_cannot_break_out_of_the_page(tmp_path):
+    name = "a<script>alert(1)<" + "|x`*_"
+    write_failure(tmp_path / "sweep" / name, error="<img src=x onerror=alert(2)> | 1")
+    write_run(tmp_path / "sweep" / "b", "cla", data_fingerprint="</style><b>")
+    write_run(tmp_path / "sweep" / f"{name}2", "cla", 1)
+    html, markdown, _ = report_of(tmp_path / "sweep", tmp_path / "out")
+    assert Page(html).open == []
+    assert "<script>alert" not in html and "<img" not in html and "</style><b>" not in html
+    assert "<script>" not in markdown.replace("\\<", "")
+    row = next(line for line in markdown.splitlines() if "onerror" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 5
+
+
+def test_one_run_gets_a_report_without_comparisons(tmp_path):
+    write_run(tmp_path / "sweep" / "a")
+    html, markdown, figures = report_of(tmp_path / "sweep", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["loss.png"]
+    assert "No two patterns can be compared" in html and "Pareto" not in html and "Significance" not in markdown
+    assert figures["answers"] == []
+
+
+def test_only_failed_runs_get_a_report_that_says_so(tmp_path):
+    write_failure(tmp_path / "sweep" / "a", error="boom")
+    html, markdown, figures = report_of(tmp_path / "sweep", tmp_path / "out")
+    for text in (html, markdown):
+        assert "No run has finished" in text and "boom" in text
+    assert figures["sets"] == [] and "Results" not in markdown
+
+
+def test_runs_of_earlier_versions_show_dashes(tmp_path):
+    write_run(tmp_path / "sweep" / "new", "cla")
+    dropped = ("versions", "kv_bytes", "kv_bytes_llama", "train_flops_per_token", "tokens_per_second")
+    write_run(tmp_path / "sweep" / "old", "lckv", drop=(*dropped, "num_parameters", "data_fingerprint"))
+    (tmp_path / "sweep" / "bare").mkdir()
+    (tmp_path / "sweep" / "bare" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "sweep" / "bare" / "results.json").write_text('{"eval_perplexity": 3.5, "versions": "none"}')
+    html, markdown, _ = report_of(tmp_path / "sweep", tmp_path / "out")
+    assert "not comparable: the version of torch differs" in html
+    assert "| lckv `0_6_6_6_6_6_6_7` | C | – | – | – | – | – | 1.4802 |" in markdown
+    assert "unknown pattern" in html and "3.5000" in html
+
+
+def test_another_metric(sweep, tmp_path):
+    report = analyse(read_runs(sweep), sweep, "harness:arc_easy.acc")
+    assert "harness: arc_easy.acc" in main_table(report).columns
+    assert report.cohorts[0].budgets[0].best.group.label == "llama"
+    assert pictures_of(report)[0].caption.startswith("Harness: arc_easy.acc against")
+
+
+def test_a_pattern_has_one_color_and_each_group_its_marker(tmp_path):
+    for rate in (0.001, 0.002):
+        for sharing in ("llama", "cla", "lckv"):
+            write_run(tmp_path / f"{sharing}{rate}", sharing, settings={"optim.learning_rate": rate})
+    styles = styles_of(analyse(read_runs(tmp_path), tmp_path).groups)
+    assert len({style.marker for style in styles.values()}) == 6
+    assert len({style.color for style in styles.values()}) == 3
+    assert styles["cla learning_rate=0.001"].color == styles["cla learning_rate=0.002"].color == PALETTE[0][0]
+
+
+def test_labels_stay_inside_and_apart(sweep):
+    picture = pictures_of(analyse(read_runs(sweep), sweep))[0]
+    with rc_context(RC):
+        figure, _ = draw_panel(picture.panels[0])
+        figure.canvas.draw()
+        (axes,) = figure.axes
+        boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 3
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
+
+
+def test_tables_are_rectangular(sweep):
+    for table in tables_of(analyse(read_runs(sweep), sweep)):
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_only_a_report_is_replaced(tmp_path):
+    write_run(tmp_path / "sweep" / "a")
+    out = tmp_path / "out"
+    report_of(tmp_path / "sweep", out)
+    (out / "loss.png").unlink()
+    report_of(tmp_path / "sweep", out)
+    assert (out / "loss.png").exists()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.txt, which is no part of a report"):
+        report_of(tmp_path / "sweep", out)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(out)
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match=f"is a {name}"):
+            check_out(tmp_path / name)
+    with pytest.raises(UserError, match="out=.*sweep: holds a, which"):
+        check_out(tmp_path / "sweep")
+
+
+def test_a_report_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    write_run(tmp_path / "sweep" / "a")
+    report_of(tmp_path / "sweep", tmp_path / "out")
+    before = (tmp_path / "out" / "report.md").read_text()
+    monkeypatch.setattr("lckv.reporting.writing.to_html", lambda *_: 1 / 0)
+    write_run(tmp_path / "sweep" / "b", "cla")
+    with pytest.raises(ZeroDivisionError):
+        report_of(tmp_path / "sweep", tmp_path / "out")
+    assert (tmp_path / "out" / "report.md").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sweep"]
+
+
+def test_a_report_is_no_run_of_the_next_one(tmp_path):
+    write_run(tmp_path / "a", versions=VERSIONS)
+    main(ReportConfig(folder=str(tmp_path)))
+    main(ReportConfig(folder=str(tmp_path)))
+    assert len(read_runs(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["runs/sweep"], ["folder=runs/sweep"]),
+        (["metric=loss", "runs/sweep", "out=x"], ["metric=loss", "folder=runs/sweep", "out=x"]),
+        (["runs/sweep/sharing=cla,seed=1"], ["folder=runs/sweep/sharing=cla,seed=1"]),
+        (["--config-dir", "conf", "a b"], ["--config-dir", "conf", "folder=a b"]),
+        (["folder=x"], ["folder=x"]),
+        (["--help"], ["--help"]),
+        ([], []),
+    ],
+)
+def test_the_first_word_is_the_folder(given, named):
+    assert name_the_first(given, "folder") == named
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, "-m", "lckv.report", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=50)
+
+
+def test_a_folder_must_be_given():
+    with pytest.raises(UserError, match="folder: give the one that holds the runs"):
+        main(ReportConfig())
+
+
+def test_the_command(sweep, tmp_path):
+    done = run(sweep, f"out={tmp_path / 'a,b=c'}", "metric=perplexity", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "8 runs: 6 finished, 1 failed, 1 unfinished." in done.stdout
+    assert (tmp_path / "a,b=c" / "report.html").exists()
+
+
+def test_mistakes_are_one_line(sweep, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for arguments, message in [
+        (["empty"], "folder=empty: holds no run"),
+        ([sweep, "metric=bits_per_bite"], "did you mean 'bits_per_byte'?"),
+    ]:
+        done = run(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr and done.stderr.count("\n") == 1
