@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -95,6 +96,18 @@ class Checkpoint:
         """
         with self.loading("the tokenizer"):
             return AutoTokenizer.from_pretrained(self.path, **self.arguments())
+
+    def fingerprint(self) -> str:
+        """A short name for the weights: a hash of their files, or the commit on the Hub."""
+        if not self.is_local:
+            return str(self.config_values().get("_commit_hash"))
+        folder = Path(self.path)
+        names = ("*.safetensors", "pytorch_model*.bin") if self.gguf_file is None else (self.gguf_file,)
+        digest = hashlib.sha256()
+        for file in sorted(path for name in names for path in folder.glob(name)):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()[:16]
 
     def check_files(self) -> None:
         """Names what a local folder lacks.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import logging
 import os
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -25,12 +28,16 @@ from yaml import YAMLError
 
 from lckv import config, hydra_store, overrides
 from lckv.errors import UserError, near_miss
+from lckv.iso import check_iso
 from lckv.model_arguments import KEPT_WITH_SOURCE
 from lckv.run_names import default_run_name, file_name
+from lckv.sweeps import FailedJob, missing_extra
+
+logger = logging.getLogger(__name__)
 
 _GROUPS_WITHOUT_KEY = ("experiment", "debug")
 # What only training reads.
-_TRAINING_GROUPS = ("trainer", "optim", "teacher", "logger")
+_TRAINING_GROUPS = ("trainer", "optim", "teacher", "logger", "evaluation")
 _TRAINING_KEYS = (
     "seed",
     "run_dir",
@@ -43,33 +50,42 @@ _CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
-def run(main: Callable[[Any], None], config_name: str) -> None:
+def run(main: Callable[[Any], Any], config_name: str) -> None:
     """Runs an entry point on the configuration that the command line asks for, once per job of a sweep.
 
-    Mistakes of the user are printed as one line each, and the process ends with exit code 2; in a sweep, after the
-    other jobs. Any other exception passes through, so that a bug shows its traceback.
+    Mistakes of the user are printed as one line each, and the process ends with exit code 2. Any other exception
+    passes through, so that a bug shows its traceback. In a sweep, neither ends more than its own job: the reasons are
+    printed, a bug's with its traceback, and the process ends with exit code 2 after the other jobs.
 
     Args:
-        main: gets the root dataclass of `config_name`, checked, with the run folder filled in.
+        main: gets the root dataclass of `config_name`, checked, with the run folder filled in; what it returns goes to
+            Hydra's sweeper, which may look for a low value.
         config_name: the root YAML file, without its ending.
     """
     # Else Hydra itself prints exceptions and exits, before anything here can see them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = _prepare_arguments(sys.argv[1:], hydra_store.SCHEMAS[config_name])
     mistakes = _Mistakes(config_name)
-
-    def job(composed: DictConfig) -> None:
-        hydra_cfg = typing.cast(DictConfig, HydraConfig.get())
-        with mistakes.reported(job_name(hydra_cfg) if hydra_cfg.mode == RunMode.MULTIRUN else ""):
-            main(prepare(composed, hydra_cfg))
-
+    job = _Job(main, mistakes, sys.argv[1:])
+    FailedJob.received.clear()
     try:
         with mistakes.reported(""), mistakes.composing():
             hydra.main(config_path=str(hydra_store.config_dir()), config_name=config_name, version_base="1.3")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
+    mistakes.report_received()
     if mistakes.num_reported:
         sys.exit(2)
+
+
+def is_in_a_sweep() -> bool:
+    """Whether this process runs a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def task_overrides() -> list[str]:
+    """What the command line says of the configuration; in a sweep, of this job's alone."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
@@ -101,17 +117,52 @@ def _prepare_arguments(arguments: Sequence[str], schema: type) -> list[str]:
     return overrides.quote_overrides(overrides.flags_first(others), list(open_keys(schema)))
 
 
+class _Job:
+    """What Hydra calls with each composed configuration, perhaps in another process, which gets a pickled copy."""
+
+    def __init__(self, main: Callable[[Any], Any], mistakes: _Mistakes, arguments: list[str]) -> None:
+        self.main = main
+        self.mistakes = mistakes
+        self.arguments = arguments
+
+    def __call__(self, composed: DictConfig) -> Any:
+        sys.argv[1:] = self.arguments  # what a run says to type next begins with them
+        hydra_cfg = typing.cast(DictConfig, HydraConfig.get())
+        with self.mistakes.reported(job_name(hydra_cfg) if hydra_cfg.mode == RunMode.MULTIRUN else ""):
+            return self.main(prepare(composed, hydra_cfg))
+        return FailedJob(self.mistakes.last)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"main": _importable(self.main)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        hydra_store.register_schemas()  # Hydra composes the configuration once more where the job runs
+
+
+def _importable(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function of the module behind `python -m`, by the name under which another process can import it.
+
+    Else it would be pickled as code, whose tracebacks name no file.
+    """
+    spec = sys.modules["__main__"].__spec__
+    if main.__module__ != "__main__" or spec is None:
+        return main
+    return typing.cast(Callable[[Any], Any], getattr(importlib.import_module(spec.name), main.__name__))
+
+
 class _Mistakes:
-    """Prints the user's mistakes, one line each, and lets every other exception pass."""
+    """Prints the user's mistakes, one line each; other exceptions pass, unless they come from one job of many."""
 
     def __init__(self, config_name: str) -> None:
         self.config_name = config_name
         self.num_reported = 0
+        self.last = ""
         self._from_job: Exception | None = None
 
     @contextmanager
     def reported(self, job: str) -> Iterator[None]:
-        """Reports user errors and files that cannot be written; `job` tells the jobs of a sweep apart."""
+        """Reports user errors and files that cannot be written; of a sweep's `job`, every exception."""
         try:
             yield
         except UserError as error:
@@ -120,27 +171,52 @@ class _Mistakes:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
             sys.exit(141)
         except OSError as error:
-            if error.errno not in _CANNOT_WRITE:
-                self._from_job = error
-                raise
-            self._report(job, f"{error.filename or 'a file'}: {error.strerror}; check permissions and free space")
+            if error.errno in _CANNOT_WRITE:
+                self._report(job, f"{error.filename or 'a file'}: {error.strerror}; check permissions and free space")
+            else:
+                self._unexpected(job, error)
         except Exception as error:
+            self._unexpected(job, error)
+
+    def _unexpected(self, job: str, error: Exception) -> None:
+        """Lets an exception pass, or reports it if other jobs of a sweep are to go on."""
+        if not job:
             self._from_job = error
-            raise
+            raise error
+        logger.error("%s has failed", job, exc_info=error)
+        self._report(job, f"{type(error).__name__}: {error}")
 
     @contextmanager
     def composing(self) -> Iterator[None]:
-        """Reports what Hydra finds wrong with the configuration, which is the user's; errors inside jobs are not."""
+        """Reports what Hydra finds wrong with the configuration, and launchers with the machine; not bugs in jobs."""
         try:
             yield
         except _CONFIG_ERRORS as error:
             if error is self._from_job or isinstance(error, UserError):
                 raise
             self._report("", describe(error, hydra_store.SCHEMAS[self.config_name]))
+        except RuntimeError as error:  # a launcher's, such as of SLURM that is not there
+            if error is self._from_job:
+                raise
+            self._report("", self._describe_launch(error))
+
+    @staticmethod
+    def _describe_launch(error: RuntimeError) -> str:
+        if isinstance(error, BrokenExecutor):
+            return "a process of the sweep was killed; the same command again goes on with what is unfinished"
+        return f"the launcher has failed: {error}"
+
+    def report_received(self) -> None:
+        """Reports the jobs of a sweep that have failed in other processes, whose output may have gone elsewhere."""
+        for line in FailedJob.received:
+            self._print(line)
 
     def _report(self, job: str, message: str) -> None:
-        line = " ".join(message.split())
-        sys.stderr.write(f"lckv.{self.config_name}: error: {job}{': ' if job else ''}{line}\n")
+        self._print(f"{job}{': ' if job else ''}{' '.join(message.split())}")
+
+    def _print(self, line: str) -> None:
+        sys.stderr.write(f"lckv.{self.config_name}: error: {line}\n")
+        self.last = line
         self.num_reported += 1
 
 
@@ -168,6 +244,7 @@ def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
         _check_one_sharing(cfg, list(hydra_cfg.overrides.task))
         _check_vocab_size(cfg, list(hydra_cfg.overrides.task))
         _check_source(cfg, list(hydra_cfg.overrides.task))
+        _check_iso(cfg, list(hydra_cfg.overrides.task))
         _fill_run_dir(cfg, hydra_cfg)
     return cfg
 
@@ -227,6 +304,19 @@ def _check_source(cfg: config.TrainConfig, given: list[str]) -> None:
         _check_read_by_method(cfg, given)
 
 
+def _check_iso(cfg: config.TrainConfig, given: list[str]) -> None:
+    """Refuses `iso` where nothing could be kept equal, and how to do it where it is not asked for."""
+    check_iso(cfg.iso, cfg.iso_multiple)
+    source = cfg.source if isinstance(cfg, config.ConvertConfig) else cfg.init.source
+    if cfg.iso is not None and source is not None:
+        raise UserError(
+            f"iso={cfg.iso}: has no effect on the model {source}, which brings its own sizes; leave it out"
+        )
+    for override in given:
+        if override.lstrip("+").startswith("iso_multiple=") and cfg.iso != "params":
+            raise UserError(f"{override}: has no effect without iso=params; leave it out")
+
+
 def _check_read_by_method(cfg: config.ConvertConfig, given: list[str]) -> None:
     """Refuses, on the command line, what a conversion does not read."""
     for override in given:
@@ -271,6 +361,8 @@ def describe(error: Exception, schema: type) -> str:
     cause = next((each for each in chain if isinstance(each, OmegaConfBaseException)), error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if (extra := missing_extra(group, option)) is not None:
+            return extra
         options = [str(name) for name in error.options or ()]
         allowed = f"; allowed are {', '.join(options)}" if options else ""
         return f"{group or 'config'}={option}: there is no such file{allowed}{near_miss(option, options)}"

@@ -18,6 +18,7 @@ from lckv.config import (
     EvaluateConfig,
     GenerateConfig,
     PlanConfig,
+    ReportConfig,
     SearchConfig,
     TrainConfig,
 )
@@ -31,6 +32,7 @@ SCHEMAS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
+    "report": ReportConfig,
 }
 """The root dataclass of each entry point, by the name of its YAML file."""
 

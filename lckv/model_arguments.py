@@ -6,7 +6,9 @@ from dataclasses import fields
 from typing import Any
 
 from lckv.config import ModelConfig, TrainConfig
+from lckv.costs import ModelSizes
 from lckv.errors import UserError, check_choice, check_positive, check_whole_number, near_miss
+from lckv.iso import check_iso, match_llama
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 CONVERGE = "converge"
@@ -64,6 +66,7 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
     Raises:
         UserError: if the sizes do not fit together; the message names the key.
     """
+    check_iso(cfg.iso, cfg.iso_multiple)
     layer_types = resolve_layer_types(cfg)
     plan = parse_layer_types(layer_types)
     check_model(cfg.model, plan)
@@ -82,6 +85,9 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
         rope_parameters=cfg.model.rope_parameters or None,
         sliding_window=cfg.model.sliding_window or DEFAULT_SLIDING_WINDOW,
     )
+    if cfg.iso is not None:
+        sizes = match_llama(cfg.iso, plan, ModelSizes.from_config(arguments), cfg.iso_multiple)
+        arguments.update(intermediate_size=sizes.intermediate_size, num_key_value_heads=sizes.num_key_value_heads)
     return {name: value for name, value in arguments.items() if value is not None}
 
 

@@ -43,6 +43,24 @@ def flags_first(arguments: Iterable[str]) -> list[str]:
     return flags + overrides
 
 
+def name_the_first(arguments: Iterable[str], key: str) -> list[str]:
+    """Puts `key=` before the first word that is neither a flag, a flag's value nor a `key=value` pair.
+
+    A path may have equals signs in it, as the folders of a sweep have; a key has no slash.
+    """
+    named: list[str] = []
+    is_named = False
+    for argument in arguments:
+        is_flag = argument.startswith("-") or bool(named and named[-1] in _FLAGS_WITH_VALUE)
+        is_pair = "=" in argument and "/" not in argument.partition("=")[0] and not Path(argument).exists()
+        if is_named or is_flag or is_pair:
+            named.append(argument)
+        else:
+            named.append(f"{key}={argument}")
+            is_named = True
+    return named
+
+
 def quote_overrides(arguments: Iterable[str], open_keys: Sequence[str] = ()) -> list[str]:
     """Makes command line arguments mean what they say, before Hydra parses them.
 

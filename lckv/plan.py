@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +21,7 @@ from lckv.patterns import SharingPlan, parse_layer_types
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A sharing plan with what it costs, and what a Llama of the same size costs."""
+    """A sharing plan with what it costs, and what a Llama of the configured sizes costs."""
 
     plan: SharingPlan
     sizes: ModelSizes
@@ -56,15 +56,19 @@ def build_report(cfg: PlanConfig) -> PlanReport:
         from lckv.conversion import Source, adopt_source  # takes transformers along, which nothing else here needs
 
         cfg = adopt_source(cfg, Source.find(cfg.init.source, revision=cfg.init.revision, key="init.source").config)
-    arguments = model_arguments(cfg, _vocab_size(cfg))
+    vocab_size = _vocab_size(cfg)
+    arguments = model_arguments(cfg, vocab_size)
     plan = parse_layer_types(arguments["layer_types"])
     sizes = ModelSizes.from_config(arguments)
+    llama_sizes = (
+        sizes if cfg.iso is None else ModelSizes.from_config(model_arguments(replace(cfg, iso=None), vocab_size))
+    )
     forward_passes = cfg.converge_passes if cfg.model.forward_passes == CONVERGE else cfg.model.forward_passes
     iteration = Iteration(forward_passes, cfg.model.backward_passes, cfg.model.use_sequential)
     context_length = cfg.model.max_position_embeddings if cfg.context_length is None else cfg.context_length
     costs, llama_costs = (
-        count_costs(each, sizes, context_length, iteration=iteration, dtype=cfg.kv_dtype)
-        for each in (plan, llama_plan(plan))
+        count_costs(each, its_sizes, context_length, iteration=iteration, dtype=cfg.kv_dtype)
+        for each, its_sizes in ((plan, sizes), (llama_plan(plan), llama_sizes))
     )
     return PlanReport(plan, sizes, iteration, context_length, cfg.kv_dtype, costs, llama_costs)
 

@@ -18,7 +18,8 @@ def default_run_name(cfg: TrainConfig) -> str:
         parameters = [(item.name, getattr(cfg.sharing, item.name)) for item in fields(cfg.sharing)[1:]]
         sharing = cfg.sharing.name + "".join(f"-{name}{value}" for name, value in parameters if value is not None)
     model = cfg.model.name if cfg.init.source is None else f"{Path(cfg.init.source).stem}-{cfg.init.method}"
-    return file_name(f"{model}-{sharing}-seed{cfg.seed}")
+    iso = f"-iso_{cfg.iso}" if cfg.iso is not None else ""
+    return file_name(f"{model}-{sharing}{iso}-seed{cfg.seed}")
 
 
 def file_name(text: str, max_length: int = 100) -> str:

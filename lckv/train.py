@@ -5,28 +5,55 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from lckv import cli
 from lckv.config import TeacherConfig, TokenizerConfig, TrainConfig
 from lckv.errors import UserError, check_choice, near_miss
+from lckv.evaluation.checks import check_lengths, check_training_evaluation
 from lckv.model_arguments import check_model, model_arguments, resolve_layer_types
 from lckv.patterns import parse_layer_types
+from lckv.training.failures import recorded_failure
 from lckv.training.launch import launch_missing_processes
+from lckv.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from lckv.conversion import Source
-    from lckv.training.run_folder import RunFolder
+    from lckv.training.evaluations import Evaluate
 
 
-def main(cfg: TrainConfig) -> None:
-    """Builds everything that the configuration names, trains, and shows the results."""
+def main(cfg: TrainConfig) -> float | None:
+    """Trains what the configuration names, unless that has been done.
+
+    Returns:
+        The validation loss at the end, for sweepers that look for a low one; `None` in every process but the first.
+    """
     launch_missing_processes("lckv.train")
+    assert cfg.run_dir is not None  # filled in with the run's name
+    folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
+    with recorded_failure(folder, cfg, cli.task_overrides()):
+        results = _finished_in_a_sweep(cfg, folder) or _train(cfg, folder)
+    return None if results is None else float(results["eval_loss"])
+
+
+def _finished_in_a_sweep(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
+    """The results of a job of a sweep that need not run again, found before anything heavy is imported or read."""
+    if not (cli.is_in_a_sweep() and cfg.trainer.resume and folder.holds(asdict(cfg))):
+        return None
+    if (results := folder.finished_results()) is not None:
+        Console().print(f"finished: skipped {folder.path}", markup=False, highlight=False, soft_wrap=True)
+    return results
+
+
+def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
+    """Builds everything that the configuration names, trains, and shows and returns the results."""
+    check_training_evaluation(cfg)
     if cfg.init.source is None:
         check_model(cfg.model, parse_layer_types(resolve_layer_types(cfg)))
 
@@ -40,7 +67,6 @@ def main(cfg: TrainConfig) -> None:
     from lckv.training.callbacks import check_sample_prompt
     from lckv.training.loggers import check_loggers
     from lckv.training.report import show_results
-    from lckv.training.run_folder import RunFolder
     from lckv.training.session import Session
 
     disable_progress_bar()  # transformers' own, for every file that it reads or writes
@@ -48,8 +74,6 @@ def main(cfg: TrainConfig) -> None:
     if not is_main_process():
         logging.getLogger("lckv").setLevel(logging.ERROR)
 
-    assert cfg.run_dir is not None  # filled in with the run's name
-    folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
     cfg, source = _adopt_source(cfg, folder)
     if cfg.model.hidden_act not in ACT2FN:
         hint = near_miss(cfg.model.hidden_act, ACT2FN)
@@ -71,13 +95,37 @@ def main(cfg: TrainConfig) -> None:
     if (results := folder.finished_results()) is not None:
         console.print(f"this run is finished: {folder.path}", style="bold")
         show_results(results, folder, console)
-        return
+        return results
 
     teacher = _load_teacher(cfg.teacher, tokenizer)
     set_seed(cfg.seed)
     model = _build_model(cfg, tokenizer, None if is_random else folder.init)
-    if (results := Session(cfg, args, model, tokenizer, data, folder, console, teacher).run()) is not None:
+    evaluate = evaluations_of(cfg, model, tokenizer, folder)
+    if (results := Session(cfg, args, model, tokenizer, data, folder, console, teacher, evaluate).run()) is not None:
         show_results(results, folder, console)
+    return results
+
+
+def evaluations_of(
+    cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder
+) -> Evaluate | None:
+    """What evaluates the model during training, if anything is to."""
+    if not cfg.evaluation.evals:
+        return None
+    from lckv.evaluation.evaluations import Subject
+    from lckv.evaluation.running import run_evaluations
+
+    check_lengths(cfg.evaluation, model.config.max_position_embeddings, cfg.data.block_size, "evaluation.")
+    subject = Subject(
+        model,
+        tokenizer,
+        cfg.data,
+        seed=cfg.seed,
+        trained_length=cfg.data.block_size,
+        folder=folder.path / "evaluation",
+        key_prefix="evaluation.",
+    )
+    return partial(run_evaluations, subject, cfg.evaluation, {"cache": {"name": "none"}})
 
 
 def _adopt_source(cfg: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, Source | None]:

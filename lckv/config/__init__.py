@@ -5,8 +5,8 @@ to an entry point as a root dataclass, see `lckv.hydra_store`. No torch here, so
 """
 
 from lckv.config.conversion import ConvertConfig, SearchConfig
+from lckv.config.evaluate import EvaluateConfig
 from lckv.config.evaluation import (
-    EvaluateConfig,
     EvaluationConfig,
     HarnessConfig,
     NeedleConfig,
@@ -16,6 +16,7 @@ from lckv.config.evaluation import (
 )
 from lckv.config.generation import DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, CacheConfig, GenerateConfig
 from lckv.config.literals import literal
+from lckv.config.reporting import ReportConfig
 from lckv.config.training import (
     DataConfig,
     InitConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "PerplexityConfig",
     "PlanConfig",
     "RecallConfig",
+    "ReportConfig",
     "SearchConfig",
     "SharingConfig",
     "SpeedConfig",

@@ -1,13 +1,12 @@
-"""What can be configured of evaluations: which to run, and each one's own settings."""
+"""What can be configured of evaluations: which to run, and each one's own settings.
+
+Training has these, too, so nothing of its configuration is known here; see `lckv.config.evaluate`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
-
-from lckv.config.generation import CacheConfig
-from lckv.config.literals import literal
-from lckv.config.training import DataConfig
 
 
 @dataclass
@@ -15,14 +14,17 @@ class PerplexityConfig:
     """Sliding evaluation of held-out text: every token is scored once, with as much text before it as there is room.
 
     Attributes:
-        context_length: tokens that the model sees at once; None: as many as it was made for, at most 2048.
+        context_length: tokens that the model sees at once; None: `data.block_size` of its training, where that was
+            one of `lckv.train`, else as many as it was made for, at most 2048.
         stride: how many tokens the window moves on, each scored once; None: half of `context_length`.
         max_documents: evaluate at most so many documents; None: all.
+        cache_chunk: with a cache, how many tokens a forward pass adds to it; 1: as decoding would. None: 32.
     """
 
     context_length: int | None = None
     stride: int | None = None
     max_documents: int | None = None
+    cache_chunk: int | None = None
 
 
 @dataclass
@@ -38,8 +40,8 @@ class HarnessConfig:
         batch_size: sequences per forward pass, or `auto`: as many as fit.
         max_length: tokens that the model sees at once; None: as many as it was made for.
         apply_chat_template: whether questions are put as messages of a chat.
-        log_samples: whether to write every question with the model's answer.
-        output_path: the folder for lm-eval's own files; None: beside the results.
+        log_samples: whether to write every question with the model's answer, to `output_path`.
+        output_path: the folder for lm-eval's own files; None: it writes none.
         bootstrap_iters: how often lm-eval draws anew for standard errors; 0: none.
     """
 
@@ -108,7 +110,8 @@ class EvaluationConfig:
 
     Attributes:
         evals: any of "perplexity", "harness", "needle", "recall" and "speed".
-        batch_size: sequences per forward pass, in all but "harness" and "speed". Changes no result.
+        batch_size: sequences per forward pass, in all but "harness" and "speed". Changes no result, but where a
+            cache rounds padding and text together.
     """
 
     evals: list[str] = field(default_factory=list)
@@ -118,37 +121,3 @@ class EvaluationConfig:
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     recall: RecallConfig = field(default_factory=RecallConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-
-
-@dataclass
-class EvaluateConfig(EvaluationConfig):
-    """Everything that `python -m lckv.evaluate` needs.
-
-    Attributes:
-        model: a run folder of `lckv.train`, a folder with a model and its tokenizer, a GGUF file, or a name on the
-            Hub; the models are ours, or Llamas and their like.
-        revision: only for the Hub: branch, tag or commit.
-        data: the text; its validation split is what is evaluated, and what needles are hidden in.
-        cache: what keys and values go through; `cache=none`: each forward pass has its own.
-        out: the folder for `results.json`, where results of other evaluations stay; None: `evaluation/` in a run
-            folder, or one in `runs/evaluation/`.
-        attn_implementation: as in `model.attn_implementation` of `lckv.train`; None: as the model was saved.
-        device: such as "cpu", "cuda" or "cuda:1"; "auto": an accelerator, if there is one.
-        dtype: "float32", "bfloat16" or "float16"; "auto": as the model was saved.
-        num_threads: torch's threads on a CPU; None: torch's own choice.
-        seed: of whatever is drawn.
-        json: whether to print one JSON object instead of the tables.
-    """
-
-    evals: list[str] = field(default_factory=lambda: ["perplexity"])
-    model: str | None = literal()
-    revision: str | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    cache: CacheConfig = field(default_factory=lambda: CacheConfig(name="none"))
-    out: str | None = literal()
-    attn_implementation: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    num_threads: int | None = None
-    seed: int = 0
-    json: bool = False

@@ -14,7 +14,7 @@ class CacheConfig:
     """How keys and values are kept while text is generated; None leaves an option at the cache's own default.
 
     Attributes:
-        name: "dynamic", "static", "sink", "paged" or "quantized".
+        name: "dynamic", "static", "sink", "paged" or "quantized"; for evaluations also "none".
         max_length: cache "static": for how many tokens to make room, the prompt's among them; None: just enough.
         num_sinks: cache "sink": how many of the first tokens are kept for good.
         window: cache "sink": how many of the last tokens are kept beside them.

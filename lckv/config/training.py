@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lckv.config.evaluation import EvaluationConfig
+
 
 @dataclass
 class ModelConfig:
@@ -149,6 +151,8 @@ class TrainerConfig:
         logging_steps: write the training metrics every so many steps.
         sample_steps: let the model continue `sample_prompt` every so many steps and at the end; None: only at the end.
         sample_tokens: how many tokens it adds.
+        evaluation_steps: run the evaluations that `evaluation.evals` names every so many steps and at the end; None:
+            only at the end.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         torch_compile: compile the decoder layers; needs a C++ compiler, on a GPU Triton.
         torch_compile_backend: torch.compile's backend; only "inductor" generates code.
@@ -174,6 +178,7 @@ class TrainerConfig:
     sample_steps: int | None = 200
     sample_prompt: str = "In the beginning"
     sample_tokens: int = 40
+    evaluation_steps: int | None = None
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
@@ -285,8 +290,12 @@ class TrainConfig:
     """Everything that `python -m lckv.train` needs.
 
     Attributes:
+        evaluation: what is evaluated beside the validation loss, on the same text; see `lckv.evaluate`.
         run_name: name of the run folder; None makes one from model, sharing and seed.
         run_dir: the run folder; None puts it under `runs/`, and the jobs of a sweep under `runs/sweep/`.
+        iso: what sharing must not change against Llama of the same sizes: "params" widens the MLP until the parameters
+            are as many, "kv" takes more heads of keys and values, until as many bytes are written per token.
+        iso_multiple: with "params", the MLP's width is a multiple of this.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -298,9 +307,12 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     run_name: str | None = None
     run_dir: str | None = None
+    iso: str | None = None
+    iso_multiple: int = 8
 
 
 @dataclass

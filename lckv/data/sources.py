@@ -83,6 +83,12 @@ class TextSource:
         """Yields the training documents."""
         return (document for document, is_validation in self._read_first() if not is_validation)
 
+    def validation_documents(self) -> Iterator[Document]:
+        """Yields the validation documents; where they have a split of their own, no training text is read."""
+        if self.read_validation is not None:
+            return self._clean(self.read_validation())
+        return (document for document, is_validation in self._read_first() if is_validation)
+
     def documents(self) -> Iterator[tuple[Document, bool]]:
         """Yields every document, in a fixed order, and whether it is for validation."""
         yield from self._read_first()

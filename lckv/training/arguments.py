@@ -190,7 +190,7 @@ def _fields() -> set[str]:
 def _check_numbers(cfg: TrainerConfig) -> None:
     for name, minimum in (("max_steps", 1), ("logging_steps", 1), ("sample_tokens", 0), ("dataloader_num_workers", 0)):
         check_whole_number(f"trainer.{name}", getattr(cfg, name), minimum)
-    for name in ("eval_steps", "save_steps", "save_total_limit", "sample_steps"):
+    for name in ("eval_steps", "save_steps", "save_total_limit", "sample_steps", "evaluation_steps"):
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise UserError(f"trainer.{name}={value}: allowed is a whole number, 1 or more, or null")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,17 +31,17 @@ class RhythmCallback(TrainerCallback):
     run that goes on from one logs the same values again. At the end, everything happens.
 
     Args:
-        sample_steps: log every so many steps, because a sample is taken there; None: at the end.
+        periods: log every so many steps, because there a sample is taken, say; None: at the end.
     """
 
-    def __init__(self, sample_steps: int | None) -> None:
-        self.sample_steps = sample_steps
+    def __init__(self, *periods: int | None) -> None:
+        self.periods = periods
 
     def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Turns on what is due."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
-        if control.should_save or control.should_evaluate or is_due(state, self.sample_steps):
+        if control.should_save or control.should_evaluate or any(is_due(state, period) for period in self.periods):
             control.should_log = True
 
 
@@ -286,6 +287,17 @@ class ProgressCallback(TrainerCallback):
         self.console.print(
             f"step {state.global_step}/{state.max_steps}  {text}", markup=False, highlight=False, soft_wrap=True
         )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes the bar away while others are shown."""
+        was_started = self._progress.live.is_started
+        self._progress.stop()
+        try:
+            yield
+        finally:
+            if was_started:
+                self._progress.start()
 
     def close(self) -> None:
         """Takes the bar away."""

@@ -56,6 +56,34 @@ def costs_of(model: PreTrainedModel, context_length: int) -> Costs:
     return count_costs(sharing_plan_of(model), ModelSizes.from_config(config), context_length, iteration=iteration)
 
 
+def cost_figures(model: PreTrainedModel, context_length: int, llama_sizes: ModelSizes | None = None) -> dict[str, Any]:
+    """What stands beside the quality of a model in `results.json`: KV bytes, a Llama's beside them, and FLOPs."""
+    costs, plan = costs_of(model, context_length), sharing_plan_of(model)
+    llama = count_kv_bytes(llama_plan(plan), llama_sizes or ModelSizes.from_config(model.config), context_length)
+    return {
+        "kv_bytes_context_length": context_length,
+        "kv_bytes": asdict(costs.kv_bytes),
+        "kv_bytes_llama": asdict(llama),
+        "train_flops_per_token": costs.flops_per_token.train,
+    }
+
+
+def median_speed(lines: Sequence[dict[str, Any]]) -> float | None:
+    """Tokens per second of training, from the lines of `metrics.jsonl`; `None` if nothing was trained."""
+    speeds = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
+    return speeds[len(speeds) // 2] if speeds else None
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with."""
+    return {
+        "lckv": lckv.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def build_results(
     model: PreTrainedModel,
     data: TokenizedData,
@@ -64,6 +92,7 @@ def build_results(
     run_name: str,
     num_processes: int,
     sample_prompt: str,
+    llama_sizes: ModelSizes | None = None,
 ) -> dict[str, Any]:
     """Gathers the results of a run from the last lines of its metrics.
 
@@ -74,15 +103,14 @@ def build_results(
         run_name: name of the run.
         num_processes: how many processes trained together.
         sample_prompt: what the samples start with.
+        llama_sizes: of the Llama that KV bytes are compared with; None: the model's own.
     """
     train = [line for line in lines if "loss" in line]
     evaluation = [line for line in lines if "eval_loss" in line][-1]
-    costs = costs_of(model, data.train.block_size)
-    plan, sizes = sharing_plan_of(model), ModelSizes.from_config(model.config)
     samples = [line["sample"] for line in train if "sample" in line]
     results = {
         "run_name": run_name,
-        "layer_types": plan.layer_types,
+        "layer_types": sharing_plan_of(model).layer_types,
         "num_parameters": model.num_parameters(),
         "num_trained_parameters": model.num_parameters(only_trainable=True),
         "steps": evaluation["step"],
@@ -93,23 +121,15 @@ def build_results(
         "eval_bits_per_byte": evaluation.get("eval_bits_per_byte"),
         "unigram_loss": data.unigram_loss,
         "unigram_perplexity": data.unigram_perplexity,
-        "kv_bytes_context_length": data.train.block_size,
-        "kv_bytes": asdict(costs.kv_bytes),
-        "kv_bytes_llama": asdict(count_kv_bytes(llama_plan(plan), sizes, data.train.block_size)),
-        "train_flops_per_token": costs.flops_per_token.train,
+        **cost_figures(model, data.train.block_size, llama_sizes),
         "seconds": train[-1]["seconds"],
-        "tokens_per_second": sorted(line["tokens_per_second"] for line in train)[len(train) // 2],
+        "tokens_per_second": median_speed(train),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in train),
         "sample_prompt": sample_prompt,
         "sample": samples[-1] if samples else None,
         "data_fingerprint": data.fingerprint,
         "num_processes": num_processes,
-        "versions": {
-            "lckv": lckv.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     for name in ("mfu", "kv_residual", "loss_logits", "loss_attention", "loss_labels"):
         if name in train[-1]:

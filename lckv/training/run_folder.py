@@ -4,6 +4,7 @@ config.yaml        every setting, resolved
 data.json          a short name for the text, its split and its tokens
 metrics.jsonl      one line per logging step and per evaluation
 results.json       written last: a run folder that has it is finished
+failure.json       why the run failed when it last did; gone as soon as it goes on
 loss.png           training and validation loss
 checkpoints/       what an interrupted run goes on from
 model/             the trained model and its tokenizer, for `from_pretrained`
@@ -17,11 +18,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lckv.config import TrainConfig
 from lckv.errors import UserError
 from lckv.training.checkpoints import CheckpointFolder
 
@@ -38,11 +41,13 @@ class RunFolder:
         self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
         self.results = self.path / "results.json"
+        self.failure = self.path / "failure.json"
         self.loss_plot = self.path / "loss.png"
         self.model = self.path / "model"
         self.tensorboard = self.path / "tensorboard"
         self.init = self.path / "init"
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", save_total_limit)
+        self.is_claimed = False
 
     def claim(self, config: Mapping[str, Any], *, resume: bool = True) -> None:
         """Makes the folder this run's own, or checks that it already is. Of many processes, the first does this.
@@ -68,6 +73,8 @@ class RunFolder:
         if not holds_a_run:
             shutil.rmtree(self.init, ignore_errors=True)  # perhaps of other settings
             write_atomically(self.config, _to_yaml(config))
+        self.failure.unlink(missing_ok=True)
+        self.is_claimed = True
 
     def claim_data(self, fingerprint: str) -> None:
         """Notes what the run is trained on, or checks that it is what the folder's run was trained on.
@@ -89,6 +96,20 @@ class RunFolder:
         if not self.results.is_file():
             return None
         return json.loads(self.results.read_text())
+
+    def is_open_to(self, config: Mapping[str, Any]) -> bool:
+        """Whether a run of this config may begin here, or go on."""
+        if self.results.is_file():
+            return False
+        return self.is_claimed or not self.holds_a_run() or self.holds(config)
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        """Whether the run in this folder is one of this config."""
+        try:
+            self._check_same_config(config)
+        except UserError:
+            return False
+        return True
 
     def run_id(self) -> str:
         """A name for trackers that is the same whenever this run goes on."""
@@ -124,7 +145,9 @@ class RunFolder:
                 f"({type(error).__name__}); give another run_dir=..."
             ) from error
         # Written and read like the stored one, so that a tuple is equal to its list.
-        before, now = dict(flatten(stored or {})), dict(flatten(yaml.safe_load(_to_yaml(config))))
+        now = dict(flatten(yaml.safe_load(_to_yaml(config))))
+        # A key that there was not yet when the config was stored has what is its default now.
+        before = {key: value for key, value in _defaults().items() if key in now} | dict(flatten(stored or {}))
         different = [
             f"{key}={now.get(key)} (there: {before.get(key)})"
             for key in sorted(before.keys() | now.keys())
@@ -147,6 +170,10 @@ class RunFolder:
             raise UserError(
                 f"run_dir={self.path}: cannot be written to ({error.strerror}); give another run_dir=..."
             ) from error
+
+
+def _defaults() -> dict[str, Any]:
+    return dict(flatten(yaml.safe_load(_to_yaml(asdict(TrainConfig())))))
 
 
 def _to_yaml(config: Mapping[str, Any]) -> str:

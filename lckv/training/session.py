@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,15 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
 from lckv.config import TrainConfig
+from lckv.costs import ModelSizes
 from lckv.data import TokenizedData, collate
 from lckv.errors import UserError
+from lckv.model_arguments import model_arguments
 from lckv.training import callbacks as ours
 from lckv.training.checkpoints import step_of
 from lckv.training.compilation import compile_layers
 from lckv.training.distillation import DistillationTrainer
+from lckv.training.evaluations import Evaluate, EvaluationsCallback, check_not_sharded
 from lckv.training.liger import use_liger_kernels
 from lckv.training.loggers import build_loggers
 from lckv.training.optim import build_optimizer
@@ -56,6 +59,7 @@ class Session:
         folder: the run folder, claimed.
         console: where to show progress.
         teacher: a model to learn from, as `cfg.teacher` says.
+        evaluate: runs the evaluations of the model that `cfg.evaluation` names, if it names any.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Session:
         folder: RunFolder,
         console: Console,
         teacher: PreTrainedModel | None = None,
+        evaluate: Evaluate | None = None,
     ) -> None:
         self.cfg = cfg
         self.model = model
@@ -93,13 +98,16 @@ class Session:
             eval_num_bytes=data.validation_num_bytes,
             build_optimizer=partial(build_optimizer, cfg=cfg.optim),
             checkpoints=folder.checkpoints,
-            sample_steps=cfg.trainer.sample_steps,
+            periods=(cfg.trainer.sample_steps, cfg.trainer.evaluation_steps),
             data_collator=collate,
             tokenizer=tokenizer,
         )
         if args.fsdp and not self.trainer.is_fsdp_enabled:
             raise UserError("trainer.hf.fsdp: accelerate shards on accelerators only, in two or more processes")
-        check_passes(model, is_sharded=self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
+        is_sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
+        check_passes(model, is_sharded=is_sharded)
+        check_not_sharded(cfg, is_sharded=is_sharded)
+        self.evaluations = self._evaluations_callback(evaluate)
         self.trainer.on_eval_batch = self.progress.on_eval_batch
         self.trainer.remove_callback(PrinterCallback)
         for callback in self._callbacks():
@@ -111,6 +119,12 @@ class Session:
         check_teacher_fits(teacher, self.model, self.cfg.teacher, self.data.train.block_size)
         return partial(DistillationTrainer, teacher=teacher, distillation=self.cfg.teacher)
 
+    def _evaluations_callback(self, evaluate: Evaluate | None) -> EvaluationsCallback | None:
+        if evaluate is None:
+            return None
+        every, wait = self.cfg.trainer.evaluation_steps, self.trainer.accelerator.wait_for_everyone
+        return EvaluationsCallback(evaluate, every, wait, self.progress.paused)
+
     def _callbacks(self) -> list[Any]:
         cfg, trainer, data = self.cfg.trainer, self.trainer, self.data
         seconds = [line["seconds"] for line in self.folder.read_metrics() if "seconds" in line]
@@ -120,8 +134,11 @@ class Session:
             prompt=cfg.sample_prompt,
             num_tokens=cfg.sample_tokens,
         )
+        # What takes long comes before the callback that starts the clock again.
         measuring = [
-            ours.RhythmCallback(cfg.sample_steps),
+            ours.RhythmCallback(cfg.sample_steps, cfg.evaluation_steps),
+            *([] if self.evaluations is None else [self.evaluations]),
+            ours.SampleCallback(sample, cfg.sample_steps, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
             ours.ThroughputCallback(
                 tokens_per_step=trainer.global_batch_size * data.train.block_size,
                 num_blocks=len(data.train),
@@ -132,7 +149,6 @@ class Session:
             ),
             ours.PerplexityCallback(data.validation_num_bytes / max(1, data.num_predicted_tokens)),
             ours.MemoryCallback(),
-            ours.SampleCallback(sample, cfg.sample_steps, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
         ]
         writing = [ours.MetricsFileCallback(self.folder), self.progress]
         if trainer.is_world_process_zero():
@@ -166,6 +182,13 @@ class Session:
         if self.trainer.is_world_process_zero():
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def _llama_sizes(self) -> ModelSizes | None:
+        """What `iso` keeps something equal to."""
+        if self.cfg.iso is None:
+            return None
+        cfg = replace(self.cfg, iso=None)
+        return ModelSizes.from_config(model_arguments(cfg, self.model.config.vocab_size))
+
     def _write_results(self) -> dict[str, Any]:
         lines = self.folder.read_metrics()
         results = build_results(
@@ -175,7 +198,12 @@ class Session:
             run_name=self.cfg.run_name or self.folder.path.name,
             num_processes=self.trainer.args.world_size,
             sample_prompt=self.cfg.trainer.sample_prompt,
+            llama_sizes=self._llama_sizes(),
         )
+        if self.evaluations is not None:
+            # A run that goes on from its last step has evaluated in an earlier session.
+            figures = self.evaluations.figures or self.evaluations.run()
+            results["evaluations"] = dict(figures)
         title = f"{results['run_name']}   {results['layer_types']}"
         plot_loss(lines, self.folder.loss_plot, title=title, unigram_loss=results["unigram_loss"])
         write_atomically(self.folder.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ class LCKVTrainer(Trainer):
         tokenizer: saved with the model.
         build_optimizer: makes the optimizer for a model.
         checkpoints: where checkpoints go.
-        sample_steps: how often a sample is logged, beside what `args` says about logging.
+        periods: log every so many steps, beside what `args` says about logging.
         **kwargs: further arguments of `Trainer`.
     """
 
@@ -51,7 +51,7 @@ class LCKVTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         build_optimizer: Callable[[nn.Module], Optimizer],
         checkpoints: CheckpointFolder,
-        sample_steps: int | None = None,
+        periods: Sequence[int | None] = (),
         **kwargs: Any,
     ) -> None:
         self.order = TrainingOrder(
@@ -66,7 +66,7 @@ class LCKVTrainer(Trainer):
         self._run_dir = checkpoints.path.parent
         self._build_optimizer = build_optimizer
         self._checkpoints = checkpoints
-        self._sample_steps = sample_steps
+        self._periods = periods
         self._residuals: list[Tensor] = []
         self._window: list[tuple[dict[str, Any], Tensor]] = []  # micro batches of this step and their losses
         super().__init__(
@@ -133,7 +133,7 @@ class LCKVTrainer(Trainer):
 
     def _is_logging_step(self) -> bool:
         step, state = self.state.global_step + 1, self.state
-        every = (state.logging_steps, state.save_steps, state.eval_steps, self._sample_steps)
+        every = (state.logging_steps, state.save_steps, state.eval_steps, *self._periods)
         return step >= state.max_steps or any(steps and step % steps == 0 for steps in every)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,12 +1,15 @@
 """Entry points: what the user gets to see, with a main function that only looks at its configuration."""
 
 import errno
+import importlib.util
 import subprocess
 import sys
 
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
 
-from lckv import cli
+from lckv import cli, hydra_store
 from lckv.config import PlanConfig, TrainConfig
 from lckv.errors import UserError
 
@@ -187,6 +190,8 @@ def test_what_main_raises(start):
     assert start(main=raising(KeyboardInterrupt()))[0] == 130
     with pytest.raises(ZeroDivisionError):
         start(main=raising(ZeroDivisionError()))
+    with pytest.raises(RuntimeError, match="a bug"):
+        start(main=raising(RuntimeError("a bug")))
     with pytest.raises(FileNotFoundError):
         start(main=raising(FileNotFoundError(errno.ENOENT, "No such file", "bug")))
 
@@ -215,6 +220,79 @@ def test_one_mistake_in_a_sweep_stops_no_other_job(start):
     assert "lckv.train: error: seed=1: seed=1: unlucky\n" in err
 
 
+def test_one_bug_in_a_sweep_stops_no_other_job(start):
+    done = []
+
+    def main(cfg):
+        if cfg.seed == 1:
+            raise ZeroDivisionError("seed is\nunlucky")
+        done.append(cfg.seed)
+
+    code, _, err = start("-m", "seed=0,1,2", main=main)
+    assert (code, done) == (2, [0, 2])
+    assert "lckv.train: error: seed=1: ZeroDivisionError: seed is unlucky\n" in err
+    assert 'raise ZeroDivisionError("seed is\\nunlucky")' in err  # the traceback
+    code, _, err = start("-m", "hydra.sweeper.max_batch_size=1", "seed=1,2", main=main)
+    assert (code, done) == (2, [0, 2, 2])
+
+
+def test_ctrl_c_stops_the_whole_sweep(start):
+    seen = []
+
+    def main(cfg):
+        seen.append(cfg.seed)
+        raise KeyboardInterrupt
+
+    assert start("-m", "seed=0,1", main=main)[0] == 130
+    assert seen == [0]
+
+
+def test_a_sweeper_gets_what_main_returns_and_goes_on_after_failures(start, tmp_path):
+    tried = []
+
+    def main(cfg):
+        tried.append(cfg.optim.learning_rate)
+        if len(tried) == 2:
+            raise UserError("optim.learning_rate: unlucky")
+        return abs(cfg.optim.learning_rate - 1e-3)
+
+    search = ["-m", "hydra/sweeper=optuna_loss", "hydra.sweeper.n_trials=4", "run_dir=search"]
+    rates = "optim.learning_rate=tag(log,interval(1e-4,1e-2))"
+    code, _, err = start(*search, rates, main=main)
+    assert (code, len(set(tried))) == (2, 4)
+    assert "optim.learning_rate: unlucky" in err and "Traceback" not in err
+    best = yaml.safe_load((tmp_path / "search" / "optimization_results.yaml").read_text())
+    nearest = min((rate for rate in tried if rate != tried[1]), key=lambda rate: abs(rate - 1e-3))
+    assert best["best_params"] == {"optim.learning_rate": nearest}
+    again = list(tried)
+    start(*search, rates, main=main)
+    assert tried[4] == again[0]  # the same command proposes the same
+
+
+@pytest.mark.parametrize(
+    ("choice", "target"),
+    [
+        ("launcher=local", "JoblibLauncher"),
+        ("launcher=slurm", "SlurmLauncher"),
+        ("launcher=slurm_trial", "LocalLauncher"),
+        ("sweeper=optuna_loss", "OptunaSweeper"),
+    ],
+)
+def test_ready_launchers_and_sweepers_compose(choice, target):
+    hydra_store.register_schemas()
+    with initialize_config_dir(str(hydra_store.config_dir()), version_base="1.3"):
+        cfg = compose("train", [f"hydra/{choice}"], return_hydra_config=True)
+    assert cfg.hydra[choice.partition("=")[0]]._target_.endswith(f".{target}")
+
+
+def test_a_launcher_that_is_not_installed_names_the_extra(start):
+    if importlib.util.find_spec("ray") is not None:
+        pytest.skip("Ray is installed")
+    code, seen, err = start("-m", "hydra/launcher=ray_cluster", "seed=0,1")
+    assert (code, seen) == (2, [])
+    assert err == "lckv.train: error: hydra/launcher=ray: is not installed; pip install 'lckv[ray]'\n"
+
+
 def test_free_dictionaries_take_new_entries(start):
     for given in ("trainer.hf.seed=1", "+trainer.hf.seed=1", "trainer.hf={seed:1}"):
         assert start(given)[1][0].trainer.hf == {"seed": 1}
@@ -235,7 +313,7 @@ def test_a_prompt_is_no_sweep_and_a_model_no_group(start, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cache=pagd"], "cache=pagd: there is no such file; allowed are dynamic, paged,"),
+        (["cache=pagd"], "cache=pagd: there is no such file; allowed are dynamic, none, paged,"),
         (["cache=pagd"], "did you mean 'paged'?"),
         (["cache.windw=3"], "unknown key 'cache.windw'; did you mean 'cache.window'?"),
         (["promt=a"], "unknown key 'promt'; did you mean 'prompt'?"),

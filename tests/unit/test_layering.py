@@ -19,9 +19,9 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 
 # From the bottom: a module may import from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "registry", "byte_sizes"],
+    ["errors", "registry", "byte_sizes", "sweeps"],
     ["patterns"],
-    ["costs", "config", "hydra_store", "run_names", "overrides", "drawing"],
+    ["costs", "iso", "config", "hydra_store", "run_names", "overrides", "drawing"],
     ["model_arguments"],
     ["data", "models"],
     ["cache"],
@@ -29,8 +29,8 @@ LAYERS = [
     ["checkpoint"],
     ["generation"],
     ["conversion"],
-    ["benchmarking"],
-    ["cli", "plan", "train", "generate", "benchmark", "convert", "search"],
+    ["benchmarking", "reporting"],
+    ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report"],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
 STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "cache": {"data", "config"}, "training": {"models"}}
@@ -40,9 +40,13 @@ TORCH_FREE = [
     "lckv.registry",
     "lckv.patterns",
     "lckv.costs",
+    "lckv.iso",
     "lckv.config",
     "lckv.hydra_store",
     "lckv.model_arguments",
+    "lckv.report",
+    "lckv.reporting.writing",
+    "lckv.evaluation.checks",
 ]
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

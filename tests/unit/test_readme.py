@@ -79,11 +79,12 @@ def test_commands_compose(command: str) -> None:
 
 
 def sweep(overrides: list[str]) -> list[list[str]]:
-    """One list of overrides for each value of those that have several; the README's have no commas inside values."""
+    """One list of overrides for each value of those that have several; what has brackets is left to its sweeper."""
     jobs: list[list[str]] = [[]]
     for override in overrides:
         key, _, values = override.partition("=")
-        jobs = [[*job, f"{key}={value}"] for job in jobs for value in values.split(",")]
+        if "(" not in values:
+            jobs = [[*job, f"{key}={value}"] for job in jobs for value in values.split(",")]
     return jobs
 
 

@@ -48,6 +48,16 @@ def fails(message: str, **settings: Any) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_validation_documents_are_those_marked_and_a_split_of_their_own_needs_no_training_text(tmp_path: Path) -> None:
+    training, validation = (write_jsonl(tmp_path / name, TEXTS) for name in ("a.jsonl", "b.jsonl"))
+    for own_split in (None, str(validation)):
+        source = build_source(DataConfig(name="files", files=str(training), validation_files=own_split))
+        marked = [document for document, is_validation in source.documents() if is_validation]
+        assert list(source.validation_documents()) == marked != []
+    training.unlink()
+    assert list(source.validation_documents()) == marked
+
+
 # The Bible
 
 

@@ -199,3 +199,15 @@ def test_sample_never_outgrows_the_model(make_session):
     session.model.generate = recording
     sample_text(session.model, session.tokenizer, "in", 1000)
     assert lengths == [40]
+
+
+def test_progress_makes_room_for_other_bars():
+    progress = ProgressCallback(Console(file=io.StringIO(), force_terminal=True))
+    with progress.paused():  # before the training, there is none
+        pass
+    assert not progress._progress.live.is_started
+    progress.on_train_begin(ARGS, TrainerState(max_steps=9, is_world_process_zero=True), TrainerControl())
+    with progress.paused():
+        assert not progress._progress.live.is_started
+    assert progress._progress.live.is_started
+    progress.close()

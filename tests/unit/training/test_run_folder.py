@@ -99,3 +99,16 @@ def test_flatten_keeps_empty_mappings():
 
 def test_run_id_is_the_same_when_the_run_goes_on(folder: RunFolder, tmp_path: Path):
     assert folder.run_id() == RunFolder(folder.path).run_id() != RunFolder(tmp_path / "b").run_id()
+
+
+def test_run_from_before_there_was_a_key_has_its_default(folder: RunFolder):
+    folder.append_metrics({"step": 1})
+    folder.claim({**CONFIG, "iso": None, "iso_multiple": 8})
+    with pytest.raises(UserError, match=r"iso=params \(there: None\)"):
+        folder.claim({**CONFIG, "iso": "params", "iso_multiple": 8})
+
+
+def test_run_of_the_same_config_is_recognised(folder: RunFolder):
+    assert folder.holds(CONFIG)
+    assert not folder.holds({**CONFIG, "seed": 1})
+    assert not RunFolder(folder.path / "elsewhere").holds(CONFIG)

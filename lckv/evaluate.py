@@ -1,0 +1,195 @@
+"""`python -m lckv.evaluate`: what a model is worth, and what it costs; see `conf/evaluate.yaml`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lckv import cli
+from lckv.config import EvaluateConfig
+from lckv.errors import UserError, check_choice, check_whole_number
+from lckv.evaluation import MODULES
+from lckv.evaluation.checks import check_evaluation, window_sizes
+from lckv.generation.checks import check_cache
+from lckv.model_arguments import ATTENTIONS
+from lckv.run_names import file_name
+
+if TYPE_CHECKING:
+    from lckv.checkpoint import Checkpoint
+    from lckv.evaluation.evaluations import Subject
+    from lckv.evaluation.results import ResultsFile
+    from lckv.models import LCKVLlamaForCausalLM
+    from lckv.training.run_folder import RunFolder
+
+NO_CACHE = "none"
+"""The name in place of a cache's: each forward pass has its own keys and values."""
+
+# Read once, when torch is loaded: its profiler, which counts memory, would write lines of its own to stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def main(cfg: EvaluateConfig) -> None:
+    """Runs the evaluations, writes the figures of each as soon as there are any, and shows them.
+
+    Raises:
+        UserError: behind all others, for evaluations that could not be done.
+    """
+    _check_config(cfg)
+    assert cfg.model is not None  # checked
+
+    # Behind the checks: importing torch and transformers takes seconds.
+    import torch
+
+    from lckv.checkpoint import find_checkpoint
+    from lckv.evaluation.evaluations import Subject
+    from lckv.evaluation.running import run_evaluations
+    from lckv.generation.loading import load_model
+
+    if cfg.num_threads is not None:
+        torch.set_num_threads(cfg.num_threads)
+    checkpoint = find_checkpoint(cfg.model, revision=cfg.revision)
+    run = _find_run(checkpoint)
+    file = _results_file(cfg, checkpoint, run)
+    model, tokenizer = load_model(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device)
+    _set_attention(model, cfg.attn_implementation)
+    subject = Subject(
+        model,
+        tokenizer,
+        cfg.data,
+        _cache_maker(cfg, model),
+        cfg.seed,
+        trained_length=None if run is None else _block_size(run),
+        folder=file.path.parent,
+    )
+    file.common.update(_common(cfg, subject, run))
+    results, failures = file.touch(), []
+    for name, outcome in run_evaluations(subject, cfg, _settings(cfg, model)):
+        if isinstance(outcome, UserError):
+            failures.append(f"{name}: {outcome}")
+        else:
+            results = file.add(name, outcome)
+    _show(results, file, as_json=cfg.json)
+    if failures:
+        raise UserError("; ".join(failures))
+
+
+def _check_config(cfg: EvaluateConfig) -> None:
+    """Finds mistakes that need no model."""
+    if cfg.model is None:
+        raise UserError("model: give one: model=FOLDER (a run folder or a checkpoint), or a name on the Hub")
+    if not cfg.evals:
+        raise UserError(f"evals=[]: allowed are one or more of {', '.join(MODULES)}")
+    check_evaluation(cfg)
+    if cfg.num_threads is not None:
+        check_whole_number("num_threads", cfg.num_threads)
+    if cfg.attn_implementation is not None:
+        check_choice("attn_implementation", cfg.attn_implementation, ATTENTIONS)
+    if cfg.cache.name != NO_CACHE:
+        check_cache(cfg.cache)
+    for name, value in cfg.cache.options().items() if cfg.cache.name == NO_CACHE else ():
+        raise UserError(f"cache.{name}={value}: has no effect with cache={NO_CACHE}; choose a cache, or leave it out")
+
+
+def _find_run(checkpoint: Checkpoint) -> RunFolder | None:
+    """The training run that the model is of, if it was given as a run folder or as the model in it."""
+    from lckv.training.run_folder import RunFolder
+
+    given = Path(checkpoint.given).expanduser()
+    folders = (given, given.parent) if given.name == "model" else (given,)
+    runs = [RunFolder(folder) for folder in folders] if checkpoint.is_local else []
+    return next((run for run in runs if run.config.is_file() and run.metrics.is_file()), None)
+
+
+def _block_size(run: RunFolder) -> int | None:
+    """Tokens of the sequences that the run was trained on."""
+    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    return config["data"]["block_size"]
+
+
+def _results_file(cfg: EvaluateConfig, checkpoint: Checkpoint, run: RunFolder | None) -> ResultsFile:
+    """Where the results go, checked to be this model's."""
+    from lckv.evaluation.results import ResultsFile
+
+    if cfg.out is not None:
+        folder = Path(cfg.out).expanduser()
+    elif run is not None:
+        folder = run.path / "evaluation"
+    else:
+        given = Path(checkpoint.given).expanduser().resolve().name if checkpoint.is_local else checkpoint.given
+        folder = Path("runs") / "evaluation" / file_name(given)
+    identity = {"name": checkpoint.given, "revision": checkpoint.revision, "fingerprint": checkpoint.fingerprint()}
+    file = ResultsFile(folder / "results.json", identity)
+    file.check()
+    return file
+
+
+def _set_attention(model: LCKVLlamaForCausalLM, attn_implementation: str | None) -> None:
+    if attn_implementation is None:
+        return
+    try:
+        model.set_attn_implementation(attn_implementation)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"attn_implementation={attn_implementation!r}: {error}") from error
+
+
+def _cache_maker(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> Callable[[], Any] | None:
+    """Makes empty caches, once one has been made, which shows whether the model allows it."""
+    if cfg.cache.name == NO_CACHE:
+        return None
+    from lckv.cache import build_cache
+
+    new_cache = partial(build_cache, cfg.cache.name, model.config, **cfg.cache.options())
+    new_cache()
+    return new_cache
+
+
+def _settings(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> dict[str, Any]:
+    """What the figures depend on beside each evaluation's own settings."""
+    return {
+        "cache": {"name": cfg.cache.name, **cfg.cache.options()},
+        "attn_implementation": model.config._attn_implementation,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dict[str, Any]:
+    """What `results.json` holds beside the evaluations."""
+    from lckv.training.report import cost_figures, median_speed, sharing_plan_of, versions
+
+    limit = subject.model.config.max_position_embeddings
+    context_length, _ = window_sizes(cfg.perplexity, limit, subject.trained_length, "perplexity.")
+    speed = None if run is None else median_speed(run.read_metrics())
+    return {
+        "layer_types": sharing_plan_of(subject.model).layer_types,
+        "costs": {
+            **cost_figures(subject.model, context_length),
+            "num_parameters": subject.model.num_parameters(),
+            "train_tokens_per_second": speed,
+        },
+        "settings": asdict(cfg),
+        "versions": versions(),
+    }
+
+
+def _show(results: dict[str, Any], file: ResultsFile, *, as_json: bool) -> None:
+    from lckv.benchmarking.report import new_console
+    from lckv.evaluation.report import show_results
+
+    console = new_console()
+    if as_json:
+        console.print_json(json.dumps(results))
+    else:
+        show_results(results, console)
+        console.print(f"written: {file.path}", markup=False)
+
+
+if __name__ == "__main__":
+    cli.run(main, "evaluate")

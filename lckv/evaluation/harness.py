@@ -1,0 +1,182 @@
+"""LM-Harness: tasks of lm-eval, with our model handed in, through any cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from lckv.config import EvaluationConfig, HarnessConfig
+from lckv.errors import UserError, check_whole_number
+from lckv.evaluation.evaluations import EVALUATIONS, Subject
+from lckv.evaluation.harness_model import make_language_model
+from lckv.evaluation.harness_tasks import LoadedTasks, load_tasks
+from lckv.evaluation.perplexity import in_eval_mode
+
+logger = logging.getLogger(__name__)
+
+
+@EVALUATIONS.register("harness")
+def harness(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
+    """Runs tasks of lm-eval.
+
+    Returns:
+        `tasks` and `groups`: for each, its metrics and their standard errors (`acc`, `acc_stderr`); those behind a
+        filter carry its name, as in `exact_match,strict-match`. `errors`: why a task could not be loaded.
+        `num_fewshot` and `num_samples` of each task, `limit` and `lm_eval_version`.
+
+    Raises:
+        UserError: if lm-eval is not installed, for settings out of range, unknown tasks, and if no task can be loaded.
+    """
+    options, prefix = cfg.harness, f"{subject.key_prefix}harness."
+    _check_options(options, subject, prefix)
+    with _undisturbed(subject.model):
+        check_installed()
+        loaded = load_tasks(options, model_length(subject, options), prefix)
+        results = _evaluate(subject, options, loaded)
+    _warn_of_fixed_examples(results["n-shot"], loaded, options, prefix)
+    return _summary(results, loaded, options)
+
+
+def check_installed() -> None:
+    """Raises a UserError that says what to install, unless lm-eval is there."""
+    try:
+        import lm_eval.evaluator  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"harness: needs lm-eval ({error}); pip install lckv[eval]") from error
+
+
+def model_length(subject: Subject, options: HarnessConfig) -> int:
+    """Tokens that the model sees at once."""
+    return options.max_length or subject.model.config.max_position_embeddings
+
+
+def _check_options(options: HarnessConfig, subject: Subject, prefix: str) -> None:
+    """Refuses what lm-eval would ignore, or fail on after the model has run."""
+    batch_size, limit = options.batch_size, options.limit
+    if batch_size != "auto":
+        if isinstance(batch_size, str):
+            raise UserError(f"{prefix}batch_size={batch_size!r}: allowed is a whole number, 1 or more, or 'auto'")
+        check_whole_number(f"{prefix}batch_size", batch_size)
+    if options.num_fewshot is not None:
+        check_whole_number(f"{prefix}num_fewshot", options.num_fewshot, 0)
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        raise UserError(f"{prefix}limit={limit!r}: allowed is a whole number, 1 or more, or a part between 0 and 1")
+    if options.max_length is not None:
+        check_whole_number(f"{prefix}max_length", options.max_length)
+    check_whole_number(f"{prefix}bootstrap_iters", options.bootstrap_iters, 0)
+    if options.apply_chat_template and subject.tokenizer.chat_template is None:
+        raise UserError(f"{prefix}apply_chat_template=True: the tokenizer has no chat template; allowed is False")
+    _check_output(options, prefix)
+
+
+def _check_output(options: HarnessConfig, prefix: str) -> None:
+    """lm-eval writes when all is done, and only logs it if it cannot."""
+    if options.output_path is None:
+        if options.log_samples:
+            raise UserError(f"{prefix}log_samples=True: needs {prefix}output_path, the folder to write them to")
+        return
+    path = Path(options.output_path)
+    folder = path.parent if path.suffix == ".json" else path  # a file's name gets the date behind it
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{prefix}output_path={options.output_path!r}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{prefix}output_path={options.output_path!r}: cannot be written to")
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Keeps to itself what lm-eval does to the process: it seeds, prints, logs and sets environment variables."""
+    lm_eval_logger = logging.getLogger("lm_eval")
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    environment, level = dict(os.environ), lm_eval_logger.level
+    lm_eval_logger.setLevel(logging.ERROR)
+    try:
+        with in_eval_mode(model), redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        lm_eval_logger.setLevel(level)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+def _evaluate(subject: Subject, options: HarnessConfig, loaded: LoadedTasks) -> dict[str, Any]:
+    """Lets lm-eval do it, and writes its files."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+
+    tracker = EvaluationTracker(output_path=options.output_path)
+    results = simple_evaluate(
+        model=make_language_model(subject, options),
+        model_args={"pretrained": subject.model.name_or_path or subject.model.config.model_type},
+        tasks=loaded.specs,
+        task_manager=loaded.manager,
+        num_fewshot=options.num_fewshot,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        bootstrap_iters=options.bootstrap_iters,
+        log_samples=options.log_samples,
+        apply_chat_template=options.apply_chat_template,
+        evaluation_tracker=tracker,
+        random_seed=subject.seed,
+        numpy_random_seed=subject.seed,
+        torch_random_seed=subject.seed,
+        fewshot_random_seed=subject.seed,
+    )
+    if options.output_path is not None:
+        _write(tracker, results)
+    return results
+
+
+def _write(tracker: Any, results: dict[str, Any]) -> None:
+    samples = results.pop("samples", {})
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for name, rows in samples.items():
+        tracker.save_results_samples(task_name=name, samples=rows)
+
+
+def _warn_of_fixed_examples(
+    num_fewshot: dict[str, int], loaded: LoadedTasks, options: HarnessConfig, prefix: str
+) -> None:
+    """Some tasks are made for no examples, and lm-eval leaves them so."""
+    if options.num_fewshot is not None:
+        fixed = [name for name in loaded.names if num_fewshot[name] != options.num_fewshot]
+        if fixed:
+            logger.warning("%snum_fewshot=%d: not so for %s", prefix, options.num_fewshot, ", ".join(fixed))
+
+
+def _summary(results: dict[str, Any], loaded: LoadedTasks, options: HarnessConfig) -> dict[str, Any]:
+    from lm_eval import __version__
+    from lm_eval.utils import handle_non_serializable
+
+    summary = {
+        "tasks": {name: _figures(results["results"][name]) for name in loaded.names},
+        "groups": {name: _figures(figures) for name, figures in results.get("groups", {}).items()},
+        "errors": loaded.errors,
+        "num_fewshot": {name: results["n-shot"][name] for name in loaded.names},
+        "num_samples": {name: results["n-samples"][name]["effective"] for name in loaded.names},
+        "limit": options.limit,
+        "lm_eval_version": __version__,
+    }
+    return json.loads(json.dumps(summary, default=handle_non_serializable))
+
+
+def _figures(figures: dict[str, Any]) -> dict[str, Any]:
+    """Metrics under their names; what lm-eval calls `acc,none` has gone through no filter."""
+    return {
+        key.removesuffix(",none"): None if value == "N/A" else value for key, value in figures.items() if "," in key
+    }

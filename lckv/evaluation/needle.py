@@ -1,0 +1,159 @@
+"""Needle in a haystack: whether a model finds a sentence again, by the length of the text and the sentence's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+
+from lckv.config import EvaluationConfig, NeedleConfig
+from lckv.data.progress import track
+from lckv.errors import UserError
+from lckv.evaluation.checks import check_needle
+from lckv.evaluation.evaluations import EVALUATIONS, Subject
+from lckv.evaluation.haystack import NUM_CANDIDATES, Haystack, NeedlePrompt
+from lckv.evaluation.heatmap import draw_needle
+from lckv.evaluation.perplexity import in_eval_mode
+from lckv.evaluation.scoring import last_log_probabilities
+from lckv.evaluation.sliding import validation_documents
+
+
+class Scores(NamedTuple):
+    """How prompts of one length and depth are answered, as means over them.
+
+    Attributes:
+        accuracy: how often greedy decoding says the word.
+        choice_accuracy: how often the word is the likeliest of the candidates.
+        log_probability: of the word, in nats.
+    """
+
+    accuracy: float
+    choice_accuracy: float
+    log_probability: float
+
+
+@EVALUATIONS.register("needle")
+def needle(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
+    """Hides a word in held-out text and asks for it at the end (Kamradt 2023, "Needle in a haystack").
+
+    The needle, "The secret word of the tower is WORD.", and the question, its beginning, are in the words of the
+    tokenizer; the candidates are words of the text that are not in the haystack. Text and words depend on the seed,
+    the length and the number of the sample, so they are the same at every depth, and for every model with the same
+    tokenizer.
+
+    Returns:
+        `accuracy`, `choice_accuracy` and `log_probability` (see [`Scores`]), one row per depth with a number for each
+        length, and their means as `mean_accuracy` and so on, beside `lengths`, `depths`, the `chance` of the choice,
+        `num_samples` and `seed`. Their picture is `needle.png` in the subject's folder.
+
+    Raises:
+        UserError: for settings out of range, and for text too short or too poor in words.
+    """
+    settings = cfg.needle
+    check_needle(settings, f"{subject.key_prefix}needle.")
+    texts = (document.text for document in validation_documents(subject.data))
+    haystack = Haystack(
+        subject.tokenizer, texts, max(settings.lengths or [subject.default_context_length]), subject.key_prefix
+    )
+    lengths = _lengths(settings, haystack, subject)
+    grid = [(depth, length) for depth in settings.depths for length in lengths]
+    with in_eval_mode(subject.model):
+        scores = [
+            _score_prompts(subject, _prompts(haystack, length, depth, settings, subject), cfg.batch_size)
+            for depth, length in track(grid, "needle in a haystack", len(grid))
+        ]
+    figures = _figures(scores, lengths, settings) | {"seed": subject.seed}
+    if subject.folder is not None:
+        draw_needle(figures, subject.folder / "needle.png", title="needle in a haystack")
+    return figures
+
+
+def _figures(scores: Sequence[Scores], lengths: list[int], settings: NeedleConfig) -> dict[str, Any]:
+    """What is reported; `scores` are in the order of depths, then lengths."""
+    means = Scores(*(fmean(values) for values in zip(*scores, strict=True)))
+    rows = [scores[start : start + len(lengths)] for start in range(0, len(scores), len(lengths))]
+    return {
+        "lengths": lengths,
+        "depths": list(settings.depths),
+        **{name: [[getattr(cell, name) for cell in row] for row in rows] for name in Scores._fields},
+        **{f"mean_{name}": value for name, value in means._asdict().items()},
+        "chance": 1 / NUM_CANDIDATES,
+        "num_samples": settings.num_samples,
+    }
+
+
+def _lengths(settings: NeedleConfig, haystack: Haystack, subject: Subject) -> list[int]:
+    """The lengths asked for, or quarters of the longest.
+
+    Raises:
+        UserError: for lengths that hold no text, or more than there is or the model was made for.
+    """
+    begun = haystack.answer_length - 1
+    longest = subject.model.config.max_position_embeddings - begun
+    quarters = [min(longest, subject.default_context_length) * part // 4 for part in (1, 2, 3, 4)]
+    lengths = list(quarters if settings.lengths is None else settings.lengths)
+    for length in lengths:
+        given = f"{subject.key_prefix}needle.lengths={length}: allowed is"
+        if length <= haystack.overhead:
+            raise UserError(f"{given} more than {haystack.overhead}, the tokens of needle and question")
+        if length > longest:
+            raise UserError(f"{given} at most {longest}, the positions that the model was made for")
+        if length > len(haystack) + haystack.overhead:
+            raise UserError(
+                f"{given} at most {len(haystack) + haystack.overhead}, as there is no more validation text"
+            )
+    return lengths
+
+
+def _prompts(
+    haystack: Haystack, length: int, depth: float, settings: NeedleConfig, subject: Subject
+) -> list[NeedlePrompt]:
+    seeds = [f"needle {subject.seed} {length} {number}" for number in range(settings.num_samples)]
+    return [haystack.hide(length, depth, seed) for seed in seeds]
+
+
+def _score_prompts(subject: Subject, prompts: Sequence[NeedlePrompt], batch_size: int) -> Scores:
+    """Answers prompts of one length."""
+    scores = torch.zeros(len(prompts), NUM_CANDIDATES, dtype=torch.float64)
+    num_exact = 0
+    for (number, begun), log_probabilities in _score_rows(subject, prompts, batch_size):
+        prompt = prompts[number]
+        for place, word in enumerate(prompt.candidates):
+            if word[:-1] == begun:
+                scores[number, place] = log_probabilities.gather(1, torch.tensor(word)[:, None]).sum()
+        if prompt.answer_ids[:-1] == begun:
+            num_exact += tuple(log_probabilities.argmax(dim=1).tolist()) == prompt.answer_ids
+    answers = torch.tensor([prompt.answer for prompt in prompts])
+    num_chosen = int((scores.argmax(dim=1) == answers).sum())
+    of_answers = scores.gather(1, answers[:, None])
+    return Scores(num_exact / len(prompts), num_chosen / len(prompts), of_answers.mean().item())
+
+
+def _score_rows(
+    subject: Subject, prompts: Sequence[NeedlePrompt], batch_size: int
+) -> Iterator[tuple[tuple[int, tuple[int, ...]], torch.Tensor]]:
+    """Runs the model on each prompt with each beginning of a word behind it.
+
+    For words of one token, that is the prompt alone; longer words share a row if they differ in their last token only.
+
+    Yields:
+        The prompt's number and the beginning, all tokens of a word but the last; and what the model expects for each
+        token of the word, `(answer_length, vocab_size)`.
+    """
+    rows = [
+        (number, begun)
+        for number, prompt in enumerate(prompts)
+        for begun in dict.fromkeys(word[:-1] for word in prompt.candidates)
+    ]
+    num_kept = len(prompts[0].answer_ids)
+    num_cached = len(prompts[0].input_ids) - prompts[0].question_length
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        input_ids = torch.tensor([[*prompts[number].input_ids, *begun] for number, begun in batch])
+        yield from zip(
+            batch,
+            last_log_probabilities(subject, input_ids, num_kept=num_kept, num_cached=num_cached),
+            strict=True,
+        )

@@ -1,0 +1,65 @@
+"""Runs evaluations one after the other; one that cannot be done does not keep the others from it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from lckv.config import EvaluationConfig
+from lckv.errors import UserError
+from lckv.evaluation.evaluations import Subject, find_evaluation
+from lckv.evaluation.perplexity import in_eval_mode
+
+Outcome = dict[str, Any] | UserError
+"""The figures of an evaluation, or why there are none."""
+
+
+def run_evaluations(
+    subject: Subject, config: EvaluationConfig, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, Outcome]]:
+    """Yields the name and the outcome of each evaluation as soon as it is done.
+
+    Args:
+        subject: what is evaluated; its model's mode and the random state stay as they are.
+        config: which evaluations, and their settings.
+        settings: further settings on which the figures depend, noted with them.
+    """
+    common = {"batch_size": config.batch_size, "seed": subject.seed, "data": asdict(subject.data), **settings}
+    if subject.folder is not None:
+        subject.folder.mkdir(parents=True, exist_ok=True)
+    for name in config.evals:
+        try:
+            with in_eval_mode(subject.model), _random_state_kept():
+                figures = find_evaluation(name)(subject, config)
+        except UserError as error:
+            yield name, error
+        except torch.OutOfMemoryError:
+            yield name, UserError(f"{name}: out of memory; give a smaller batch")
+        else:
+            yield name, figures | {"settings": asdict(getattr(config, name)) | common}
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Keeps the random state of Python and NumPy; torch's is kept with the model's mode."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def scalar_figures(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yields the numbers among an evaluation's figures, those of nested mappings with their path as the name."""
+    for name, value in figures.items():
+        if isinstance(value, Mapping) and name != "settings":
+            yield from scalar_figures(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value

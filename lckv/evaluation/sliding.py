@@ -1,0 +1,258 @@
+"""Perplexity of held-out documents by a sliding window: every token is scored once, with as much context as there is.
+
+The windows are those of transformers' recipe for models of fixed length; unlike there, every token counts the same,
+and the documents stay apart. Each begins as in training, with bos if the tokenizer has one, and ends with eos.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache
+
+from lckv.config import DataConfig, EvaluationConfig
+from lckv.data import build_source
+from lckv.data.progress import track
+from lckv.data.readers import Document
+from lckv.data.tokenizer import DocumentEncoder, check_tokenizer
+from lckv.errors import UserError
+from lckv.evaluation.checks import window_sizes
+from lckv.evaluation.evaluations import EVALUATIONS, Subject
+from lckv.evaluation.perplexity import IGNORE_INDEX, Perplexity, in_eval_mode
+
+DEFAULT_CACHE_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a document.
+
+    Attributes:
+        tokens: `(num_tokens,)`; the model sees all but the last one.
+        num_scored: how many of the last ones are scored.
+    """
+
+    tokens: np.ndarray
+    num_scored: int
+
+
+@dataclass
+class Text:
+    """Documents as windows.
+
+    Attributes:
+        windows: of all of them.
+        num_documents: how many they are.
+        num_words: what white space separates in them.
+        num_bytes: UTF-8 bytes of the text that the scored tokens stand for.
+    """
+
+    windows: list[Window] = field(default_factory=list)
+    num_documents: int = 0
+    num_words: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows side by side.
+
+    Attributes:
+        input_ids: `(batch, q_len)`.
+        attention_mask: `(batch, q_len)`, zero at padding; `None` if there is none.
+        targets: `(batch, q_len)`, the token behind each position, `IGNORE_INDEX` where it is not scored.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    targets: Tensor
+
+    @property
+    def num_unscored(self) -> int:
+        """Columns before the first in which some row is scored."""
+        return int((self.targets != IGNORE_INDEX).any(dim=0).nonzero()[0])
+
+
+@EVALUATIONS.register("perplexity")
+def evaluate_sliding(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
+    """Perplexity of the validation documents per token, word and byte, and bits per byte.
+
+    Raises:
+        UserError: if there is no validation document, the window does not fit the model, or the tokenizer is none for
+            documents.
+    """
+    settings, prefix = config.perplexity, f"{subject.key_prefix}perplexity."
+    limit = subject.model.config.max_position_embeddings
+    context_length, stride = window_sizes(settings, limit, subject.trained_length, prefix)
+    if settings.cache_chunk is not None and subject.new_cache is None:
+        raise UserError(f"{prefix}cache_chunk={settings.cache_chunk}: has no effect without a cache; leave it out")
+    text = _cut_documents(subject, settings.max_documents, context_length, stride)
+    total = score_windows(
+        subject.model,
+        text.windows,
+        batch_size=config.batch_size,
+        new_cache=subject.new_cache,
+        cache_chunk=settings.cache_chunk or DEFAULT_CACHE_CHUNK,
+    )
+    return _figures(total, text) | {"context_length": context_length, "stride": stride}
+
+
+def _cut_documents(subject: Subject, max_documents: int | None, context_length: int, stride: int) -> Text:
+    encoder = DocumentEncoder(check_tokenizer(subject.tokenizer, "the tokenizer"))
+    text = Text()
+    for document in track(validation_documents(subject.data, max_documents), "tokenising"):
+        tokens = encoder.encode([document.text], with_bytes=True)
+        text.windows += cut_windows(tokens["id"].astype(np.int64), context_length, stride)
+        text.num_documents += 1
+        text.num_words += len(document.text.split())
+        text.num_bytes += int(tokens["num_bytes"][1:].sum())
+    return text
+
+
+def _figures(total: float, text: Text) -> dict[str, Any]:
+    """The negative log-likelihood of a text, in nats, per token, word and byte."""
+    num_tokens = sum(window.num_scored for window in text.windows)
+    per_token, per_word, per_byte = (
+        Perplexity(total / count, count) for count in (num_tokens, text.num_words, text.num_bytes)
+    )
+    return {
+        "loss": per_token.loss,
+        "perplexity": per_token.perplexity,
+        "word_perplexity": per_word.perplexity,
+        "byte_perplexity": per_byte.perplexity,
+        "bits_per_byte": per_byte.loss / math.log(2),
+        "num_tokens": num_tokens,
+        "num_words": text.num_words,
+        "num_bytes": text.num_bytes,
+        "num_documents": text.num_documents,
+    }
+
+
+def validation_documents(config: DataConfig, max_documents: int | None = None) -> Iterator[Document]:
+    """Yields the documents of the validation split, the first `max_documents` of them.
+
+    Raises:
+        UserError: if there is none.
+    """
+    source = build_source(config)
+    is_empty = True
+    for document in islice(source.validation_documents(), max_documents):
+        is_empty = False
+        yield document
+    if is_empty:
+        raise UserError(f"{source.description}: there is no validation document to evaluate")
+
+
+def cut_windows(tokens: np.ndarray, context_length: int, stride: int) -> Iterator[Window]:
+    """Cuts a document, `(num_tokens,)`, into windows; every token but the first is scored in one of them.
+
+    A window begins every `stride` tokens and reaches over `context_length`; of its tokens, those are scored that no
+    earlier one has reached. Where that is all of them, one more token stands before them, so that each has context.
+    """
+    num_done = 1
+    for start in range(0, len(tokens), stride):
+        stop = min(start + context_length, len(tokens))
+        if stop > num_done:
+            yield Window(tokens[min(start, num_done - 1) : stop], stop - num_done)
+            num_done = stop
+        if stop == len(tokens):
+            return
+
+
+@torch.no_grad()
+def score_windows(
+    model: nn.Module,
+    windows: Sequence[Window],
+    *,
+    batch_size: int,
+    new_cache: Callable[[], Cache] | None = None,
+    cache_chunk: int = DEFAULT_CACHE_CHUNK,
+    padding_side: str = "left",
+) -> float:
+    """Negative log-likelihood, in nats, of all scored tokens together.
+
+    Args:
+        model: a causal language model of transformers; called in evaluation mode, and left as it was.
+        windows: what to score.
+        batch_size: windows per forward pass.
+        new_cache: makes an empty cache, which gets the unscored tokens first and then the others in chunks; without,
+            everything goes through the model at once.
+        cache_chunk: tokens of such a chunk.
+        padding_side: where shorter windows are filled up.
+    """
+    # The longest first: what does not fit into memory is known at once, and alike lengths need little padding.
+    ordered = sorted(windows, key=lambda window: len(window.tokens), reverse=True)
+    starts = range(0, len(ordered), batch_size)
+    device = next(model.parameters()).device
+    total = 0.0
+    with in_eval_mode(model):
+        for start in track(starts, "perplexity", len(starts)):
+            batch = collate_windows(ordered[start : start + batch_size], device, padding_side)
+            cache = None if new_cache is None else new_cache()
+            for logits, targets in _run(model, batch, cache, cache_chunk):
+                total += _loss_sum(logits, targets)
+    return total
+
+
+def collate_windows(windows: Sequence[Window], device: torch.device, padding_side: str = "left") -> Batch:
+    """Puts windows of different lengths into one batch."""
+    width = max(len(window.tokens) for window in windows) - 1
+    input_ids, is_token = np.zeros((len(windows), width), np.int64), np.zeros((len(windows), width), np.int64)
+    targets = np.full_like(input_ids, IGNORE_INDEX)
+    for row, window in enumerate(windows):
+        length = len(window.tokens) - 1
+        start = width - length if padding_side == "left" else 0
+        input_ids[row, start : start + length] = window.tokens[:-1]
+        is_token[row, start : start + length] = 1
+        targets[row, start + length - window.num_scored : start + length] = window.tokens[-window.num_scored :]
+    mask = None if is_token.all() else torch.from_numpy(is_token).to(device)
+    return Batch(torch.from_numpy(input_ids).to(device), mask, torch.from_numpy(targets).to(device))
+
+
+def _run(model: nn.Module, batch: Batch, cache: Cache | None, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields logits `(batch, num_columns, vocab_size)` of the scored columns, and their targets."""
+    mask, first, width = batch.attention_mask, batch.num_unscored, batch.input_ids.shape[1]
+    if cache is None:
+        position_ids = None if mask is None else _positions(mask)
+        outputs = model(
+            batch.input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=False,
+            logits_to_keep=width - first,
+        )
+        yield outputs.logits, batch.targets[:, first:]
+        return
+    edges = [*([0] if first else []), *range(first, width, chunk), width]
+    for start, stop in pairwise(edges):
+        outputs = model(
+            batch.input_ids[:, start:stop],
+            attention_mask=None if mask is None else mask[:, :stop],
+            position_ids=None if mask is None else _positions(mask)[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1 if stop <= first else 0,
+        )
+        if start >= first:
+            yield outputs.logits, batch.targets[:, start:stop]
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    """Each token's position among its row's real tokens, `(batch, q_len)`."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _loss_sum(logits: Tensor, targets: Tensor) -> float:
+    """Negative log-likelihood of all `targets`, `(batch, num_columns)`; on the CPU: not every device has float64."""
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return math.fsum(losses.tolist())

@@ -1,0 +1,86 @@
+"""Evaluations during training, beside the loss on the validation blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
+
+from lckv.config import TrainConfig
+from lckv.errors import UserError
+from lckv.evaluation.running import Outcome, scalar_figures
+from lckv.training.callbacks import is_due
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[], Iterable[tuple[str, Outcome]]]
+"""Evaluates the model that is trained, and yields each evaluation's name and outcome."""
+
+
+class EvaluationsCallback(TrainerCallback):
+    """Adds the numbers among the figures of evaluations, every so many steps and at the end.
+
+    One process evaluates, and the others wait. An evaluation that cannot be done says why, and the training goes on.
+
+    Args:
+        evaluate: runs the evaluations.
+        every: how often; `None`: at the end.
+        wait: makes the processes wait for each other.
+        pause: takes the training's own bar away meanwhile.
+
+    Attributes:
+        figures: what the last evaluations came to, by their names; `None`: there were none yet.
+    """
+
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        every: int | None,
+        wait: Callable[[], None],
+        pause: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.evaluate = evaluate
+        self.every = every
+        self.wait = wait
+        self.pause = pause
+        self.figures: dict[str, dict[str, Any]] | None = None
+
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adds the numbers to the training metrics of the steps that are due, as `perplexity/word_perplexity`."""
+        logs = kwargs["logs"]
+        if "loss" not in logs or not is_due(state, self.every):
+            return
+        if state.is_world_process_zero:
+            logs.update(scalar_figures(self.run()))
+        self.wait()
+
+    def run(self) -> Mapping[str, dict[str, Any]]:
+        """Runs the evaluations and keeps their figures."""
+        self.figures = {}
+        # A compiled layer would be compiled again for every length.
+        with self.pause(), torch.compiler.set_stance("force_eager"):
+            for name, outcome in self.evaluate():
+                if isinstance(outcome, UserError):
+                    logger.warning("%s: %s", name, outcome)
+                    self.figures[name] = {"error": str(outcome)}
+                else:
+                    self.figures[name] = outcome
+        return self.figures
+
+
+def check_not_sharded(cfg: TrainConfig, *, is_sharded: bool) -> None:
+    """Refuses evaluations of a model that no process has as a whole.
+
+    Raises:
+        UserError: saying what to do instead.
+    """
+    if is_sharded and cfg.evaluation.evals:
+        raise UserError(
+            f"evaluation.evals={cfg.evaluation.evals}: cannot be had while FSDP or DeepSpeed shards the model; leave "
+            "it out, and run lckv.evaluate on the trained model"
+        )

@@ -1,0 +1,123 @@
+"""`lckv.evaluate` from the configuration to the results, with a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lckv import cli, evaluate
+from lckv.errors import UserError
+from lckv.evaluation import running
+from tests.reference import tiny_model
+from tests.tiny import byte_tokenizer
+
+PATTERN = "0_3_3_3_4"
+
+
+def save_model(path: Path, **config) -> str:
+    settings = dict(vocab_size=300, forward_passes="converge", converge_tolerance=1e-9, bos_token_id=None)
+    tiny_model(PATTERN, **(settings | config)).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("models") / "mine")
+
+
+@pytest.fixture
+def run(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs `main` as the command line would, in an empty folder; returns what it printed to stdout."""
+    (tmp_path / "validation.txt").write_text("In the beginning was the Word, and the Word was with God.")
+    (tmp_path / "training.txt").write_text("Something else.")
+    monkeypatch.chdir(tmp_path)
+    text = ["data=files", "data.files=training.txt", "data.validation_files=validation.txt"]
+
+    def run(*arguments: str, model: str = folder) -> str:
+        evaluate.main(cli.compose([f"model={model}", *text, *arguments], "evaluate"))
+        return capsys.readouterr().out
+
+    return run
+
+
+def read(path: str) -> dict:
+    return json.loads(Path(path, "results.json").read_text())
+
+
+def test_quality_and_costs_are_in_one_file(run, folder: str):
+    printed = run("perplexity.context_length=32")
+    results = read("runs/evaluation/mine")
+    assert list(results) == ["model", "evaluations", "layer_types", "costs", "settings", "versions"]
+    assert results["model"]["name"] == folder and results["layer_types"] == PATTERN
+    costs, figures = results["costs"], results["evaluations"]["perplexity"]
+    assert costs["kv_bytes_context_length"] == figures["context_length"] == 32
+    assert costs["kv_bytes"]["written"] == costs["kv_bytes_llama"]["written"] * 3 // 5
+    assert costs["num_parameters"] == tiny_model(PATTERN, vocab_size=300).num_parameters()
+    assert costs["train_tokens_per_second"] is None
+    assert results["settings"]["perplexity"]["context_length"] == 32
+    for shown in "word_perplexity", f"{figures['loss']:,.4f}", "KV bytes read to decode a token", "written: runs/":
+        assert shown in printed
+
+
+def test_caches_and_attention_change_nothing_and_json_is_alone(run):
+    plain = json.loads(run("json=true"))
+    assert plain == read("runs/evaluation/mine")
+    for arguments in ["cache=paged", "perplexity.cache_chunk=7"], ["attn_implementation=eager"], ["batch_size=1"]:
+        figures = json.loads(run("json=true", *arguments, "out=there"))["evaluations"]["perplexity"]
+        assert figures["loss"] == pytest.approx(plain["evaluations"]["perplexity"]["loss"], rel=1e-5)
+    assert figures["settings"]["cache"] == {"name": "none"}
+
+
+def test_every_evaluation_is_written_when_it_is_done(run, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(subject, config):
+        assert set(read("there")["evaluations"]) == {"recall"}
+        raise KeyboardInterrupt
+
+    def fail(subject, config):
+        raise UserError("cannot be done")
+
+    found = {"recall": lambda *_: {"accuracy": 0.5}, "needle": fail, "speed": interrupt}
+    monkeypatch.setattr(running, "find_evaluation", found.get)
+    with pytest.raises(KeyboardInterrupt):
+        run("evals=[needle,recall,speed]", "out=there")
+    assert read("there")["evaluations"]["recall"]["accuracy"] == 0.5
+    with pytest.raises(UserError, match="^needle: cannot be done$"):
+        run("evals=[needle]", "out=there")
+    assert set(read("there")["evaluations"]) == {"recall"}
+
+
+def test_results_of_other_weights_are_refused(run, tmp_path: Path):
+    run("out=there")
+    before = Path("there/results.json").read_text()
+    with pytest.raises(UserError, match="there/results.json: holds the results of other weights .*give another out="):
+        run("out=there", model=save_model(tmp_path / "other", initializer_range=0.1))
+    assert Path("there/results.json").read_text() == before
+    run("out=there", model=save_model(tmp_path / "renamed"))
+
+
+MISTAKES = {
+    "evals=[]": "^evals=..: allowed are one or more of perplexity, harness",
+    "cache.bits=4": "^cache.bits=4: has no effect with cache=none",
+    "cache=sink cache.bits=4": "has no option 'bits'",
+    "cache=static": "cache 'static' needs 'max_length'",
+    "attn_implementation=eagr": "^attn_implementation='eagr': allowed are .*did you mean 'eager'",
+    "num_threads=0": "^num_threads=0: allowed",
+    "dtype=float3": "^dtype='float3': allowed are .*did you mean",
+    "perplexity.context_length=1000": "^perplexity.context_length=1000: allowed is 128 or less",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.items())
+def test_mistakes_are_named(run, arguments: str, message: str):
+    with pytest.raises(UserError, match=message):
+        run(*arguments.split())
+
+
+@pytest.mark.parametrize("command", ["generate", "benchmark"])
+def test_other_commands_refuse_to_go_without_a_cache(run_module, folder: str, command: str):
+    arguments = [f"model={folder}", "prompt=a"] if command == "generate" else []
+    done = run_module(f"lckv.{command}", *arguments, "cache=none")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"lckv.{command}: error: unknown cache 'none': allowed are dynamic")
+    assert done.stderr.count("\n") == 1
