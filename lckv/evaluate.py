@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import yaml
 
 from lckv import cli
 from lckv.config import EvaluateConfig
+from lckv.costs import ModelSizes
 from lckv.errors import UserError, check_choice, check_whole_number
 from lckv.evaluation import MODULES
 from lckv.evaluation.checks import check_evaluation, window_sizes
@@ -22,6 +23,8 @@ from lckv.model_arguments import ATTENTIONS
 from lckv.run_names import file_name
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lckv.checkpoint import Checkpoint
     from lckv.evaluation.evaluations import Subject
     from lckv.evaluation.results import ResultsFile
@@ -65,7 +68,7 @@ def main(cfg: EvaluateConfig) -> None:
         cfg.data,
         _cache_maker(cfg, model),
         cfg.seed,
-        trained_length=None if run is None else _block_size(run),
+        trained_length=None if run is None else _config_of(run)["data"]["block_size"],
         folder=file.path.parent,
     )
     file.common.update(_common(cfg, subject, run))
@@ -107,10 +110,19 @@ def _find_run(checkpoint: Checkpoint) -> RunFolder | None:
     return next((run for run in runs if run.config.is_file() and run.metrics.is_file()), None)
 
 
-def _block_size(run: RunFolder) -> int | None:
-    """Tokens of the sequences that the run was trained on."""
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    return config["data"]["block_size"]
+def _config_of(run: RunFolder) -> dict[str, Any]:
+    """The settings of a training run."""
+    config: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    return config
+
+
+def _llama_sizes(run: RunFolder | None, model: PreTrainedModel) -> ModelSizes | None:
+    """Those of the Llama whose KV bytes the run was given as many of by `iso`; `None`: the model's own."""
+    config = {} if run is None else _config_of(run)
+    if config.get("iso") is None:
+        return None
+    heads = config["model"]["num_key_value_heads"] or config["model"]["num_attention_heads"]
+    return replace(ModelSizes.from_config(model.config), num_key_value_heads=heads)
 
 
 def _results_file(cfg: EvaluateConfig, checkpoint: Checkpoint, run: RunFolder | None) -> ResultsFile:
@@ -170,7 +182,7 @@ def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dic
     return {
         "layer_types": sharing_plan_of(subject.model).layer_types,
         "costs": {
-            **cost_figures(subject.model, context_length),
+            **cost_figures(subject.model, context_length, _llama_sizes(run, subject.model)),
             "num_parameters": subject.model.num_parameters(),
             "train_tokens_per_second": speed,
         },

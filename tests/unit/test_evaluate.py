@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lckv import cli, evaluate
 from lckv.errors import UserError
 from lckv.evaluation import running
+from lckv.training.run_folder import RunFolder
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer
 
@@ -121,3 +123,13 @@ def test_other_commands_refuse_to_go_without_a_cache(run_module, folder: str, co
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"lckv.{command}: error: unknown cache 'none': allowed are dynamic")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("iso", "expected"), [("kv", 1), (None, None)])
+def test_kv_bytes_are_compared_with_those_that_iso_matched(tmp_path: Path, iso: str | None, expected: int | None):
+    run = RunFolder(tmp_path)
+    run.config.write_text(yaml.safe_dump({"iso": iso, "model": {"num_key_value_heads": 1, "num_attention_heads": 4}}))
+    model = tiny_model("0_0_2_2", num_attention_heads=4, num_key_value_heads=2)
+    sizes = evaluate._llama_sizes(run, model)
+    assert (sizes and sizes.num_key_value_heads) == expected
+    assert evaluate._llama_sizes(None, model) is None
