@@ -26,6 +26,9 @@ _FLAGS_WITH_VALUE = (
 
 _KEY = re.compile(rf"(?:\+\+|[+~])?(?:[\w$/-]+\.)*(?:{'|'.join(_TEXT_KEYS)})(?:@[\w.]*)?=\s*", re.ASCII)
 _OPTIONAL_GROUP = re.compile(r"^\+(?=(?:experiment|debug)=)")
+# Text such as the folders of a sweep, `runs/sweep/sharing=cla,seed=0`: in what Hydra's grammar allows, a value has an
+# equals sign only in quotes, behind a backslash, or among the arguments of a function.
+_TEXT_WITH_EQUALS = re.compile(r"""(?P<key>[^=]+=)(?P<text>[^\s'"\\(\[{$][^'"\\(\[{$]*=[^'"\\(\[{$]*)""")
 _CHOICE = re.compile(r"choice\s*\((.*)\)\s*", re.DOTALL)
 _QUOTED = r"""(?P<kept>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\$\{[^}]*\})"""
 _NUMBER = r"(?P<number>[+-]?\d[\w.+-]*)(?![^\s,\])}])"
@@ -64,7 +67,8 @@ def name_the_first(arguments: Iterable[str], key: str) -> list[str]:
 def quote_overrides(arguments: Iterable[str], open_keys: Sequence[str] = ()) -> list[str]:
     """Makes command line arguments mean what they say, before Hydra parses them.
 
-    Puts quotes around the `layer_types` strings among command line arguments that Hydra would read as numbers.
+    Puts quotes around the `layer_types` strings among command line arguments that Hydra would read as numbers, and
+    around text with an equals sign in it, which Hydra would not read at all.
 
     Sweeps (`a,b`, `[a,b]`, `choice(a,b)`) are quoted element by element; what is quoted already, `null` and
     `${interpolations}` stay as they are, and so does every other key: `trainer.max_steps=1_000` is a number. The plus
@@ -113,6 +117,8 @@ def unescape(text: str | None) -> str | None:
 
 def _quote_override(override: str) -> str:
     override = _OPTIONAL_GROUP.sub("", override)
+    if pair := _TEXT_WITH_EQUALS.fullmatch(override):
+        return f"{pair['key']}'{pair['text']}'"
     key = _KEY.match(override)
     if key is None:
         return _DICT_ITEM.sub(lambda found: found["kept"] or f"{found['key']}'{found['number']}'", override)

@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 import time
@@ -170,7 +171,7 @@ def uptrain_all(study: Study) -> None:
 
 def uptrain(arguments: argparse.Namespace, name: str, layer_types: str, method: str) -> list[dict[str, Any]]:
     """Runs one training and returns the lines of its metrics."""
-    folder = Path(arguments.out) / "runs" / name.replace(" / ", "-").replace(" ", "-")
+    folder = Path(arguments.out) / "runs" / re.sub(r"[^\w-]+", "-", name)
     overrides = [
         f"init.source={Path(arguments.source).resolve()}",
         f"init.method={method}",

@@ -98,6 +98,17 @@ def test_other_texts_of_digits_and_dictionaries():
     assert overrides.quote_overrides([f"{KEY}='1_1',2_2_2"]) == [f"{KEY}='1_1','2_2_2'"]
 
 
+@pytest.mark.parametrize("text", ["runs/sweep/sharing=cla,seed=0", "x=", "a=b=c", "/data/lang=en/*.txt"])
+def test_text_with_equals_signs_reaches_the_configuration(text):
+    assert cli.compose([f"run_dir={text}", f"init.source={text}"]).init.source == text
+    assert overrides.quote_overrides([f"run_dir={text}"]) == [f"run_dir='{text}'"]
+
+
+@pytest.mark.parametrize("value", ["'a=b'", r"a\=b", "range(start=1,stop=3)", "[a,'b=c']", "{a: 'b=c'}"])
+def test_equals_signs_that_hydra_reads_are_left_alone(value):
+    assert overrides.quote_overrides([f"seed={value}"]) == [f"seed={value}"]
+
+
 def test_hydra_pluses():
     given = [
         "+experiment=a",
