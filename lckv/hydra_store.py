@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -62,8 +63,10 @@ def register_literals(values: Mapping[str, str]) -> None:
 
 def _list_groups(*names: str) -> str:
     """For help texts: the options of these groups, one group a line, the user's own folders included."""
-    loader = GlobalHydra.instance().config_loader()
-    return "".join(f"{name}: {', '.join(sorted(loader.get_group_options(name)))}\n" for name in names)
+    loader: Any = GlobalHydra.instance().config_loader()
+    # Hydra fills in help texts whenever it composes; the loader's own method copies everything for each group.
+    options = {name: sorted(loader.repository.get_group_options(name)) for name in names}
+    return "".join(f"{name}: {', '.join(found)}\n" for name, found in options.items())
 
 
 def config_dir() -> Path:

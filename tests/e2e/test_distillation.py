@@ -39,6 +39,7 @@ def test_a_student_learns_from_a_run_folder(
     assert f"{results['num_trained_parameters']:,} of them trained" in output
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_undisturbed_run_bit_for_bit(finished_run: FinishedRun, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.main(cli.compose(command(finished_run, whole)[3:]))
@@ -50,7 +51,13 @@ def test_killed_and_resumed_is_the_undisturbed_run_bit_for_bit(finished_run: Fin
     assert_same_run(whole, killed)
 
 
-@pytest.mark.parametrize("weights", [(), ("teacher.logits_weight=0",)], ids=["all", "attention"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param((), id="all"),
+        pytest.param(("teacher.logits_weight=0",), id="attention", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_give_the_curve_of_one(
     finished_run: FinishedRun, tmp_path: Path, weights: tuple[str, ...]
 ) -> None:

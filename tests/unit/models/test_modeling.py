@@ -95,7 +95,7 @@ def test_any_pattern_compiles_in_one_graph(layer_types):
     assert_close(compiled(input_ids, use_cache=False).logits, model(input_ids, use_cache=False).logits, 1e-6)
 
 
-@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4", "1s_1s_3s_3s"])
+@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4", pytest.param("1s_1s_3s_3s", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph_equals_eager(layer_types):
     torch._dynamo.reset()
     model = tiny_model(layer_types).train()
