@@ -158,7 +158,7 @@ def kv_fraction(source: Source, plan: SharingPlan) -> float:
 
 
 def uptrain_all(study: Study) -> None:
-    """The same short training behind every conversion, and of the original for comparison."""
+    """The same short training behind every conversion."""
     arguments = study.arguments
     layers = Source.find(arguments.source).config.sharing_plan.num_hidden_layers
     for label, layer_types in study.patterns(layers).items():
@@ -204,8 +204,10 @@ def uptrain(arguments: argparse.Namespace, name: str, layer_types: str, method: 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Losses on the held-out text at the start and at the end, the training curve, and the time."""
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    curve = [[line["tokens"], line["loss"]] for line in lines if "loss" in line and "tokens" in line]
-    return {"eval_losses": held_out, "curve": curve, "seconds": lines[-1].get("seconds")}
+    # Of the text, also where a teacher is what is learnt from.
+    steps = [line for line in lines if "loss" in line]
+    curve = [[line["tokens"], line.get("loss_labels", line["loss"])] for line in steps]
+    return {"eval_losses": held_out, "curve": curve, "seconds": steps[-1]["seconds"]}
 
 
 def show(study: Study) -> None:
@@ -227,19 +229,24 @@ def show(study: Study) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Training loss over tokens, one panel for each pattern."""
-    panels: dict[str, list[tuple[str, Any]]] = {}
+    """Training loss over tokens, one panel for each pattern; a method has the same colour in all of them."""
+    panels: dict[str, dict[str, Any]] = {}
     for name, figures in results.items():
         label, _, method = name.partition(" / ")
-        panels.setdefault(label, []).append((method, figures["curve"]))
-    figure = Figure(figsize=(4 * len(panels), 4), dpi=150, layout="constrained")
+        panels.setdefault(label, {})[method] = figures["curve"]
+    columns = min(3, len(panels) + 1)
+    figure = Figure(figsize=(3.4 * columns, 3 * -(-(len(panels) + 1) // columns)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for method, curve in curves:
-            axes.plot(*zip(*smoothed(curve), strict=True), label=method)
+    cells = list(figure.subplots(-(-(len(panels) + 1) // columns), columns, squeeze=False).flat)
+    for axes, (label, curves) in zip(cells, panels.items(), strict=False):
+        for method, curve in curves.items():
+            axes.plot(*zip(*smoothed(curve), strict=True), label=method, color=f"C{list(METHODS).index(method)}")
         axes.set(title=label, xlabel="training tokens", ylabel="training loss (nats)")
         axes.grid(alpha=0.3)
-        axes.legend()
+    handles = {text: handle for axes in cells for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    for axes in cells[len(panels) :]:
+        axes.axis("off")
+    cells[-1].legend(handles.values(), handles.keys(), loc="center", title="smoothed over three steps")
     figure.savefig(path)
 
 
