@@ -14,10 +14,10 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare test test-slow test-gpu check format wheel wheel-smoke bench bench-decode bench-prefill clean
+.PHONY: help setup train compare study test test-slow test-gpu check format wheel wheel-smoke bench bench-decode bench-prefill clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make the virtual environment and install all that the tests need
 
@@ -40,6 +40,19 @@ compare: $(STAMP) ## train the demo as Llama and as LCKV and put them side by si
 	$(RUN) -m lckv.train experiment=demo_llama
 	$(RUN) -m lckv.train experiment=demo_lckv
 	$(RUN) scripts/compare.py runs/demo_llama runs/demo_lckv
+
+STUDY_JOBS ?= 2
+STUDY_ARGS ?=
+STUDY := -m lckv.train -m experiment=study run_dir=runs/study hydra/launcher=local hydra.launcher.n_jobs=$(STUDY_JOBS)
+NINE := pizza_bottom,pizza_top,pizza_middle,sandwich_bottom,sandwich_top,sandwich_middle,lasagna_bottom,lasagna_top,lasagna_middle
+
+# A run that fails stops no other: what failed and why is in the report, and in the exit code.
+study: $(STAMP) ## compare Llama and nine patterns at two KV budgets on the embedded text (long)
+	@status=0; \
+	"$(RUN)" $(STUDY) sharing=llama seed=0,1 $(STUDY_ARGS) || status=$$?; \
+	"$(RUN)" $(STUDY) sharing=$(NINE) sharing.num_kv_layers=6,3 $(STUDY_ARGS) || status=$$?; \
+	"$(RUN)" -m lckv.report runs/study || status=$$?; \
+	exit $$status
 
 test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (about 12 minutes)
 	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --durations=15
