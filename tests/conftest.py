@@ -24,6 +24,8 @@ os.environ.update(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from lckv import hydra_store  # noqa: E402
+
 torch.set_num_threads(1)
 
 # A shell that starts the tests in the background makes them, and the processes they start, deaf to Ctrl-C.
@@ -61,6 +63,13 @@ def loggers() -> Iterator[None]:
     for logger in root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.disabled = False
+
+
+@pytest.fixture(autouse=True)
+def literals() -> Iterator[None]:
+    """Takes back the texts that a command line in this process gave: Hydra merges them into all that it composes."""
+    yield
+    hydra_store.register_literals({})
 
 
 @pytest.fixture
