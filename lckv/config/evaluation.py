@@ -41,7 +41,8 @@ class HarnessConfig:
         max_length: tokens that the model sees at once; None: as many as it was made for.
         apply_chat_template: whether questions are put as messages of a chat.
         log_samples: whether to write every question with the model's answer, to `output_path`.
-        output_path: the folder for lm-eval's own files; None: it writes none.
+        output_path: the folder for lm-eval's own files; None: with `log_samples` it is `harness/` beside the results,
+            else it writes none.
         bootstrap_iters: how often lm-eval draws anew for standard errors; 0: none.
     """
 

@@ -6,13 +6,11 @@ import io
 import json
 import logging
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from lckv.config import EvaluationConfig, HarnessConfig
@@ -76,30 +74,37 @@ def _check_options(options: HarnessConfig, subject: Subject, prefix: str) -> Non
     check_whole_number(f"{prefix}bootstrap_iters", options.bootstrap_iters, 0)
     if options.apply_chat_template and subject.tokenizer.chat_template is None:
         raise UserError(f"{prefix}apply_chat_template=True: the tokenizer has no chat template; allowed is False")
-    _check_output(options, prefix)
+    _check_output(options, subject, prefix)
 
 
-def _check_output(options: HarnessConfig, prefix: str) -> None:
+def _output_path(options: HarnessConfig, subject: Subject) -> str | None:
+    """Where lm-eval's own files go: to the given place, or if there must be one, beside `results.json`."""
+    if options.output_path is None and options.log_samples and subject.folder is not None:
+        return str(subject.folder / "harness")
+    return options.output_path
+
+
+def _check_output(options: HarnessConfig, subject: Subject, prefix: str) -> None:
     """lm-eval writes when all is done, and only logs it if it cannot."""
-    if options.output_path is None:
+    output_path = _output_path(options, subject)
+    if output_path is None:
         if options.log_samples:
             raise UserError(f"{prefix}log_samples=True: needs {prefix}output_path, the folder to write them to")
         return
-    path = Path(options.output_path)
+    path = Path(output_path)
     folder = path.parent if path.suffix == ".json" else path  # a file's name gets the date behind it
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{prefix}output_path={options.output_path!r}: cannot be made ({error.strerror})") from error
+        raise UserError(f"{prefix}output_path={output_path!r}: cannot be made ({error.strerror})") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{prefix}output_path={options.output_path!r}: cannot be written to")
+        raise UserError(f"{prefix}output_path={output_path!r}: cannot be written to")
 
 
 @contextmanager
 def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Keeps to itself what lm-eval does to the process: it seeds, prints, logs and sets environment variables."""
     lm_eval_logger = logging.getLogger("lm_eval")
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     environment, level = dict(os.environ), lm_eval_logger.level
     lm_eval_logger.setLevel(logging.ERROR)
     try:
@@ -107,8 +112,6 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         lm_eval_logger.setLevel(level)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
@@ -119,7 +122,8 @@ def _evaluate(subject: Subject, options: HarnessConfig, loaded: LoadedTasks) -> 
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    tracker = EvaluationTracker(output_path=options.output_path)
+    output_path = _output_path(options, subject)
+    tracker = EvaluationTracker(output_path=output_path)
     results = simple_evaluate(
         model=make_language_model(subject, options),
         model_args={"pretrained": subject.model.name_or_path or subject.model.config.model_type},
@@ -137,7 +141,7 @@ def _evaluate(subject: Subject, options: HarnessConfig, loaded: LoadedTasks) -> 
         torch_random_seed=subject.seed,
         fewshot_random_seed=subject.seed,
     )
-    if options.output_path is not None:
+    if output_path is not None:
         _write(tracker, results)
     return results
 

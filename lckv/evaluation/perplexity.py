@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -114,8 +116,9 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and the random state kept: training goes on as if nothing had been in between."""
+    """Evaluation mode, and the random states kept: training goes on as if nothing had been in between."""
     was_training = model.training
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         model.eval()
@@ -123,3 +126,5 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             model.train(was_training)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -21,6 +21,10 @@ def show_results(results: Mapping[str, Any], console: Console) -> None:
         for number, (name, value) in enumerate(rows):
             table.add_row("" if number else section, name, value, end_section=number == len(rows) - 1)
     console.print(table)
+    others = results.get("with_other_settings", {})
+    if others:
+        told = ", ".join(f"{name} ({len(figures)})" for name, figures in others.items())
+        console.print(f"the file also holds figures with other settings: {told}", markup=False, highlight=False)
 
 
 def _sections(results: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:

@@ -1,4 +1,8 @@
-"""The file with everything that is known about one model: `results.json`."""
+"""The file with everything that is known about one model: `results.json`.
+
+Its `evaluations` are the latest figures by name. Figures of the same evaluation with other settings, such as another
+cache, are not lost: they move to `with_other_settings`, a list for each name.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from lckv.errors import UserError
 from lckv.training.run_folder import write_atomically
@@ -33,7 +39,7 @@ class ResultsFile:
         Raises:
             UserError: if not.
         """
-        self._evaluations()
+        self._read()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -45,25 +51,31 @@ class ResultsFile:
         Returns:
             Everything that the file then holds.
         """
-        # Read again: another process may have added something meanwhile.
-        return self._write(self._evaluations() | {name: dict(figures)})
+        return self._write(name, figures)
 
     def touch(self) -> dict[str, Any]:
         """Writes what does not come from evaluations, and returns everything that the file then holds."""
-        return self._write(self._evaluations())
+        return self._write()
 
-    def _write(self, evaluations: Mapping[str, Any]) -> dict[str, Any]:
-        results = {"model": dict(self.identity), "evaluations": dict(evaluations), **self.common}
-        write_atomically(self.path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    def _write(self, name: str | None = None, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        # Read again: another process may have added something, and must not add anything meanwhile.
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            evaluations, others = self._read()
+            if name is not None and figures is not None:
+                _add(evaluations, others, name, dict(figures))
+            kept = {"with_other_settings": others} if others else {}
+            results = {"model": dict(self.identity), "evaluations": evaluations, **kept, **self.common}
+            write_atomically(self.path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         return results
 
-    def _evaluations(self) -> dict[str, Any]:
-        """What lies there already."""
+    def _read(self) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+        """What lies there already: the latest evaluations, and those with other settings."""
         if not self.path.is_file():
-            return {}
+            return {}, {}
         try:
             results = json.loads(self.path.read_text(encoding="utf-8"))
             model, evaluations = results["model"], dict(results["evaluations"])
+            others = dict(results.get("with_other_settings", {}))
             fingerprint = model["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path}: holds no results of lckv.evaluate; give another out=") from error
@@ -72,4 +84,15 @@ class ResultsFile:
                 f"{self.path}: holds the results of other weights ({model.get('name')}); give another out=, "
                 "or remove the file"
             )
-        return evaluations
+        return evaluations, others
+
+
+def _add(evaluations: dict[str, Any], others: dict[str, list[Any]], name: str, figures: dict[str, Any]) -> None:
+    """Puts figures in the first place; those that were there move back, unless their settings are the same."""
+    kept = [evaluations[name]] if name in evaluations else []
+    kept = [each for each in [*others.get(name, []), *kept] if each.get("settings") != figures.get("settings")]
+    evaluations[name] = figures
+    if kept:
+        others[name] = kept
+    else:
+        others.pop(name, None)

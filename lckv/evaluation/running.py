@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 
 from lckv.config import EvaluationConfig
@@ -35,7 +32,7 @@ def run_evaluations(
         subject.folder.mkdir(parents=True, exist_ok=True)
     for name in config.evals:
         try:
-            with in_eval_mode(subject.model), _random_state_kept():
+            with in_eval_mode(subject.model):
                 figures = find_evaluation(name)(subject, config)
         except UserError as error:
             yield name, error
@@ -43,17 +40,6 @@ def run_evaluations(
             yield name, UserError(f"{name}: out of memory; give a smaller batch")
         else:
             yield name, figures | {"settings": asdict(getattr(config, name)) | common}
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Keeps the random state of Python and NumPy; torch's is kept with the model's mode."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 def scalar_figures(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -27,6 +27,7 @@ from lckv.errors import UserError
 from lckv.evaluation.checks import window_sizes
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
 from lckv.evaluation.perplexity import IGNORE_INDEX, Perplexity, in_eval_mode
+from lckv.models.padding import positions
 
 DEFAULT_CACHE_CHUNK = 32
 
@@ -221,7 +222,7 @@ def _run(model: nn.Module, batch: Batch, cache: Cache | None, chunk: int) -> Ite
     """Yields logits `(batch, num_columns, vocab_size)` of the scored columns, and their targets."""
     mask, first, width = batch.attention_mask, batch.num_unscored, batch.input_ids.shape[1]
     if cache is None:
-        position_ids = None if mask is None else _positions(mask)
+        position_ids = None if mask is None else positions(mask)
         outputs = model(
             batch.input_ids,
             attention_mask=mask,
@@ -236,18 +237,13 @@ def _run(model: nn.Module, batch: Batch, cache: Cache | None, chunk: int) -> Ite
         outputs = model(
             batch.input_ids[:, start:stop],
             attention_mask=None if mask is None else mask[:, :stop],
-            position_ids=None if mask is None else _positions(mask)[:, start:stop],
+            position_ids=None if mask is None else positions(mask)[:, start:stop],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1 if stop <= first else 0,
         )
         if start >= first:
             yield outputs.logits, batch.targets[:, start:stop]
-
-
-def _positions(attention_mask: Tensor) -> Tensor:
-    """Each token's position among its row's real tokens, `(batch, q_len)`."""
-    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _loss_sum(logits: Tensor, targets: Tensor) -> float:

@@ -24,8 +24,8 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from lckv.cache.paged import PagedKVCache
 from lckv.cache.pages import OutOfPagesError, extend_hashes
 from lckv.errors import UserError, check_whole_number
-from lckv.generation.padding import pad_left
 from lckv.generation.requests import BatchStatistics, OnToken, Request, make_request
+from lckv.models.padding import pad_left
 
 
 class ContinuousBatcher:

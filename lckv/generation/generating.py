@@ -16,8 +16,8 @@ from lckv.cache import KVCache
 from lckv.errors import UserError
 from lckv.generation.decoding import compile_config
 from lckv.generation.decoding_options import DecodingOptions
-from lckv.generation.padding import pad_left
 from lckv.generation.prefill import PrefillReport, prefill
+from lckv.models.padding import pad_left
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from lckv.errors import UserError, check_positive, check_whole_number
-from lckv.generation.padding import positions
 from lckv.model_arguments import check_passes_value
+from lckv.models.padding import positions
 from lckv.models.sharing_cache import SharingCache
 
 

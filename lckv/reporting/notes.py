@@ -23,8 +23,9 @@ def method_notes(report: Report) -> list[str]:
         f"adjusted for the number of tests against Llama, and within each budget; the level is {SIGNIFICANT}. The "
         "best of a budget was chosen on the same figures, which makes these p-values a little too small; two or "
         "three seeds detect nothing but large differences.",
-        "Training FLOPs are counted, iterations included. Training time is measured, and compared only where number "
-        "of threads and way of training are the same; runs do not note their machine, nor what else it did.",
+        "Training FLOPs are counted, iterations included. Training time is measured, and compared only where "
+        "hardware, number of threads and way of training are the same; what else the machine did falls into it. "
+        f"{_hardware(report)}",
         _versions(report),
     ]
 
@@ -34,6 +35,17 @@ def _seeds(report: Report) -> str:
     if counts in ([], [1]):
         return "One seed for each pattern: no spread, no test."
     return f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'} seeds for each pattern."
+
+
+def _hardware(report: Report) -> str:
+    found = {_machine(run.results.get("hardware")) for run in report.finished}
+    return f"Hardware: {'; '.join(sorted(found)) or 'unknown'}."
+
+
+def _machine(hardware: object) -> str:
+    if not isinstance(hardware, Mapping):
+        return "not noted"
+    return f"{hardware.get('device')} ({hardware.get('num_cores')} cores, {hardware.get('num_threads')} threads used)"
 
 
 def _versions(report: Report) -> str:

@@ -74,9 +74,12 @@ def speed(group: Group) -> float | None:
 
 
 def _way_to_run(group: Group) -> set[tuple[str, ...]]:
-    """What decides how fast a machine trains; the machine itself is nowhere written down."""
+    """What decides how fast a group trains; runs of earlier versions did not write their hardware down."""
     return {
-        (*(str(run.config.get(key)) for key in _DECIDES_SPEED), str(run.results.get("num_processes")))
+        (
+            *(str(run.config.get(key)) for key in _DECIDES_SPEED),
+            *(str(run.results.get(key)) for key in ("num_processes", "hardware")),
+        )
         for run in group.runs
     }
 

@@ -1,9 +1,14 @@
-"""What the machine is: a GPU's peak speed and the peak memory of this process."""
+"""What the machine is: its name, a GPU's peak speed and the peak memory of this process."""
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 import resource
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +36,24 @@ _PEAK_FLOPS_16_BIT = {
     "MI300X": 1307e12,
     "MI250X": 383e12,
 }
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """What decides how fast a process of this machine computes.
+
+    Returns:
+        `device`: the name of the accelerator, or of the processor; `num_cores`: of the machine; `num_threads`: of this
+        process.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    return {"device": name, "num_cores": os.cpu_count(), "num_threads": torch.get_num_threads()}
+
+
+def _processor_name() -> str:
+    """Linux tells the model only there; elsewhere the architecture must do."""
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", file.read_text(), re.MULTILINE) if file.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

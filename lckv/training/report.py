@@ -23,8 +23,10 @@ from transformers import PreTrainedModel
 import lckv
 from lckv.costs import Costs, Iteration, ModelSizes, count_costs, count_kv_bytes, llama_plan
 from lckv.data import TokenizedData
+from lckv.evaluation.running import scalar_figures
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.training.callbacks import describe_loss_parts, format_duration
+from lckv.training.hardware import describe_hardware
 from lckv.training.run_folder import RunFolder
 
 _OF_CONVERT = {"source": "init.source", "revision": "init.revision", "method": "init.method"}
@@ -129,6 +131,7 @@ def build_results(
         "sample": samples[-1] if samples else None,
         "data_fingerprint": data.fingerprint,
         "num_processes": num_processes,
+        "hardware": describe_hardware(model.device),
         "versions": versions(),
     }
     for name in ("mfu", "kv_residual", "loss_logits", "loss_attention", "loss_labels"):
@@ -183,9 +186,17 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         rows.insert(2, ("training loss", f"{results['train_loss']:.4f}  ({describe_loss_parts(results)})"))
     if "kv_residual" in results:
         rows.append(("KV residual of the last pass", f"{results['kv_residual']:.2e}"))
+    rows += [(name, _evaluation(figures)) for name, figures in results.get("evaluations", {}).items()]
     if results["sample"] is not None:
         rows.append(("sample", " ".join(results["sample"].split())))
     return rows
+
+
+def _evaluation(figures: dict[str, Any]) -> str:
+    """The qualities among an evaluation's figures, all but its counts; or why there are none."""
+    if "error" in figures:
+        return str(figures["error"])
+    return ", ".join(f"{name} {value:,.4f}" for name, value in scalar_figures(figures) if isinstance(value, float))
 
 
 def _parameters(results: dict[str, Any]) -> str:

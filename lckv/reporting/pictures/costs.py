@@ -21,10 +21,7 @@ def draw_costs(report: Report, styles: Mapping[str, Style]) -> Picture | None:
     height = 0.75 + (0.34 if is_timed else 0.24) * len(rows)
     caption = "FLOPs of training on one token, relative to Llama, iterations counted."
     if is_timed:
-        caption += (
-            " Hatched: measured time, where both ran with the same number of threads; other load on the machine "
-        )
-        caption += "falls into it."
+        caption += " Hatched: measured time, where both ran alike; other load on the machine falls into it."
     panel = Panel("", (3.6, height), lambda axes: _draw(axes, rows, styles, is_timed))
     return Picture("cost", "Training cost relative to Llama", caption, [panel], {})
 

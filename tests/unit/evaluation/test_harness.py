@@ -5,6 +5,7 @@ import random
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 
@@ -294,6 +295,12 @@ def test_files_are_written(tmp_path):
     assert len([*(tmp_path / "b").glob("it_*.json")]) == 1
     samples = read_samples(tmp_path / "b")
     assert {task: len(rows) for task, rows in samples.items()} == dict.fromkeys(BOTH, 2)
+
+
+def test_samples_go_beside_the_results_by_default(tmp_path):
+    run(replace(make_subject(), folder=tmp_path), limit=2, log_samples=True)
+    assert set(read_samples(tmp_path / "harness")) == set(BOTH)
+    assert [path.name for path in tmp_path.iterdir()] == ["harness"]
 
 
 def test_a_number_of_examples_that_a_task_does_not_take_is_told(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,27 @@ def test_results_of_several_calls_stay(tmp_path: Path):
         "evaluations": {"perplexity": {"loss": 0.5}, "recall": {"accuracy": 0.5}, "needle": {"accuracy": 0.25}},
         "costs": 2,
     }
-    assert [path.name for path in second.path.parent.iterdir()] == ["results.json"]
+    assert {path.name for path in second.path.parent.iterdir()} == {"results.json", ".results.json.lock"}
+
+
+def test_figures_with_other_settings_stay(tmp_path: Path):
+    file = open_file(tmp_path)
+    of = {name: {"loss": len(name), "settings": {"cache": name}} for name in ("none", "static", "paged")}
+    for name in of:
+        results = file.add("perplexity", of[name])
+    assert results["evaluations"] == {"perplexity": of["paged"]}
+    assert results["with_other_settings"] == {"perplexity": [of["none"], of["static"]]}
+    again = of["none"] | {"loss": 7}
+    results = open_file(tmp_path).add("perplexity", again)
+    assert results["evaluations"] == {"perplexity": again}
+    assert results["with_other_settings"] == {"perplexity": [of["static"], of["paged"]]}
+
+
+def test_several_processes_may_add_at_once(tmp_path: Path):
+    names = [str(number) for number in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: open_file(tmp_path).add(name, {"loss": 1.0}), names))
+    assert sorted(open_file(tmp_path).touch()["evaluations"]) == sorted(names)
 
 
 def test_results_of_other_weights_and_other_files_are_refused(tmp_path: Path):

@@ -89,13 +89,15 @@ def test_costs_are_relative_to_the_llama_of_the_sweep(tmp_path):
     write_run(tmp_path / "a", "llama", train_flops_per_token=100, tokens_per_second=50)
     write_run(tmp_path / "b", "cla", train_flops_per_token=80, tokens_per_second=40)
     write_run(tmp_path / "c", "lckv", settings={"trainer.num_threads": 7})
+    write_run(tmp_path / "d", "yoco", hardware={"device": "another", "num_cores": 2, "num_threads": 2})
     groups, _ = group_runs(read_runs(tmp_path))
-    llama, cla, lckv = groups
+    llama, cla, lckv, yoco = sorted(groups, key=lambda group: group.runs[0].name)
     baseline = baseline_of(cla, groups, BITS)
     assert baseline is llama
     assert flops_ratio(cla, baseline) == 0.8
     assert time_ratio(cla, baseline) == 1.25
     assert time_ratio(lckv, llama) is None  # another number of threads
+    assert time_ratio(yoco, llama) is None  # another machine
 
 
 def test_without_a_llama_its_flops_are_counted_where_the_sizes_are_certain(tmp_path):

@@ -111,6 +111,14 @@ def test_peak_flops(monkeypatch: pytest.MonkeyPatch, name: str, precision: str, 
     assert hardware.peak_flops(torch.device("cpu"), precision) is None
 
 
+def test_hardware_has_a_name(monkeypatch: pytest.MonkeyPatch):
+    described = hardware.describe_hardware(torch.device("cpu"))
+    assert described["device"] and described["num_cores"] >= 1
+    assert described["num_threads"] == torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert hardware.describe_hardware(torch.device("cuda", 0))["device"] == "NVIDIA H200"
+
+
 def test_prompt_without_a_token_is_refused(corpus):
     check_sample_prompt(corpus.tokenizer, "")  # starts with bos
     without_bos = deepcopy(corpus.tokenizer)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lckv import cli
-from lckv.training.report import _arguments, _next_commands
+from lckv.training.report import _arguments, _evaluation, _next_commands
 from lckv.training.run_folder import RunFolder
 
 
@@ -85,3 +85,9 @@ def test_the_interpreter_is_one_that_the_shell_finds(monkeypatch, tmp_path, on_p
 def test_without_hydra_the_command_line_is_the_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", "-m", "seed=0,1"])
     assert _arguments() == ["-m", "seed=0,1"]
+
+
+def test_evaluations_are_told_without_their_counts():
+    figures = {"acc": 0.25, "num_tokens": 1000, "tasks": {"arc": {"acc": 0.5}}, "settings": {"tolerance": 1e-3}}
+    assert _evaluation(figures) == "acc 0.2500, tasks/arc/acc 0.5000"
+    assert _evaluation({"error": "no such data"}) == "no such data"
