@@ -192,6 +192,16 @@ def test_labels_stay_inside_and_apart(sweep):
     assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
 
 
+def test_curves_of_runs_that_have_not_ended_are_drawn_too(sweep):
+    report = analyse(read_runs(sweep), sweep)
+    picture = pictures_of(report)[1]
+    assert list(picture.legend) == [*(group.label for group in report.groups), "no result"]
+    with rc_context(RC):
+        _, texts = draw_panel(picture.panels[0])
+    told = [text for hover in texts.values() for text in hover if "(no result)" in text]
+    assert told and all(text.startswith("sharing=mix_attention,seed=0 (no result)\n") for text in told)
+
+
 def test_tables_are_rectangular(sweep):
     for table in tables_of(analyse(read_runs(sweep), sweep)):
         assert {len(row) for row in table.rows} == {len(table.columns)}
