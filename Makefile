@@ -42,15 +42,17 @@ compare: $(STAMP) ## train the demo as Llama and as LCKV and put them side by si
 	$(RUN) scripts/compare.py runs/demo_llama runs/demo_lckv
 
 STUDY_JOBS ?= 2
+STUDY_SEEDS ?= 0
 STUDY_ARGS ?=
 STUDY := -m lckv.train -m experiment=study run_dir=runs/study hydra/launcher=local hydra.launcher.n_jobs=$(STUDY_JOBS)
 NINE := pizza_bottom,pizza_top,pizza_middle,sandwich_bottom,sandwich_top,sandwich_middle,lasagna_bottom,lasagna_top,lasagna_middle
 
-# A run that fails stops no other: what failed and why is in the report, and in the exit code.
+# Llama has two seeds, so that one sees how far apart equal models end. A run that fails stops no other: what failed and
+# why is in the report, and in the exit code.
 study: $(STAMP) ## compare Llama and nine patterns at two KV budgets on the embedded text (long)
 	@status=0; \
 	"$(RUN)" $(STUDY) sharing=llama seed=0,1 $(STUDY_ARGS) || status=$$?; \
-	"$(RUN)" $(STUDY) sharing=$(NINE) sharing.num_kv_layers=6,3 $(STUDY_ARGS) || status=$$?; \
+	"$(RUN)" $(STUDY) sharing=$(NINE) sharing.num_kv_layers=6,3 seed=$(STUDY_SEEDS) $(STUDY_ARGS) || status=$$?; \
 	"$(RUN)" -m lckv.report runs/study || status=$$?; \
 	exit $$status
 
