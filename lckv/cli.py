@@ -48,6 +48,7 @@ _TRAINING_KEYS = (
 )
 _CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)  # ValueError: Hydra's own checks
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def run(main: Callable[[Any], Any], config_name: str) -> None:
@@ -173,6 +174,8 @@ class _Mistakes:
         except OSError as error:
             if error.errno in _CANNOT_WRITE:
                 self._report(job, f"{error.filename or 'a file'}: {error.strerror}; check permissions and free space")
+            elif error.errno in _NO_PATH:
+                self._report(job, f"{error.filename}: {error.strerror}; give another path")
             else:
                 self._unexpected(job, error)
         except Exception as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,7 +47,7 @@ class Run:
     @property
     def seed(self) -> Any:
         """Where its random numbers started; `None` if it does not say."""
-        return self.config.get("seed")
+        return scalar(self.config.get("seed"))
 
     @cached_property
     def layer_types(self) -> str | None:
@@ -100,9 +100,14 @@ class Run:
 
 def number(value: Any) -> float | None:
     """A finite number as it is; anything else as `None`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return None
     return value
+
+
+def scalar(value: Any) -> str | int | float | bool | None:
+    """A value that can be compared as it is; anything else, which only damaged files hold, as text."""
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -171,7 +176,7 @@ def _read_mapping(file: Path, problems: list[str]) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{file.name} cannot be read: {type(error).__name__}")
         return {}
     if not isinstance(value, dict):

@@ -39,6 +39,7 @@ _OF_PATTERN = (
     *(*_OF_WINDOWS, *_OF_CYCLES),
 )
 _MAX_LABEL = 26
+_MAX_VALUE = 14
 
 Settings = Mapping[str, str]
 """Values as JSON text, so that they can be compared and hashed."""
@@ -88,14 +89,15 @@ class Group:
 
     @property
     def written(self) -> float | None:
-        """KV bytes written per token."""
-        return self.figure("kv_bytes", "written")
+        """KV bytes written per token; no pattern does without any."""
+        written = self.figure("kv_bytes", "written")
+        return written if written is not None and written > 0 else None
 
     @property
     def fraction(self) -> float | None:
         """The written bytes, of Llama's."""
         llama = self.figure("kv_bytes_llama", "written")
-        return self.written / llama if self.written is not None and llama else None
+        return self.written / llama if self.written is not None and llama is not None and llama > 0 else None
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
@@ -136,7 +138,9 @@ def _pattern_settings(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_text(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {key: json.dumps(settings[key], sort_keys=True, default=str) for key in sorted(settings)}
+    return {
+        key: json.dumps(settings[key], sort_keys=True, default=str, ensure_ascii=False) for key in sorted(settings)
+    }
 
 
 def _make_group(runs: tuple[Run, ...]) -> Group:
@@ -145,9 +149,9 @@ def _make_group(runs: tuple[Run, ...]) -> Group:
     return Group(label, runs, *_parts(first))
 
 
-def _shorten(text: str) -> str:
-    """A long pattern without its middle."""
-    return text if len(text) <= _MAX_LABEL else f"{text[: _MAX_LABEL // 2]}…{text[-_MAX_LABEL // 2 + 1 :]}"
+def _shorten(text: str, max_length: int = _MAX_LABEL) -> str:
+    """A long text without its middle."""
+    return text if len(text) <= max_length else f"{text[: max_length // 2]}…{text[-max_length // 2 + 1 :]}"
 
 
 def _with_labels(groups: list[Group]) -> list[Group]:
@@ -164,13 +168,17 @@ def _with_labels(groups: list[Group]) -> list[Group]:
     ]
 
 
-def _differences(group: Group, others: Iterable[Group]) -> list[str]:
+def _differences(group: Group, others: Sequence[Group]) -> list[str]:
+    """What sets groups apart from each other, as this one has it: no more settings than it takes."""
     found = []
+    apart: list[tuple[str | None, ...]] = [()] * len(others)
     for kind in ("pattern_settings", "settings", "provenance"):
         own, theirs = getattr(group, kind), [getattr(other, kind) for other in others]
         for key in sorted({key for each in theirs for key in each} - {"layer_types"}):
-            if len({each.get(key) for each in theirs}) > 1:
-                found.append(f"{key.rpartition('.')[2]}={own.get(key, '–').strip(chr(34))}")
+            further = [(*before, each.get(key)) for before, each in zip(apart, theirs, strict=True)]
+            if len(set(further)) > len(set(apart)):
+                apart = further
+                found.append(f"{key.rpartition('.')[2]}={_shorten(own.get(key, '–').strip(chr(34)), _MAX_VALUE)}")
     return found
 
 

@@ -16,7 +16,9 @@ _OF_RESULTS = {
     "perplexity": ("eval_perplexity", "perplexity"),
     "loss": ("eval_loss", "loss (nats per token)"),
 }
-_LOWER_IS_BETTER = re.compile(r"loss|perplexity|ppl|bits|nll|error|divergence|seconds|latency|bytes", re.IGNORECASE)
+_LOWER_IS_BETTER = re.compile(
+    r"(^|[_,])(loss|perplexity|ppl|bits|nll|error|divergence|seconds|latency|bytes)([_,]|$)", re.IGNORECASE
+)
 _NOT_SHOWN = re.compile(r"_stderr(,|$)|^num_|^context_length$|^stride$|^chance_")
 """Standard errors, which the spread over seeds replaces, and what was asked for."""
 
@@ -38,7 +40,8 @@ class Metric:
     @property
     def lower_is_better(self) -> bool:
         """Whether a smaller value is the better one."""
-        return bool(_LOWER_IS_BETTER.search(self.name))
+        figure = re.split("[.:]", self.name)[-1]  # a task may be called after errors that are to be found
+        return bool(_LOWER_IS_BETTER.search(figure))
 
     def is_better(self, one: float, other: float) -> bool:
         """Whether `one` is better than `other`."""
@@ -46,21 +49,23 @@ class Metric:
 
     def show(self, value: float) -> str:
         """The value with as many digits as can matter."""
-        return f"{value:,.{_digits(value)}f}"
+        return _show(value, value)
 
     def show_summary(self, summary: Summary) -> str:
         """Mean and standard deviation, in the same digits."""
-        spread = "" if summary.std is None else f" ± {summary.std:.{_digits(summary.mean)}f}"
+        spread = "" if summary.std is None else f" ± {_show(summary.std, summary.mean)}"
         return self.show(summary.mean) + spread
 
     def show_difference(self, difference: float, scale: float) -> str:
         """A difference with its sign, in the digits of a value as large as `scale`."""
-        text = f"{abs(difference):,.{_digits(scale)}f}"
-        return f"{'−' if difference < 0 else '+'}{text}"
+        return f"{'−' if difference < 0 else '+'}{_show(abs(difference), scale)}"
 
 
-def _digits(value: float) -> int:
-    return 4 if abs(value) < 10 else 2
+def _show(value: float, scale: float) -> str:
+    """A value in the digits of one as large as `scale`."""
+    if max(abs(value), abs(scale)) >= 1e6:  # of a run that has diverged
+        return f"{value:.3g}"
+    return f"{value:,.{4 if abs(scale) < 10 else 2}f}"
 
 
 def result_metric(name: str) -> Metric:

@@ -24,7 +24,8 @@ def method_notes(report: Report) -> list[str]:
         "best of a budget was chosen on the same figures, which makes these p-values a little too small; two or "
         "three seeds detect nothing but large differences.",
         "Training FLOPs are counted, iterations included. Training time is measured, and compared only where "
-        "hardware, number of threads and way of training are the same; what else the machine did falls into it. "
+        "hardware, number of threads and way of training are the same, as far as runs note them; what else the "
+        "machine did falls into it. "
         f"{_hardware(report)}",
         _versions(report),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lckv.reporting.collecting import Run
+from lckv.reporting.collecting import Run, scalar
 
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _MAX_NAMES = 3
@@ -36,7 +36,7 @@ def provenance_of(run: Run) -> dict[str, Any]:
         "vocab_size": vocab_size,
         **{name: run.config.get(f"model.{name}", "") or "default" for name in _SIZES},
     }
-    return {name: UNKNOWN if value is None else value for name, value in values.items()}
+    return {name: UNKNOWN if value is None else scalar(value) for name, value in values.items()}
 
 
 def warnings_of(runs: Sequence[Run]) -> list[str]:

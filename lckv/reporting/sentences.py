@@ -39,6 +39,7 @@ def status(report: Report) -> str:
     counts = [(len(report.finished), "finished")]
     states = [trouble.state for trouble in report.troubles]
     counts += [(states.count(state), state) for state in dict.fromkeys(states)]
+    counts.append((len(report.runs) - sum(count for count, _ in counts), "repeated"))
     parts = ", ".join(f"{count} {state}" for count, state in counts if count or state == "finished")
     total = len(report.runs)
     return f"{total} run{'s' * (total != 1)}: {parts}.{_nothing_to_say(report)}"

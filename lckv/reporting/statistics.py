@@ -36,8 +36,9 @@ def summarize(values: Iterable[float]) -> Summary | None:
     mean = math.fsum(known) / len(known)
     if len(known) == 1:
         return Summary(mean, None, 1)
-    variance = math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1)
-    return Summary(mean, math.sqrt(variance), len(known))
+    # Not the sum of squares: those of runs that have diverged are beyond a float.
+    std = math.hypot(*(value - mean for value in known)) / math.sqrt(len(known) - 1)
+    return Summary(mean, std, len(known))
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,10 @@ def check_out(out: Path) -> None:
     """Refuses a place where something else than an earlier report would be lost.
 
     Raises:
-        UserError: if there is a file, or a folder with other things.
+        UserError: if there is a file, or a folder with other things, or it is the current folder.
     """
+    if out.resolve() == Path.cwd():
+        raise UserError(f"out={out}: is the current folder, which a report would take the place of; name another")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"out={out}: is {'a link' if out.is_symlink() else 'a file'}; name a folder")
     others = {path.name for path in out.iterdir()} - _own_files(out) if out.is_dir() else set()
@@ -74,9 +76,11 @@ def _save(picture: Picture, folder: Path) -> None:
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place when the block ends well, and is deleted otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging, aside = (out.with_name(f".{out.name}.{kind}-{uuid.uuid4().hex[:8]}") for kind in ("new", "old"))
-    staging.mkdir()
+    staging, aside = (out.parent / f".report-{kind}-{uuid.uuid4().hex[:8]}" for kind in ("new", "old"))
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be made ({error.strerror}); give another out=...") from error
     try:
         yield staging
         check_out(out)  # perhaps it was filled meanwhile

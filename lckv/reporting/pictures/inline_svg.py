@@ -40,7 +40,8 @@ def inline_svg(figure: Figure, hits: HitTexts, name: str, description: str) -> s
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box is not None
     label = html.escape(description, quote=True)
-    return re.sub(r"<svg[^>]*>", f'<svg {view_box[0]} role="group" aria-label="{label}">', svg, count=1)
+    _, inside = svg.split(">", 1)  # behind the opening tag
+    return f'<svg {view_box[0]} role="group" aria-label="{label}">{inside}'
 
 
 def color_of(color: str) -> str:

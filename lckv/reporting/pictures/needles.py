@@ -64,6 +64,7 @@ def _of_run(run: Run) -> tuple[tuple[float, ...], tuple[float, ...], list[list[A
     if not (isinstance(lengths, list) and isinstance(depths, list) and isinstance(rows, list)):
         return None
     is_whole = len(rows) == len(depths) > 0 and all(isinstance(row, list) and len(row) == len(lengths) for row in rows)
+    is_whole = is_whole and all(number(each) is not None for each in (*lengths, *depths))
     return (tuple(lengths), tuple(depths), rows) if is_whole and lengths else None
 
 

@@ -33,6 +33,7 @@ FONT_SIZE = 8.0
 RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": FONT_SIZE,
+    "text.parse_math": False,
     "axes.titlesize": FONT_SIZE + 0.5,
     "axes.labelsize": FONT_SIZE,
     "xtick.labelsize": FONT_SIZE - 0.5,

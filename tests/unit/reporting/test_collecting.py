@@ -1,15 +1,23 @@
 """Reading run folders of any state and version."""
 
+import datetime
+import io
 import json
+import math
 
 import pytest
+import yaml
+from rich.console import Console
 
 from lckv.errors import UserError
+from lckv.reporting.analysis import analyse
 from lckv.reporting.collecting import Run, read_runs
 from lckv.reporting.curves import curves_of
 from lckv.reporting.grouping import group_runs
-from lckv.reporting.metrics import available_metrics, choose_metric
+from lckv.reporting.metrics import Metric, available_metrics, choose_metric
+from lckv.reporting.terminal import print_report
 from lckv.reporting.troubles import trouble_of, troubles_of
+from lckv.reporting.writing import write_report
 from tests.unit.reporting.sweeps import write_config, write_evaluations, write_failure, write_run
 
 
@@ -102,6 +110,54 @@ def test_evaluations_beside_the_run_win(tmp_path):
     }
     assert not metrics["harness:arc.acc"].lower_is_better
     assert metrics["perplexity"].lower_is_better
+
+
+@pytest.mark.parametrize(
+    ("name", "lower_is_better"),
+    [
+        *(("perplexity", True), ("bits_per_byte", True), ("loss", True), ("perplexity:byte_perplexity", True)),
+        *(("harness:wikitext.word_perplexity", True), ("harness:lambada.perplexity,strict", True)),
+        *(("harness:lambada.acc", False), ("recall:accuracy", False), ("speed:decode.tokens_per_second", False)),
+        ("harness:bbh_fewshot_salient_translation_error_detection.exact_match", False),
+        ("harness:include_base_44_applied_science.acc,none", False),
+        ("harness:glossary.acc", False),
+    ],
+)
+def test_the_figure_and_not_the_task_says_what_is_better(name, lower_is_better):
+    assert Metric(name, name, lambda run: None).lower_is_better is lower_is_better
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("config.yaml", {"seed": [1]}),
+        ("config.yaml", {"seed": datetime.date(2020, 1, 2)}),
+        ("results.json", {"data_fingerprint": ["a"]}),
+        ("results.json", {"versions": {"lckv": {"a": 1}}}),
+        ("results.json", {"kv_bytes": {"written": 0}}),
+        ("results.json", {"kv_bytes": {"written": -4.0}}),
+        ("results.json", {"kv_bytes_llama": {"written": -4.0}}),
+        ("results.json", {"eval_bits_per_byte": 10**400}),
+        ("results.json", {"eval_perplexity": 1e300, "eval_bits_per_byte": 1e300}),
+        ("results.json", {"evaluations": {"needle": {"lengths": ["a"], "depths": [0.5], "accuracy": [[1.0]]}}}),
+        ("results.json", {"evaluations": {"needle": {"lengths": [8], "depths": [math.nan], "accuracy": [[1.0]]}}}),
+        ("results.json", "[" * 100_000),
+    ],
+)
+def test_a_damaged_run_does_not_keep_others_from_their_report(tmp_path, file, damage):
+    sweep = tmp_path / "sweep"
+    for name, sharing in (("a", "llama"), ("b", "cla"), ("c", "lckv")):
+        write_run(sweep / name, sharing)
+    path = sweep / "c" / file
+    if isinstance(damage, str):
+        path.write_text(damage)
+    else:
+        dump = yaml.safe_dump if path.suffix == ".yaml" else json.dumps
+        path.write_text(dump(yaml.safe_load(path.read_text()) | damage))
+    report = analyse(read_runs(sweep), sweep)
+    write_report(report, tmp_path / "out")
+    print_report(report, [], Console(file=io.StringIO()))
+    assert {"llama", "cla"} <= {row.group.label for row in report.rows}
 
 
 def test_metrics_that_no_run_has_are_refused(tmp_path):

@@ -47,9 +47,22 @@ def test_other_settings_are_other_groups_and_say_so(tmp_path):
     write_run(tmp_path / "b", "cla", settings={"optim.learning_rate": 0.002})
     write_run(tmp_path / "c", "cla", steps=200)
     assert labels(tmp_path) == [
-        "cla learning_rate=0.001 max_steps=400 steps=400 tokens=1638400",
-        "cla learning_rate=0.002 max_steps=400 steps=400 tokens=1638400",
-        "cla learning_rate=0.001 max_steps=200 steps=200 tokens=819200",
+        "cla learning_rate=0.001 max_steps=400",
+        "cla learning_rate=0.002 max_steps=400",
+        "cla learning_rate=0.001 max_steps=200",
+    ]
+
+
+def test_long_settings_are_shortened_and_need_no_escapes(tmp_path):
+    write_run(tmp_path / "a", "cla", data_fingerprint="0" * 24, tokens=5)
+    write_run(tmp_path / "b", "cla", data_fingerprint="f" * 24, tokens=6)
+    write_run(tmp_path / "c", "lckv", settings={"data.subset": "données"})
+    write_run(tmp_path / "d", "lckv")
+    assert labels(tmp_path) == [
+        "cla data=0000000…000000",
+        "cla data=fffffff…ffffff",
+        "lckv subset=données",
+        "lckv subset=null",
     ]
 
 

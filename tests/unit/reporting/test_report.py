@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -22,7 +23,7 @@ from lckv.reporting.pictures.base import draw_panel
 from lckv.reporting.pictures.style import PALETTE, RC, styles_of
 from lckv.reporting.tables import main_table, tables_of
 from lckv.reporting.writing import check_out, write_report
-from tests.unit.reporting.sweeps import VERSIONS, write_failure, write_run
+from tests.unit.reporting.sweeps import VERSIONS, needle, write_evaluations, write_failure, write_run
 
 PICTURES = {"quality", "loss", "cost", "needle"}
 
@@ -134,6 +135,15 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
     assert len(re.findall(r"(?<!\\)\|", row)) == 5
 
 
+def test_names_are_no_formulas(tmp_path):
+    for name in (r"$\frac$", "$b$", "né"):
+        run = write_run(tmp_path / "sweep" / str(ord(name[-1])), "cla", settings={"data.subset": name})
+        write_evaluations(run, {"needle": needle(0.5)})
+    html, markdown, _ = report_of(tmp_path / "sweep", tmp_path / "out")
+    assert Page(html).open == []
+    assert "subset=né" in html and "subset=$b$" in markdown
+
+
 def test_one_run_gets_a_report_without_comparisons(tmp_path):
     write_run(tmp_path / "sweep" / "a")
     html, markdown, figures = report_of(tmp_path / "sweep", tmp_path / "out")
@@ -148,6 +158,13 @@ def test_only_failed_runs_get_a_report_that_says_so(tmp_path):
     for text in (html, markdown):
         assert "No run has finished" in text and "boom" in text
     assert figures["sets"] == [] and "Results" not in markdown
+
+
+def test_repeated_runs_are_counted(tmp_path):
+    for name in "ab":
+        write_run(tmp_path / "sweep" / name, "cla")
+    _, markdown, _ = report_of(tmp_path / "sweep", tmp_path / "out")
+    assert "2 runs: 1 finished, 1 repeated." in markdown
 
 
 def test_runs_of_earlier_versions_show_dashes(tmp_path):
@@ -225,6 +242,11 @@ def test_only_a_report_is_replaced(tmp_path):
             check_out(tmp_path / name)
     with pytest.raises(UserError, match="out=.*sweep: holds a, which"):
         check_out(tmp_path / "sweep")
+    with pytest.raises(UserError, match="out=.: is the current folder"):
+        check_out(Path())
+    with pytest.raises(UserError, match="out=.*file/sub: cannot be made"):
+        report_of(tmp_path / "sweep", tmp_path / "file" / "sub")
+    report_of(tmp_path / "sweep", tmp_path / ("n" * 250))
 
 
 def test_a_report_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
@@ -265,6 +287,12 @@ def test_the_first_word_is_the_folder(given, named):
 def run(*arguments, cwd):
     command = [sys.executable, "-m", "lckv.report", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=50)
+
+
+def test_a_path_that_cannot_be_is_one_line(tmp_path):
+    done = run("x" * 300, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"lckv.report: error: {'x' * 300}: File name too long; give another path\n"
 
 
 def test_a_folder_must_be_given():

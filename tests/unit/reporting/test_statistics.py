@@ -12,6 +12,7 @@ def test_mean_and_sample_standard_deviation():
     assert summary.std == pytest.approx((7 / 3) ** 0.5)
     assert summarize([3.0]).std is None
     assert summarize([]) is None
+    assert summarize([1e200, 3e200]).std == pytest.approx(2**0.5 * 1e200)  # whose squares no float can hold
 
 
 def test_equal_seeds_are_paired_in_whatever_order_they_come():
