@@ -11,7 +11,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import reduce
@@ -32,6 +32,8 @@ from lckv.iso import check_iso
 from lckv.model_arguments import KEPT_WITH_SOURCE
 from lckv.run_names import default_run_name, file_name
 from lckv.sweeps import FailedJob, missing_extra
+from lckv.training.failures import recorded_failure
+from lckv.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +132,11 @@ class _Job:
         sys.argv[1:] = self.arguments  # what a run says to type next begins with them
         hydra_cfg = typing.cast(DictConfig, HydraConfig.get())
         with self.mistakes.reported(job_name(hydra_cfg) if hydra_cfg.mode == RunMode.MULTIRUN else ""):
-            return self.main(prepare(composed, hydra_cfg))
+            cfg = _to_dataclass(composed, hydra_cfg)
+            is_run = type(cfg) is config.TrainConfig and hydra_cfg.mode == RunMode.MULTIRUN
+            with recorded_failure(RunFolder(cfg.run_dir), cfg, task_overrides()) if is_run else nullcontext():
+                _check_given(cfg, hydra_cfg)
+            return self.main(cfg)
         return FailedJob(self.mistakes.last)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -230,6 +236,12 @@ def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
         UserError: if a key was added that nothing reads or a value refers to a key that does not exist; in a training
             configuration, if `layer_types` came in as a number or is contradicted by the sharing group.
     """
+    cfg = _to_dataclass(composed, hydra_cfg)
+    _check_given(cfg, hydra_cfg)
+    return cfg
+
+
+def _to_dataclass(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
     schema = OmegaConf.get_type(composed)
     assert schema is not None
     try:
@@ -244,12 +256,16 @@ def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
         parent = reduce(getattr, group.split("."), cfg) if group else cfg
         setattr(parent, name, overrides.unescape(getattr(parent, name)))
     if isinstance(cfg, config.TrainConfig):
-        _check_one_sharing(cfg, list(hydra_cfg.overrides.task))
-        _check_vocab_size(cfg, list(hydra_cfg.overrides.task))
-        _check_source(cfg, list(hydra_cfg.overrides.task))
-        _check_iso(cfg, list(hydra_cfg.overrides.task))
         _fill_run_dir(cfg, hydra_cfg)
     return cfg
+
+
+def _check_given(cfg: Any, hydra_cfg: DictConfig) -> None:
+    """Refuses, in a training configuration, what the command line says in vain."""
+    if not isinstance(cfg, config.TrainConfig):
+        return
+    for check in (_check_one_sharing, _check_vocab_size, _check_source, _check_iso):
+        check(cfg, list(hydra_cfg.overrides.task))
 
 
 def _config_files(hydra_cfg: DictConfig) -> list[Path]:
@@ -353,7 +369,7 @@ def job_name(hydra_cfg: DictConfig) -> str:
     parts = []
     for override in hydra_cfg.overrides.task:
         key, _, value = override.lstrip("+~").partition("=")
-        if key not in ("run_dir", "run_name"):
+        if key != "run_dir":
             parts.append(f"{key.rpartition('.')[2]}={value}")
     return file_name(re.sub(r"['\"]", "", ",".join(parts)))
 

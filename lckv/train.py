@@ -37,14 +37,20 @@ def main(cfg: TrainConfig) -> float | None:
     launch_missing_processes("lckv.train")
     assert cfg.run_dir is not None  # filled in with the run's name
     folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
-    with recorded_failure(folder, cfg, cli.task_overrides()):
-        results = _finished_in_a_sweep(cfg, folder) or _train(cfg, folder)
+    try:
+        with recorded_failure(folder, cfg, cli.task_overrides()):
+            results = _finished_in_a_sweep(cfg, folder) or _train(cfg, folder)
+    finally:
+        folder.release()
     return None if results is None else float(results["eval_loss"])
 
 
 def _finished_in_a_sweep(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     """The results of a job of a sweep that need not run again, found before anything heavy is imported or read."""
-    if not (cli.is_in_a_sweep() and cfg.trainer.resume and folder.holds(asdict(cfg))):
+    if not (cli.is_in_a_sweep() and cfg.trainer.resume and folder.results.is_file()):
+        return None
+    cfg, _ = _adopt_source(cfg, folder)
+    if not folder.holds(asdict(cfg)):
         return None
     if (results := folder.finished_results()) is not None:
         Console().print(f"finished: skipped {folder.path}", markup=False, highlight=False, soft_wrap=True)
@@ -82,7 +88,9 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     args = build_training_arguments(cfg)
     check_loggers(cfg.logger)
     if is_main_process():
-        folder.claim(asdict(cfg), resume=cfg.trainer.resume)
+        # Two jobs of a sweep may be the same run: the second one waits, and finds it finished.
+        wait = {"wait": -1.0} if cli.is_in_a_sweep() else {}
+        folder.claim(asdict(cfg), resume=cfg.trainer.resume, **wait)
     if source is not None:
         _convert(cfg, source, folder.init, args, console)
 

@@ -6,6 +6,7 @@ metrics.jsonl      one line per logging step and per evaluation
 results.json       written last: a run folder that has it is finished
 failure.json       why the run failed when it last did; gone as soon as it goes on
 loss.png           training and validation loss
+.lock              held by the process that trains here
 checkpoints/       what an interrupted run goes on from
 model/             the trained model and its tokenizer, for `from_pretrained`
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -23,10 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from lckv.config import TrainConfig
 from lckv.errors import UserError
 from lckv.training.checkpoints import CheckpointFolder
+
+logger = logging.getLogger(__name__)
+
+_WAIT = 10.0
+"""Seconds: as long as the workers of a killed process may outlive it."""
 
 _NOT_PART_OF_THE_RUN = ("run_dir", "trainer.resume")
 """Settings that may differ when a run goes on: they say where it is and whether it may go on."""
@@ -48,33 +56,61 @@ class RunFolder:
         self.init = self.path / "init"
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", save_total_limit)
         self.is_claimed = False
+        self.is_in_use = False
+        self._lock: FileLock | None = None
 
-    def claim(self, config: Mapping[str, Any], *, resume: bool = True) -> None:
+    def claim(self, config: Mapping[str, Any], *, resume: bool = True, wait: float = _WAIT) -> None:
         """Makes the folder this run's own, or checks that it already is. Of many processes, the first does this.
+
+        Until `release`, no other process can claim it.
 
         Args:
             config: the resolved config, as nested plain mappings.
             resume: whether a folder that holds this run already may be gone on with.
+            wait: for how many seconds, if another process trains there; -1: until it ends.
 
         Raises:
-            UserError: if the folder holds another config or cannot be written to, or `resume` is off and it holds
-                a run.
+            UserError: if the folder holds another config or cannot be written to, `resume` is off and it holds a run,
+                or another process trains there.
         """
-        holds_a_run = self.holds_a_run()
-        if holds_a_run:
-            self._check_same_config(config)
-            if not resume:
-                raise UserError(
-                    f"trainer.resume=false, but run_dir={self.path} holds this run already: give another run_dir=..., "
-                    "or leave trainer.resume out to go on with it"
-                )
+        self._check_takes(config, resume=resume)
         self._check_writable()
+        self._lock = self._acquire(wait)
+        self._check_takes(config, resume=resume)  # once more: another process may have begun a run meanwhile
         self.checkpoints.clean()
-        if not holds_a_run:
+        if not self.holds_a_run():
             shutil.rmtree(self.init, ignore_errors=True)  # perhaps of other settings
             write_atomically(self.config, _to_yaml(config))
         self.failure.unlink(missing_ok=True)
         self.is_claimed = True
+
+    def release(self) -> None:
+        """Lets other processes train here."""
+        if self._lock is not None:
+            self._lock.release(force=True)
+            self._lock = None
+
+    def _acquire(self, wait: float) -> FileLock:
+        lock = FileLock(self.path / ".lock", is_singleton=True)  # a process may claim what it holds already
+        for timeout in (0, wait):
+            try:
+                lock.acquire(timeout=timeout)
+                return lock
+            except Timeout:
+                if timeout == 0:
+                    logger.info("another process trains in %s: waiting for it", self.path)
+        self.is_in_use = True
+        raise UserError(f"run_dir={self.path}: another process trains there; wait for it, or give another run_dir=...")
+
+    def _check_takes(self, config: Mapping[str, Any], *, resume: bool) -> None:
+        if not self.holds_a_run():
+            return
+        self._check_same_config(config)
+        if not resume:
+            raise UserError(
+                f"trainer.resume=false, but run_dir={self.path} holds this run already: give another run_dir=..., "
+                "or leave trainer.resume out to go on with it"
+            )
 
     def claim_data(self, fingerprint: str) -> None:
         """Notes what the run is trained on, or checks that it is what the folder's run was trained on.
@@ -95,11 +131,17 @@ class RunFolder:
         """Returns the results if the run is finished, else `None`."""
         if not self.results.is_file():
             return None
-        return json.loads(self.results.read_text())
+        try:
+            results: dict[str, Any] = json.loads(self.results.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(
+                f"{self.results}: cannot be read ({error}); remove it, and the same command writes it again"
+            ) from error
+        return results
 
     def is_open_to(self, config: Mapping[str, Any]) -> bool:
         """Whether a run of this config may begin here, or go on."""
-        if self.results.is_file():
+        if self.is_in_use or self.results.is_file():
             return False
         return self.is_claimed or not self.holds_a_run() or self.holds(config)
 
@@ -192,5 +234,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file that is never seen half-written."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the new name with nothing behind it
     os.replace(aside, path)

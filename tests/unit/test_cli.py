@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -245,6 +246,22 @@ def test_ctrl_c_stops_the_whole_sweep(start):
 
     assert start("-m", "seed=0,1", main=main)[0] == 130
     assert seen == [0]
+
+
+def test_a_job_that_is_refused_says_why_in_its_folder(start, tmp_path):
+    code, seen, err = start("-m", "iso=params,parms", "run_dir=mine")
+    assert code == 2 and [cfg.iso for cfg in seen] == ["params"]
+    assert "iso=parms: iso='parms': allowed are" in err
+    assert [path.name for path in (tmp_path / "mine").iterdir() if path.is_dir()] == ["iso=parms"]
+    failure = json.loads((tmp_path / "mine" / "iso=parms" / "failure.json").read_text())
+    assert failure["overrides"] == ["iso=parms", "run_dir=mine"] and failure["type"] == "UserError"
+
+
+def test_names_of_runs_set_jobs_apart(start):
+    assert [cfg.run_dir for cfg in start("-m", "run_name=a,b", "run_dir=mine")[1]] == [
+        "mine/run_name=a",
+        "mine/run_name=b",
+    ]
 
 
 def test_a_sweeper_gets_what_main_returns_and_goes_on_after_failures(start, tmp_path):

@@ -1,7 +1,10 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from lckv.errors import UserError
 from lckv.training.run_folder import RunFolder, flatten
@@ -41,6 +44,41 @@ def test_run_of_another_config_is_refused_and_left_as_it_is(folder: RunFolder):
 def test_folder_in_which_nothing_has_been_trained_yet_can_be_taken_over(folder: RunFolder):
     folder.claim({**CONFIG, "seed": 1})
     assert "seed: 1" in folder.config.read_text()
+
+
+def test_of_two_processes_one_trains(folder: RunFolder):
+    claim = f"""
+from lckv.training.run_folder import RunFolder
+RunFolder({str(folder.path)!r}).claim({{**{CONFIG!r}}}, wait=float("WAIT"))
+"""
+    folder.append_metrics({"step": 1})
+    refused, waiting = (
+        subprocess.Popen([sys.executable, "-c", claim.replace("WAIT", wait)], stderr=subprocess.PIPE, text=True)
+        for wait in ("0", "-1")
+    )
+    _, err = refused.communicate(timeout=50)
+    assert f"UserError: run_dir={folder.path}: another process trains there; wait for it" in err
+    assert waiting.poll() is None
+    folder.release()
+    assert waiting.wait(timeout=50) == 0
+
+
+def test_whoever_is_refused_leaves_no_failure_with_who_trains(folder: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(FileLock, "acquire", raise_timeout)
+    other = RunFolder(folder.path)
+    with pytest.raises(UserError, match="another process trains there"):
+        other.claim(CONFIG, wait=0)
+    assert folder.is_open_to(CONFIG) and not other.is_open_to(CONFIG)
+
+
+def raise_timeout(lock: FileLock, timeout: float) -> None:
+    raise Timeout(lock.lock_file)
+
+
+def test_torn_results_are_named(folder: RunFolder):
+    folder.results.write_text('{"eval_loss": ')
+    with pytest.raises(UserError, match=r"run/results.json: cannot be read \(.*\); remove it"):
+        folder.finished_results()
 
 
 def test_run_on_other_data_is_refused_and_left_as_it_is(folder: RunFolder):
