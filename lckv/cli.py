@@ -387,6 +387,8 @@ def describe(error: Exception, schema: type) -> str:
         return f"{group or 'config'}={option}: there is no such file{allowed}{near_miss(option, options)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _describe_unknown_key(cause, error, schema)
+    if isinstance(cause, OmegaConfBaseException) and "is not a ListConfig, list or tuple" in str(cause):
+        return f"{cause.full_key or cause.key}: is a list; write {cause.full_key or cause.key}=[...], in brackets"
     if isinstance(cause, OmegaConfBaseException) and (full_key := re.search(r"^ *full_key: (\S+)", str(cause), re.M)):
         return f"{full_key[1]}: {str(cause).splitlines()[0]}{_where(error)}"
     lines = [line for line in str(error).splitlines() if line.strip(" ^") and not line.startswith("See https://")]

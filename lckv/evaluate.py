@@ -78,6 +78,7 @@ def main(cfg: EvaluateConfig) -> None:
             failures.append(f"{name}: {outcome}")
         else:
             results = file.add(name, outcome)
+            failures += [f"{name}: {part}: {line}" for part, line in outcome.get("errors", {}).items()]
     _show(results, file, as_json=cfg.json)
     if failures:
         raise UserError("; ".join(failures))
@@ -101,13 +102,18 @@ def _check_config(cfg: EvaluateConfig) -> None:
 
 
 def _find_run(checkpoint: Checkpoint) -> RunFolder | None:
-    """The training run that the model is of, if it was given as a run folder or as the model in it."""
+    """The training run that the model is of, if it was given as a run folder, or as a model or checkpoint in it."""
     from lckv.training.run_folder import RunFolder
 
-    given = Path(checkpoint.given).expanduser()
-    folders = (given, given.parent) if given.name == "model" else (given,)
+    given = Path(checkpoint.given).expanduser().resolve()
+    folders = (given.parent, given.parent.parent) if _is_of_training(given) else (given, given.parent)
     runs = [RunFolder(folder) for folder in folders] if checkpoint.is_local else []
     return next((run for run in runs if run.config.is_file() and run.metrics.is_file()), None)
+
+
+def _is_of_training(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that a run has kept, not the model at its end."""
+    return folder.parent.name == "checkpoints"
 
 
 def _config_of(run: RunFolder) -> dict[str, Any]:
@@ -129,13 +135,13 @@ def _results_file(cfg: EvaluateConfig, checkpoint: Checkpoint, run: RunFolder | 
     """Where the results go, checked to be this model's."""
     from lckv.evaluation.results import ResultsFile
 
+    path = Path(checkpoint.given).expanduser().resolve()
     if cfg.out is not None:
         folder = Path(cfg.out).expanduser()
     elif run is not None:
-        folder = run.path / "evaluation"
+        folder = run.path / "evaluation" / (path.name if _is_of_training(path) else "")
     else:
-        given = Path(checkpoint.given).expanduser().resolve().name if checkpoint.is_local else checkpoint.given
-        folder = Path("runs") / "evaluation" / file_name(given)
+        folder = Path("runs") / "evaluation" / file_name(path.name if checkpoint.is_local else checkpoint.given)
     identity = {"name": checkpoint.given, "revision": checkpoint.revision, "fingerprint": checkpoint.fingerprint()}
     file = ResultsFile(folder / "results.json", identity)
     file.check()
@@ -164,11 +170,14 @@ def _cache_maker(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> Callable[[
 
 def _settings(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> dict[str, Any]:
     """What the figures depend on beside each evaluation's own settings."""
+    import torch
+
     return {
         "cache": {"name": cfg.cache.name, **cfg.cache.options()},
         "attn_implementation": model.config._attn_implementation,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "num_threads": torch.get_num_threads(),
     }
 
 

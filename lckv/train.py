@@ -124,6 +124,12 @@ def evaluations_of(
     from lckv.evaluation.running import run_evaluations
 
     check_lengths(cfg.evaluation, model.config.max_position_embeddings, cfg.data.block_size, "evaluation.")
+    if "harness" in cfg.evaluation.evals:
+        from lckv.evaluation.harness import check_installed
+        from lckv.evaluation.harness_tasks import check_tasks
+
+        check_installed()
+        check_tasks(cfg.evaluation.harness, "evaluation.harness.")
     subject = Subject(
         model,
         tokenizer,

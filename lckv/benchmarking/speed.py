@@ -39,7 +39,7 @@ def evaluate_speed(subject: Subject, config: EvaluationConfig) -> dict[str, Any]
     try:
         return _measure(Candidate(cache.label, model, cache), workload)
     except FAILURES as error:
-        raise UserError(f"speed: {describe(error)}") from error
+        raise UserError(describe(error)) from error
 
 
 def _cache_choice(subject: Subject) -> CacheChoice:

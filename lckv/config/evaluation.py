@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lckv.config.literals import literal
+
 
 @dataclass
 class PerplexityConfig:
@@ -38,7 +40,8 @@ class HarnessConfig:
         num_fewshot: examples before each question; None: the task's own number.
         limit: at most so many questions of each task, or below 1 that part of them; None: all.
         batch_size: sequences per forward pass, or `auto`: as many as fit.
-        max_length: tokens that the model sees at once; None: as many as it was made for.
+        max_length: tokens that the model sees at once; None: as many as it was made for, those behind the length
+            that it was trained on too.
         apply_chat_template: whether questions are put as messages of a chat.
         log_samples: whether to write every question with the model's answer, to `output_path`.
         output_path: the folder for lm-eval's own files; None: with `log_samples` it is `harness/` beside the results,
@@ -47,14 +50,14 @@ class HarnessConfig:
     """
 
     tasks: list[str] = field(default_factory=lambda: ["lckv_local"])
-    include_path: str | None = None
+    include_path: str | None = literal()
     num_fewshot: int | None = None
     limit: float | None = None
     batch_size: Any = 8
     max_length: int | None = None
     apply_chat_template: bool = False
     log_samples: bool = False
-    output_path: str | None = None
+    output_path: str | None = literal()
     bootstrap_iters: int = 100000
 
 
@@ -63,7 +66,8 @@ class NeedleConfig:
     """Needle in a haystack: a sentence to be found again in a long text, at every length and depth.
 
     Attributes:
-        lengths: tokens of the whole prompt; None: quarters of what the model was made for, at most 2048.
+        lengths: tokens of the whole prompt; None: quarters of `data.block_size` of its training, where that was one of
+            `lckv.train`, else of what the model was made for, at most 2048.
         depths: where the needle lies, from 0 (first) to 1 (last).
         num_samples: prompts for each length and depth.
     """

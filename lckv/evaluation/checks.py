@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lckv.config import EvaluationConfig, NeedleConfig, PerplexityConfig, RecallConfig, SpeedConfig, TrainConfig
+from lckv.config import (
+    EvaluationConfig,
+    HarnessConfig,
+    NeedleConfig,
+    PerplexityConfig,
+    RecallConfig,
+    SpeedConfig,
+    TrainConfig,
+)
 from lckv.errors import UserError, check_choice, check_whole_number
 from lckv.evaluation import MODULES
 
 DEFAULT_CONTEXT_LENGTH = 2048
-"""Tokens that a model sees at once where nothing else is asked for, if it was made for as many."""
+"""Tokens that a model sees at once where neither its training nor the user says how many."""
+
+_MADE_FOR = "what the model was made for"
 
 
 def check_evaluation(config: EvaluationConfig, key_prefix: str = "") -> None:
@@ -30,6 +40,7 @@ def check_evaluation(config: EvaluationConfig, key_prefix: str = "") -> None:
     check_whole_number(f"{key_prefix}batch_size", config.batch_size)
     _check_unused(config, key_prefix)
     _check_perplexity(config.perplexity, f"{key_prefix}perplexity.")
+    check_harness(config.harness, f"{key_prefix}harness.")
     check_needle(config.needle, f"{key_prefix}needle.")
     check_recall(config.recall, f"{key_prefix}recall.")
     for name, value in vars(config.speed).items():
@@ -69,10 +80,25 @@ def check_lengths(config: EvaluationConfig, limit: int, trained_length: int | No
         window_sizes(config.perplexity, limit, trained_length, f"{key_prefix}perplexity.")
     if "speed" in config.evals:
         check_speed(config.speed, limit, f"{key_prefix}speed.")
+    if "harness" in config.evals:
+        check_max_length(config.harness, limit, f"{key_prefix}harness.")
+    longest, num_pairs = max(config.needle.lengths or [0]), max(config.recall.num_pairs)
+    if "needle" in config.evals and longest > limit:
+        raise UserError(f"{key_prefix}needle.lengths={longest}: allowed is {limit} or less, {_MADE_FOR}")
+    num_tokens = 2 * (num_pairs + config.recall.num_queries) - 1
+    if "recall" in config.evals and num_tokens > limit:
+        raise UserError(
+            f"{key_prefix}recall.num_pairs={num_pairs}: makes {num_tokens} tokens with its queries; allowed are "
+            f"{limit} or less, {_MADE_FOR}"
+        )
 
 
 def _check_unused(config: EvaluationConfig, key_prefix: str) -> None:
     """Refuses settings of evaluations that are not asked for."""
+    own = [name for name in config.evals if hasattr(getattr(config, name), "batch_size")]
+    if own and own == config.evals and config.batch_size != EvaluationConfig().batch_size:
+        keys = " and ".join(f"{key_prefix}{name}.batch_size" for name in own)
+        raise UserError(f"{key_prefix}batch_size={config.batch_size}: has no effect on {', '.join(own)}; give {keys}")
     for name in MODULES:
         settings = getattr(config, name)
         default = type(settings)()
@@ -92,17 +118,20 @@ def _check_perplexity(config: PerplexityConfig, key_prefix: str) -> None:
         window_sizes(config, config.context_length, None, key_prefix)
 
 
+def default_context_length(limit: int, trained_length: int | None) -> int:
+    """Tokens that a model sees at once where nothing else is asked for: no positions that are new to it."""
+    return min(limit, trained_length or DEFAULT_CONTEXT_LENGTH)
+
+
 def window_sizes(config: PerplexityConfig, limit: int, trained_length: int | None, key_prefix: str) -> tuple[int, int]:
     """Length and stride of the window; the arguments are those of `check_lengths`.
 
     Raises:
         UserError: for a window that is longer than that, or would jump over tokens.
     """
-    context_length = config.context_length or min(limit, trained_length or DEFAULT_CONTEXT_LENGTH)
+    context_length = config.context_length or default_context_length(limit, trained_length)
     if context_length > limit:
-        raise UserError(
-            f"{key_prefix}context_length={context_length}: allowed is {limit} or less, what the model was made for"
-        )
+        raise UserError(f"{key_prefix}context_length={context_length}: allowed is {limit} or less, {_MADE_FOR}")
     if config.stride is not None and config.stride > context_length:
         raise UserError(
             f"{key_prefix}stride={config.stride}: allowed is {key_prefix}context_length={context_length} or less, so "
@@ -123,6 +152,39 @@ def check_speed(config: SpeedConfig, limit: int, key_prefix: str) -> None:
             f"{key_prefix}prompt_length={config.prompt_length} and {key_prefix}new_tokens={config.new_tokens}: make "
             f"{length} tokens, and the model was made for {limit}; lower them"
         )
+
+
+def check_harness(options: HarnessConfig, key_prefix: str) -> None:
+    """Refuses what lm-eval would ignore, or fail on after the model has run.
+
+    Raises:
+        UserError: naming the key.
+    """
+    batch_size, limit = options.batch_size, options.limit
+    if not options.tasks:
+        raise UserError(f"{key_prefix}tasks=[]: name at least one task or group, such as lckv_local")
+    if batch_size != "auto":
+        if isinstance(batch_size, str):
+            raise UserError(f"{key_prefix}batch_size={batch_size!r}: allowed is a whole number, 1 or more, or 'auto'")
+        check_whole_number(f"{key_prefix}batch_size", batch_size)
+    if options.num_fewshot is not None:
+        check_whole_number(f"{key_prefix}num_fewshot", options.num_fewshot, 0)
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
+        allowed = "a whole number, 1 or more, or a part between 0 and 1"
+        raise UserError(f"{key_prefix}limit={limit!r}: allowed is {allowed}")
+    if options.max_length is not None:
+        check_whole_number(f"{key_prefix}max_length", options.max_length)
+    check_whole_number(f"{key_prefix}bootstrap_iters", options.bootstrap_iters, 0)
+
+
+def check_max_length(options: HarnessConfig, limit: int, key_prefix: str) -> None:
+    """Refuses more tokens at once than the `limit` that the model was made for.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if options.max_length is not None and options.max_length > limit:
+        raise UserError(f"{key_prefix}max_length={options.max_length}: allowed is {limit} or less, {_MADE_FOR}")
 
 
 def check_needle(config: NeedleConfig, key_prefix: str) -> None:

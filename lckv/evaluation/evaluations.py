@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lckv.config import DataConfig, EvaluationConfig
 from lckv.evaluation import MODULES
-from lckv.evaluation.checks import DEFAULT_CONTEXT_LENGTH
+from lckv.evaluation.checks import default_context_length
 from lckv.registry import Registry
 
 
@@ -44,7 +44,7 @@ class Subject:
     @property
     def default_context_length(self) -> int:
         """Tokens that the model sees at once where nothing else is asked for."""
-        return min(self.model.config.max_position_embeddings, DEFAULT_CONTEXT_LENGTH)
+        return default_context_length(self.model.config.max_position_embeddings, self.trained_length)
 
 
 Evaluation = Callable[[Subject, EvaluationConfig], dict[str, Any]]

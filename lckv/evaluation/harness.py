@@ -11,13 +11,15 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from lckv.config import EvaluationConfig, HarnessConfig
-from lckv.errors import UserError, check_whole_number
+from lckv.errors import UserError
+from lckv.evaluation.checks import check_harness, check_max_length
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
 from lckv.evaluation.harness_model import make_language_model
-from lckv.evaluation.harness_tasks import LoadedTasks, load_tasks
+from lckv.evaluation.harness_tasks import LoadedTasks, first_line, join_errors, load_tasks
 from lckv.evaluation.perplexity import in_eval_mode
 
 logger = logging.getLogger(__name__)
@@ -29,19 +31,19 @@ def harness(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
 
     Returns:
         `tasks` and `groups`: for each, its metrics and their standard errors (`acc`, `acc_stderr`); those behind a
-        filter carry its name, as in `exact_match,strict-match`. `errors`: why a task could not be loaded.
+        filter carry its name, as in `exact_match,strict-match`. `errors`: why a task could not be loaded, or done.
         `num_fewshot` and `num_samples` of each task, `limit` and `lm_eval_version`.
 
     Raises:
-        UserError: if lm-eval is not installed, for settings out of range, unknown tasks, and if no task can be loaded.
+        UserError: if lm-eval is not installed, for settings out of range, unknown tasks, and if no task can be done.
     """
     options, prefix = cfg.harness, f"{subject.key_prefix}harness."
     _check_options(options, subject, prefix)
     with _undisturbed(subject.model):
         check_installed()
         loaded = load_tasks(options, model_length(subject, options), prefix)
-        results = _evaluate(subject, options, loaded)
-    _warn_of_fixed_examples(results["n-shot"], loaded, options, prefix)
+        results = _evaluate_all(subject, options, loaded, prefix)
+    _warn_of_fixed_examples(results["n-shot"], options, prefix)
     return _summary(results, loaded, options)
 
 
@@ -50,7 +52,7 @@ def check_installed() -> None:
     try:
         import lm_eval.evaluator  # noqa: F401
     except ImportError as error:
-        raise UserError(f"harness: needs lm-eval ({error}); pip install lckv[eval]") from error
+        raise UserError(f"needs lm-eval ({error}); pip install lckv[eval]") from error
 
 
 def model_length(subject: Subject, options: HarnessConfig) -> int:
@@ -60,18 +62,8 @@ def model_length(subject: Subject, options: HarnessConfig) -> int:
 
 def _check_options(options: HarnessConfig, subject: Subject, prefix: str) -> None:
     """Refuses what lm-eval would ignore, or fail on after the model has run."""
-    batch_size, limit = options.batch_size, options.limit
-    if batch_size != "auto":
-        if isinstance(batch_size, str):
-            raise UserError(f"{prefix}batch_size={batch_size!r}: allowed is a whole number, 1 or more, or 'auto'")
-        check_whole_number(f"{prefix}batch_size", batch_size)
-    if options.num_fewshot is not None:
-        check_whole_number(f"{prefix}num_fewshot", options.num_fewshot, 0)
-    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
-        raise UserError(f"{prefix}limit={limit!r}: allowed is a whole number, 1 or more, or a part between 0 and 1")
-    if options.max_length is not None:
-        check_whole_number(f"{prefix}max_length", options.max_length)
-    check_whole_number(f"{prefix}bootstrap_iters", options.bootstrap_iters, 0)
+    check_harness(options, prefix)
+    check_max_length(options, subject.model.config.max_position_embeddings, prefix)
     if options.apply_chat_template and subject.tokenizer.chat_template is None:
         raise UserError(f"{prefix}apply_chat_template=True: the tokenizer has no chat template; allowed is False")
     _check_output(options, subject, prefix)
@@ -81,7 +73,7 @@ def _output_path(options: HarnessConfig, subject: Subject) -> str | None:
     """Where lm-eval's own files go: to the given place, or if there must be one, beside `results.json`."""
     if options.output_path is None and options.log_samples and subject.folder is not None:
         return str(subject.folder / "harness")
-    return options.output_path
+    return None if options.output_path is None else str(Path(options.output_path).expanduser())
 
 
 def _check_output(options: HarnessConfig, subject: Subject, prefix: str) -> None:
@@ -117,7 +109,36 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
         os.environ.update(environment)
 
 
-def _evaluate(subject: Subject, options: HarnessConfig, loaded: LoadedTasks) -> dict[str, Any]:
+def _evaluate_all(subject: Subject, options: HarnessConfig, loaded: LoadedTasks, prefix: str) -> dict[str, Any]:
+    """All tasks together; where one cannot be done, each alone, so that it keeps no other from its figures.
+
+    Raises:
+        UserError: if none can be done.
+    """
+    try:
+        return _evaluate(subject, options, loaded.specs, loaded.manager)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever is wrong in the documents or the code of a task
+        logger.debug("tasks=%s", list(loaded.tasks), exc_info=error)
+    results: dict[str, Any] = {"results": {}, "n-shot": {}, "n-samples": {}}
+    for name, task in loaded.tasks.items():
+        try:
+            of_task = _evaluate(subject, options, [task], loaded.manager)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            logger.debug("%s", name, exc_info=error)
+            loaded.errors[name] = first_line(error)
+        else:
+            for key, figures in results.items():
+                figures |= of_task[key]
+    if not results["results"]:
+        raise UserError(f"{prefix}tasks={options.tasks}: none can be done; {join_errors(loaded.errors)}")
+    return results
+
+
+def _evaluate(subject: Subject, options: HarnessConfig, specs: list[Any], manager: Any) -> dict[str, Any]:
     """Lets lm-eval do it, and writes its files."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
@@ -127,8 +148,8 @@ def _evaluate(subject: Subject, options: HarnessConfig, loaded: LoadedTasks) -> 
     results = simple_evaluate(
         model=make_language_model(subject, options),
         model_args={"pretrained": subject.model.name_or_path or subject.model.config.model_type},
-        tasks=loaded.specs,
-        task_manager=loaded.manager,
+        tasks=specs,
+        task_manager=manager,
         num_fewshot=options.num_fewshot,
         batch_size=options.batch_size,
         limit=options.limit,
@@ -153,12 +174,10 @@ def _write(tracker: Any, results: dict[str, Any]) -> None:
         tracker.save_results_samples(task_name=name, samples=rows)
 
 
-def _warn_of_fixed_examples(
-    num_fewshot: dict[str, int], loaded: LoadedTasks, options: HarnessConfig, prefix: str
-) -> None:
+def _warn_of_fixed_examples(num_fewshot: dict[str, int], options: HarnessConfig, prefix: str) -> None:
     """Some tasks are made for no examples, and lm-eval leaves them so."""
     if options.num_fewshot is not None:
-        fixed = [name for name in loaded.names if num_fewshot[name] != options.num_fewshot]
+        fixed = [name for name, number in num_fewshot.items() if number != options.num_fewshot]
         if fixed:
             logger.warning("%snum_fewshot=%d: not so for %s", prefix, options.num_fewshot, ", ".join(fixed))
 
@@ -167,13 +186,14 @@ def _summary(results: dict[str, Any], loaded: LoadedTasks, options: HarnessConfi
     from lm_eval import __version__
     from lm_eval.utils import handle_non_serializable
 
+    names = [name for name in loaded.tasks if name in results["results"]]
     summary = {
-        "tasks": {name: _figures(results["results"][name]) for name in loaded.names},
+        "tasks": {name: _figures(results["results"][name]) for name in names},
         "groups": {name: _figures(figures) for name, figures in results.get("groups", {}).items()},
         "errors": loaded.errors,
-        "num_fewshot": {name: results["n-shot"][name] for name in loaded.names},
-        "num_samples": {name: results["n-samples"][name]["effective"] for name in loaded.names},
-        "limit": options.limit,
+        "num_fewshot": {name: results["n-shot"][name] for name in names},
+        "num_samples": {name: results["n-samples"][name]["effective"] for name in names},
+        "limit": options.limit if options.limit is None or options.limit < 1 else int(options.limit),
         "lm_eval_version": __version__,
     }
     return json.loads(json.dumps(summary, default=handle_non_serializable))

@@ -75,10 +75,7 @@ def check_answers(lengths: list[int], max_length: int) -> None:
     """Refuses answers that the model cannot see as a whole: lengths in tokens, and how many it sees at once."""
     longest = max(lengths, default=0)
     if longest > max_length:
-        raise UserError(
-            f"harness: an answer of {longest} tokens does not fit the {max_length} that the model sees at once; "
-            "leave its task out"
-        )
+        raise UserError(f"an answer of {longest} tokens does not fit the {max_length} that the model sees at once")
 
 
 @torch.no_grad()

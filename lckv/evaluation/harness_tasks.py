@@ -29,14 +29,23 @@ class LoadedTasks:
     Attributes:
         manager: lm-eval's `TaskManager`, which knows all names.
         specs: its tasks, and its groups where they are complete.
-        names: of the tasks, those of groups too.
-        errors: one line for each task that could not be loaded.
+        tasks: by name, those of groups too.
+        errors: one line for each task that could not be loaded, or done.
     """
 
     manager: Any
     specs: list[Any] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    tasks: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+
+
+def check_tasks(options: HarnessConfig, prefix: str) -> None:
+    """Finds unknown tasks and folders, without loading any data.
+
+    Raises:
+        UserError: for the first one.
+    """
+    _find_names(options.tasks, _task_manager(options.tasks, [TASKS, *_own_folder(options, prefix)]), prefix)
 
 
 def load_tasks(options: HarnessConfig, max_length: int, prefix: str) -> LoadedTasks:
@@ -57,9 +66,9 @@ def load_tasks(options: HarnessConfig, max_length: int, prefix: str) -> LoadedTa
         loader.load(name)
     loaded = loader.loaded
     if not loaded.specs:
-        raise UserError(f"{prefix}tasks={options.tasks}: none can be loaded; {_join(loaded.errors)}")
+        raise UserError(f"{prefix}tasks={options.tasks}: none can be loaded; {join_errors(loaded.errors)}")
     try:
-        loaded.names = list(manager.load(loaded.specs)["tasks"])
+        loaded.tasks = dict(manager.load(loaded.specs)["tasks"])
     except ValueError as error:  # a task that is also in a group
         raise UserError(f"{prefix}tasks={options.tasks}: {error}") from error
     return loaded
@@ -95,8 +104,6 @@ def _full_task_manager(folders: tuple[Path, ...]) -> Any:
 
 def _find_names(given: list[str], manager: Any, prefix: str) -> list[str]:
     """Checks the names, and resolves patterns."""
-    if not given:
-        raise UserError(f"{prefix}tasks=[]: name at least one task or group, such as lckv_local")
     names: list[str] = []
     for name in given:
         is_known = name in manager.task_index or Path(name).is_file()
@@ -199,7 +206,7 @@ class _Loader:
 
     def _explain(self, name: str, error: Exception) -> str:
         """One line about a task that could not be loaded."""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         path = self._dataset_path(name)
         if not path or not isinstance(error, OSError):
             return reason
@@ -226,5 +233,13 @@ def _is_downloaded(path: str) -> bool:
     return (Path(config.HF_DATASETS_CACHE) / f"{owner}___{camelcase_to_snakecase(dataset)}").is_dir()
 
 
-def _join(errors: dict[str, str]) -> str:
+def first_line(error: Exception) -> str:
+    """The beginning of what an exception says; that of one that is no mistake of the user with its type."""
+    reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    is_told = isinstance(error, UserError | OSError)
+    return reason if is_told and reason else f"{type(error).__name__}: {reason}".removesuffix(": ")
+
+
+def join_errors(errors: dict[str, str]) -> str:
+    """One line of many."""
     return "; ".join(f"{name}: {line}" for name, line in errors.items())

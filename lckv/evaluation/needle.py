@@ -92,9 +92,9 @@ def _lengths(settings: NeedleConfig, haystack: Haystack, subject: Subject) -> li
     """
     begun = haystack.answer_length - 1
     longest = subject.model.config.max_position_embeddings - begun
-    quarters = [min(longest, subject.default_context_length) * part // 4 for part in (1, 2, 3, 4)]
-    lengths = list(quarters if settings.lengths is None else settings.lengths)
-    for length in lengths:
+    if settings.lengths is None:
+        return _default_lengths(min(longest, subject.default_context_length), haystack, subject)
+    for length in settings.lengths:
         given = f"{subject.key_prefix}needle.lengths={length}: allowed is"
         if length <= haystack.overhead:
             raise UserError(f"{given} more than {haystack.overhead}, the tokens of needle and question")
@@ -104,6 +104,22 @@ def _lengths(settings: NeedleConfig, haystack: Haystack, subject: Subject) -> li
             raise UserError(
                 f"{given} at most {len(haystack) + haystack.overhead}, as there is no more validation text"
             )
+    return list(settings.lengths)
+
+
+def _default_lengths(longest: int, haystack: Haystack, subject: Subject) -> list[int]:
+    """Quarters of `longest`, as far as they hold text and there is as much.
+
+    Raises:
+        UserError: if none does.
+    """
+    allowed = range(haystack.overhead + 1, len(haystack) + haystack.overhead + 1)
+    lengths = [length for part in (1, 2, 3, 4) if (length := longest * part // 4) in allowed]
+    if not lengths:
+        raise UserError(
+            f"{subject.key_prefix}needle.lengths: give some; needle and question are {haystack.overhead} tokens, the "
+            f"validation text is {len(haystack)}, and the model was made for, or trained on, {longest} at once"
+        )
     return lengths
 
 

@@ -7,6 +7,7 @@ cache, are not lost: they move to `with_other_settings`, a list for each name.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class ResultsFile:
                 _add(evaluations, others, name, dict(figures))
             kept = {"with_other_settings": others} if others else {}
             results = {"model": dict(self.identity), "evaluations": evaluations, **kept, **self.common}
-            write_atomically(self.path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False)
+            write_atomically(self.path, text + "\n")
         return results
 
     def _read(self) -> tuple[dict[str, Any], dict[str, list[Any]]]:
@@ -88,11 +90,27 @@ class ResultsFile:
 
 
 def _add(evaluations: dict[str, Any], others: dict[str, list[Any]], name: str, figures: dict[str, Any]) -> None:
-    """Puts figures in the first place; those that were there move back, unless their settings are the same."""
-    kept = [evaluations[name]] if name in evaluations else []
-    kept = [each for each in [*others.get(name, []), *kept] if each.get("settings") != figures.get("settings")]
+    """Puts figures in the first place; those that were there move back, unless these replace them.
+
+    They do if the settings are the same, and not only the earlier ones are whole.
+    """
+    kept = [*others.get(name, []), *([evaluations[name]] if name in evaluations else [])]
+    kept = [
+        each
+        for each in kept
+        if each.get("settings") != figures.get("settings") or (figures.get("errors") and not each.get("errors"))
+    ]
     evaluations[name] = figures
     if kept:
         others[name] = kept
     else:
         others.pop(name, None)
+
+
+def _finite(value: Any) -> Any:
+    """The value without numbers that JSON has no names for, such as the perplexity of a text of one word: `None`."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -37,9 +37,10 @@ def run_evaluations(
         except UserError as error:
             yield name, error
         except torch.OutOfMemoryError:
-            yield name, UserError(f"{name}: out of memory; give a smaller batch")
+            yield name, UserError("out of memory; give a smaller batch_size")
         else:
-            yield name, figures | {"settings": asdict(getattr(config, name)) | common}
+            # Some have a batch size of their own.
+            yield name, figures | {"settings": common | asdict(getattr(config, name))}
 
 
 def scalar_figures(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -70,6 +70,8 @@ class EvaluationsCallback(TrainerCallback):
                     self.figures[name] = {"error": str(outcome)}
                 else:
                     self.figures[name] = outcome
+                    for part, line in outcome.get("errors", {}).items():
+                        logger.warning("%s: %s: %s", name, part, line)
         return self.figures
 
 

@@ -89,6 +89,27 @@ def test_every_evaluation_is_written_when_it_is_done(run, monkeypatch: pytest.Mo
     assert set(read("there")["evaluations"]) == {"recall"}
 
 
+def test_what_an_evaluation_could_not_do_is_told_behind_its_figures(run, monkeypatch: pytest.MonkeyPatch):
+    figures = {"tasks": {"a": {"acc": 0.5}}, "errors": {"b": "is not there"}}
+    monkeypatch.setattr(running, "find_evaluation", lambda name: lambda subject, config: figures)
+    with pytest.raises(UserError, match="^harness: b: is not there$"):
+        run("evals=[harness]", "out=there")
+    assert read("there")["evaluations"]["harness"]["tasks"] == {"a": {"acc": 0.5}}
+
+
+def test_a_checkpoint_belongs_to_its_run(run, tmp_path: Path):
+    for number in (2, 4):
+        save_model(tmp_path / "runs" / "mine" / "checkpoints" / f"checkpoint-{number}", initializer_range=number / 100)
+    folder = RunFolder(tmp_path / "runs" / "mine")
+    folder.config.write_text(yaml.safe_dump({"data": {"block_size": 48}}))
+    folder.append_metrics({"step": 4, "loss": 1.0, "tokens_per_second": 7})
+    for number in (2, 4):
+        run(model=f"runs/mine/checkpoints/checkpoint-{number}")
+        results = read(f"runs/mine/evaluation/checkpoint-{number}")
+        assert results["evaluations"]["perplexity"]["context_length"] == 48
+        assert results["costs"]["train_tokens_per_second"] == 7
+
+
 def test_results_of_other_weights_are_refused(run, tmp_path: Path):
     run("out=there")
     before = Path("there/results.json").read_text()
@@ -104,6 +125,9 @@ MISTAKES = {
     "cache=sink cache.bits=4": "has no option 'bits'",
     "cache=static": "cache 'static' needs 'max_length'",
     "attn_implementation=eagr": "^attn_implementation='eagr': allowed are .*did you mean 'eager'",
+    "evals=perplexity": r"^evals: is a list; write evals=\[...\], in brackets",
+    "evals=[speed] batch_size=64": "^batch_size=64: has no effect on speed; give speed.batch_size",
+    "evals=[harness] harness.limit=-3": "^harness.limit=-3.*: allowed is",
     "num_threads=0": "^num_threads=0: allowed",
     "dtype=float3": "^dtype='float3': allowed are .*did you mean",
     "perplexity.context_length=1000": "^perplexity.context_length=1000: allowed is 128 or less",

@@ -324,6 +324,8 @@ def test_a_number_of_examples_that_a_task_does_not_take_is_told(tmp_path, caplog
         ),
         ({"limit": 0}, "harness.limit=0: allowed is a whole number, 1 or more, or a part between 0 and 1"),
         ({"limit": 2.5}, "harness.limit=2.5: allowed is"),
+        ({"limit": float("inf")}, "harness.limit=inf: allowed is"),
+        ({"max_length": 10**6}, "harness.max_length=1000000: allowed is"),
         ({"num_fewshot": -1}, "harness.num_fewshot=-1: allowed is a whole number, 0 or more"),
         ({"max_length": 0}, "harness.max_length=0: allowed is a whole number, 1 or more"),
         ({"bootstrap_iters": -1}, "harness.bootstrap_iters=-1: allowed is a whole number, 0 or more"),
@@ -395,6 +397,30 @@ def test_an_answer_that_is_longer_than_what_the_model_sees():
         run(tasks=["lckv_cloze"], max_length=20, limit=2)
 
 
+def test_a_task_that_fails_in_the_midst_costs_itself_alone(tmp_path):
+    folder = generation_task(tmp_path)
+    broken = yaml.safe_load((tmp_path / "continued.yaml").read_text())
+    write_task(
+        tmp_path,
+        **broken | {"name": "broken", "task": "broken", "doc_to_text": "{{text if text[0] == 'I' else 1 / 0}}"},
+    )
+    whole = run(tasks=["continued"], include_path=folder)
+    figures = run(tasks=["continued", "broken", "lckv_cloze"], include_path=folder, max_length=40)
+    assert figures["tasks"] == whole["tasks"] and figures["groups"] == {}
+    assert set(figures["errors"]) == {"broken", "lckv_cloze"}
+    assert figures["errors"]["broken"] == "ZeroDivisionError: division by zero"
+    assert figures["errors"]["lckv_cloze"].startswith("an answer of ")
+    with pytest.raises(UserError, match=r"^harness.tasks=\['broken'\]: none can be done; broken: ZeroDiv"):
+        run(tasks=["broken"], include_path=folder)
+
+
+def test_examples_read_as_the_question_does(tmp_path):
+    run(tasks=["lckv_last_word"], limit=2, num_fewshot=2, log_samples=True, output_path=str(tmp_path))
+    for row in read_samples(tmp_path)["lckv_last_word"]:
+        example = row["arguments"]["gen_args_0"]["arg_0"].split("\n\n")[0]
+        assert re.search(r"\S \w+$", example), example
+
+
 def test_nothing_that_can_be_loaded(tmp_path):
     folder = missing_task(tmp_path, "gone", str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"harness.tasks=\['gone'\]: none can be loaded; gone: ") as error:
@@ -407,7 +433,7 @@ def test_a_group_with_a_gap_has_no_mean(tmp_path):
     group = "group: mine\ntask: [lckv_cloze, {}]\naggregate_metric_list: [{{metric: acc}}]\n"
     (tmp_path / "mine.yaml").write_text(group.format("gone"))
     loaded = load(["mine"], tmp_path)
-    assert loaded.names == ["lckv_cloze"] and set(loaded.errors) == {"gone"}
+    assert list(loaded.tasks) == ["lckv_cloze"] and set(loaded.errors) == {"gone"}
     assert [getattr(spec, "task_name", None) for spec in loaded.specs] == ["lckv_cloze"]
     (tmp_path / "mine.yaml").write_text(group.format("{task: gone, num_fewshot: 1}"))
     with pytest.raises(UserError, match=r"none can be loaded; mine: "):  # alone, its task would be another one
@@ -416,8 +442,8 @@ def test_a_group_with_a_gap_has_no_mean(tmp_path):
 
 def test_a_task_may_be_given_as_a_pattern_or_file():
     # It fits the group lckv_local, too, with which both would be there twice.
-    assert set(load(["lckv_[lc]*"]).names) == set(BOTH)
-    assert load([str(harness_tasks.TASKS / "lckv_cloze.yaml")]).names == ["lckv_cloze"]
+    assert set(load(["lckv_[lc]*"]).tasks) == set(BOTH)
+    assert load([str(harness_tasks.TASKS / "lckv_cloze.yaml")]).tasks.keys() == {"lckv_cloze"}
 
 
 def test_the_hub_is_asked_once_and_not_for_what_is_at_hand(tmp_path, monkeypatch):
@@ -449,7 +475,7 @@ def test_lm_eval_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"harness: needs lm-eval \(.*\); pip install lckv\[eval\]"):
+    with pytest.raises(UserError, match=r"^needs lm-eval \(.*\); pip install lckv\[eval\]"):
         run()
 
 

@@ -205,6 +205,12 @@ def test_default_lengths_mode_random_state_and_picture(data: DataConfig, tmp_pat
     num_tokens = Haystack(tokenizer, [Path(data.validation_files).read_text()], 400).answer_length
     longest = 400 - (num_tokens - 1)
     assert figures["lengths"] == [longest // 4, longest // 2, longest * 3 // 4, longest]
+    for trained_length, expected in ((200, [100, 150, 200]), (300, [75, 150, 225, 300])):  # 50 hold no text
+        subject = Subject(model, tokenizer, data, trained_length=trained_length)
+        cfg = config(lengths=None, depths=[1.0], num_samples=1)
+        assert EVALUATIONS["needle"](subject, cfg)["lengths"] == expected
+    with pytest.raises(UserError, match=r"needle.lengths: give some; needle and question are 7\d tokens"):
+        EVALUATIONS["needle"](Subject(model, tokenizer, data, trained_length=64), cfg)
     assert model.training and random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,6 +1,7 @@
 """Evaluations one after the other, and the file with what they came to."""
 
 import json
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lckv.config import DataConfig, EvaluationConfig, PerplexityConfig
+from lckv.config import DataConfig, EvaluationConfig, PerplexityConfig, SpeedConfig
 from lckv.errors import UserError
 from lckv.evaluation import MODULES, running
 from lckv.evaluation.evaluations import Subject, find_evaluation
@@ -42,6 +43,10 @@ def test_one_that_fails_keeps_no_other_from_its_figures(subject: Subject, monkey
     assert outcomes["perplexity"]["is_training"] is False and subject.model.training is True
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     settings = outcomes["perplexity"]["settings"]
+    config = EvaluationConfig(["speed"], speed=SpeedConfig(batch_size=2))
+    monkeypatch.setattr(running, "find_evaluation", lambda name: draw)
+    ((_, figures),) = run_evaluations(subject, config, {})
+    assert figures["settings"]["batch_size"] == 2
     assert (settings["stride"], settings["batch_size"], settings["seed"]) == (7, 5, 3)
     assert settings["cache"] == {"name": "paged"} and settings["data"]["name"] == "bible"
 
@@ -94,6 +99,26 @@ def test_figures_with_other_settings_stay(tmp_path: Path):
     results = open_file(tmp_path).add("perplexity", again)
     assert results["evaluations"] == {"perplexity": again}
     assert results["with_other_settings"] == {"perplexity": [of["static"], of["paged"]]}
+
+
+def test_a_part_of_the_figures_does_not_replace_the_whole(tmp_path: Path):
+    file = open_file(tmp_path)
+    whole = {"tasks": {"a": 1, "b": 2}, "errors": {}, "settings": {"limit": 8}}
+    part = {"tasks": {"a": 1}, "errors": {"b": "offline"}, "settings": {"limit": 8}}
+    file.add("harness", part)
+    file.add("harness", whole)
+    results = file.add("harness", part)
+    assert results["evaluations"] == {"harness": part}
+    assert results["with_other_settings"] == {"harness": [whole]}
+    results = file.add("harness", whole)
+    assert (results["evaluations"], "with_other_settings" in results) == ({"harness": whole}, False)
+
+
+def test_the_file_is_json_whatever_the_figures_are(tmp_path: Path):
+    file = open_file(tmp_path)
+    file.add("perplexity", {"word_perplexity": math.inf, "deep": [math.nan, 1.0]})
+    results = json.loads(file.path.read_text(), parse_constant=pytest.fail)
+    assert results["evaluations"]["perplexity"] == {"word_perplexity": None, "deep": [None, 1.0]}
 
 
 def test_several_processes_may_add_at_once(tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from lckv.config import EvaluationConfig, PerplexityConfig, SpeedConfig
+from lckv.config import EvaluationConfig, HarnessConfig, NeedleConfig, PerplexityConfig, RecallConfig, SpeedConfig
 from lckv.errors import UserError
 from lckv.evaluation import running
 from lckv.training.evaluations import EvaluationsCallback, check_not_sharded
@@ -101,6 +101,23 @@ def test_an_evaluation_that_fails_does_not_end_the_training(
     assert results["evaluations"]["speed"] == {"error": "cannot be done"}
     assert results["evaluations"]["perplexity"]["loss"] > 0
     assert caplog.messages.count("speed: cannot be done") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"evals": ["harness"], "harness": HarnessConfig(tasks=["lckv_locl"])},
+            "tasks='lckv_locl'.*mean 'lckv_local'",
+        ),
+        ({"evals": ["harness"], "harness": HarnessConfig(max_length=10**6)}, "max_length=1000000: allowed is"),
+        ({"evals": ["needle"], "needle": NeedleConfig(lengths=[10**6])}, "needle.lengths=1000000: allowed is"),
+        ({"evals": ["recall"], "recall": RecallConfig(num_pairs=[10**6])}, "recall.num_pairs=1000000: makes"),
+    ],
+)
+def test_mistakes_are_found_before_the_training(make_session: MakeSession, options, message: str):
+    with pytest.raises(UserError, match=f"^evaluation.*{message}"):
+        make_session(evaluation=EvaluationConfig(**options))
 
 
 def test_one_process_evaluates_and_the_others_wait():
