@@ -78,12 +78,20 @@ class Run:
     @property
     def family(self) -> str | None:
         """The family that its pattern was taken from, with its parameters; `None` where a string was given."""
+        name = self.family_name
+        if name is None or name == "llama":
+            return name
+        parameters = ", ".join(f"{key}={value}" for key, value in self.sharing_parameters.items())
+        return name + (f" ({parameters})" if parameters else "")
+
+    @property
+    def family_name(self) -> str | None:
+        """The family without its parameters."""
         if self.plan is not None and self.layer_types == build_layer_types("llama", self.plan.num_hidden_layers):
             return "llama"
         if self.config.get("model.layer_types") is not None or self.config.get("sharing.name") is None:
             return None
-        parameters = ", ".join(f"{name}={value}" for name, value in self.sharing_parameters.items())
-        return str(self.config["sharing.name"]) + (f" ({parameters})" if parameters else "")
+        return str(self.config["sharing.name"])
 
     @property
     def sliding_window(self) -> Any:

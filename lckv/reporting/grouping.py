@@ -69,6 +69,11 @@ class Group:
         return self.runs[0].layer_types
 
     @property
+    def family_name(self) -> str | None:
+        """What it shares its colour with: the family of its pattern at any budget, or the pattern alone."""
+        return self.runs[0].family_name or self.layer_types
+
+    @property
     def is_llama(self) -> bool:
         """Whether nothing is shared."""
         return self.runs[0].family == "llama"

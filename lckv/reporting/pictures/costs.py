@@ -22,7 +22,8 @@ def draw_costs(report: Report, styles: Mapping[str, Style]) -> Picture | None:
     caption = "FLOPs of training on one token, relative to Llama, iterations counted."
     if is_timed:
         caption += " Hatched: measured time, where both ran alike; other load on the machine falls into it."
-    panel = Panel("", (3.6, height), lambda axes: _draw(axes, rows, styles, is_timed))
+    width = 2.4 + 0.06 * max(len(row.group.label) for row in rows)
+    panel = Panel("", (width, height), lambda axes: _draw(axes, rows, styles, is_timed))
     return Picture("cost", "Training cost relative to Llama", caption, [panel], {})
 
 
@@ -36,7 +37,7 @@ def _draw(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style], is_timed
             _bar(axes, place + shift, row.time_ratio, thickness, color=color, hatch="/////", alpha=0.75)
     axes.axvline(1, color=INK, linewidth=0.8, zorder=4)
     axes.set_yticks(range(len(rows)), [row.group.label for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("training cost per token (Llama = 1)")
     axes.set_xlim(0, 1.13 * max(max(row.flops_ratio or 0, row.time_ratio or 0) for row in rows))
     axes.tick_params(axis="y", length=0)

@@ -1,7 +1,8 @@
-"""Colours, markers and fonts: one colour and marker per pattern in all pictures of a report."""
+"""Colours, markers and fonts: one colour per family of patterns, one marker per group, in all pictures of a report."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from lckv.reporting.grouping import Group
 INK, MUTED, GRID, PAPER = "#1a1a1b", "#6b6b6c", "#e3e3e4", "#fffffe"
 """Colours that a page with a dark scheme replaces; none of them is used for anything else."""
 
-# Okabe and Ito's without black and yellow, then two of Tol's; each with a lighter one for dark pages.
+# Okabe and Ito's without black and yellow, then two of Tol's, and a brown; each with a lighter one for dark pages.
 PALETTE = (
     ("#0072b2", "#4aa8e8"),
     ("#d55e00", "#f5853f"),
@@ -25,6 +26,7 @@ PALETTE = (
     ("#56b4e9", "#a4dcfb"),
     ("#882255", "#d0709f"),
     ("#999933", "#c6c65c"),
+    ("#8c564b", "#c99a8f"),
 )
 _MARKERS = "osD^vP<X>hp*"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.6, 1.2)), (0, (5, 1.4, 1.4, 1.4)))
@@ -60,9 +62,9 @@ class Style:
     """How a group looks.
 
     Attributes:
-        color: the same for all groups of one pattern.
+        color: the same for all groups of one family of patterns.
         marker: another one for each group, as far as there are enough.
-        dashes: of its lines.
+        dashes: of its lines; another one for each group of a family, as far as there are enough.
     """
 
     color: str
@@ -81,12 +83,13 @@ class Style:
 
 def styles_of(groups: Sequence[Group]) -> dict[str, Style]:
     """A style for each group, by its label: Llama in the colour of the text, the others after the palette."""
-    patterns = list(dict.fromkeys(group.layer_types for group in groups if not group.is_llama))
+    families = list(dict.fromkeys(group.family_name for group in groups if not group.is_llama))
+    members: Counter[str | None] = Counter()
     styles = {}
     for place, group in enumerate(groups):
-        rank = -1 if group.is_llama else patterns.index(group.layer_types)
-        color = INK if rank < 0 else PALETTE[rank % len(PALETTE)][0]
-        dashes = _DASHES[max(rank, 0) // len(PALETTE) % len(_DASHES)]
+        color = INK if group.is_llama else PALETTE[families.index(group.family_name) % len(PALETTE)][0]
+        dashes = _DASHES[members[group.family_name] % len(_DASHES)]
+        members[group.family_name] += 1
         styles[group.label] = Style(color, _MARKERS[place % len(_MARKERS)], dashes)
     return styles
 

@@ -12,7 +12,7 @@ import pytest
 from matplotlib import rc_context
 from PIL import Image
 
-from lckv.config import ReportConfig
+from lckv.config import ReportConfig, SharingConfig
 from lckv.errors import UserError
 from lckv.overrides import name_the_first
 from lckv.report import main
@@ -195,6 +195,43 @@ def test_a_pattern_has_one_color_and_each_group_its_marker(tmp_path):
     assert len({style.marker for style in styles.values()}) == 6
     assert len({style.color for style in styles.values()}) == 3
     assert styles["cla learning_rate=0.001"].color == styles["cla learning_rate=0.002"].color == PALETTE[0][0]
+
+
+def test_a_family_keeps_its_color_at_every_budget(crowd):
+    styles = styles_of(analyse(read_runs(crowd), crowd).groups)
+    two = [styles[f"pizza_bottom (num_kv_layers={number})"] for number in (4, 3)]
+    assert two[0].color == two[1].color and two[0].marker != two[1].marker and two[0].dashes != two[1].dashes
+    assert len({style.color for style in styles.values()}) == 6
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    """Llama and five families at two budgets, one of them far worse than all others."""
+    folder = tmp_path_factory.mktemp("sweeps") / "crowd"
+    write_run(folder / "llama")
+    for family in ("pizza_bottom", "pizza_top", "sandwich_bottom", "sandwich_top", "lasagna_bottom"):
+        for number in (4, 3):
+            figures = {"eval_bits_per_byte": 9.0} if (family, number) == ("pizza_top", 3) else {}
+            settings = {"sharing": SharingConfig(family, num_kv_layers=number)}
+            write_run(folder / f"{family}{number}", family, settings=settings, **figures)
+    return folder
+
+
+def test_a_crowd_stands_side_by_side_and_an_outlier_at_the_edge(crowd):
+    report = analyse(read_runs(crowd), crowd)
+    picture = pictures_of(report)[0]
+    assert len(picture.legend) == len(report.groups) == 11
+    assert "Open points lie beyond the frame" in picture.caption
+    with rc_context(RC):
+        figure, texts = draw_panel(picture.panels[0])
+    (axes,) = figure.axes
+    assert axes.get_ylim()[1] < 9 and [text.get_text() for text in axes.texts] == ["9.0000"]
+    places = [bar.lines[0].get_xydata()[0] for bar in axes.containers]
+    assert len({round(x, 3) for x, _ in places}) == 11
+    assert all(axes.get_ylim()[0] < y < axes.get_ylim()[1] for _, y in places)
+    assert len(texts["hits-quality"]) == 11
+    joined = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"]
+    assert len(joined) == 5
 
 
 def test_labels_stay_inside_and_apart(sweep):
