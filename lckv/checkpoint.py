@@ -30,8 +30,11 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-# RuntimeError: torch's own format.
-_BROKEN = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+# What reading foreign files ends in; RuntimeError: torch's own format.
+_BROKEN = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError),
+    *(ImportError, RuntimeError, SafetensorError, StrictDataclassError),
+)
 
 
 def index_name(file: str) -> str:

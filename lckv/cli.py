@@ -48,6 +48,7 @@ _TRAINING_KEYS = (
     "model.attention_dropout",
     "model.attn_implementation",
 )
+_CALIBRATION_KEYS = ("init.calibration_tokens", "init.ridge")
 _CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)  # ValueError: Hydra's own checks
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -340,6 +341,8 @@ def _check_read_by_method(cfg: config.ConvertConfig, given: list[str]) -> None:
     """Refuses, on the command line, what a conversion does not read."""
     for override in given:
         key = override.lstrip("+~").partition("=")[0]
+        if key in _CALIBRATION_KEYS or key.partition(".")[0] == "data":
+            _check_calibrates(cfg, override)
         is_of_training = key in _TRAINING_KEYS or key.partition(".")[0] in _TRAINING_GROUPS
         if key == "trainer.num_threads" or not is_of_training:
             continue
@@ -349,6 +352,14 @@ def _check_read_by_method(cfg: config.ConvertConfig, given: list[str]) -> None:
             trains = f"does not train ({', '.join(sorted(TRAINED))} does)"
             reason = "trains in a folder beside out" if cfg.method in TRAINED else trains
             raise UserError(f"{override}: has no effect with method={cfg.method}, which {reason}; leave it out")
+
+
+def _check_calibrates(cfg: config.ConvertConfig, override: str) -> None:
+    from lckv.conversion import CALIBRATED  # takes torch along, which nothing else here needs
+
+    if cfg.method not in CALIBRATED:
+        looks = f"looks at no text ({', '.join(sorted(CALIBRATED))} do)"
+        raise UserError(f"{override}: has no effect with method={cfg.method}, which {looks}; leave it out")
 
 
 def _fill_run_dir(cfg: config.TrainConfig, hydra_cfg: DictConfig) -> None:

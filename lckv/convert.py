@@ -72,7 +72,11 @@ def _train(cfg: ConvertConfig, out: Path, max_shard_size: int) -> None:
 
     folder = RunFolder(out.with_name(f"{out.name}-training"))
     values = {item.name: getattr(cfg, item.name) for item in fields(TrainConfig)} | {"run_dir": str(folder.path)}
-    train.main(TrainConfig(**values))
+    try:
+        train.main(TrainConfig(**values))
+    except UserError as error:  # the folder is not the user's to choose
+        advice = f"give another out=..., or remove {folder.path}"
+        raise UserError(str(error).replace("give another run_dir=...", advice)) from error
     if is_main_process():
         write_trained(folder.model, folder.init, out, max_shard_size=max_shard_size)
 

@@ -21,7 +21,7 @@ _TEXT_KEYS = ("layer_types", "patterns", "checkpoints", "run_name", "run_dir", "
 
 _FLAGS_WITH_VALUE = (
     *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
-    *("--package", "-p", "--experimental-rerun"),
+    *("--package", "-p", "--experimental-rerun", "--cfg", "-c"),
 )
 
 _KEY = re.compile(rf"(?:\+\+|[+~])?(?:[\w$/-]+\.)*(?:{'|'.join(_TEXT_KEYS)})(?:@[\w.]*)?=\s*", re.ASCII)

@@ -17,9 +17,14 @@ def default_run_name(cfg: TrainConfig) -> str:
     else:
         parameters = [(item.name, getattr(cfg.sharing, item.name)) for item in fields(cfg.sharing)[1:]]
         sharing = cfg.sharing.name + "".join(f"-{name}{value}" for name, value in parameters if value is not None)
-    model = cfg.model.name if cfg.init.source is None else f"{Path(cfg.init.source).stem}-{cfg.init.method}"
+    model = cfg.model.name if cfg.init.source is None else f"{source_name(cfg.init.source)}-{cfg.init.method}"
     iso = f"-iso_{cfg.iso}" if cfg.iso is not None else ""
     return file_name(f"{model}-{sharing}{iso}-seed{cfg.seed}")
+
+
+def source_name(source: str) -> str:
+    """What a pretrained model is called, without owner and folders: `Llama-3.2-1B`."""
+    return re.sub(r"\.gguf$", "", Path(source).name, flags=re.IGNORECASE)
 
 
 def file_name(text: str, max_length: int = 100) -> str:

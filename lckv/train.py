@@ -194,8 +194,10 @@ def _build_model(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, init: Pat
         )
     except ImportError as error:  # such as FlashAttention's package
         raise UserError(f"model.attn_implementation={cfg.model.attn_implementation!r}: {error}") from error
-    # The source's own may hold settings for sampling that transformers reads, but refuses to save.
-    model.generation_config = GenerationConfig(**special)
+    # The source's own may hold settings for sampling that transformers reads, but refuses to save. It may have several
+    # tokens that end a text, where the tokenizer knows one.
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    model.generation_config = GenerationConfig(**special | ({} if ends is None else {"eos_token_id": ends}))
     return model
 
 

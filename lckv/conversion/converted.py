@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.utils import CONFIG_NAME
 
 import lckv
 from lckv.conversion.heads import Tensors
@@ -154,10 +155,11 @@ def write_trained(trained: Path, init: Path, out: Path, *, max_shard_size: int =
         dtypes = {name: before.dtype(name) for name in before}
         sizes = {name: before.shape(name).numel() * dtype.itemsize for name, dtype in dtypes.items()}
         write_weights(folder, sizes, lambda name: tensors[name].to(dtypes[name]), max_shard_size=max_shard_size)
-        for file in trained.iterdir():
-            if ".safetensors" not in file.name:
+        for file in init.iterdir():  # not those of the training, which writes tokenizer and settings in its own way
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name)
+            elif ".safetensors" not in file.name and file.name != CONFIG_NAME:
                 shutil.copyfile(file, folder / file.name)
-        shutil.copyfile(init / RECORD, folder / RECORD)
         config = LCKVLlamaConfig.from_pretrained(trained)
         config.dtype = dtypes["model.embed_tokens.weight"]
         config.save_pretrained(folder)

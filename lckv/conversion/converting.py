@@ -12,7 +12,7 @@ from lckv.conversion.converted import converted_config, write_converted
 from lckv.conversion.methods import CALIBRATED, groups_of
 from lckv.conversion.moments import InputMoments
 from lckv.conversion.progress import showing_progress
-from lckv.conversion.settings import check_calibration, model_settings, plan_of
+from lckv.conversion.settings import check_block_size, check_calibration, model_settings, plan_of
 from lckv.conversion.source import Source
 from lckv.data import build_dataset
 from lckv.data.tokenizer import check_tokenizer
@@ -70,6 +70,7 @@ def _calibrate(
 ) -> tuple[InputMoments, str]:
     """The moments of the layers' inputs, and the fingerprint of the text."""
     tokenizer = check_tokenizer(source.load_tokenizer(), str(source.checkpoint))
+    check_block_size(cfg.data, source.config)
     data = build_dataset(cfg.data, tokenizer)
     with showing_progress(console, "calibrating", "tokens") as advance:
         moments = calibrate(source, plan, data.train, cfg.init.calibration_tokens, device=device, on_tokens=advance)

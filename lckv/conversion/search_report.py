@@ -23,7 +23,10 @@ from lckv.conversion.writing import appearing
 from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import parse_layer_types
-from lckv.run_names import file_name
+from lckv.run_names import file_name, source_name
+
+_UPTRAINING = (("trainer", "uptrain"), ("optim", "uptrain"))
+"""What keeps what the pretrained model knows."""
 
 _TEXTS = ("calibration", "eval", "validation")
 _MARKERS = "sD^vPX*<>hpd"
@@ -286,11 +289,11 @@ def _experiment(point: Point, report: SearchReport) -> str:
     }
     # lckv.train takes the sizes from the source, but lckv.plan looks at no model.
     sizes = {name: value for name, value in asdict(ModelSizes.from_config(report.source)).items() if value is not None}
-    model = {"name": Path(source).stem, "layer_types": plan.layer_types, **sizes}
+    model = {"name": source_name(source), "layer_types": plan.layer_types, **sizes}
     if plan.has_cycles:
         model |= {"forward_passes": cfg.forward_passes, "converge_tolerance": cfg.converge_tolerance}
     body = {
-        "defaults": [{"override /data": cfg.data.name}],
+        "defaults": [{f"override /{group}": name} for group, name in (("data", cfg.data.name), *_UPTRAINING)],
         "model": model,
         "init": _changed(init, InitConfig()),
         "data": _changed(_with_absolute_files(asdict(cfg.data)), DataConfig(name=cfg.data.name)),
@@ -335,7 +338,7 @@ def write_report(report: SearchReport, out: Path | None) -> Path:
     """
     cfg = report.cfg
     if out is None:
-        out = Path("runs") / "search" / file_name(f"{Path(cfg.source or '').stem}-{cfg.method}-{cfg.budget}")
+        out = Path("runs") / "search" / file_name(f"{source_name(cfg.source or '')}-{cfg.method}-{cfg.budget}")
     out = _first_free(out)
     with appearing(out) as folder:
         report.write(folder)

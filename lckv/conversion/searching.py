@@ -19,6 +19,7 @@ from lckv.conversion.progress import counting_progress
 from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.search import Candidate, PatternSearch, SearchLimits, SearchTrace
 from lckv.conversion.search_report import KVCount, Point, SearchReport
+from lckv.conversion.settings import check_block_size
 from lckv.conversion.source import Source
 from lckv.data import BlockDataset, build_dataset, collate
 from lckv.data.tokenizer import check_tokenizer
@@ -87,6 +88,7 @@ class SearchSession:
         """
         started = time.monotonic()
         tokenizer = check_tokenizer(self._source.load_tokenizer(), str(self._source.checkpoint))
+        check_block_size(self._cfg.data, self._source.config)
         data = build_dataset(self._cfg.data, tokenizer)
         model = self._source.load_model(self._cfg.device)
         if model.device.type == "cpu":

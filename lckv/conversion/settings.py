@@ -6,7 +6,7 @@ import logging
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from lckv.config import InitConfig, ModelConfig, TrainConfig
+from lckv.config import DataConfig, InitConfig, ModelConfig, TrainConfig
 from lckv.errors import UserError, check_positive, check_whole_number
 from lckv.model_arguments import KEPT_WITH_SOURCE, check_model, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
@@ -57,6 +57,17 @@ def check_calibration(cfg: InitConfig) -> None:
     """
     check_whole_number("init.calibration_tokens", cfg.calibration_tokens)
     check_positive("init.ridge", cfg.ridge)
+
+
+def check_block_size(data: DataConfig, source: LCKVLlamaConfig) -> None:
+    """Refuses text that is longer than what a pretrained model was made for.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    limit = source.max_position_embeddings
+    if data.block_size > limit:
+        raise UserError(f"data.block_size={data.block_size}: allowed is {limit} or less, what the source was made for")
 
 
 def plan_of(cfg: TrainConfig) -> SharingPlan:

@@ -41,6 +41,7 @@ _COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_COPIED_FOLDERS = ("additional_chat_templates",)
 _BROKEN = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
 # Not used, and no loss: rotations are worked out anew, and tied embeddings are there under their other name.
 _DISPENSABLE = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
@@ -123,6 +124,9 @@ class Source:
         for name in _COPIED:
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, folder / name)
+        for name in _COPIED_FOLDERS:
+            if (origin / name).is_dir():
+                shutil.copytree(origin / name, folder / name)
 
     def _folder(self) -> Path:
         """Where its files are; those of the Hub are fetched first, if they are not there yet."""
@@ -132,8 +136,9 @@ class Source:
         safetensors, torchs_own = (  # as some have the same weights once more, under other names
             [file.replace(".", "*.", 1), index_name(file)] for file in WEIGHT_FILES
         )
+        others = [*_COPIED, *(f"{name}/*" for name in _COPIED_FOLDERS)]
         with self.checkpoint.loading("the weights"):
-            folder = Path(snapshot_download(name, allow_patterns=[*safetensors, *_COPIED], **arguments))
+            folder = Path(snapshot_download(name, allow_patterns=[*safetensors, *others], **arguments))
             if not any(folder.glob(safetensors[0])):
                 snapshot_download(name, allow_patterns=torchs_own, **arguments)
         return folder

@@ -59,7 +59,8 @@ def read_config(values: Mapping[str, Any]) -> LCKVLlamaConfig:
             f"is of model_type {model_type!r}; allowed are {', '.join(allowed)} (SmolLM2 and Llama 1 to 3 are llama)"
             f"{near_miss(str(model_type), allowed)}"
         )
-    if method := (values.get("quantization_config") or {}).get("quant_method"):
+    quantization = values.get("quantization_config")
+    if method := quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization:
         raise UserError(f"its weights are quantised ({method}), which cannot be read here; take the original ones")
     if model_type == LCKVLlamaConfig.model_type:
         return LCKVLlamaConfig.from_dict(dict(values))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from lckv.errors import UserError
 from lckv.generation.loading import load_model
@@ -156,7 +157,9 @@ def test_training_goes_on_from_its_checkpoint_and_converts_only_once(source, tmp
 
 @pytest.mark.timeout(250)
 def test_distilled_models_have_the_type_of_their_source(run_module, tmp_path):
-    save_source(tmp_path / "source", random_source(3).to(torch.bfloat16))
+    source = save_source(tmp_path / "source", random_source(3).to(torch.bfloat16))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     write_corpus(tmp_path / "corpus")
     settings = ["method=distill", "sharing=cla", "trainer.max_steps=1", "data=files", "data.files=corpus/*.txt"]
     settings += ["data.block_size=32", "trainer.global_batch_size=2", "trainer.num_threads=1"]
@@ -166,5 +169,15 @@ def test_distilled_models_have_the_type_of_their_source(run_module, tmp_path):
     assert process.stderr.splitlines()[-1] == "made/new/..: cla from source by distill"
     assert {each.dtype for each in read_folder(tmp_path / "made").values()} == {torch.bfloat16}
     assert (tmp_path / "made-training" / "results.json").is_file()
+    for name in ("generation_config.json", "tokenizer_config.json", "additional_chat_templates/tools.jinja"):
+        assert (tmp_path / "made" / name).read_bytes() == (source / name).read_bytes()
+    trained = GenerationConfig.from_pretrained(tmp_path / "made-training" / "model")
+    assert trained.eos_token_id == [2, 5]
+
+    process = run_module("lckv.convert", "source=source", "out=again", *settings, "trainer.max_steps=0")
+    assert process.returncode == 2  # before anything is there
+    (tmp_path / "made-training").rename(tmp_path / "again-training")
+    process = run_module("lckv.convert", "source=source", "out=again", *settings, "trainer.max_steps=2")
+    assert process.returncode == 2 and "give another out=..., or remove again-training" in process.stderr
     model, _ = load_model(str(tmp_path / "made"), device="cpu")
     assert model.dtype == torch.bfloat16 and model.config.kv_sharing == "0_0_2"

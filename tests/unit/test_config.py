@@ -190,5 +190,11 @@ def test_run_names():
     long = [cli.compose([f"model.layer_types={build_layer_types(name, 40)}"]).run_dir for name in ("cla", "llama")]
     assert long[0] != long[1]
     assert all(len(Path(name).name) <= 100 for name in long)
+    for source, name in (
+        ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"),
+        ("there/mine.gguf", "mine"),
+        ("runs/a.b/model", "model"),
+    ):
+        assert cli.compose([f"init.source={source}"]).run_dir == str(Path(f"runs/{name}-average-lckv-seed0"))
     assert file_name("a b/c'd") == "a_b_c_d"
     assert file_name("...") == "run"

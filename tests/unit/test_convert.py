@@ -71,6 +71,9 @@ MISTAKES = [
     (["model.attn_implementation=eager"], "model.attn_implementation=eager: has no effect with method=average"),
     (["method=distill", "run_dir=x"], "run_dir=x: has no effect with method=distill, which trains in a folder beside"),
     (["method=distill", "device=cpu"], "device=cpu: has no effect with method=distill, which calibrates where it tra"),
+    (["init.ridge=1"], "init.ridge=1: has no effect with method=average, which looks at no text (activation, "),
+    (["data.block_size=64"], "data.block_size=64: has no effect with method=average, which looks at no text"),
+    (["method=activation", "sharing=cla", "data.block_size=4096"], "data.block_size=4096: allowed is "),
     (["methd=average"], "unknown key 'methd'; did you mean 'method'?"),
 ]
 
@@ -112,6 +115,21 @@ def test_a_source_that_shares(tmp_path):
         folder = save_source(tmp_path / layer_types, random_source(layer_types=layer_types))
         message = message_of(folder, tmp_path / "out")
         assert message.startswith(f"source={folder}: shares keys and values already ({layer_types}): {layer}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ([], "the configuration cannot be read"),
+        ({"quantization_config": "gptq"}, "its weights are quantised (gptq)"),
+        ({"num_attention_heads": 0}, "the configuration"),
+    ],
+)
+def test_damaged_configurations(source, tmp_path, damage, message):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | damage if isinstance(damage, dict) else damage))
+    told = message_of(source, tmp_path / "out")
+    assert told.startswith(f"source={source}: ") and message in told
 
 
 def test_quantised_weights(source, tmp_path):

@@ -109,6 +109,12 @@ def test_equals_signs_that_hydra_reads_are_left_alone(value):
     assert overrides.quote_overrides([f"seed={value}"]) == [f"seed={value}"]
 
 
+def test_flags_keep_their_values():
+    given = ["seed=1", "--cfg", "job", "-c", "hydra", "sharing=cla", "--config-dir", "d", "-m"]
+    flags = ["--cfg", "job", "-c", "hydra", "--config-dir", "d", "-m"]
+    assert overrides.flags_first(given) == [*flags, "seed=1", "sharing=cla"]
+
+
 def test_hydra_pluses():
     given = [
         "+experiment=a",

@@ -60,6 +60,8 @@ def test_same_bits_and_logits_for_every_family(tmp_path, name):
 def test_what_lies_beside_the_weights_is_carried_over(tmp_path):
     source = save_source(tmp_path / "source", random_source(3))
     (source / "training_args.bin").write_text("nothing to carry over")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     run_convert(source, tmp_path / "out")
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
@@ -67,7 +69,7 @@ def test_what_lies_beside_the_weights_is_carried_over(tmp_path):
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (generation.do_sample, generation.temperature, generation.eos_token_id) == (True, 0.3, [2, 5])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer.chat_template == {"default": CHAT_TEMPLATE, "tools": "{{ tools }}"}
     assert tokenizer("a b")["input_ids"] == byte_tokenizer()("a b")["input_ids"]
 
 

@@ -240,6 +240,8 @@ def test_a_report_and_configurations_that_train(folder, tmp_path, monkeypatch):
         assert (cfg.data.name, cfg.data.files, cfg.data.block_size) == ("files", str(folder / "*.txt"), 32)
         assert LCKVLlamaConfig(**model_arguments(cfg, 300)).kv_sharing == point["layer_types"]
         assert cfg.model.hidden_size == 32
+        assert cfg.optim == cli.compose(["optim=uptrain"]).optim
+        assert cfg.trainer == cli.compose(["trainer=uptrain"]).trainer
         has_cycles = parse_layer_types(point["layer_types"]).has_cycles
         assert cfg.model.forward_passes == ("converge" if has_cycles else 7)
 
