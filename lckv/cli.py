@@ -394,6 +394,8 @@ def describe(error: Exception, schema: type) -> str:
         if (extra := missing_extra(group, option)) is not None:
             return extra
         options = [str(name) for name in error.options or ()]
+        if group == "cache" and not issubclass(schema, config.EvaluateConfig):
+            options.remove("none")  # generation cannot do without
         allowed = f"; allowed are {', '.join(options)}" if options else ""
         return f"{group or 'config'}={option}: there is no such file{allowed}{near_miss(option, options)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):

@@ -10,6 +10,12 @@ class UserError(ValueError):
     """A mistake in what the user gave. Entry points print it as one line, without a traceback, and exit with 2."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of the machine or of an accelerator; torch has no type for the former."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
+
+
 def near_miss(given: str, allowed: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the allowed name nearest to `given`, or an empty string."""
     matches = get_close_matches(given, list(allowed), n=1, cutoff=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lckv import cli
 from lckv.config import GenerateConfig
+from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.checks import ENDLESS, TOKENS, check_cache, check_config, check_passes
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prompts import encode_prompts, read_prompts
@@ -30,10 +31,16 @@ def main(cfg: GenerateConfig) -> None:
     check_passes(cfg, model)
     encoded = encode_prompts(prompts, tokenizer, chat=cfg.chat, system=cfg.system)
     session = Session(cfg, decoding, model, tokenizer, Console(stderr=True, highlight=False, soft_wrap=True))
-    if stream == ENDLESS:
-        session.stream_endlessly(encoded[0])
-    else:
-        session.answer(prompts, encoded, is_streamed=stream == TOKENS)
+    try:
+        if stream == ENDLESS:
+            session.stream_endlessly(encoded[0])
+        else:
+            session.answer(prompts, encoded, is_streamed=stream == TOKENS)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = "batch_size, prefill_chunk, max_new_tokens, or what the cache is made for"
+        raise UserError(f"out of memory: give a smaller {smaller}") from error
 
 
 def _decoding_options(cfg: GenerateConfig) -> DecodingOptions:

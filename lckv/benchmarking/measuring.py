@@ -17,7 +17,7 @@ from lckv.benchmarking.recording import RecordsTraffic, record_reads
 from lckv.benchmarking.results import BatchResult, CandidateResult, Workload
 from lckv.cache import KVCache, PagedKVCache
 from lckv.costs import FlopsPerToken, Iteration, KVBytes, ModelSizes, count_flops, count_kv_bytes
-from lckv.errors import UserError
+from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.prefill import PrefillReport, prefill
 
 FAILURES = (UserError, RuntimeError, ValueError, NotImplementedError, ImportError, MemoryError)
@@ -248,8 +248,7 @@ def _copy(cache: KVCache, token: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
 def describe(error: BaseException) -> str:
     """The reason in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
-    return f"out of memory: {text}" if is_memory else text
+    return f"out of memory: {text}" if is_out_of_memory(error) else text
 
 
 def release_memory(device: torch.device) -> None:

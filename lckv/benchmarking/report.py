@@ -151,8 +151,8 @@ def print_report(
         "Bytes: resident are those of the cache's tensors; written are the states that the cache is given, and read "
         "the keys and values that it gives\nto the attention of each layer. A cache that quantises also writes codes, "
         "scales and zero points, a group of tokens at once (here per token),\nand reads what it stores once per step "
-        "for all layers that share it. In brackets, the plan's where it differs. Peak: beyond the weights, cache "
-        "included."
+        "for all layers that share it, twice where layers read upward. In brackets, the plan's where it differs. "
+        "Peak: beyond the weights, cache included."
     )
 
 
@@ -228,7 +228,7 @@ def _byte_cells(result: CandidateResult, first: CandidateResult, workload: Workl
 
 def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("", overflow="fold", no_wrap=True)
+    table.add_column("", overflow="fold")
     for heading in headings:
         table.add_column(heading, justify="right")
     return table

@@ -12,6 +12,7 @@ import torch
 from lckv.cache.layers import KVLayer, ReaderLayer
 from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError, near_miss
+from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.iteration import KeyValue
 from lckv.models.sharing_cache import SharingCache
 from lckv.patterns import SharingPlan
@@ -141,12 +142,18 @@ class KVCache(SharingCache, ABC):
         tensors = [tensor for layer in self.owners().values() for tensor in layer.tensors().values()]
         return tensors[0].shape[0] if tensors else -1
 
-    def begin_forward(self, plan: SharingPlan, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
-        """Refuses a model with another pattern than the cache was made for."""
-        if plan.layer_types != self.plan.layer_types:
+    def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
+        """Refuses a model with another pattern than the cache was made for, or with windows that it does not keep."""
+        allowed = "allowed is a cache made from the model's own configuration"
+        if config.sharing_plan.layer_types != self.plan.layer_types:
             raise UserError(
-                f"a cache for layer_types {self.plan.layer_types!r} in a model with {plan.layer_types!r}: "
-                "allowed is a cache made from the model's own configuration"
+                f"a cache for layer_types {self.plan.layer_types!r} in a model with "
+                f"{config.sharing_plan.layer_types!r}: {allowed}"
+            )
+        kept = self.config.sliding_window
+        if config.sliding_window > kept and any(map(self.plan.owner_is_sliding, self.plan.kv_owners)):
+            raise UserError(
+                f"a cache for a sliding_window of {kept} in a model with {config.sliding_window}: {allowed}"
             )
 
     def update(

@@ -23,7 +23,7 @@ from lckv.cache.page_book import PageBook
 from lckv.cache.paged_layer import PagedLayer
 from lckv.cache.pages import PagedSequence, capacity_for, extend_hashes
 from lckv.errors import UserError, check_whole_number
-from lckv.patterns import SharingPlan
+from lckv.models.configuration_lckv import LCKVLlamaConfig
 
 
 @CACHES.register("paged")
@@ -122,14 +122,14 @@ class PagedKVCache(KVCache):
             for group, layers in zip(self.book.groups, self.book.layers, strict=True)
         )
 
-    def begin_forward(self, plan: SharingPlan, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
+    def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
         """Reserves pages for the coming tokens, but for padding on the left.
 
         Raises:
             OutOfPagesError: if pools of fixed size have too few; nothing has changed then.
             ValueError: for rows of different lengths without an attention mask that tells them apart.
         """
-        super().begin_forward(plan, attention_mask, num_new_tokens)
+        super().begin_forward(config, attention_mask, num_new_tokens)
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         self.book.open_step(num_new_tokens, None if mask is None else mask.shape[0], mask)
         if attention_mask is None and self.book.step is not None and len(set(self.book.step.starts)) > 1:

@@ -18,8 +18,8 @@ from lckv.cache.dynamic import RingLayer
 from lckv.cache.layers import KVLayer, check_crop, writable
 from lckv.errors import UserError, check_whole_number
 from lckv.models.attention import PositionEmbeddings, apply_rotary
+from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.iteration import KeyValue
-from lckv.patterns import SharingPlan
 
 GROWING_ROPE_TYPES = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the text, so that no key can be moved."""
@@ -359,9 +359,9 @@ class SinkKVCache(KVCache):
         """The token from which positions count."""
         return self._movable()[0].offset
 
-    def begin_forward(self, plan: SharingPlan, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
+    def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
         """Notes where each row's text begins."""
-        super().begin_forward(plan, attention_mask, num_new_tokens)
+        super().begin_forward(config, attention_mask, num_new_tokens)
         if attention_mask is None or attention_mask.ndim != 2:
             return
         padding = _count_padding(attention_mask)

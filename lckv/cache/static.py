@@ -9,8 +9,8 @@ import torch
 from lckv.cache.base import CACHES, KVCache
 from lckv.cache.layers import KVLayer, check_crop
 from lckv.errors import UserError, check_whole_number
+from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.iteration import KeyValue
-from lckv.patterns import SharingPlan
 
 
 class StaticLayer(KVLayer):
@@ -338,9 +338,9 @@ class StaticKVCache(KVCache):
         assert isinstance(layer, StaticLayer)
         return layer.key_positions(num_new_tokens)
 
-    def begin_forward(self, plan: SharingPlan, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
+    def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
         """Refuses tokens that do not fit; a compiled step cannot look, so its caller has to (`check_length`)."""
-        super().begin_forward(plan, attention_mask, num_new_tokens)
+        super().begin_forward(config, attention_mask, num_new_tokens)
         if not torch.compiler.is_compiling():
             self.check_length(int(self.get_seq_length(self.plan.kv_owners[0])) + num_new_tokens)
 

@@ -11,11 +11,10 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from lckv.config import EvaluationConfig, HarnessConfig
-from lckv.errors import UserError
+from lckv.errors import UserError, is_out_of_memory
 from lckv.evaluation.checks import check_harness, check_max_length
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
 from lckv.evaluation.harness_model import make_language_model
@@ -117,17 +116,17 @@ def _evaluate_all(subject: Subject, options: HarnessConfig, loaded: LoadedTasks,
     """
     try:
         return _evaluate(subject, options, loaded.specs, loaded.manager)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever is wrong in the documents or the code of a task
+        if is_out_of_memory(error):
+            raise
         logger.debug("tasks=%s", list(loaded.tasks), exc_info=error)
     results: dict[str, Any] = {"results": {}, "n-shot": {}, "n-samples": {}}
     for name, task in loaded.tasks.items():
         try:
             of_task = _evaluate(subject, options, [task], loaded.manager)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             logger.debug("%s", name, exc_info=error)
             loaded.errors[name] = first_line(error)
         else:

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from lckv.config import EvaluationConfig
-from lckv.errors import UserError
+from lckv.errors import UserError, is_out_of_memory
 from lckv.evaluation.evaluations import Subject, find_evaluation
 from lckv.evaluation.perplexity import in_eval_mode
 
@@ -36,7 +34,9 @@ def run_evaluations(
                 figures = find_evaluation(name)(subject, config)
         except UserError as error:
             yield name, error
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             yield name, UserError("out of memory; give a smaller batch_size")
         else:
             # Some have a batch size of their own.

@@ -331,11 +331,11 @@ class ContinuousBatcher:
 
     def _generate(self, requests: list[Request], logits: torch.Tensor) -> None:
         """Gives each request its next token, and ends those that are done."""
-        is_number = (~logits.isnan().any(dim=1)).tolist()
-        tokens = self._choose(requests, logits)
-        for request, token, is_sound in zip(requests, tokens, is_number, strict=True):
-            if not is_sound:
-                self._end(request, "the model's logits are NaN")
+        is_sound = logits.max(dim=1).values.isfinite()  # the maximum of numbers that NaN is among is NaN
+        tokens = self._choose(requests, logits.masked_fill(~is_sound[:, None], 0.0))  # those fail, whatever is chosen
+        for request, token, is_right in zip(requests, tokens, is_sound.tolist(), strict=True):
+            if not is_right:
+                self._end(request, "the model's logits are not finite")
                 continue
             request.tokens.append(token)
             self.statistics.num_generated_tokens += 1
@@ -357,8 +357,7 @@ class ContinuousBatcher:
         """The next token of each request, as `generate()` would choose it."""
         if not any(request.processors or request.do_sample for request in requests):
             return list(map(int, logits.argmax(dim=1).tolist()))
-        logits = logits.float().masked_fill(logits.isnan(), 0.0)  # rows with NaN fail, whatever is chosen
-        return [self._choose_one(request, row) for request, row in zip(requests, logits, strict=True)]
+        return [self._choose_one(request, row) for request, row in zip(requests, logits.float(), strict=True)]
 
     def _choose_one(self, request: Request, logits: torch.Tensor) -> int:
         input_ids = cast(torch.LongTensor, torch.tensor([request.tokens], device=logits.device))

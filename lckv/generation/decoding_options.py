@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,10 @@ from lckv.errors import UserError, check_positive, check_whole_number
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
+
+
+_SMALLEST, _LARGEST = 1e-6, 1e6
+"""Beyond these, temperatures and penalties make logits that are no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Sampling:
         for name in ("temperature", "repetition_penalty"):
             if (value := getattr(self, name)) is not None:
                 check_positive(name, value)
-                if math.isinf(value):
-                    raise UserError(f"{name}={value}: allowed is a finite number")
+                if not _SMALLEST <= value <= _LARGEST:
+                    raise UserError(f"{name}={value}: allowed is a number from {_SMALLEST:g} to {_LARGEST:g}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: allowed is a number above 0, up to 1")
         if self.seed is not None:

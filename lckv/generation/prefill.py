@@ -94,7 +94,8 @@ def prefill(
         num_past = stop
         report.logits = outputs.logits[:, -1]
         report.num_passes.append(outputs.num_passes)
-        if outputs.kv_residual is not None:
+        # After as many passes as tokens nothing is left to change, however much the last pass still did.
+        if outputs.kv_residual is not None and outputs.num_passes < chunk.shape[1]:
             report.residuals.append(float(outputs.kv_residual))
         if on_chunk is not None:
             on_chunk(chunk.shape[1])

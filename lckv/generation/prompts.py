@@ -29,7 +29,8 @@ def read_prompts(
     if prompt is not None:
         return [_check_text("prompt", prompt, prompt)]
     if prompts_file is not None:
-        lines = [line for line in _read("prompts_file", prompts_file).splitlines() if line.strip()]
+        text = _read("prompts_file", prompts_file).replace("\r\n", "\n")  # no other character ends a line of a file
+        lines = [line for line in text.split("\n") if line.strip()]
         return lines or [_check_text("prompts_file", prompts_file, "")]
     if prompt_file is None and sys.stdin.isatty():
         raise UserError('prompt: give one: prompt="...", prompt_file=FILE, prompts_file=FILE, or pipe text in')
@@ -53,7 +54,7 @@ def _check_text(key: str, given: str, text: str) -> str:
 def _read(key: str, path: str) -> str:
     try:
         data = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).expanduser().read_bytes()
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # without the mark that some editors put first
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={path}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:

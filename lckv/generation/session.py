@@ -149,7 +149,7 @@ class Session:
         )
 
     def _seed_of(self, number: int) -> int | None:
-        """A seed for each prompt, so that its text does not depend on when it gets its turn."""
+        """A seed for each prompt, so that its text does not depend on when it gets its turn; or for each batch."""
         return None if self.decoding.seed is None else (self.decoding.seed + number) % 2**64
 
     def _batches(self, encoded: list[list[int]], *, is_streamed: bool) -> Iterator[Part]:
@@ -162,8 +162,10 @@ class Session:
             generations = self._compiled_batches(batches, is_streamed=is_streamed)
         else:
             generations = (
-                self._generate(batch, self._build_cache(_length(batch)), _length(batch), is_streamed=is_streamed)
-                for batch in batches
+                self._generate(
+                    batch, self._build_cache(_length(batch)), _length(batch), index, is_streamed=is_streamed
+                )
+                for index, batch in enumerate(batches)
             )
         yield from map(batch_part, generations)
 
@@ -177,15 +179,17 @@ class Session:
         num_rows, has_padding = len(batches[0]), any(map(_is_ragged, batches))
         widths = [_length(batch) + (has_padding and not _is_ragged(batch)) for batch in batches]
         cache = self._build_cache(max(widths))
-        for batch, width in zip(batches, widths, strict=True):
+        for index, (batch, width) in enumerate(zip(batches, widths, strict=True)):
             if self.decoding.num_beams > 1:
                 cache = self._build_cache(max(widths))  # the last one has a row for every beam
             cache.reset()
             filled = batch + [batch[-1]] * (num_rows - len(batch))
-            generation = self._generate(filled, cache, width, is_streamed=is_streamed)
+            generation = self._generate(filled, cache, width, index, is_streamed=is_streamed)
             yield replace(generation, new_tokens=generation.new_tokens[: len(batch)])
 
-    def _generate(self, batch: list[list[int]], cache: KVCache, width: int, *, is_streamed: bool) -> Generation:
+    def _generate(
+        self, batch: list[list[int]], cache: KVCache, width: int, index: int, *, is_streamed: bool
+    ) -> Generation:
         cfg = self.cfg
         printer = Printer(self.tokenizer, sys.stdout) if is_streamed else None
         try:
@@ -194,7 +198,7 @@ class Session:
                     self.model,
                     batch,
                     cache,
-                    self.decoding,
+                    replace(self.decoding, seed=self._seed_of(index)),
                     self.max_new_tokens,
                     num_columns=width,
                     prefill_options=PrefillOptions(cfg.prefill_chunk, cfg.prefill_passes, cfg.prefill_tolerance),

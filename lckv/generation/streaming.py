@@ -58,10 +58,11 @@ class TokenPicker:
         """Chooses the next token from `(1, vocab_size)`.
 
         Raises:
-            UserError: if the logits are not numbers.
+            UserError: if the logits are not finite.
         """
-        if logits.isnan().any():
-            raise UserError("the model's logits are NaN: its weights are broken, or its dtype is too small for them")
+        if not logits.max().isfinite():  # the maximum of numbers that NaN is among is NaN
+            reason = "its weights are broken, or its dtype is too small for them"
+            raise UserError(f"the model's logits are not finite: {reason}")
         history = torch.tensor([list(self.history)], dtype=torch.long, device=logits.device)
         scores = self.processors(history, logits.float())  # type: ignore[arg-type]
         if self.samples:

@@ -161,7 +161,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         """Tells the cache what comes, and says whether the tokens have to go through the layers one by one."""
         is_sequential = num_new_tokens > 1 and self.config.use_sequential
         if isinstance(past_key_values, SharingCache):
-            past_key_values.begin_forward(self.sharing_plan, attention_mask, num_new_tokens)
+            past_key_values.begin_forward(self.config, attention_mask, num_new_tokens)
             past_key_values.begin_positions(are_given=position_ids is not None)
             is_sequential |= num_new_tokens > 1 and past_key_values.needs_single_tokens(num_new_tokens)
         if is_sequential:
@@ -343,7 +343,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             token = slice(position, position + 1)
             mask = None if call.attention_mask is None else call.attention_mask[:, :stop]
             if isinstance(cache, SharingCache):
-                cache.begin_forward(self.sharing_plan, mask, 1)
+                cache.begin_forward(self.config, mask, 1)
             step = replace(
                 call,
                 attention_mask=mask,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import Cache
 
-from lckv.patterns import SharingPlan
+from lckv.models.configuration_lckv import LCKVLlamaConfig
 
 
 class SharingCache(Cache):
@@ -14,11 +14,11 @@ class SharingCache(Cache):
     The model takes any transformers cache; of one of this class it asks the questions below.
     """
 
-    def begin_forward(self, plan: SharingPlan, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
+    def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
         """Is told what the coming forward call holds, before masks are built and anything is written.
 
         Args:
-            plan: the model's sharing pattern.
+            config: the model's.
             attention_mask: as the model got it, `(batch, past + q_len)` with zeros at padding, 4D, or `None`.
             num_new_tokens: `q_len`.
         """

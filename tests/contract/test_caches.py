@@ -186,7 +186,7 @@ def test_announced_sizes_are_those_of_the_returned_keys(name, layer_types):
     for num_new in (1, 5, 1, 1, 4):
         before = {owner: int(cache.get_seq_length(owner)) for owner in cache.owners()}
         sizes = {owner: cache.get_mask_sizes(num_new, owner) for owner in cache.owners()}
-        cache.begin_forward(model.config.sharing_plan, None, num_new)
+        cache.begin_forward(model.config, None, num_new)
         for owner in cache.owners():
             positions = cache.get_key_positions(num_new, owner)
             states = torch.randn(2, 2, num_new, 8)
@@ -210,6 +210,14 @@ def test_a_cache_for_another_pattern_is_refused(name):
     model = exact_model("0_0_2_2")
     cache = new_cache(name, exact_model("0_1_2_3"))
     with pytest.raises(UserError, match="0_1_2_3.*0_0_2_2"):
+        model(token_ids(1, 2), past_key_values=cache)
+    assert cache.num_bytes() == 0
+
+
+def test_a_cache_for_a_smaller_window_is_refused(name):
+    model = exact_model("0s_0s_2_2", sliding_window=7)
+    cache = new_cache(name, exact_model("0s_0s_2_2", sliding_window=4))
+    with pytest.raises(UserError, match="for a sliding_window of 4 in a model with 7"):
         model(token_ids(1, 2), past_key_values=cache)
     assert cache.num_bytes() == 0
 

@@ -209,6 +209,26 @@ def test_seeds_of_continuous_batches(run, prompts_file):
     assert first == alone != other
 
 
+def test_no_batch_repeats_the_random_numbers_of_another(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("abc\nabc\nabc\n")
+    options = [f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=20", "temperature=2", "seed=1", "json=true"]
+    texts = [text["text"] for text in json.loads(run(*options, "batch_size=1")[0])["texts"]]
+    assert len(set(texts)) == 3
+    alone = json.loads(run("prompt=abc", "max_new_tokens=20", "temperature=2", "seed=1", "json=true")[0])
+    assert alone["texts"][0]["text"] == texts[0]
+
+
+def test_lines_of_a_prompts_file_end_where_editors_say(run, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffIn the\u2028beginning\r\nAnd\x0cGod\n\n".encode())
+    result = json.loads(run(f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=1", "json=true")[0])
+    assert [text["prompt"] for text in result["texts"]] == ["In the\u2028beginning", "And\x0cGod"]
+
+
+def test_too_little_memory_is_one_line(run):
+    with pytest.raises(UserError, match="^out of memory: give a smaller batch_size, .*what the cache is made for"):
+        run("prompt=abc", "cache=static", "cache.max_length=1000000000000")
+
+
 def test_prompts_that_fail_alone_are_named_behind_the_others(run, tmp_path, capsys):
     prompts = ["abc", "x" * 50, "a"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
@@ -381,7 +401,7 @@ MISTAKES = [
     (["prompt=x", "num_beams=0"], "num_beams=0"),
     (["prompt=x", "seed=-1"], "seed=-1: allowed is a whole number, 0 or more"),
     (["prompt=x", "seed=18446744073709551616"], "seed=18446744073709551616: allowed is less than 2**64"),
-    (["prompt=x", "temperature=inf"], "temperature=inf: allowed is a finite number"),
+    (["prompt=x", "temperature=inf"], "temperature=inf: allowed is a number from 1e-06 to 1e+06"),
     (["prompt=x", "greedy=true", "top_k=5"], "top_k=5: has no effect with greedy=true"),
     (["prompt=x", "num_threads=0"], "num_threads=0"),
     (["prompt=x", "prefill_chunk=0"], "prefill_chunk=0: allowed is a whole number, 1 or more"),

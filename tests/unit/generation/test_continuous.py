@@ -245,6 +245,16 @@ def test_a_step_that_breaks_off_can_be_taken_again():
     check_all(model, batcher, prompts, NEW_TOKENS)
 
 
+@pytest.mark.parametrize("seed", [None, 1])
+def test_infinite_logits_fail_requests(seed):
+    model = exact_model("0_0_2_2")
+    with torch.no_grad():
+        model.lm_head.weight[3] *= float("inf")
+    batcher = ContinuousBatcher(model)
+    batcher.add_request([5, 6, 7], "bad", max_new_tokens=3, seed=seed)
+    assert batcher.run()["bad"].error == "the model's logits are not finite"
+
+
 def test_nan_fails_the_request_alone():
     model = exact_model("0_0_2_2")
     with torch.no_grad():
@@ -254,7 +264,7 @@ def test_nan_fails_the_request_alone():
     batcher.add_request([5, 11, 7], "bad", max_new_tokens=3)
     batcher.add_request([5, 6, 7], "good", max_new_tokens=3)
     outputs = batcher.run()
-    assert outputs["bad"].error == "the model's logits are NaN" and not outputs["bad"].generated_tokens
+    assert outputs["bad"].error == "the model's logits are not finite" and not outputs["bad"].generated_tokens
     assert outputs["good"].generated_tokens == alone(model, [5, 6, 7], max_new_tokens=3)
 
 

@@ -72,6 +72,13 @@ def test_fixed_passes_are_run_as_often_in_every_chunk():
     assert report.num_passes == [6, 6, 5]  # as many passes as tokens are exact: the last chunk has 5
 
 
+def test_a_chunk_that_is_exact_has_no_residual():
+    model, cache = tiny_model(UPWARD), build_cache("dynamic", tiny_model(UPWARD).config)
+    report = prefill(model, token_ids(1, 26), cache, chunk_size=24, forward_passes="converge", tolerance=1e-5)
+    assert report.num_passes[1] == 2 and len(report.residuals) == 1  # two passes for two tokens
+    assert report.residual is not None and report.residual < 1e-5
+
+
 def test_patterns_without_upward_layers_take_one_pass_and_have_no_residual():
     model = tiny_model("0_0_2_2")
     report = prefill(model, token_ids(1, 8), build_cache("dynamic", model.config), chunk_size=4)

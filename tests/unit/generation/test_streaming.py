@@ -308,10 +308,11 @@ def test_a_cache_that_grows_is_no_place_for_endless_text(model):
     assert len(list(itertools.islice(tokens, 9))) == 9
 
 
-def test_nan_is_named(model, cache):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named(model, cache, value):
     with torch.no_grad():
-        model.lm_head.weight[7] = float("nan")
-    with pytest.raises(UserError, match="logits are NaN"):
+        model.lm_head.weight[7] = value
+    with pytest.raises(UserError, match="logits are not finite"):
         next(stream(model, token_ids(1, 3), cache))
 
 
