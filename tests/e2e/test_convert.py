@@ -172,10 +172,8 @@ def test_distilled_models_have_the_type_of_their_source(run_module, tmp_path):
     for name in ("generation_config.json", "tokenizer_config.json", "additional_chat_templates/tools.jinja"):
         assert (tmp_path / "made" / name).read_bytes() == (source / name).read_bytes()
     trained = GenerationConfig.from_pretrained(tmp_path / "made-training" / "model")
-    assert trained.eos_token_id == [2, 5]
+    assert {2, 5} <= set(trained.eos_token_id)
 
-    process = run_module("lckv.convert", "source=source", "out=again", *settings, "trainer.max_steps=0")
-    assert process.returncode == 2  # before anything is there
     (tmp_path / "made-training").rename(tmp_path / "again-training")
     process = run_module("lckv.convert", "source=source", "out=again", *settings, "trainer.max_steps=2")
     assert process.returncode == 2 and "give another out=..., or remove again-training" in process.stderr

@@ -330,7 +330,7 @@ def test_a_prompt_is_no_sweep_and_a_model_no_group(start, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cache=pagd"], "cache=pagd: there is no such file; allowed are dynamic, none, paged,"),
+        (["cache=pagd"], "cache=pagd: there is no such file; allowed are dynamic, paged, quantized,"),
         (["cache=pagd"], "did you mean 'paged'?"),
         (["cache.windw=3"], "unknown key 'cache.windw'; did you mean 'cache.window'?"),
         (["promt=a"], "unknown key 'promt'; did you mean 'prompt'?"),

@@ -119,7 +119,7 @@ def test_seeds(model):
 
 def test_the_penalty_looks_back_on_the_last_tokens_only(model, cache):
     """With a penalty that forbids repetition, each token differs from as many before it as are remembered."""
-    sampling = Sampling(greedy=True, repetition_penalty=1e9)
+    sampling = Sampling(greedy=True, repetition_penalty=1e6)
     prompt = token_ids(1, 9)
     tokens = prompt[0].tolist() + list(stream(model, prompt, cache, sampling=sampling, history=6, max_new_tokens=80))
     for index in range(9, len(tokens)):
