@@ -28,8 +28,7 @@ from yaml import YAMLError
 
 from lckv import config, hydra_store, overrides
 from lckv.errors import UserError, near_miss
-from lckv.iso import check_iso
-from lckv.model_arguments import KEPT_WITH_SOURCE
+from lckv.override_checks import check_overrides
 from lckv.run_names import default_run_name, file_name
 from lckv.sweeps import FailedJob, missing_extra
 from lckv.training.failures import recorded_failure
@@ -38,17 +37,6 @@ from lckv.training.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 _GROUPS_WITHOUT_KEY = ("experiment", "debug")
-# What only training reads.
-_TRAINING_GROUPS = ("trainer", "optim", "teacher", "logger", "evaluation")
-_TRAINING_KEYS = (
-    "seed",
-    "run_dir",
-    "run_name",
-    "model.dtype",
-    "model.attention_dropout",
-    "model.attn_implementation",
-)
-_CALIBRATION_KEYS = ("init.calibration_tokens", "init.ridge")
 _CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)  # ValueError: Hydra's own checks
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -136,7 +124,7 @@ class _Job:
             cfg = _to_dataclass(composed, hydra_cfg)
             is_run = type(cfg) is config.TrainConfig and hydra_cfg.mode == RunMode.MULTIRUN
             with recorded_failure(RunFolder(cfg.run_dir), cfg, task_overrides()) if is_run else nullcontext():
-                _check_given(cfg, hydra_cfg)
+                check_overrides(cfg, task_overrides())
             return self.main(cfg)
         return FailedJob(self.mistakes.last)
 
@@ -238,7 +226,7 @@ def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
             configuration, if `layer_types` came in as a number or is contradicted by the sharing group.
     """
     cfg = _to_dataclass(composed, hydra_cfg)
-    _check_given(cfg, hydra_cfg)
+    check_overrides(cfg, list(hydra_cfg.overrides.task))
     return cfg
 
 
@@ -261,14 +249,6 @@ def _to_dataclass(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
     return cfg
 
 
-def _check_given(cfg: Any, hydra_cfg: DictConfig) -> None:
-    """Refuses, in a training configuration, what the command line says in vain."""
-    if not isinstance(cfg, config.TrainConfig):
-        return
-    for check in (_check_one_sharing, _check_vocab_size, _check_source, _check_iso):
-        check(cfg, list(hydra_cfg.overrides.task))
-
-
 def _config_files(hydra_cfg: DictConfig) -> list[Path]:
     """The YAML files behind a composed configuration."""
     folders = [Path(source.path) for source in hydra_cfg.runtime.config_sources if source.schema == "file"]
@@ -285,81 +265,6 @@ def _check_keys(composed: DictConfig, schema: type, prefix: str = "") -> None:
             raise UserError(f"unknown key {key!r}{_hint(key, schema, prefix)}")
         if is_dataclass(types[name]):
             _check_keys(composed[name], typing.cast(type, types[name]), f"{key}.")
-
-
-def _check_one_sharing(cfg: config.TrainConfig, given: list[str]) -> None:
-    """Refuses `sharing` on the command line where `model.layer_types` would win over it without a word."""
-    sharing = [override for override in given if re.match(r"\+{0,2}sharing[.=@]", override)]
-    layer_types = cfg.model.layer_types
-    if sharing and layer_types is not None:
-        raise UserError(
-            f"{sharing[0]}: has no effect beside model.layer_types={layer_types}; "
-            "leave one of them out (model.layer_types=null lets the sharing group decide)"
-        )
-
-
-def _check_vocab_size(cfg: config.TrainConfig, given: list[str]) -> None:
-    """Refuses `tokenizer.vocab_size` on the command line for a tokenizer that has a size of its own."""
-    if cfg.tokenizer.name != "bpe" and any(re.match(r"\+{0,2}tokenizer\.vocab_size=", each) for each in given):
-        raise UserError(
-            f"tokenizer.vocab_size={cfg.tokenizer.vocab_size}: has no effect with "
-            f"tokenizer.name={cfg.tokenizer.name}; leave it out"
-        )
-
-
-def _check_source(cfg: config.TrainConfig, given: list[str]) -> None:
-    """Refuses, on the command line, what a pretrained model decides, and how to use one where none is given."""
-    source = cfg.source if isinstance(cfg, config.ConvertConfig) else cfg.init.source
-    for override in given:
-        key = override.lstrip("+").partition("=")[0]
-        group, _, name = key.partition(".")
-        if source is None and group == "init":
-            raise UserError(f"{override}: has no effect without init.source; give one, or leave it out")
-        if source is None:
-            continue
-        is_sources = group == "tokenizer" or (group == "model" and name not in KEPT_WITH_SOURCE)
-        if is_sources or (key == "model.force_nodiag" and not cfg.model.force_nodiag):
-            raise UserError(f"{override}: has no effect on the model {source}, which brings its own; leave it out")
-    if isinstance(cfg, config.ConvertConfig):
-        _check_read_by_method(cfg, given)
-
-
-def _check_iso(cfg: config.TrainConfig, given: list[str]) -> None:
-    """Refuses `iso` where nothing could be kept equal, and how to do it where it is not asked for."""
-    check_iso(cfg.iso, cfg.iso_multiple)
-    source = cfg.source if isinstance(cfg, config.ConvertConfig) else cfg.init.source
-    if cfg.iso is not None and source is not None:
-        raise UserError(
-            f"iso={cfg.iso}: has no effect on the model {source}, which brings its own sizes; leave it out"
-        )
-    for override in given:
-        if override.lstrip("+").startswith("iso_multiple=") and cfg.iso != "params":
-            raise UserError(f"{override}: has no effect without iso=params; leave it out")
-
-
-def _check_read_by_method(cfg: config.ConvertConfig, given: list[str]) -> None:
-    """Refuses, on the command line, what a conversion does not read."""
-    for override in given:
-        key = override.lstrip("+~").partition("=")[0]
-        if key in _CALIBRATION_KEYS or key.partition(".")[0] == "data":
-            _check_calibrates(cfg, override)
-        is_of_training = key in _TRAINING_KEYS or key.partition(".")[0] in _TRAINING_GROUPS
-        if key == "trainer.num_threads" or not is_of_training:
-            continue
-        from lckv.conversion import TRAINED  # takes torch along, which nothing else here needs
-
-        if cfg.method not in TRAINED or key == "run_dir":
-            trains = f"does not train ({', '.join(sorted(TRAINED))} does)"
-            reason = "trains in a folder beside out" if cfg.method in TRAINED else trains
-            raise UserError(f"{override}: has no effect with method={cfg.method}, which {reason}; leave it out")
-
-
-def _check_calibrates(cfg: config.ConvertConfig, override: str) -> None:
-    from lckv.conversion import CALIBRATED  # takes torch along, which nothing else here needs
-
-    if cfg.method not in CALIBRATED:
-        looks = f"looks at no text ({', '.join(sorted(CALIBRATED))} do)"
-        raise UserError(f"{override}: has no effect with method={cfg.method}, which {looks}; leave it out")
 
 
 def _fill_run_dir(cfg: config.TrainConfig, hydra_cfg: DictConfig) -> None:

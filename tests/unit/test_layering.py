@@ -30,6 +30,7 @@ LAYERS = [
     ["generation"],
     ["conversion"],
     ["benchmarking", "reporting"],
+    ["override_checks"],
     ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report"],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
