@@ -70,13 +70,10 @@ def _train(cfg: ConvertConfig, out: Path, max_shard_size: int) -> None:
     from lckv.training.arguments import is_main_process
     from lckv.training.run_folder import RunFolder
 
-    folder = RunFolder(out.with_name(f"{out.name}-training"))
+    path = out.with_name(f"{out.name}-training")
+    folder = RunFolder(path, cfg.trainer.save_total_limit, instead=f"give another out=..., or remove {path}")
     values = {item.name: getattr(cfg, item.name) for item in fields(TrainConfig)} | {"run_dir": str(folder.path)}
-    try:
-        train.main(TrainConfig(**values))
-    except UserError as error:  # the folder is not the user's to choose
-        advice = f"give another out=..., or remove {folder.path}"
-        raise UserError(str(error).replace("give another run_dir=...", advice)) from error
+    train.main(TrainConfig(**values), folder)
     if is_main_process():
         write_trained(folder.model, folder.init, out, max_shard_size=max_shard_size)
 

@@ -28,15 +28,19 @@ if TYPE_CHECKING:
     from lckv.training.evaluations import Evaluate
 
 
-def main(cfg: TrainConfig) -> float | None:
+def main(cfg: TrainConfig, folder: RunFolder | None = None) -> float | None:
     """Trains what the configuration names, unless that has been done.
+
+    Args:
+        cfg: the configuration.
+        folder: the run folder, where that is not simply `cfg.run_dir`.
 
     Returns:
         The validation loss at the end, for sweepers that look for a low one; `None` in every process but the first.
     """
     launch_missing_processes("lckv.train")
     assert cfg.run_dir is not None  # filled in with the run's name
-    folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
+    folder = folder or RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
     try:
         with recorded_failure(folder, cfg, cli.task_overrides()):
             results = _finished_in_a_sweep(cfg, folder) or _train(cfg, folder)

@@ -41,10 +41,22 @@ _NOT_PART_OF_THE_RUN = ("run_dir", "trainer.resume")
 
 
 class RunFolder:
-    """The paths of a run and the rules about who may write there."""
+    """The paths of a run and the rules about who may write there.
 
-    def __init__(self, path: str | os.PathLike[str], save_total_limit: int | None = None) -> None:
+    Args:
+        path: the folder.
+        save_total_limit: how many checkpoints it keeps.
+        instead: for error messages: what whoever cannot have this folder may do.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        save_total_limit: int | None = None,
+        instead: str = "give another run_dir=...",
+    ) -> None:
         self.path = Path(path)
+        self.instead = instead
         self.config = self.path / "config.yaml"
         self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -100,7 +112,7 @@ class RunFolder:
                 if timeout == 0:
                     logger.info("another process trains in %s: waiting for it", self.path)
         self.is_in_use = True
-        raise UserError(f"run_dir={self.path}: another process trains there; wait for it, or give another run_dir=...")
+        raise UserError(f"run_dir={self.path}: another process trains there; wait for it, or {self.instead}")
 
     def _check_takes(self, config: Mapping[str, Any], *, resume: bool) -> None:
         if not self.holds_a_run():
@@ -108,7 +120,7 @@ class RunFolder:
         self._check_same_config(config)
         if not resume:
             raise UserError(
-                f"trainer.resume=false, but run_dir={self.path} holds this run already: give another run_dir=..., "
+                f"trainer.resume=false, but run_dir={self.path} holds this run already: {self.instead}, "
                 "or leave trainer.resume out to go on with it"
             )
 
@@ -124,7 +136,7 @@ class RunFolder:
         elif self.data.read_text(encoding="utf-8") != text:
             raise UserError(
                 f"run_dir={self.path}: holds a run on other data: the text or its tokens have changed since; "
-                "give another run_dir=..., or put the data back as it was"
+                f"{self.instead}, or put the data back as it was"
             )
 
     def finished_results(self) -> dict[str, Any] | None:
@@ -184,7 +196,7 @@ class RunFolder:
         except (OSError, yaml.YAMLError) as error:
             raise UserError(
                 f"run_dir={self.path}: holds a run, but {self.config.name} does not say which "
-                f"({type(error).__name__}); give another run_dir=..."
+                f"({type(error).__name__}); {self.instead}"
             ) from error
         # Written and read like the stored one, so that a tuple is equal to its list.
         now = dict(flatten(yaml.safe_load(_to_yaml(config))))
@@ -199,7 +211,7 @@ class RunFolder:
             shown = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
             raise UserError(
                 f"run_dir={self.path}: holds a run of another config; different are {shown}: "
-                "give another run_dir=..., or the same settings to go on with that run"
+                f"{self.instead}, or the same settings to go on with that run"
             )
 
     def _check_writable(self) -> None:
@@ -209,9 +221,7 @@ class RunFolder:
             probe.write_bytes(b"x")
             probe.unlink()
         except OSError as error:
-            raise UserError(
-                f"run_dir={self.path}: cannot be written to ({error.strerror}); give another run_dir=..."
-            ) from error
+            raise UserError(f"run_dir={self.path}: cannot be written to ({error.strerror}); {self.instead}") from error
 
 
 def _defaults() -> dict[str, Any]:
