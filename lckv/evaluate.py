@@ -72,14 +72,15 @@ def main(cfg: EvaluateConfig) -> None:
         folder=file.path.parent,
     )
     file.common.update(_common(cfg, subject, run))
-    results, failures = file.touch(), []
+    results, failures, is_new = file.touch(), [], False
     for name, outcome in run_evaluations(subject, cfg, _settings(cfg, model)):
         if isinstance(outcome, UserError):
             failures.append(f"{name}: {outcome}")
         else:
-            results = file.add(name, outcome)
+            results, is_new = file.add(name, outcome), True
             failures += [f"{name}: {part}: {line}" for part, line in outcome.get("errors", {}).items()]
-    _show(results, file, as_json=cfg.json)
+    if is_new:
+        _show(results, file, as_json=cfg.json)
     if failures:
         raise UserError("; ".join(failures))
 

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,9 @@ def write_weights(
     num_written = 0
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name in names:
-            tensors[name] = read(name).contiguous()
+            tensors[name] = _unshared(read(name).contiguous(), tensors.values())
             weight_map[name] = file
             num_written += sizes[name]
             if on_bytes is not None:
@@ -132,6 +132,13 @@ def write_weights(
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / index_name("model.safetensors")).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _unshared(tensor: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """The tensor, or a copy if it is in the memory of another one, which safetensors would refuse."""
+    place = tensor.untyped_storage().data_ptr()
+    is_shared = any(other.untyped_storage().data_ptr() == place for other in others)
+    return tensor.clone() if is_shared else tensor
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from lckv.cache import KVCache, PagedKVCache, build_cache
+from lckv.cache import KVCache, PagedKVCache, SinkKVCache, build_cache
 from lckv.config import DEFAULT_MAX_NEW_TOKENS, GenerateConfig
 from lckv.errors import UserError
 from lckv.generation.checks import CONTINUOUS, choose_batching
@@ -91,6 +92,7 @@ class Session:
     def stream_endlessly(self, prompt: list[int]) -> None:
         """Prints text until Ctrl-C, or `max_new_tokens` if that is given."""
         cfg, cache = self.cfg, self._build_cache(len(prompt))
+        self._check_span(cache, math.inf if cfg.max_new_tokens is None else len(prompt) + cfg.max_new_tokens)
         options = {"forward_passes": cfg.prefill_passes, "converge_tolerance": cfg.prefill_tolerance}
         pieces = stream_text(
             self.model,
@@ -162,9 +164,7 @@ class Session:
             generations = self._compiled_batches(batches, is_streamed=is_streamed)
         else:
             generations = (
-                self._generate(
-                    batch, self._build_cache(_length(batch)), _length(batch), index, is_streamed=is_streamed
-                )
+                self._generate(batch, self._cache_for(batch), _length(batch), index, is_streamed=is_streamed)
                 for index, batch in enumerate(batches)
             )
         yield from map(batch_part, generations)
@@ -211,6 +211,18 @@ class Session:
                 printer.end()
             raise
 
+    def _cache_for(self, batch: list[list[int]]) -> KVCache:
+        """An empty cache for a batch, with a warning if it may turn out too small in the midst of the text."""
+        cache, length = self._build_cache(_length(batch)), _length(batch) + self.max_new_tokens
+        self._check_span(cache, length)
+        num_rows = len(batch) * self.decoding.num_beams
+        if isinstance(cache, PagedKVCache) and (fits := cache.max_sequences(length)) is not None and fits < num_rows:
+            logger.warning(
+                "cache.num_pages=%d: holds %d texts of %d tokens, and %d may become as long; give more pages",
+                *(cache.num_pages, fits, length, num_rows),
+            )
+        return cache
+
     def _build_cache(self, prompt_length: int) -> KVCache:
         """An empty cache, as long as is needed if it has a length.
 
@@ -235,6 +247,16 @@ class Session:
                 prompt_length,
                 self.max_new_tokens,
                 limit,
+            )
+
+    def _check_span(self, cache: KVCache, length: float) -> None:
+        """Warns of a window with more positions than the model was made for."""
+        limit = self.model.config.max_position_embeddings
+        if isinstance(cache, SinkKVCache) and min(length, cache.num_sinks + cache.window) > limit:
+            logger.warning(
+                "cache.window=%d: with cache.num_sinks=%d that is more than the %d positions that the model was made "
+                "for: text beyond them is likely to be bad",
+                *(cache.window, cache.num_sinks, limit),
             )
 
     @contextmanager

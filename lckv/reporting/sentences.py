@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from lckv.reporting.analysis import Budget, Cohort, Report
 from lckv.reporting.budgets import show_fraction
@@ -30,7 +31,7 @@ class Answer:
 
 
 def answers(report: Report) -> list[Answer]:
-    """One sentence per budget and set of comparable runs."""
+    """One sentence for each set of comparable runs, and for the budgets in which the same pattern is best."""
     return [answer for cohort in report.cohorts for answer in _of_cohort(cohort, report.metric)]
 
 
@@ -56,20 +57,22 @@ def _of_cohort(cohort: Cohort, metric: Metric) -> Iterator[Answer]:
     if len(cohort.candidates) < 2:
         return
     prefix = f"Set {cohort.name}. " if cohort.name else ""
-    previous = None
-    for budget in cohort.budgets:
-        if budget.best is not previous:  # else the larger budget has said it
-            yield Answer(prefix + _question(budget), budget.best.group.label, _reason(budget, metric))
-        previous = budget.best
+    for _, budgets in groupby(cohort.budgets, key=lambda budget: budget.best.group.label):
+        largest, *others = budgets
+        question = _question(largest, others[-1] if others else largest)
+        yield Answer(prefix + question, largest.best.group.label, _reason(largest, metric))
 
 
-def _question(budget: Budget) -> str:
-    llama_bytes = budget.best.written / budget.best.fraction
-    return (
-        f"Up to {show_fraction(budget.fraction)} of Llama's KV bytes ({budget.fraction * llama_bytes:,.0f} per token):"
-        if budget.fraction < 1
-        else f"With all of Llama's KV bytes ({llama_bytes:,.0f} per token):"
-    )
+def _question(largest: Budget, smallest: Budget) -> str:
+    """The budgets from the largest to the smallest that have the same best pattern."""
+    llama_bytes = largest.best.written / largest.best.fraction
+    high, low = (f"{budget.fraction * llama_bytes:,.0f}" for budget in (largest, smallest))
+    part = "all" if largest.fraction >= 1 else show_fraction(largest.fraction)
+    if smallest is not largest:
+        return (
+            f"From {part} down to {show_fraction(smallest.fraction)} of Llama's KV bytes ({high} to {low} per token):"
+        )
+    return f"{'With' if part == 'all' else 'Up to'} {part} of Llama's KV bytes ({high} per token):"
 
 
 def _reason(budget: Budget, metric: Metric) -> str:

@@ -224,6 +224,23 @@ def test_lines_of_a_prompts_file_end_where_editors_say(run, tmp_path):
     assert [text["prompt"] for text in result["texts"]] == ["In the\u2028beginning", "And\x0cGod"]
 
 
+def test_a_window_wider_than_the_model_is_told(run, caplog):
+    run("prompt=abc", "max_new_tokens=9", "cache=sink", "cache.window=1000")
+    assert "cache.window" not in caplog.text  # the text does not get as long
+    run("prompt=abc", "max_new_tokens=300", "cache=sink", "cache.window=20")
+    assert "cache.window" not in caplog.text
+    run("prompt=abc", "max_new_tokens=300", "cache=sink", "cache.window=1000")
+    assert "cache.window=1000: with cache.num_sinks=4 that is more than the 128 positions" in caplog.text
+
+
+def test_too_few_pages_are_told_before_the_text(run, caplog):
+    run("prompt=abc", "max_new_tokens=5", "cache=paged", "cache.num_pages=1")
+    assert "cache.num_pages" not in caplog.text
+    with pytest.raises(UserError, match="out of pages"):
+        run("prompt=abc", "max_new_tokens=40", "cache=paged", "cache.num_pages=1")
+    assert "cache.num_pages=1: holds 0 texts of 43 tokens, and 1 may become as long; give more pages" in caplog.text
+
+
 def test_too_little_memory_is_one_line(run):
     with pytest.raises(UserError, match="^out of memory: give a smaller batch_size, .*what the cache is made for"):
         run("prompt=abc", "cache=static", "cache.max_length=1000000000000")

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lckv.conversion import writing
 from lckv.conversion.converted import RECORD, converted_config, write_converted, write_trained
@@ -61,6 +62,15 @@ def test_nothing_is_overwritten(tmp_path):
     assert f"{tmp_path}/full/a is a file; name a folder" in refusal(tmp_path / "full" / "a" / "b" / "c")
     for name in ("empty", "new", "new/newer"):
         check_output(tmp_path / name)
+
+
+def test_tensors_in_one_place_are_written_apart(tmp_path):
+    tensors = {"a": torch.ones(2, 3), "c": torch.zeros(1)}
+    tensors["b"] = tensors["a"]
+    sizes = {name: tensor.numel() * 4 for name, tensor in tensors.items()}
+    writing.write_weights(tmp_path, sizes, tensors.__getitem__, max_shard_size=10**6)
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(written[name], tensors[name]) for name in "abc")
 
 
 @pytest.mark.parametrize("place", ["missing", "empty", "link", "deeper/than/there/is"])
