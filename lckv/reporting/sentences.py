@@ -70,7 +70,7 @@ def _question(largest: Budget, smallest: Budget) -> str:
     part = "all" if largest.fraction >= 1 else show_fraction(largest.fraction)
     if smallest is not largest:
         return (
-            f"From {part} down to {show_fraction(smallest.fraction)} of Llama's KV bytes ({high} to {low} per token):"
+            f"From {part} of Llama's KV bytes down to {show_fraction(smallest.fraction)} ({high} to {low} per token):"
         )
     return f"{'With' if part == 'all' else 'Up to'} {part} of Llama's KV bytes ({high} per token):"
 

@@ -71,8 +71,8 @@ def test_one_seed_is_no_test_and_a_small_budget_may_be_best_in_a_large_one(tmp_p
     write(tmp_path, "cla", 1.2)
     write(tmp_path, "pizza_bottom", 1.1)
     assert sentences(tmp_path) == [
-        "Up to 1/2 of Llama's KV bytes (4,096 per token): pizza_bottom is best (it needs 1/4), with 1.1000 bits per "
-        "byte over 1 seed; the next is cla (1.2000); one seed: no test."
+        "From 1/2 of Llama's KV bytes down to 1/4 (4,096 to 2,048 per token): pizza_bottom is best (it needs 1/4), "
+        "with 1.1000 bits per byte over 1 seed; the next is cla (1.2000); one seed: no test."
     ]
 
 
