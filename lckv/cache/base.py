@@ -14,7 +14,7 @@ from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError, near_miss
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.iteration import KeyValue
-from lckv.models.sharing_cache import SharingCache
+from lckv.models.sharing_cache import SharingCache, Streams
 from lckv.patterns import SharingPlan
 from lckv.registry import Registry
 
@@ -212,8 +212,14 @@ class KVCache(SharingCache, ABC):
         # What comes next may get the memory of tensors that are still read here, or being copied away.
         self.prefetch_stream.wait_stream(stream)
 
-    def peek(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeyValue:
+    def write(self, streams: Streams, layer_idx: int) -> Streams:
+        """Adds the new tokens of a layer that computes KV, and returns what their queries may see."""
+        key_states, value_states = streams
+        return self.update(key_states, value_states, layer_idx)
+
+    def peek(self, streams: Streams, layer_idx: int) -> Streams:
         """What `update` would return, but keeps nothing."""
+        key_states, value_states = streams
         key_states, value_states = self._in_stored_types(layer_idx, (key_states, value_states))
         if self.offloading:
             self._fetch(layer_idx, key_states.device)

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, cache_utils
 
 from lckv.errors import UserError
+from lckv.layout import KVLayout, kv_layout
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 # Older transformers have no cache layer for decoder layers without KV of their own. There, "moe" is the one name that
@@ -87,6 +88,12 @@ class LCKVLlamaConfig(LlamaConfig):
         """The parsed sharing pattern."""
         assert self.kv_sharing is not None
         return parse_layer_types(self.kv_sharing)
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        """What every layer keeps for its readers."""
+        assert self.num_key_value_heads is not None and self.head_dim is not None  # filled in above
+        return kv_layout(self.sharing_plan, self.num_key_value_heads, self.head_dim, self.sliding_window)
 
     @property
     def has_output_bias(self) -> bool:

@@ -155,7 +155,8 @@ class CacheView:
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeyValue:
         """Returns the cached keys and values of `layer_idx` followed by the given ones."""
         if isinstance(self._cache, SharingCache):
-            return self._cache.peek(key_states, value_states, layer_idx)
+            keys, values = self._cache.peek((key_states, value_states), layer_idx)
+            return keys, values
         if layer_idx >= len(self._cache.layers):
             return key_states, value_states
         layer = _copy_to_write(self._cache.layers[layer_idx])

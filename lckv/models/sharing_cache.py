@@ -7,6 +7,9 @@ from transformers import Cache
 
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 
+Streams = tuple[torch.Tensor, ...]
+"""What one owner's readers see, in the order of its layout: each `(batch, num_heads, kv_len, head_dim)` of its own."""
+
 
 class SharingCache(Cache):
     """A [`Cache`] that may drop tokens from the middle, renumber positions or need tokens one at a time.
@@ -49,8 +52,15 @@ class SharingCache(Cache):
         """The rotary position of the next token, where the caller gives the model none."""
         return self.get_seq_length()
 
-    def peek(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `update` would return, but without keeping anything: for passes before the last one."""
+    def write(self, streams: Streams, layer_idx: int) -> Streams:
+        """Adds the new tokens of an owner, and returns what their queries may see.
+
+        Args:
+            streams: of the new tokens, each `(batch, num_heads, q_len, head_dim)`.
+            layer_idx: the owner.
+        """
+        raise NotImplementedError
+
+    def peek(self, streams: Streams, layer_idx: int) -> Streams:
+        """What `write` would return, but without keeping anything: for passes before the last one."""
         raise NotImplementedError

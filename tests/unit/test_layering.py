@@ -21,6 +21,7 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 LAYERS = [
     ["errors", "registry", "byte_sizes", "sweeps"],
     ["patterns"],
+    ["layout"],
     ["costs", "iso", "config", "hydra_store", "run_names", "overrides", "drawing"],
     ["model_arguments"],
     ["data", "models"],
@@ -40,6 +41,7 @@ TORCH_FREE = [
     "lckv.errors",
     "lckv.registry",
     "lckv.patterns",
+    "lckv.layout",
     "lckv.costs",
     "lckv.iso",
     "lckv.config",

@@ -1,0 +1,162 @@
+"""What the layers of a pattern keep for their readers. By arithmetic alone: no torch, no model.
+
+An owner keeps one or more *streams*: for each token, so many heads of so many numbers. A plain owner keeps two, `keys` and
+`values`; one could as well keep a single latent, or a latent and a small rotated key. Everything that has to know what
+lies in a cache asks the [`KVLayout`]: costs and the plan's table, the states that an iteration starts from, how many bytes
+a cache will take, the pools of its pages, what a saved cache holds, and which streams a layer's queries read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lckv.patterns import SharingPlan
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One kind of states that an owner keeps for each token, `(batch, num_heads, seq_len, head_dim)`.
+
+    Attributes:
+        name: what it is, unique among its owner's: "keys", "values", "latent", ...
+        num_heads: heads of a token.
+        head_dim: numbers of a head.
+        is_rotated: whether it is rotated by the position of its token when it is written (RoPE), so that who moves a
+            token has to rotate it again.
+    """
+
+    name: str
+    num_heads: int
+    head_dim: int
+    is_rotated: bool = False
+
+    @property
+    def size(self) -> int:
+        """Numbers per token."""
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """A stream as a reader names it.
+
+    Attributes:
+        owner: the layer that computes it.
+        index: which of the owner's streams it is.
+    """
+
+    owner: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Store:
+    """What one owner keeps.
+
+    Attributes:
+        owner: the layer that computes the streams.
+        streams: what it keeps for each token, in the order in which it writes them.
+        window: how many of the last tokens its readers need; `None` if one of them needs all.
+    """
+
+    owner: int
+    streams: tuple[Stream, ...]
+    window: int | None
+
+    @property
+    def size(self) -> int:
+        """Numbers per token, over all streams."""
+        return sum(stream.size for stream in self.streams)
+
+    def num_tokens(self, seq_length: int) -> int:
+        """How many of `seq_length` tokens have to be kept."""
+        return seq_length if self.window is None else min(self.window, seq_length)
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What every owner of a model keeps, and what every layer reads.
+
+    Attributes:
+        stores: one per owner, from the bottom.
+        sources: for every decoder layer, the streams that its queries read, in the order in which its attention takes
+            them. Streams of several owners may be mixed, such as the keys of one with the values of another.
+    """
+
+    stores: tuple[Store, ...]
+    sources: tuple[tuple[StreamSource, ...], ...]
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The layers that keep something, from the bottom."""
+        return tuple(store.owner for store in self.stores)
+
+    def store(self, owner: int) -> Store:
+        """What layer `owner` keeps."""
+        return self.stores[self.owners.index(owner)]
+
+    def reads(self, layer_idx: int) -> tuple[Stream, ...]:
+        """The streams that layer `layer_idx` reads."""
+        return tuple(self.store(source.owner).streams[source.index] for source in self.sources[layer_idx])
+
+    def readers(self, owner: int) -> tuple[int, ...]:
+        """The layers that read a stream of layer `owner`."""
+        return tuple(
+            layer_idx
+            for layer_idx, sources in enumerate(self.sources)
+            if any(source.owner == owner for source in sources)
+        )
+
+    def num_bytes(self, seq_length: int, itemsize: int) -> int:
+        """Bytes that one sequence of `seq_length` tokens takes, with `itemsize` bytes for each number."""
+        return itemsize * sum(store.size * store.num_tokens(seq_length) for store in self.stores)
+
+
+def build_layout(
+    streams: dict[int, Sequence[Stream]],
+    sources: Sequence[Sequence[StreamSource]],
+    is_sliding: Sequence[bool],
+    sliding_window: int,
+) -> KVLayout:
+    """Builds a layout, in which owners forget what no reader needs.
+
+    Owners that one layer reads together forget alike, since it sees the same tokens of each: such owners keep what the
+    widest reader of any of them needs.
+
+    Args:
+        streams: what each owner keeps for a token.
+        sources: for every decoder layer, the streams that it reads.
+        is_sliding: for every decoder layer, whether it has a window.
+        sliding_window: tokens in a window, the query's own among them.
+    """
+    keeps_all = {
+        source.owner for read, slides in zip(sources, is_sliding, strict=True) if not slides for source in read
+    }
+    read_together = [{source.owner for source in read} for read in sources]
+    for _ in streams:  # as far as one owner can pass it on to the others
+        keeps_all = keeps_all.union(*(owners for owners in read_together if owners & keeps_all))
+    stores = (
+        Store(owner, tuple(streams[owner]), None if owner in keeps_all else sliding_window)
+        for owner in sorted(streams)
+    )
+    return KVLayout(tuple(stores), tuple(map(tuple, sources)))
+
+
+def kv_layout(plan: SharingPlan, num_key_value_heads: int, head_dim: int, sliding_window: int) -> KVLayout:
+    """The layout of plain attention: rotated keys, and values, of every layer that computes them.
+
+    Args:
+        plan: whose keys and values each layer reads.
+        num_key_value_heads: heads of the keys, and of the values.
+        head_dim: numbers of a head.
+        sliding_window: tokens in a window, the query's own among them.
+    """
+    keys = Stream("keys", num_key_value_heads, head_dim, is_rotated=True)
+    values = Stream("values", num_key_value_heads, head_dim)
+    return build_layout(
+        {owner: (keys, values) for owner in plan.kv_owners},
+        [(StreamSource(source, 0), StreamSource(source, 1)) for source in plan.kv_source],
+        [layer.is_sliding for layer in plan.layers],
+        sliding_window,
+    )
