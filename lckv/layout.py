@@ -1,9 +1,9 @@
 """What the layers of a pattern keep for their readers. By arithmetic alone: no torch, no model.
 
-An owner keeps one or more *streams*: for each token, so many heads of so many numbers. A plain owner keeps two, `keys` and
-`values`; one could as well keep a single latent, or a latent and a small rotated key. Everything that has to know what
-lies in a cache asks the [`KVLayout`]: costs and the plan's table, the states that an iteration starts from, how many bytes
-a cache will take, the pools of its pages, what a saved cache holds, and which streams a layer's queries read.
+An owner keeps one or more *streams*: for each token, so many heads of so many numbers. A plain owner keeps two,
+`keys` and `values`; one could as well keep a single latent, or a latent and a small rotated key. Everything that has to
+know what lies in a cache asks the [`KVLayout`]: costs and the plan's table, the states that an iteration starts from,
+how many bytes a cache will take, the pools of its pages, what a saved cache holds, which streams a layer reads.
 """
 
 from __future__ import annotations
