@@ -13,6 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from lckv.errors import check_choice, check_whole_number
+from lckv.iteration import Iteration
+from lckv.layout import KVLayout, kv_layout
 from lckv.patterns import LayerPlan, Segment, SharingPlan, build_layer_types, parse_layer_types
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
@@ -56,10 +58,9 @@ class ModelSizes:
         """Width of the queries, and of the attention output before its projection."""
         return self.num_attention_heads * self.head_dim
 
-    @property
-    def kv_size(self) -> int:
-        """Width of a layer's keys, and of its values."""
-        return self.num_key_value_heads * self.head_dim
+    def layout(self, plan: SharingPlan) -> KVLayout:
+        """What the layers of such a model keep for their readers."""
+        return kv_layout(plan, self.num_key_value_heads, self.head_dim, self.sliding_window)
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,6 @@ class FlopsPerToken:
     prefill: float | None
     forward: float | None
     train: float | None
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """How often cycles run: passes without gradient, None if that depends on the data, and passes with gradient."""
-
-    forward_passes: int | None = 7
-    backward_passes: int = 2
-    use_sequential: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,17 +142,17 @@ def count_kv_bytes(plan: SharingPlan, sizes: ModelSizes, context_length: int, dt
     """
     check_whole_number("context_length", context_length)
     check_choice("dtype", dtype, DTYPE_BYTES)
-    per_token = 2 * sizes.kv_size * DTYPE_BYTES[dtype]  # keys and values of one layer
-    kept = sum(
-        min(sizes.sliding_window, context_length) if plan.owner_is_sliding(owner) else context_length
-        for owner in plan.kv_owners
+    layout, itemsize = sizes.layout(plan), DTYPE_BYTES[dtype]
+    read = sum(
+        _num_keys(layer, sizes, context_length) * sum(stream.size for stream in layout.reads(layer.layer_idx))
+        for layer in plan.layers
     )
-    read = sum(_num_keys(layer, sizes, context_length) for layer in plan.layers)
+    resident_total = layout.num_bytes(context_length, itemsize)
     return KVBytes(
-        written=per_token * len(plan.kv_owners),
-        resident=per_token * kept / context_length,
-        resident_total=per_token * kept,
-        read=per_token * read,
+        written=itemsize * sum(store.size for store in layout.stores),
+        resident=resident_total / context_length,
+        resident_total=resident_total,
+        read=itemsize * read,
     )
 
 
@@ -168,12 +160,13 @@ def count_parameters(plan: SharingPlan, sizes: ModelSizes) -> int:
     """Counts the parameters; a layer that computes no KV has no key and value projections."""
     num_embeddings = 1 if sizes.tie_word_embeddings else 2
     total = num_embeddings * sizes.vocab_size * sizes.hidden_size + sizes.hidden_size
+    written = {store.owner: store.size for store in sizes.layout(plan).stores}
     for layer in plan.layers:
         total += sizes.hidden_size * (2 * sizes.query_size + 3 * sizes.intermediate_size + 2)
         total += sizes.attention_bias * sizes.query_size + sizes.has_output_bias * sizes.hidden_size
         total += sizes.use_qk_norm * (1 + layer.computes_kv) * sizes.head_dim
         total += sizes.mlp_bias * (2 * sizes.intermediate_size + sizes.hidden_size)
-        total += layer.computes_kv * 2 * sizes.kv_size * (sizes.hidden_size + sizes.attention_bias)
+        total += written.get(layer.layer_idx, 0) * (sizes.hidden_size + sizes.attention_bias)
     return total
 
 
@@ -223,48 +216,55 @@ class _FlopCount:
         finished = once if iteration.use_sequential else sum(self._prefilled_layer(layer) for layer in layers)
         if not segment.is_cycle or iteration.use_sequential:
             return finished, once, 3 * once
-        if iteration.forward_passes is None:
+        if iteration.converges:
             return None, None, None
-        # As many passes as tokens are exact, so no more are run.
-        num_graded = min(iteration.backward_passes, self.context_length)
-        num_ungraded = min(iteration.forward_passes, self.context_length - num_graded)
-        unfinished = [self._unfinished(layers, index == 0) for index in range(num_ungraded + num_graded - 1)]
-        graded = sum(unfinished[num_ungraded:]) + once
+        passes = iteration.passes(self.context_length)
+        num_unfinished = passes.num_ungraded + passes.num_graded - 1
+        unfinished = [self._unfinished(layers, index == 0) for index in range(num_unfinished)]
+        graded = sum(unfinished[passes.num_ungraded :]) + once
         forward = sum(unfinished) + once
         return sum(unfinished) + finished, forward, forward + 2 * graded
 
     def _unfinished(self, layers: tuple[LayerPlan, ...], is_first: bool) -> float:
         """A pass over a cycle that another one follows: it ends at the keys and values of the top layer."""
-        total = float(self._key_value)
+        total = float(self._written(layers[-1]))
         read_again = {layer.kv_source for layer in layers[:-1]}
         for layer in layers[:-1]:
-            total += self._mlp + (layer.layer_idx in read_again) * self._key_value
+            total += self._mlp + (layer.layer_idx in read_again) * self._written(layer)
             if not (is_first and layer.is_upward):
-                total += self._attention(self._mean_keys[layer.layer_idx])
+                total += self._attention(layer, self._mean_keys[layer.layer_idx])
         return total
 
     def _layer(self, layer: LayerPlan, num_keys: float) -> float:
-        return self._attention(num_keys) + self._mlp + layer.computes_kv * self._key_value
+        return self._attention(layer, num_keys) + self._mlp + self._written(layer)
 
     def _prefilled_layer(self, layer: LayerPlan) -> float:
         """A layer in the last pass of a prefill; from the highest owner on, only the last token leaves it."""
         if layer.layer_idx < self.plan.kv_owners[-1]:
             return self._layer(layer, self._mean_keys[layer.layer_idx])
         num_keys = _num_keys(layer, self.sizes, self.context_length)
-        last_token = self._attention(num_keys) + self._mlp
-        return layer.computes_kv * self._key_value + last_token / self.context_length
+        last_token = self._attention(layer, num_keys) + self._mlp
+        return self._written(layer) + last_token / self.context_length
 
-    @property
-    def _key_value(self) -> int:
-        return 4 * self.sizes.hidden_size * self.sizes.kv_size
+    @cached_property
+    def _layout(self) -> KVLayout:
+        return self.sizes.layout(self.plan)
+
+    def _written(self, layer: LayerPlan) -> int:
+        """Projecting what the layer keeps for its readers."""
+        if layer.layer_idx not in self._layout.owners:
+            return 0
+        return 2 * self.sizes.hidden_size * self._layout.store(layer.layer_idx).size
 
     @property
     def _mlp(self) -> int:
         return 6 * self.sizes.hidden_size * self.sizes.intermediate_size
 
-    def _attention(self, num_keys: float) -> float:
-        """Query and output projections, scores and their product with the values."""
-        return 4 * self.sizes.query_size * (self.sizes.hidden_size + num_keys)
+    def _attention(self, layer: LayerPlan, num_keys: float) -> float:
+        """Query and output projections, and each query head with what it reads: scores, and the sum of the values."""
+        width = sum(stream.head_dim for stream in self._layout.reads(layer.layer_idx))
+        projections = 4 * self.sizes.query_size * self.sizes.hidden_size
+        return projections + 2 * self.sizes.num_attention_heads * width * num_keys
 
     @cached_property
     def _mean_keys(self) -> list[float]:

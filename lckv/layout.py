@@ -1,15 +1,15 @@
 """What the layers of a pattern keep for their readers. By arithmetic alone: no torch, no model.
 
 An owner keeps one or more *streams*: for each token, so many heads of so many numbers. A plain owner keeps two,
-`keys` and `values`; one could as well keep a single latent, or a latent and a small rotated key. Everything that has to
-know what lies in a cache asks the [`KVLayout`]: costs and the plan's table, the states that an iteration starts from,
-how many bytes a cache will take, the pools of its pages, what a saved cache holds, which streams a layer reads.
+`keys` and `values`; one could as well keep a single latent, or a latent and a small rotated key. Everything that has
+to know what lies in a cache asks the [`KVLayout`]: costs and the plan's table, the states that an iteration starts
+from, how many bytes a cache will take, the pools of its pages, what a saved cache holds, which streams a layer reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lckv.patterns import SharingPlan
 
@@ -82,15 +82,15 @@ class KVLayout:
         stores: one per owner, from the bottom.
         sources: for every decoder layer, the streams that its queries read, in the order in which its attention takes
             them. Streams of several owners may be mixed, such as the keys of one with the values of another.
+        owners: the layers that keep something, from the bottom.
     """
 
     stores: tuple[Store, ...]
     sources: tuple[tuple[StreamSource, ...], ...]
+    owners: tuple[int, ...] = field(init=False)
 
-    @property
-    def owners(self) -> tuple[int, ...]:
-        """The layers that keep something, from the bottom."""
-        return tuple(store.owner for store in self.stores)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "owners", tuple(store.owner for store in self.stores))
 
     def store(self, owner: int) -> Store:
         """What layer `owner` keeps."""

@@ -78,10 +78,10 @@ def files_of(folder: Path) -> dict[str, Any]:
     """What the JSON files below a folder hold."""
     found: dict[str, Any] = {}
     for file in sorted(folder.rglob("*.json*")):
-        if "model" in file.parts or "checkpoints" in file.parts or "init" in file.parts:
+        if {"model", "checkpoints", "init"} & set(file.parts) or file.suffix not in (".json", ".jsonl"):
             continue
         lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
-        found[str(file.relative_to(folder))] = [steady(json.loads(line)) for line in lines]
+        found[str(file.relative_to(folder))] = [steady(json.loads(line)) for line in lines if line.strip()]
     return found
 
 

@@ -13,8 +13,7 @@ from torch import nn
 from lckv.cache import KVCache
 from lckv.cache.quantization import GroupCodec, Quantized
 from lckv.models.attention import LCKVAttention
-from lckv.models.iteration import KeyValue
-from lckv.models.masks import VisibleKeys
+from lckv.models.sharing_cache import Streams
 
 
 class MeteredCodec(GroupCodec):
@@ -51,7 +50,7 @@ class RecordsTraffic(KVCache):
     """To be mixed into a cache class: counts what one sequence's tokens bring into storage, and what is read from it.
 
     Attributes:
-        given_bytes: of the states that `update` was given since `start_step`.
+        given_bytes: of the states that `write` was given since `start_step`.
         exact_bytes: of the tokens that a quantising cache returned without decoding them, since `start_step`.
     """
 
@@ -88,29 +87,27 @@ class RecordsTraffic(KVCache):
         """Of a quantising cache: what the step's reading decoded, as it is stored, and the tokens kept as they are."""
         return self.exact_bytes + sum(codec.decoded_bytes for codec in self._codecs())
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> KeyValue:
-        """Updates, and counts."""
-        self.given_bytes += key_states.nbytes + value_states.nbytes
-        update = partial(super().update, key_states, value_states, layer_idx, *args, **kwargs)
-        return self._counted(update, layer_idx) if self.quantises else update()
+    def write(self, streams: Streams, layer_idx: int) -> Streams:
+        """Writes, and counts."""
+        self.given_bytes += sum(stream.nbytes for stream in streams)
+        write = partial(super().write, streams, layer_idx)
+        return self._counted(write, layer_idx) if self.quantises else write()
 
-    def peek(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeyValue:
+    def peek(self, streams: Streams, layer_idx: int) -> Streams:
         """Peeks, and counts, without the new tokens, which are not stored."""
-        peek = partial(super().peek, key_states, value_states, layer_idx)
-        return self._counted(peek, layer_idx, num_unstored=key_states.shape[2]) if self.quantises else peek()
+        peek = partial(super().peek, streams, layer_idx)
+        return self._counted(peek, layer_idx, num_unstored=streams[0].shape[2]) if self.quantises else peek()
 
-    def _counted(self, read: Callable[[], KeyValue], layer_idx: int, num_unstored: int = 0) -> KeyValue:
+    def _counted(self, read: Callable[[], Streams], layer_idx: int, num_unstored: int = 0) -> Streams:
         """Counts which of the returned tokens were stored as they are: those behind the last group that is old."""
         layer, options = self.owners()[layer_idx], cast(Any, self).quantization
         num_old = (layer.get_seq_length() - options.residual_length) // options.group_size * options.group_size
         _, first = layer.get_mask_sizes(0)
-        keys, values = read()
-        num_tokens = keys.shape[2]
+        streams = read()
+        num_tokens = streams[0].shape[2]
         num_exact = num_tokens - max(0, num_old - first) - num_unstored
-        self.exact_bytes += (keys.nbytes + values.nbytes) * num_exact // num_tokens
-        return keys, values
+        self.exact_bytes += sum(stream.nbytes for stream in streams) * num_exact // num_tokens
+        return streams
 
     def _codecs(self) -> list[MeteredCodec]:
         layers: list[Any] = list(self.owners().values())
@@ -134,24 +131,13 @@ class ReadCount:
         A layer that hides each query's own token by shifting keys against queries leaves out the last key, so that one
         does not count. Keys that only a mask hides do: they are read.
         """
-        _, key_states, value_states, visible_keys = _attention_arguments(*args, **kwargs)
+        _, streams, visible_keys, *_ = args
         num_bytes = 0
-        if key_states is not None and value_states is not None:
-            num_keys = key_states.shape[2] - visible_keys.drop_own_token
-            num_bytes = (key_states.nbytes + value_states.nbytes) * num_keys // key_states.shape[2]
+        if streams is not None:
+            num_keys = streams[0].shape[2]
+            total = sum(stream.nbytes for stream in streams)
+            num_bytes = total * (num_keys - visible_keys.drop_own_token) // num_keys
         self.by_layer[module.layer_idx] = self.by_layer.get(module.layer_idx, 0) + num_bytes
-
-
-def _attention_arguments(
-    hidden_states: torch.Tensor,
-    key_states: torch.Tensor | None,
-    value_states: torch.Tensor | None,
-    visible_keys: VisibleKeys,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, VisibleKeys]:
-    """Those that count, however they were passed."""
-    return hidden_states, key_states, value_states, visible_keys
 
 
 @contextmanager

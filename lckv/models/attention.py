@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.masks import VisibleKeys
+from lckv.models.sharing_cache import Streams
 
 MIN_BLOCK = 128
 """Queries in a block of attention with a window, at least: smaller ones cost more calls than they save pairs."""
@@ -22,18 +23,24 @@ PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
 
 class LCKVAttention(nn.Module):
-    """Multi-head attention whose keys and values come from layer `kv_source`, perhaps another one.
+    """Multi-head attention whose keys and values may come from other layers.
 
-    A layer that no entry of `layer_types` names has no key and value projections.
+    A layer that no entry of `layer_types` names has no key and value projections. Another kind of attention, over
+    other streams, is a subclass with a `write` and a `keys_and_values` (or a `forward`) of its own, and a
+    configuration whose `kv_layout` says which streams these are.
     """
+
+    query_modules: ClassVar[frozenset[str]] = frozenset({"q_proj", "q_norm"})
+    """The submodules that make the queries."""
+
+    stream_modules: ClassVar[frozenset[str]] = frozenset({"k_proj", "v_proj", "k_norm"})
+    """The submodules that make what the layer keeps for its readers."""
 
     def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        assert (
-            config.head_dim is not None and config.num_key_value_heads is not None
-        )  # the configuration fills them in
+        assert config.head_dim is not None and config.num_key_value_heads is not None  # filled in by the configuration
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
@@ -41,20 +48,27 @@ class LCKVAttention(nn.Module):
         self.is_causal = True
         query_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_key_value_heads * self.head_dim
+        computes_kv = config.sharing_plan.layers[layer_idx].computes_kv
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        if config.sharing_plan.layers[layer_idx].computes_kv:
+        if computes_kv:
             self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
             self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.has_output_bias)
         if config.use_qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            if config.sharing_plan.layers[layer_idx].computes_kv:
+            if computes_kv:
                 self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def project_kv(
-        self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes rotated keys, and values, each `(batch, num_kv_heads, q_len, head_dim)`."""
+    def write(self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings) -> Streams:
+        """Computes what the layer keeps for its readers: rotated keys, and values.
+
+        Args:
+            hidden_states: `(batch, q_len, hidden_size)`.
+            position_embeddings: cosines and sines for these tokens.
+
+        Returns:
+            The new tokens' streams, each `(batch, num_kv_heads, q_len, head_dim)`.
+        """
         key_states = self._split_heads(self.k_proj(hidden_states))
         if self.config.use_qk_norm:
             key_states = self.k_norm(key_states)
@@ -63,18 +77,16 @@ class LCKVAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        key_states: torch.Tensor | None,
-        value_states: torch.Tensor | None,
+        streams: Streams | None,
         visible_keys: VisibleKeys,
         position_embeddings: PositionEmbeddings,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends to the given keys and values.
+        """Reads streams, of this or of other layers.
 
         Args:
             hidden_states: `(batch, q_len, hidden_size)`.
-            key_states: `(batch, num_kv_heads, kv_len, head_dim)`, or `None` if all keys and values are zero.
-            value_states: like `key_states`.
+            streams: keys and values, each `(batch, num_kv_heads, kv_len, head_dim)`; `None` if all are zero.
             visible_keys: which keys each query sees.
             position_embeddings: cosines and sines for the queries.
             kwargs: passed on to the attention backend.
@@ -83,7 +95,7 @@ class LCKVAttention(nn.Module):
             The output `(batch, q_len, hidden_size)` and, from the eager backend, the attention weights
             `(batch, num_heads, q_len, kv_len)`.
         """
-        if key_states is None or value_states is None:
+        if streams is None:
             # Attention to all-zero values is zero whatever the weights, and leaves only the output's bias.
             output = torch.zeros_like(hidden_states)
             return (output if self.o_proj.bias is None else output + self.o_proj.bias), None
@@ -91,8 +103,14 @@ class LCKVAttention(nn.Module):
         if self.config.use_qk_norm:
             query_states = self.q_norm(query_states)
         query_states = apply_rotary(query_states, position_embeddings)
+        key_states, value_states = self.keys_and_values(streams)
         attn_output, attn_weights = attend(self, query_states, key_states, value_states, visible_keys, **kwargs)
         return self.o_proj(attn_output.flatten(2)), attn_weights  # (batch, q_len, num_heads, head_dim) -> hidden_size
+
+    def keys_and_values(self, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(batch, num_kv_heads, kv_len, head_dim)` from the streams that the layer reads."""
+        key_states, value_states = streams
+        return key_states, value_states
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, num_heads, q_len, head_dim)

@@ -1,12 +1,27 @@
-"""Which keys each query sees: one mask per kind of layer, for every attention backend of transformers."""
+"""Which keys each query sees: one rule, and the forms of it that the attention backends of transformers take.
+
+A query at position *q* sees keys at `k <= q`; in a layer that reads upward only `k < q`, since its own key does not
+exist yet; with a window also `q - k < window`; never padding, another document, or what a 4D mask forbids. Layers with
+the same answer share one mask, of one of four forms:
+
+- none at all, where plain causal attention says the same (hiding the own token then means shifting keys by one);
+- dense, `(batch, 1, q_len, kv_len)`, for eager and sdpa;
+- a block mask, for flex attention;
+- the sequences of a padded or packed batch, for flash attention, which is causal and windowed by itself.
+
+A query that sees nothing, such as the first token's in a layer that reads upward, must give exactly zero. Softmax over
+nothing divides by zero, so the mask shows it its own token, and the attention output is replaced by zero afterwards.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import pad
 from transformers import Cache
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -15,12 +30,16 @@ from transformers.masking_utils import (
     prepare_padding_mask,
 )
 
+from lckv.layout import KVLayout
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.sharing_cache import SharingCache
-from lckv.models.visibility import Geometry, MaskFunction, build_rule, or_own_token
-from lckv.patterns import LayerPlan, SharingPlan
+from lckv.models.varlen import VarlenBatch, cut_packed, cut_padded
+from lckv.patterns import LayerPlan
 
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+MaskFunction = Callable[..., Any]
+"""Transformers' kind: `(batch_idx, head_idx, q_idx, kv_idx)`, with positions as indices, to whether the query sees."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +50,31 @@ class MaskKind:
         hides_own_token: queries see `k < q` instead of `k <= q`.
         window: number of tokens that queries see, counting their own, or `None` for all.
         geometry_layer: the layer whose cache says how many keys there are and where they start.
+        num_queries: how many of the last new tokens have queries.
     """
 
     hides_own_token: bool
     window: int | None
     geometry_layer: int
+    num_queries: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the keys and queries of layers of one kind lie.
+
+    Attributes:
+        kv_length: number of keys.
+        kv_offset: position of the first.
+        q_offset: position of the first query.
+        key_positions: the position of each key, `(batch, kv_len)`, negative for empty slots; `None` where they are
+            consecutive.
+    """
+
+    kv_length: int
+    kv_offset: int
+    q_offset: int | torch.Tensor
+    key_positions: torch.Tensor | None = None
 
 
 @dataclass
@@ -43,6 +82,7 @@ class VisibleKeys:
     """What an attention backend needs to know about the keys that the queries of one layer see.
 
     Attributes:
+        num_queries: how many of the last new tokens have queries.
         mask: what transformers' mask function for the backend returned; `None` means plain causal attention.
         drop_own_token: the backend shall hide each query's own token by shifting keys against queries.
         sees_nothing: `(batch or 1, q_len)`, true for queries without any visible key. Their row in `mask` shows their
@@ -53,6 +93,7 @@ class VisibleKeys:
             blocks; the last key is the last query's own.
     """
 
+    num_queries: int
     mask: torch.Tensor | BlockMask | None = None
     drop_own_token: bool = False
     sees_nothing: torch.Tensor | None = None
@@ -61,67 +102,54 @@ class VisibleKeys:
     reach: int | None = None
 
 
-@dataclass
-class VarlenBatch:
-    """A padded or packed batch as consecutive sequences without padding.
-
-    Attributes:
-        query_indices: positions in the flattened `(batch * q_len)` queries to keep, `(num_queries,)`.
-        key_indices: positions in the flattened `(batch * kv_len)` keys to keep, `(num_keys,)`.
-        cu_seq_lens_q: where each sequence's queries begin, and their end, `(num_sequences + 1,)`.
-        cu_seq_lens_k: the same for keys.
-        max_length_q: most queries of a sequence.
-        max_length_k: most keys of a sequence.
-    """
-
-    query_indices: torch.Tensor
-    key_indices: torch.Tensor
-    cu_seq_lens_q: torch.Tensor
-    cu_seq_lens_k: torch.Tensor
-    max_length_q: int
-    max_length_k: int
-
-
 def build_visible_keys(
     config: LCKVLlamaConfig,
-    plan: SharingPlan,
+    layout: KVLayout,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     document_ids: torch.Tensor | None,
-    num_queries: int | None = None,
-) -> list[VisibleKeys]:
+    num_outputs: int | None = None,
+) -> list[VisibleKeys | None]:
     """Builds what the queries of every layer see in one forward call, before the cache takes the call's tokens.
+
+    From the highest owner on, nothing but the outputs of the last tokens leaves a layer, so only these have queries.
 
     Args:
         config: the model's configuration; its attention implementation decides the form of the masks.
-        plan: the sharing pattern.
+        layout: what each layer reads.
         inputs_embeds: `(batch, q_len, hidden_size)`, for its sizes, type and device.
         attention_mask: `(batch, past + q_len)` with zeros at padding, or `(batch or 1, 1, q_len, past + q_len)`,
             boolean or additive, for which queries may see which keys (causality, windows and hidden own tokens are
             applied on top).
         past_key_values: the cache, before this call's tokens.
         document_ids: `(batch, past + q_len)`, equal for tokens that may see each other; `None` if all may.
-        num_queries: how many of the last new tokens have queries; `None` if all do.
+        num_outputs: how many of the last tokens' outputs are wanted; `None` for all.
+
+    Returns:
+        For every layer what its queries see; `None` for layers from which no output is wanted.
     """
-    num_new_tokens = inputs_embeds.shape[1]
-    num_queries = num_new_tokens if num_queries is None else num_queries
     if attention_mask is not None:
         attention_mask = _as_boolean(attention_mask.to(inputs_embeds.device))
-        if attention_mask.ndim == 4:
-            attention_mask = attention_mask[:, :, -num_queries:]
-    builder = _MaskBuilder(
-        config,
-        plan,
-        inputs_embeds[:, -num_queries:],
-        attention_mask,
-        past_key_values,
-        document_ids,
-        num_tokens_before=num_new_tokens - num_queries,
-    )
-    kinds = [builder.kind_of(layer) for layer in plan.layers]
-    masks = {kind: builder.build(kind) for kind in set(kinds)}
-    return [masks[kind] for kind in kinds]
+    num_new_tokens = inputs_embeds.shape[1]
+    builders: dict[int, _MaskBuilder] = {}
+    masks: dict[MaskKind, VisibleKeys] = {}
+    visible_keys: list[VisibleKeys | None] = []
+    for layer in config.sharing_plan.layers:
+        is_cut = num_outputs is not None and layer.layer_idx >= layout.owners[-1]
+        num_queries = cast(int, num_outputs) if is_cut else num_new_tokens
+        if num_queries == 0:
+            visible_keys.append(None)
+            continue
+        if num_queries not in builders:
+            builders[num_queries] = _MaskBuilder(
+                config, layout, inputs_embeds, attention_mask, past_key_values, document_ids, num_queries
+            )
+        kind = builders[num_queries].kind_of(layer)
+        if kind not in masks:
+            masks[kind] = builders[num_queries].build(kind)
+        visible_keys.append(masks[kind])
+    return visible_keys
 
 
 def _as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -139,24 +167,29 @@ def _as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask.bool()
 
 
-@dataclass
 class _MaskBuilder:
     """The arguments of [`build_visible_keys`], and how a mask follows from them and the kind of layer.
 
-    `inputs_embeds` are those of the tokens with queries, `num_tokens_before` counts the new tokens before them.
+    The first `num_tokens_before` of the new tokens have no queries.
     """
 
-    config: LCKVLlamaConfig
-    plan: SharingPlan
-    inputs_embeds: torch.Tensor
-    attention_mask: torch.Tensor | None
-    past_key_values: Cache | None
-    document_ids: torch.Tensor | None
-    num_tokens_before: int
-
-    def __post_init__(self) -> None:
-        self.batch_size, self.q_length = self.inputs_embeds.shape[:2]
-        self.dtype, self.device = self.inputs_embeds.dtype, self.inputs_embeds.device
+    def __init__(
+        self,
+        config: LCKVLlamaConfig,
+        layout: KVLayout,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        document_ids: torch.Tensor | None,
+        num_queries: int,
+    ) -> None:
+        self.config, self.layout, self.past_key_values = config, layout, past_key_values
+        self.attention_mask, self.document_ids = attention_mask, document_ids
+        if attention_mask is not None and attention_mask.ndim == 4:
+            self.attention_mask = attention_mask[:, :, -num_queries:]
+        self.batch_size, self.q_length = inputs_embeds.shape[0], num_queries
+        self.num_tokens_before = inputs_embeds.shape[1] - num_queries
+        self.dtype, self.device = inputs_embeds.dtype, inputs_embeds.device
         self.is_unpadded = self._nothing_is_padded()  # waits for the device, so once
 
     def kind_of(self, layer: LayerPlan) -> MaskKind:
@@ -164,21 +197,22 @@ class _MaskBuilder:
         return MaskKind(
             hides_own_token=layer.is_upward or self.config.force_nodiag,
             window=self.config.sliding_window if layer.is_sliding else None,
-            geometry_layer=self._geometry_layer(layer.kv_source),
+            geometry_layer=self._geometry_layer(layer.layer_idx),
+            num_queries=self.q_length,
         )
 
-    def _geometry_layer(self, owner: int) -> int:
-        """The lowest layer with as many cached keys as `owner`: owners differ in whether the cache drops old keys."""
+    def _geometry_layer(self, layer_idx: int) -> int:
+        """The lowest owner with as many cached keys as the layer reads: some owners drop old keys, some do not."""
         if self.past_key_values is None:
             return 0
-        is_sliding = self.plan.owner_is_sliding(owner)
-        return next(layer for layer in self.plan.kv_owners if self.plan.owner_is_sliding(layer) == is_sliding)
+        window = self.layout.store(self.layout.sources[layer_idx][0].owner).window
+        return next(store.owner for store in self.layout.stores if store.window == window)
 
     def build(self, kind: MaskKind) -> VisibleKeys:
         """What the queries of layers of this kind see."""
         implementation = self.config._attn_implementation
         if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-            return VisibleKeys(mask=None)
+            return VisibleKeys(self.q_length)
         at = self._geometry(kind.geometry_layer)
         window = kind.window
         if window is not None and isinstance(at.q_offset, int) and at.q_offset + self.q_length <= window:
@@ -187,7 +221,7 @@ class _MaskBuilder:
         if implementation in FLASH_ATTENTION:
             return self._flash(kind, at.kv_length, window, at.key_positions)
         if implementation == "sdpa" and is_plain and isinstance(at.q_offset, int) and self._is_aligned(at.kv_length):
-            return VisibleKeys(mask=None, drop_own_token=kind.hides_own_token)
+            return VisibleKeys(self.q_length, drop_own_token=kind.hides_own_token)
         return self._dense_or_block(kind.hides_own_token, window, at)
 
     def _geometry(self, layer_idx: int) -> Geometry:
@@ -237,16 +271,15 @@ class _MaskBuilder:
             mask_function = or_own_token(sees, nothing, at)
         is_sdpa = self.config._attn_implementation == "sdpa"
         has_reach = is_sdpa and at.key_positions is None and self._ends_with_the_last_query()
-        return VisibleKeys(
-            self._mask(mask_function, at), sees_nothing=sees_nothing, reach=window if has_reach else None
-        )
+        mask = self._mask(mask_function, at)
+        return VisibleKeys(self.q_length, mask, sees_nothing=sees_nothing, reach=window if has_reach else None)
 
     def _documents_with_room(self, at: Geometry) -> torch.Tensor | None:
         """The tokens' documents, `(batch, kv_offset + kv_len)`: a static cache has room behind them."""
         if self.document_ids is None:
             return None
         room = max(0, at.kv_length + at.kv_offset - self.document_ids.shape[1])
-        return torch.nn.functional.pad(self.document_ids, (0, room), value=-1)
+        return pad(self.document_ids, (0, room), value=-1)
 
     def _mask(self, mask_function: MaskFunction, at: Geometry) -> torch.Tensor | BlockMask:
         """What the backend takes for such a rule."""
@@ -277,7 +310,7 @@ class _MaskBuilder:
         if at.key_positions is not None:
             return allowed.gather(2, at.key_positions[:, None].clamp(min=0).expand(-1, self.q_length, -1))
         allowed = allowed[..., at.kv_offset : at.kv_offset + at.kv_length]
-        return torch.nn.functional.pad(allowed, (0, at.kv_length - allowed.shape[-1]))
+        return pad(allowed, (0, at.kv_length - allowed.shape[-1]))
 
     def _block_mask_on_cpu(self, mask_function: MaskFunction, at: Geometry) -> BlockMask:
         """What transformers' function does, but without compiling it: inductor's C++ for such masks does not build."""
@@ -309,7 +342,7 @@ class _MaskBuilder:
             stop = stop + 1
         if padding is None:
             return first >= stop
-        num_keys_before = torch.nn.functional.pad(padding.long().cumsum(dim=1), (1, 0))
+        num_keys_before = pad(padding.long().cumsum(dim=1), (1, 0))
         return num_keys_before.gather(1, stop) == num_keys_before.gather(1, first.minimum(stop))
 
     def _flash(
@@ -320,42 +353,15 @@ class _MaskBuilder:
             raise ValueError("flash attention takes no 4D attention_mask: use attn_implementation='sdpa'")
         if is_compileable(self.past_key_values):
             raise ValueError("flash attention takes no static cache: use attn_implementation='sdpa'")
-        is_uncut = self.document_ids is None and self.is_unpadded
-        varlen = None if is_uncut else self._varlen(kind.hides_own_token, kv_length, key_positions)
-        return VisibleKeys(drop_own_token=kind.hides_own_token, varlen=varlen, window=window)
-
-    def _varlen(self, hides_own_token: bool, kv_length: int, key_positions: torch.Tensor | None) -> VarlenBatch:
-        """Cuts the batch into its documents, or rows without padding; each loses its last key if own tokens hide."""
-        rows = torch.arange(self.batch_size, device=self.device)[:, None]
+        varlen = None
         if self.document_ids is not None:
-            documents = self.document_ids[:, :kv_length] + rows * self.document_ids.shape[1]
-            query_sequences, key_sequences = documents[:, -self.q_length :].flatten(), documents.flatten()
-            is_query, is_key = (
-                torch.ones_like(query_sequences, dtype=torch.bool),
-                torch.isin(key_sequences, query_sequences),
-            )
-        else:
+            varlen = cut_packed(self.document_ids[:, :kv_length], self.q_length, kind.hides_own_token)
+        elif not self.is_unpadded:
             padding = prepare_padding_mask(self.attention_mask, kv_length, 0)
             assert padding is not None
             padding = padding[:, -kv_length:] if key_positions is None else _at_positions(padding, key_positions)
-            is_key, key_sequences = padding.flatten(), rows.expand_as(padding).flatten()
-            is_query = padding[:, -self.q_length :].flatten()
-            query_sequences = rows.expand(-1, self.q_length).flatten()
-        query_indices, query_sequences = is_query.nonzero().flatten(), query_sequences[is_query]
-        key_indices, key_sequences = is_key.nonzero().flatten(), key_sequences[is_key]
-        sequences, num_keys = key_sequences.unique_consecutive(return_counts=True)
-        num_queries = torch.bincount(torch.searchsorted(sequences, query_sequences), minlength=len(sequences))
-        if hides_own_token:
-            key_indices = key_indices[_not_last_of(num_keys)]
-            num_keys = num_keys - 1
-        return VarlenBatch(
-            query_indices,
-            key_indices,
-            _offsets(num_queries),
-            _offsets(num_keys),
-            max_length_q=int(num_queries.max()),
-            max_length_k=int(num_keys.max()),
-        )
+            varlen = cut_padded(padding, self.q_length, kind.hides_own_token)
+        return VisibleKeys(self.q_length, drop_own_token=kind.hides_own_token, varlen=varlen, window=window)
 
 
 def _at_positions(padding: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
@@ -363,21 +369,10 @@ def _at_positions(padding: torch.Tensor, key_positions: torch.Tensor) -> torch.T
     return padding.gather(1, key_positions.clamp(min=0)) & (key_positions >= 0)
 
 
-def _not_last_of(lengths: torch.Tensor) -> torch.Tensor:
-    """For concatenated sequences of these `lengths`, which elements are not the last of theirs."""
-    keep = torch.ones(int(lengths.sum()), dtype=torch.bool, device=lengths.device)
-    keep[lengths.cumsum(0) - 1] = False
-    return keep
-
-
-def _offsets(lengths: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-
 def _document_starts(document_ids: torch.Tensor) -> torch.Tensor:
     """For every token, the position of its document's first token, `(batch, seq_len)`."""
     positions = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    is_first = torch.nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    is_first = pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
     return torch.where(is_first, positions, 0).cummax(dim=1).values
 
 
@@ -392,11 +387,54 @@ def is_compileable(past_key_values: Cache | None) -> bool:
     return getattr(past_key_values, "is_compileable", False)
 
 
-def has_cached_tokens(past_key_values: Cache | None, plan: SharingPlan) -> bool:
+def build_rule(
+    at: Geometry,
+    hides_own_token: bool,
+    window: int | None,
+    padding: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    allowed: torch.Tensor | None,
+) -> MaskFunction:
+    """Who sees whom: causality, the window, and what padding, documents and a 4D mask leave."""
+    kv_offset, q_offset, key_positions = at.kv_offset, at.q_offset, at.key_positions
+
+    def sees(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        index = kv_idx - kv_offset
+        if key_positions is not None:
+            kv_idx = key_positions[batch_idx, index]
+        visible = kv_idx < q_idx if hides_own_token else kv_idx <= q_idx
+        if key_positions is not None:
+            visible, kv_idx = visible & (kv_idx >= 0), kv_idx.clamp(min=0)  # an empty slot has no token
+        if window is not None:
+            visible = visible & (kv_idx > q_idx - window)
+        if padding is not None:
+            visible = visible & padding[batch_idx, kv_idx]
+        if documents is not None:
+            visible = visible & (documents[batch_idx, q_idx] == documents[batch_idx, kv_idx])
+        if allowed is not None:
+            visible = visible & allowed[batch_idx, q_idx - q_offset, index]
+        return visible
+
+    return sees
+
+
+def or_own_token(sees: MaskFunction, nothing: torch.Tensor, at: Geometry) -> MaskFunction:
+    """The same rule, but queries that see `nothing`, `(batch, q_len)`, see their own token."""
+    kv_offset, q_offset, key_positions = at.kv_offset, at.q_offset, at.key_positions
+
+    def sees_something(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        position = kv_idx if key_positions is None else key_positions[batch_idx, kv_idx - kv_offset]
+        own_token = nothing[batch_idx, q_idx - q_offset] & (position == q_idx)
+        return sees(batch_idx, head_idx, q_idx, kv_idx) | own_token
+
+    return sees_something
+
+
+def has_cached_tokens(past_key_values: Cache | None, layout: KVLayout) -> bool:
     """Whether there are earlier tokens; a compiled static cache cannot tell and is taken to have some."""
     if past_key_values is None:
         return False
-    seq_length = past_key_values.get_seq_length(plan.kv_owners[0])
+    seq_length = past_key_values.get_seq_length(layout.owners[0])
     if isinstance(seq_length, torch.Tensor) and torch.compiler.is_compiling():
         return True
     return bool(seq_length > 0)

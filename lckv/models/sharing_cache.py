@@ -1,9 +1,13 @@
-"""What a cache may tell the model beyond what transformers' caches do."""
+"""What the model hands to a cache, and what a cache may say to it beyond what transformers' caches do."""
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 
@@ -31,7 +35,7 @@ class SharingCache(Cache):
         return False
 
     def get_key_positions(self, num_new_tokens: int, layer_idx: int) -> torch.Tensor | None:
-        """Which tokens the keys belong to that `update` is about to return, `(batch or 1, kv_len)`.
+        """Which tokens the keys belong to that `write` is about to return, `(batch or 1, kv_len)`.
 
         Tokens count from 0, padding included; a negative number means that there is no token, and nobody sees the
         key. `None` if they are consecutive, as `get_mask_sizes` describes them.
@@ -64,3 +68,52 @@ class SharingCache(Cache):
     def peek(self, streams: Streams, layer_idx: int) -> Streams:
         """What `write` would return, but without keeping anything: for passes before the last one."""
         raise NotImplementedError
+
+
+class CacheWriter:
+    """Hands an owner's streams to a cache of any kind.
+
+    transformers' caches keep keys and values, whose widths may differ: a single stream gets values without width.
+    """
+
+    def __init__(self, past_key_values: Cache) -> None:
+        self.cache = past_key_values
+
+    def __call__(self, streams: Streams, layer_idx: int) -> Streams:
+        """Adds the new tokens of layer `layer_idx`, and returns what their queries may see."""
+        if isinstance(self.cache, SharingCache):
+            return self.cache.write(streams, layer_idx)
+        return self.cache.update(*_as_pair(self.cache, streams), layer_idx)[: len(streams)]
+
+
+class CachePeeker(CacheWriter):
+    """What a pass before the last sees of a cache: it returns what a writer would, but nothing is kept."""
+
+    def __call__(self, streams: Streams, layer_idx: int) -> Streams:
+        """Returns what the cache holds for layer `layer_idx`, followed by the given streams."""
+        if isinstance(self.cache, SharingCache):
+            return self.cache.peek(streams, layer_idx)
+        if layer_idx >= len(self.cache.layers):
+            return streams
+        layer = _copy_to_write(self.cache.layers[layer_idx])
+        device = streams[0].device
+        if layer.is_initialized and layer.keys.device != device:  # the cache is offloaded
+            layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+        return layer.update(*_as_pair(self.cache, streams))[: len(streams)]
+
+
+def _as_pair(cache: Cache, streams: Streams) -> Streams:
+    if len(streams) > 2:
+        raise ValueError(f"{type(cache).__name__} keeps 2 streams of a layer, not {len(streams)}: use lckv.cache")
+    return streams if len(streams) == 2 else (streams[0], streams[0][..., :0])
+
+
+def _copy_to_write(layer: Any) -> Any:
+    """A copy of a layer of transformers' caches whose updates leave the original alone."""
+    copied = copy.copy(layer)
+    if isinstance(layer, DynamicLayer):
+        return copied  # growing layers replace their tensors, static ones write into them
+    copied.cumulative_length = layer.cumulative_length.clone()
+    if layer.is_initialized:
+        copied.keys, copied.values = layer.keys.clone(), layer.values.clone()
+    return copied

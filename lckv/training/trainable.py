@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-_KV = frozenset({"k_proj", "v_proj", "k_norm"})
-
-TRAINABLE = {"all": None, "kv": _KV, "qkv": _KV | {"q_proj", "q_norm"}}
-"""For each value of `trainer.trainable`, the modules whose parameters are trained; `None` for all."""
+TRAINABLE = {"all": (), "kv": ("stream_modules",), "qkv": ("stream_modules", "query_modules")}
+"""For each value of `trainer.trainable`, which submodules of attention are trained, as it names them; () for all."""
 
 
 def freeze_all_but(model: nn.Module, trainable: str) -> None:
@@ -17,9 +15,12 @@ def freeze_all_but(model: nn.Module, trainable: str) -> None:
         model: a Llama-shaped model, changed in place.
         trainable: a key of [`TRAINABLE`].
     """
-    modules = TRAINABLE[trainable]
-    if modules is None:
+    parts = TRAINABLE[trainable]
+    if not parts:
         return
-    for name, parameter in model.named_parameters():
-        module = name.split(".")[-2]  # such as `k_proj` of `model.layers.0.self_attn.k_proj.weight`
-        parameter.requires_grad_(module in modules)
+    model.requires_grad_(False)
+    for attention in model.modules():
+        for part in parts:
+            for name in getattr(attention, part, ()):  # only an attention has any
+                if hasattr(attention, name):
+                    getattr(attention, name).requires_grad_(True)

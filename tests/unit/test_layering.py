@@ -21,7 +21,7 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 LAYERS = [
     ["errors", "registry", "byte_sizes", "sweeps"],
     ["patterns"],
-    ["layout"],
+    ["layout", "iteration"],
     ["costs", "iso", "config", "hydra_store", "run_names", "overrides", "drawing"],
     ["model_arguments"],
     ["data", "models"],
@@ -42,6 +42,7 @@ TORCH_FREE = [
     "lckv.registry",
     "lckv.patterns",
     "lckv.layout",
+    "lckv.iteration",
     "lckv.costs",
     "lckv.iso",
     "lckv.config",

@@ -169,7 +169,7 @@ def _flash_like(model, input_ids, **options):
     config._attn_implementation = "flash_attention_2"
     embeds = model.model.embed_tokens(input_ids)
     arguments = {"attention_mask": None, "past_key_values": None, "document_ids": None} | options
-    return build_visible_keys(config, config.sharing_plan, embeds, **arguments)
+    return build_visible_keys(config, config.kv_layout, embeds, **arguments)
 
 
 def _spans(varlen: VarlenBatch):
