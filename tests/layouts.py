@@ -1,0 +1,116 @@
+"""Small models whose owners keep other things than a key and a value of equal width, as a real latent attention would.
+
+`KINDS` names them; each is a configuration with a layout of its own, and an attention that writes and reads it.
+"""
+
+import torch
+from torch import nn
+
+from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.layout import KVLayout, Stream, StreamSource, build_layout
+from lckv.models.attention import LCKVAttention, apply_rotary
+from tests.reference import WINDOW
+
+LATENT = 96
+
+
+def _layout(config, streams, sources):
+    is_sliding = [layer.is_sliding for layer in config.sharing_plan.layers]
+    return build_layout(streams, sources, is_sliding, config.sliding_window)
+
+
+class LatentConfig(LCKVLlamaConfig):
+    """A single latent, from which readers make keys and values of their own; nothing is rotated."""
+
+    latent_streams = (Stream("latent", 1, LATENT),)
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        streams, plan = self.latent_streams, self.sharing_plan
+        sources = [[StreamSource(source, index) for index in range(len(streams))] for source in plan.kv_source]
+        return _layout(self, dict.fromkeys(plan.kv_owners, streams), sources)
+
+
+class RotatedLatentConfig(LatentConfig):
+    """A latent, and beside it one small rotated key for all heads."""
+
+    latent_streams = (Stream("latent", 1, LATENT), Stream("rotated_key", 1, 8, is_rotated=True))
+
+
+class SplitConfig(LCKVLlamaConfig):
+    """Layers read the keys of their owner with the values of the lowest one, which is all that owners keep for it."""
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        keys, values = Stream("keys", 2, 8, is_rotated=True), Stream("values", 2, 8)
+        lowest, *others = self.sharing_plan.kv_owners
+        streams = {lowest: (keys, values)} | dict.fromkeys(others, (keys,))
+        sources = [(StreamSource(source, 0), StreamSource(lowest, 1)) for source in self.sharing_plan.kv_source]
+        return _layout(self, streams, sources)
+
+
+class LatentAttention(LCKVAttention):
+    """Keys and values are made of the latent that another layer may have written, as in MLA without absorption."""
+
+    stream_modules = frozenset({"down_proj", "rotated_proj"})
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        size = config.num_key_value_heads * config.head_dim
+        self.is_rotated = len(config.latent_streams) == 2
+        self.k_proj, self.v_proj = nn.Linear(LATENT, size, bias=False), nn.Linear(LATENT, size, bias=False)
+        if config.sharing_plan.layers[layer_idx].computes_kv:
+            self.down_proj = nn.Linear(config.hidden_size, LATENT, bias=False)
+            if self.is_rotated:
+                self.rotated_proj = nn.Linear(config.hidden_size, config.head_dim, bias=False)
+
+    def write(self, hidden_states, position_embeddings):
+        latent = self.down_proj(hidden_states)[:, None]  # (batch, 1, q_len, LATENT)
+        if not self.is_rotated:
+            return (latent,)
+        return latent, apply_rotary(self.rotated_proj(hidden_states)[:, None], position_embeddings)
+
+    def keys_and_values(self, streams):
+        latent, *rotated = streams
+        keys = self._split_heads(self.k_proj(latent[:, 0]))
+        return keys + rotated[0] if rotated else keys, self._split_heads(self.v_proj(latent[:, 0]))
+
+
+class SplitAttention(LCKVAttention):
+    """Writes keys, and values where the layout keeps them."""
+
+    def write(self, hidden_states, position_embeddings):
+        streams = super().write(hidden_states, position_embeddings)
+        return streams[: len(self.config.kv_layout.store(self.layer_idx).streams)]
+
+
+KINDS = {
+    "latent": (LatentConfig, LatentAttention),
+    "latent-and-rotated-key": (RotatedLatentConfig, LatentAttention),
+    "split": (SplitConfig, SplitAttention),
+}
+
+
+def layout_model(kind, layer_types, seed=0, **kwargs):
+    """A tiny model of one of `KINDS`."""
+    config_class, attention_class = KINDS[kind]
+    config = config_class(
+        layer_types=layer_types,
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        sliding_window=WINDOW,
+        **({"forward_passes": "converge", "converge_tolerance": 1e-9, "initializer_range": 0.15} | kwargs),
+    )
+    torch.manual_seed(seed)
+    model = LCKVLlamaForCausalLM(config)
+    for layer_idx, layer in enumerate(model.model.layers):
+        layer.self_attn = attention_class(config, layer_idx)
+        for module in layer.self_attn.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    return model.eval()
