@@ -214,17 +214,9 @@ class Stack:
         read_again = {source.owner for read in self.layout.sources[cycle.start : top] for source in read}
         peek = None if self.cache is None else CachePeeker(self.cache)
         for layer_idx in range(cycle.start, cycle.stop):
-            hidden_states, written = self.layers[layer_idx](
-                hidden_states,
-                *self._read(layer_idx, states),
-                position_embeddings=self.position_embeddings,
-                visible_keys=None if layer_idx == top else self.visible_keys[layer_idx],
-                writes=layer_idx == top or layer_idx in read_again,
-                cache=peek,
-                **self.kwargs,
-            )
-            if written is not None:
-                states[layer_idx] = written
+            visible_keys = None if layer_idx == top else self.visible_keys[layer_idx]
+            writes = layer_idx == top or layer_idx in read_again
+            hidden_states = self._run_layer(layer_idx, hidden_states, states, visible_keys, writes, peek)
         return states
 
     def _run_layers(
@@ -237,21 +229,37 @@ class Stack:
             visible_keys, writes = self.visible_keys[layer_idx], layer_idx in self.layout.owners
             if visible_keys is None and not writes:
                 break  # nobody wants outputs, and the highest owner has written
-            hidden_states, written = self.layers[layer_idx](
-                hidden_states,
-                *self._read(layer_idx, states),
-                position_embeddings=self.position_embeddings,
-                visible_keys=visible_keys,
-                writes=writes,
-                cache=write,
-                attentions=self.trace.attentions,
-                **self.kwargs,
+            hidden_states = self._run_layer(
+                layer_idx, hidden_states, states, visible_keys, writes, write, self.trace.attentions
             )
-            if written is not None:
-                states[layer_idx] = written
             if self.trace.hidden_states is not None:
                 self.trace.hidden_states.append(hidden_states)
         return hidden_states, states
+
+    def _run_layer(
+        self,
+        layer_idx: int,
+        hidden_states: torch.Tensor,
+        states: States,
+        visible_keys: VisibleKeys | None,
+        writes: bool,
+        cache: CacheWriter | None,
+        attentions: dict[int, Any] | None = None,
+    ) -> torch.Tensor:
+        """Runs one layer, and notes in `states` what it writes. Every call looks alike, so that few are compiled."""
+        hidden_states, written = self.layers[layer_idx](
+            hidden_states,
+            *self._read(layer_idx, states),
+            position_embeddings=self.position_embeddings,
+            visible_keys=visible_keys,
+            writes=writes,
+            cache=cache,
+            attentions=attentions,
+            **self.kwargs,
+        )
+        if written is not None:
+            states[layer_idx] = written
+        return hidden_states
 
     def _read(self, layer_idx: int, states: States) -> list[torch.Tensor | None]:
         """The streams that a layer reads of others; `None` for its own, and for those that nobody has written yet."""
