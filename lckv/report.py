@@ -20,9 +20,8 @@ def main(cfg: ReportConfig) -> None:
     from rich.console import Console
 
     from lckv.reporting.analysis import analyse
-    from lckv.reporting.collecting import read_runs
-    from lckv.reporting.terminal import print_report
-    from lckv.reporting.writing import check_out, write_report
+    from lckv.reporting.runs import read_runs
+    from lckv.reporting.writing import check_out, print_report, write_report
 
     folder = Path(cfg.folder).expanduser()
     out = folder / "report" if cfg.out is None else Path(cfg.out).expanduser()

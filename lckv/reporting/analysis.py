@@ -1,50 +1,25 @@
-"""Everything that a report says, as figures: groups, their qualities and costs, tests, budgets, what went wrong."""
+"""Everything that a report says, as tables: groups with their qualities and costs, tests, budgets, what went wrong."""
 
 from __future__ import annotations
 
-import string
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import groupby, pairwise
 from pathlib import Path
 
-from lckv.reporting.budgets import Candidate, budget_of, budgets_of, candidates_of, ranked, within
-from lckv.reporting.collecting import Run
-from lckv.reporting.grouping import Group, baseline_of, group_runs
-from lckv.reporting.metrics import Metric, choose_metric, result_metric
-from lckv.reporting.pareto import pareto_front
-from lckv.reporting.provenance import warnings_of
-from lckv.reporting.relative import flops_ratio, speed, time_ratio, train_flops
+from pandas import DataFrame
+
+from lckv.reporting.grouping import Group, Row, group_runs, warnings_of
+from lckv.reporting.metrics import Metric, choose_metric, evaluation_names
+from lckv.reporting.runs import table
 from lckv.reporting.statistics import Comparison, Summary, adjust, compare, summarize
-from lckv.reporting.troubles import Trouble, trouble_of, troubles_of
+from lckv.reporting.training_costs import llama_flops, speed, ways_to_run
 
-
-@dataclass(frozen=True)
-class Row:
-    """A group with its figures; `None` stands for what is not known.
-
-    Attributes:
-        group: the runs.
-        baseline: the Llama that it is compared with.
-        quality: the chosen metric.
-        bits: bits per byte.
-        perplexity: of the held-out text.
-        flops_ratio: training FLOPs per token, relative to Llama.
-        time_ratio: measured training time per token, relative to Llama.
-        speed: training tokens per second.
-        train_flops: of the whole training.
-        versus_llama: the test against the baseline.
-    """
-
-    group: Group
-    baseline: Group | None
-    quality: Summary | None
-    bits: Summary | None
-    perplexity: Summary | None
-    flops_ratio: float | None
-    time_ratio: float | None
-    speed: float | None
-    train_flops: float | None
-    versus_llama: Comparison | None = None
+_MAX_BUDGETS = 6
+_TOLERANCE = 1e-9
+_MAX_DENOMINATOR = 64
 
 
 @dataclass(frozen=True)
@@ -53,20 +28,18 @@ class Budget:
 
     Attributes:
         fraction: of Llama's bytes.
-        candidates: all that keep to it, the best first.
+        ranking: the groups that keep to it, the best first; of equals, the one that needs less.
         versus_best: the test of each but the best against the best, by label.
-        own: labels of those that keep to no smaller budget.
     """
 
     fraction: float
-    candidates: tuple[Candidate, ...]
+    ranking: list[Row]
     versus_best: dict[str, Comparison]
-    own: frozenset[str]
 
     @property
-    def best(self) -> Candidate:
-        """The best one."""
-        return self.candidates[0]
+    def best(self) -> Row:
+        """The best group."""
+        return self.ranking[0]
 
 
 @dataclass(frozen=True)
@@ -75,24 +48,32 @@ class Cohort:
 
     Attributes:
         name: "A", "B", ...; empty if there is only one.
-        rows: its groups.
+        groups: what `group_runs` says, and of each: `values` (the chosen metric by seed), over seeds its `quality`,
+            `bits_per_byte` and `perplexity`, the label of the Llama that is its `baseline` and the test against it,
+            `versus_llama`, training on a token relative to it, `flops_ratio` and `time_ratio`, `speed` (tokens per
+            second), and `train_flops`; `None` stands for what is not known.
         budgets: from large to small.
-        front: of memory against quality, from few bytes to many.
+        front: groups that are better than all that need as few bytes or fewer, from few bytes to many.
     """
 
     name: str
-    rows: tuple[Row, ...]
-    budgets: tuple[Budget, ...]
-    front: tuple[Candidate, ...]
+    groups: DataFrame
+    budgets: list[Budget]
+    front: list[Row]
 
     @property
-    def candidates(self) -> tuple[Candidate, ...]:
+    def candidates(self) -> list[Row]:
         """The groups that have both bytes and quality."""
-        return self.budgets[0].candidates if self.budgets else ()
+        return self.budgets[0].ranking if self.budgets else []
 
-    def budget_of(self, group: Group) -> Budget | None:
-        """The smallest budget that the group keeps to; `None` if its bytes or quality are not known."""
-        return next((budget for budget in self.budgets if group.label in budget.own), None)
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What is equal in all runs: versions, text, length of the training and sizes."""
+        return {name: value.strip('"') for name, value in self.groups["provenance"].iloc[0].items()}
+
+    def budget_of(self, label: str) -> Budget | None:
+        """The smallest budget that a group keeps to; `None` if its bytes or quality are not known."""
+        return next((each for each in reversed(self.budgets) if label in {row.label for row in each.ranking}), None)
 
 
 @dataclass(frozen=True)
@@ -102,38 +83,44 @@ class Report:
     Attributes:
         title: the name of the folder.
         metric: the quality.
-        runs: all of them.
+        runs: all of them, see `read_runs`.
         cohorts: groups of comparable runs.
-        troubles: runs without a result.
         warnings: in what runs cannot be compared.
         notes: what else must be known.
     """
 
     title: str
     metric: Metric
-    runs: tuple[Run, ...]
-    cohorts: tuple[Cohort, ...]
-    troubles: tuple[Trouble, ...]
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...] = field(default=())
+    runs: DataFrame
+    cohorts: list[Cohort]
+    warnings: list[str]
+    notes: list[str]
 
     @property
     def rows(self) -> list[Row]:
         """The groups of all cohorts."""
-        return [row for cohort in self.cohorts for row in cohort.rows]
+        return [row for cohort in self.cohorts for row in cohort.groups.itertuples()]
 
     @property
-    def groups(self) -> list[Group]:
-        """The same without their figures."""
-        return [row.group for row in self.rows]
-
-    @property
-    def finished(self) -> list[Run]:
+    def finished(self) -> list[Row]:
         """The runs that figures are taken from."""
-        return [run for group in self.groups for run in group.runs]
+        return [run for row in self.rows for run in row.runs.itertuples()]
+
+    @property
+    def troubles(self) -> list[Row]:
+        """The runs that no figure is taken from, failures first."""
+        runs = self.runs[self.runs["state"] != "finished"].itertuples()
+        return sorted(runs, key=lambda run: run.state == "unfinished")
+
+    @property
+    def evaluations(self) -> DataFrame:
+        """Summaries of the figures of evaluations, with a row for each figure and a column for each group."""
+        names = evaluation_names([run.metrics for run in self.finished])
+        columns = {row.label: [summarize_metric(row.runs, name) for name in names] for row in self.rows}
+        return DataFrame(columns, index=names, dtype=object)
 
 
-def analyse(runs: Sequence[Run], folder: Path, metric_name: str | None = None) -> Report:
+def analyse(runs: DataFrame, folder: Path, metric_name: str | None = None) -> Report:
     """Works out everything about these runs.
 
     Args:
@@ -144,87 +131,94 @@ def analyse(runs: Sequence[Run], folder: Path, metric_name: str | None = None) -
     Raises:
         UserError: if no run has the metric.
     """
-    finished = [run for run in runs if trouble_of(run) is None]
-    metric = choose_metric(metric_name, finished)
+    finished = runs[runs["state"] == "finished"]
+    metric = choose_metric(metric_name, list(finished["metrics"]))
     groups, repeated = group_runs(finished)
-    problems = [f"{run.name}: {problem}" for run in finished for problem in run.problems]
-    return Report(
-        title=folder.resolve().name,
-        metric=metric,
-        runs=tuple(runs),
-        cohorts=tuple(_cohorts(groups, metric)),
-        troubles=tuple(troubles_of(runs)),
-        warnings=tuple(warnings_of(finished)),
-        notes=(*repeated, *problems),
-    )
-
-
-def _cohorts(groups: Sequence[Group], metric: Metric) -> list[Cohort]:
-    by_key: dict[tuple[tuple[str, str], ...], list[Group]] = {}
-    for group in groups:
-        by_key.setdefault(group.cohort, []).append(group)
-    names = [_letters(number) if len(by_key) > 1 else "" for number in range(len(by_key))]
-    return [_cohort(name, members, metric) for name, members in zip(names, by_key.values(), strict=True)]
-
-
-def _letters(number: int) -> str:
-    """A, B, ..., Z, AA, AB, ..."""
-    rest, last = divmod(number, 26)
-    return (_letters(rest - 1) if rest else "") + string.ascii_uppercase[last]
+    problems = [f"{run.name}: {problem}" for run in finished.itertuples() for problem in run.problems]
+    cohorts = [_cohort(name, list(alike), metric) for name, alike in groupby(groups, key=lambda group: group["set"])]
+    return Report(folder.resolve().name, metric, runs, cohorts, warnings_of(finished), [*repeated, *problems])
 
 
 def _cohort(name: str, groups: Sequence[Group], metric: Metric) -> Cohort:
-    candidates = candidates_of(groups, metric)
-    budgets = budgets_of(candidates)
-    return Cohort(
-        name=name,
-        rows=tuple(_rows(groups, metric)),
-        budgets=tuple(_budget(fraction, candidates, budgets, metric) for fraction in budgets),
-        front=tuple(pareto_front(candidates, metric)),
+    measured = [{**group, **_measure(group["runs"], metric)} for group in groups]
+    baselines = [_baseline(group, measured, metric) for group in measured]
+    tests = adjust([_versus(group, other) for group, other in zip(measured, baselines, strict=True)])
+    frame = table(
+        {**group, **_relative(group, baseline), "versus_llama": test}
+        for group, baseline, test in zip(measured, baselines, tests, strict=True)
     )
+    candidates = frame.dropna(subset=["quality", "written", "fraction"])
+    candidates = candidates.assign(cost=[metric.cost(quality.mean) for quality in candidates["quality"]])
+    budgets = [_budget(fraction, candidates) for fraction in budgets_of(candidates["fraction"])]
+    return Cohort(name, frame, budgets, list(pareto_front(candidates).itertuples()))
 
 
-def _rows(groups: Sequence[Group], metric: Metric) -> list[Row]:
-    baselines = [baseline_of(group, groups, metric) for group in groups]
-    tests = [_versus(group, baseline, metric) for group, baseline in zip(groups, baselines, strict=True)]
-    return [
-        _row(group, baseline, metric, test)
-        for group, baseline, test in zip(groups, baselines, adjust(tests), strict=True)
-    ]
+def _measure(runs: DataFrame, metric: Metric) -> Group:
+    values = {run.seed: run.metrics[metric.name] for run in runs.itertuples() if metric.name in run.metrics}
+    qualities = {name: summarize_metric(runs, name) for name in ("bits_per_byte", "perplexity")}
+    return {"values": values, "quality": summarize(values.values()), **qualities, "speed": speed(runs)}
 
 
-def _versus(group: Group, other: Group | None, metric: Metric) -> Comparison | None:
-    if other is None or other is group:
+def summarize_metric(runs: DataFrame, name: str) -> Summary | None:
+    """Mean and spread of a metric over the seeds that have it."""
+    return summarize(metrics.get(name) for metrics in runs["metrics"])
+
+
+def _baseline(group: Group, groups: Iterable[Group], metric: Metric) -> Group | None:
+    """The Llama that a group is compared with: one of the same settings, or else the best one."""
+    llamas = [other for other in groups if other["is_llama"]]
+    same = [llama for llama in llamas if llama["settings"] == group["settings"]]
+    known = [llama for llama in llamas if llama["quality"] is not None]
+    if same or not known:
+        return next(iter(same or llamas), None)
+    return min(known, key=lambda llama: metric.cost(llama["quality"].mean))
+
+
+def _versus(group: Group, other: Group | None) -> Comparison | None:
+    if other is None or other is group or not group["values"] or not other["values"]:
         return None
-    own, theirs = group.values(metric), other.values(metric)
-    return compare(own, theirs) if own and theirs else None
+    return compare(group["values"], other["values"])
 
 
-def _row(group: Group, baseline: Group | None, metric: Metric, versus_llama: Comparison | None) -> Row:
-    quality, bits, perplexity = (
-        summarize(group.values(each).values())
-        for each in (metric, result_metric("bits_per_byte"), result_metric("perplexity"))
-    )
-    return Row(
-        group=group,
-        baseline=baseline,
-        quality=quality,
-        bits=bits,
-        perplexity=perplexity,
-        flops_ratio=flops_ratio(group, baseline),
-        time_ratio=time_ratio(group, baseline),
-        speed=speed(group),
-        train_flops=train_flops(group),
-        versus_llama=versus_llama,
-    )
+def _relative(group: Group, llama: Group | None) -> Group:
+    """What training costs; without a Llama, relative to the FLOPs that are counted for one."""
+    own, tokens = group["train_flops_per_token"], group["tokens"]
+    if llama is None:
+        llama = {"label": None, "speed": None, "train_flops_per_token": llama_flops(next(group["runs"].itertuples()))}
+    flops = llama["train_flops_per_token"]
+    is_timed = group["speed"] and llama["speed"] and ways_to_run(group["runs"]) == ways_to_run(llama["runs"])
+    return {
+        "baseline": llama["label"],
+        "flops_ratio": own / flops if own is not None and flops else None,
+        "time_ratio": llama["speed"] / group["speed"] if is_timed else None,
+        "train_flops": own * tokens if own is not None and tokens is not None else None,
+    }
 
 
-def _budget(fraction: float, candidates: Sequence[Candidate], budgets: Sequence[float], metric: Metric) -> Budget:
-    best, *others = ranked(within(candidates, fraction), metric)
-    tests = adjust([compare(other.group.values(metric), best.group.values(metric)) for other in others])
-    return Budget(
-        fraction=fraction,
-        candidates=(best, *others),
-        versus_best={other.group.label: test for other, test in zip(others, tests, strict=True) if test is not None},
-        own=frozenset(each.group.label for each in (best, *others) if budget_of(each, budgets) == fraction),
-    )
+def pareto_front(candidates: DataFrame) -> DataFrame:
+    """Those of less `cost` than all that have as little `written` or less, from few bytes to many."""
+    ordered = candidates.sort_values(["written", "cost"])
+    return ordered[ordered["cost"] < ordered["cost"].cummin().shift(fill_value=math.inf)]
+
+
+def budgets_of(fractions: Iterable[float]) -> list[float]:
+    """Fractions of Llama's bytes, from large to small: those that patterns need, or where these are many, halves."""
+    needed = sorted({round(fraction, 9) for fraction in fractions}, reverse=True)
+    if len(needed) <= _MAX_BUDGETS:
+        return needed
+    halves = [needed[0], *(0.5**power for power in range(1, 16) if needed[-1] < 0.5**power < needed[0]), needed[-1]]
+    shuts_out = [any(low < fraction <= high for fraction in needed) for high, low in pairwise(halves)]
+    return [halves[0], *(budget for budget, is_needed in zip(halves[1:], shuts_out, strict=True) if is_needed)]
+
+
+def _budget(fraction: float, candidates: DataFrame) -> Budget:
+    within = candidates[candidates["fraction"] <= fraction + _TOLERANCE]
+    best, *others = within.sort_values(["cost", "written"]).itertuples()
+    tests = adjust([compare(other.values, best.values) for other in others])
+    return Budget(fraction, [best, *others], {other.label: test for other, test in zip(others, tests, strict=True)})
+
+
+def show_fraction(fraction: float) -> str:
+    """3/8 where it is one, else percent."""
+    nearest = Fraction(fraction).limit_denominator(_MAX_DENOMINATOR)
+    return str(nearest) if abs(nearest - fraction) < 1e-6 else f"{fraction:.3g}"

@@ -1,18 +1,21 @@
-"""Which runs are the same but for their seed, and which baseline each group of them has."""
+"""Which runs are the same but for their seed, what groups of them are called, and which groups can be compared."""
 
 from __future__ import annotations
 
 import json
+import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from pandas import DataFrame
+
 from lckv.config import TrainConfig
-from lckv.reporting.collecting import Run
-from lckv.reporting.metrics import Metric
-from lckv.reporting.provenance import provenance_of
+from lckv.model_arguments import DEFAULT_SLIDING_WINDOW
+from lckv.patterns import parse_layer_types
+from lckv.reporting.metrics import scalar
+from lckv.reporting.runs import FIGURES
 from lckv.training.run_folder import flatten
 
 _DEFAULTS = dict(flatten(asdict(TrainConfig())))
@@ -21,137 +24,109 @@ _DEFAULTS = dict(flatten(asdict(TrainConfig())))
 _CHANGES_NO_RESULT = (
     *("seed", "run_name", "run_dir", "logger.", "data.cache_dir", "trainer.resume", "trainer.num_threads"),
     *("trainer.dataloader_num_workers", "trainer.micro_batch_size", "trainer.eval_batch_size", "trainer.eval_steps"),
-    *(
-        "trainer.save_",
-        "trainer.logging_steps",
-        "trainer.sample_",
-        "trainer.evaluation_steps",
-        "evaluation.batch_size",
-    ),
+    *("trainer.save_", "trainer.logging_steps", "trainer.sample_", "trainer.evaluation_steps"),
+    "evaluation.batch_size",
 )
 _OF_WINDOWS = ("model.sliding_window",)
-_OF_CYCLES = (
-    *("model.forward_passes", "model.backward_passes", "model.converge_tolerance"),
-    "model.use_sequential",
-)
+_OF_CYCLES = ("forward_passes", "backward_passes", "converge_tolerance", "use_sequential")
 _OF_PATTERN = (
     *("sharing.", "model.layer_types", "model.num_hidden_layers", "model.default_num_hidden_layers"),
-    *(*_OF_WINDOWS, *_OF_CYCLES),
+    *(*_OF_WINDOWS, *(f"model.{name}" for name in _OF_CYCLES)),
 )
-_MAX_LABEL = 26
-_MAX_VALUE = 14
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_UNKNOWN = "unknown"
+_WORDS = {
+    "lckv": "the version of lckv",
+    "torch": "the version of torch",
+    "data": "the text",
+    "steps": "the number of steps",
+    "tokens": "the number of tokens",
+    "layers": "the number of layers",
+    "vocab_size": "the vocabulary's size",
+}
+_MAX_LABEL, _MAX_VALUE, _MAX_NAMES = 26, 14, 3
+_PARTS = ("pattern", "settings", "provenance")
 
-Settings = Mapping[str, str]
-"""Values as JSON text, so that they can be compared and hashed."""
+Row = Any
+"""A run or a group, as `DataFrame.itertuples` gives it: its columns are attributes."""
 
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in no more than their seed.
-
-    Attributes:
-        label: a short name that no other group of the report has.
-        runs: one for each seed.
-        settings: what else was set, without what changes no result.
-        pattern_settings: those settings that say what the pattern does.
-        provenance: what else must be equal for figures to be comparable.
-    """
-
-    label: str
-    runs: tuple[Run, ...]
-    settings: Settings
-    pattern_settings: Settings
-    provenance: Settings
-
-    @property
-    def layer_types(self) -> str | None:
-        """The pattern, as `layer_types`."""
-        return self.runs[0].layer_types
-
-    @property
-    def family_name(self) -> str | None:
-        """What it shares its colour with: the family of its pattern at any budget, or the pattern alone."""
-        return self.runs[0].family_name or self.layer_types
-
-    @property
-    def is_llama(self) -> bool:
-        """Whether nothing is shared."""
-        return self.runs[0].family == "llama"
-
-    @cached_property
-    def cohort(self) -> tuple[tuple[str, str], ...]:
-        """Groups with an equal one can be compared."""
-        return tuple(sorted(self.provenance.items()))
-
-    def figure(self, *keys: str) -> float | None:
-        """A figure that does not depend on the seed."""
-        return next((value for run in self.runs if (value := run.figure(*keys)) is not None), None)
-
-    def values(self, metric: Metric) -> dict[Any, float]:
-        """The metric by seed; runs that do not have it are left out."""
-        pairs = ((run.seed, metric.of(run)) for run in self.runs)
-        return {seed: value for seed, value in pairs if value is not None}
-
-    @property
-    def written(self) -> float | None:
-        """KV bytes written per token; no pattern does without any."""
-        written = self.figure("kv_bytes", "written")
-        return written if written is not None and written > 0 else None
-
-    @property
-    def fraction(self) -> float | None:
-        """The written bytes, of Llama's."""
-        llama = self.figure("kv_bytes_llama", "written")
-        return self.written / llama if self.written is not None and llama is not None and llama > 0 else None
+Group = dict[str, Any]
 
 
-def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+def group_runs(runs: DataFrame) -> tuple[list[Group], list[str]]:
     """Puts finished runs that differ in no more than their seed together.
 
     Returns:
-        The groups, Llamas first, then from many KV bytes to few; and a sentence about every run that is left out
-        because the same one is there already.
+        The groups, and a sentence about every run that is left out because the same one is there already.
+
+        Groups that can be compared stand together (with a letter as their `set`, if not all can), Llamas first, then
+        from many KV bytes to few. They have a `label` that no other one has, their `runs`, one for each seed, the
+        columns of the first run, the first of the figures that are known, their KV bytes as a `fraction` of Llama's,
+        and what was set as JSON texts: of the `pattern`, the other `settings`, and the `provenance`, which must be
+        equal for figures to be comparable.
     """
-    members: dict[tuple[Any, ...], dict[Any, Run]] = {}
-    notes = []
-    for run in runs:
-        seeds = members.setdefault(tuple(tuple(part.items()) for part in _parts(run)), {})
-        if run.seed in seeds:
-            same = "same pattern, same settings, same seed"
-            notes.append(f"{run.name} repeats {seeds[run.seed].name} ({same}) and is left out")
-        else:
-            seeds[run.seed] = run
-    groups = [_make_group(tuple(seeds.values())) for seeds in members.values()]
-    groups.sort(key=lambda group: (not group.is_llama, -(group.written or 0), group.layer_types or "", group.label))
-    return _with_labels(groups), notes
+    parts = [_parts(run) for run in runs.itertuples()]
+    runs = runs.assign(**{name: [each[name] for each in parts] for name in _PARTS}, key=[*map(json.dumps, parts)])
+    kept = runs.drop_duplicates(["key", "seed"])
+    first = {(run.key, run.seed): run.name for run in kept.itertuples()}
+    notes = [
+        f"{run.name} repeats {first[run.key, run.seed]} (same pattern, same settings, same seed) and is left out"
+        for run in runs.drop(kept.index).itertuples()
+    ]
+    groups = [_group(alike) for _, alike in kept.groupby("key", sort=False)]
+    groups.sort(
+        key=lambda each: (not each["is_llama"], -(each["written"] or 0), each["layer_types"] or "", each["label"])
+    )
+    return _in_sets(_with_labels(groups)), notes
 
 
-def _parts(run: Run) -> tuple[Settings, Settings, Settings]:
+def _parts(run: Row) -> dict[str, dict[str, str]]:
+    """What was set: of the pattern, of the rest, and what must be equal for figures to be comparable."""
     config = {**_DEFAULTS, **run.config}
-    kept = {key: value for key, value in config.items() if not key.startswith((*_CHANGES_NO_RESULT, *_OF_PATTERN))}
-    return _as_text(kept), _as_text(_pattern_settings(run, config)), _as_text(provenance_of(run))
-
-
-def _pattern_settings(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The pattern, and of what says how it is run, only what it reads."""
-    settings = {"layer_types": run.layer_types}
-    if run.plan is not None and run.plan.has_cycles:
-        settings |= {key: config[key] for key in _OF_CYCLES}
-    if run.plan is not None and any(layer.is_sliding for layer in run.plan.layers):
-        settings |= {key: run.sliding_window for key in _OF_WINDOWS}
-    return settings
+    plan = None if run.layer_types is None else parse_layer_types(run.layer_types)
+    pattern = {"layer_types": run.layer_types}  # and of what says how it is run, only what it reads
+    if plan is not None and plan.has_cycles:
+        pattern |= {name: config[f"model.{name}"] for name in _OF_CYCLES}
+    if plan is not None and any(layer.is_sliding for layer in plan.layers):
+        pattern |= {"sliding_window": run.config.get("model.sliding_window") or DEFAULT_SLIDING_WINDOW}
+    others = {key: value for key, value in config.items() if not key.startswith((*_CHANGES_NO_RESULT, *_OF_PATTERN))}
+    return {"pattern": _as_text(pattern), "settings": _as_text(others), "provenance": _as_text(_provenance(run))}
 
 
 def _as_text(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Values as JSON text, so that they can be compared whatever they are."""
     return {
         key: json.dumps(settings[key], sort_keys=True, default=str, ensure_ascii=False) for key in sorted(settings)
     }
 
 
-def _make_group(runs: tuple[Run, ...]) -> Group:
-    first = runs[0]
-    label = first.family or _shorten(first.layer_types or "unknown pattern")
-    return Group(label, runs, *_parts(first))
+def _provenance(run: Row) -> dict[str, Any]:
+    """Versions, text, length of the training and sizes of a run; "unknown" where it does not say."""
+    versions = run.results.get("versions")
+    versions = versions if isinstance(versions, Mapping) else {}
+    values = {
+        "lckv": versions.get("lckv"),
+        "torch": versions.get("torch"),
+        "data": run.results.get("data_fingerprint"),
+        "steps": run.steps,
+        "tokens": run.tokens,
+        "layers": None if run.layer_types is None else parse_layer_types(run.layer_types).num_hidden_layers,
+        "vocab_size": run.config.get("model.vocab_size") or run.config.get("tokenizer.vocab_size"),
+        **{name: run.config.get(f"model.{name}", "") or "default" for name in _SIZES},
+    }
+    return {name: _UNKNOWN if value is None else scalar(value) for name, value in values.items()}
+
+
+def _group(runs: DataFrame) -> Group:
+    group = {**runs.iloc[0].to_dict(), "runs": runs}
+    group |= {name: next((value for value in runs[name] if value is not None), None) for name in FIGURES}
+    written, llama = group["written"], group["llama_written"]
+    group["written"] = written = written if written is not None and written > 0 else None  # no pattern needs none
+    group["fraction"] = written / llama if written is not None and llama is not None and llama > 0 else None
+    group["is_llama"] = group["family"] == "llama"
+    group["family_name"] = group["family_name"] or group["layer_types"]
+    group["label"] = group["family"] or _shorten(group["layer_types"] or "unknown pattern")
+    return group
 
 
 def _shorten(text: str, max_length: int = _MAX_LABEL) -> str:
@@ -159,45 +134,66 @@ def _shorten(text: str, max_length: int = _MAX_LABEL) -> str:
     return text if len(text) <= max_length else f"{text[: max_length // 2]}…{text[-max_length // 2 + 1 :]}"
 
 
-def _with_labels(groups: list[Group]) -> list[Group]:
+def _with_labels(groups: Sequence[Group]) -> list[Group]:
     """The groups with labels of which no two are alike: of equal ones, each also says what sets it apart."""
-    alike = {group.label: [other for other in groups if other.label == group.label] for group in groups}
-    labels = [" ".join([group.label, *_differences(group, alike[group.label])]) for group in groups]
+    alike = {group["label"]: [other for other in groups if other["label"] == group["label"]] for group in groups}
+    labels = [" ".join([group["label"], *_differences(group, alike[group["label"]])]) for group in groups]
     times: Counter[str] = Counter()
     for place, label in enumerate(labels):
         times[label] += 1
         labels[place] = label if times[label] == 1 else f"{label} ({times[label]})"
-    return [
-        Group(label, group.runs, group.settings, group.pattern_settings, group.provenance)
-        for label, group in zip(labels, groups, strict=True)
-    ]
+    return [{**group, "label": label} for group, label in zip(groups, labels, strict=True)]
 
 
 def _differences(group: Group, others: Sequence[Group]) -> list[str]:
     """What sets groups apart from each other, as this one has it: no more settings than it takes."""
     found = []
     apart: list[tuple[str | None, ...]] = [()] * len(others)
-    for kind in ("pattern_settings", "settings", "provenance"):
-        own, theirs = getattr(group, kind), [getattr(other, kind) for other in others]
-        for key in sorted({key for each in theirs for key in each} - {"layer_types"}):
-            further = [(*before, each.get(key)) for before, each in zip(apart, theirs, strict=True)]
+    for part in _PARTS:
+        for key in sorted({key for other in others for key in other[part]} - {"layer_types"}):
+            further = [(*before, other[part].get(key)) for before, other in zip(apart, others, strict=True)]
             if len(set(further)) > len(set(apart)):
                 apart = further
-                found.append(f"{key.rpartition('.')[2]}={_shorten(own.get(key, '–').strip(chr(34)), _MAX_VALUE)}")
+                value = group[part].get(key, "–").strip('"')
+                found.append(f"{key.rpartition('.')[2]}={_shorten(value, _MAX_VALUE)}")
     return found
 
 
-def baseline_of(group: Group, groups: Sequence[Group], metric: Metric) -> Group | None:
-    """The Llama that a group is compared with: one of the same settings, or else the best one that is comparable."""
-    llamas = [other for other in groups if other.is_llama and other.cohort == group.cohort]
-    same = [llama for llama in llamas if llama.settings == group.settings]
-    if same or not llamas:
-        return same[0] if same else None
-    return best_of(llamas, metric) or llamas[0]
+def _in_sets(groups: Sequence[Group]) -> list[Group]:
+    """The groups, those that can be compared together."""
+    sets: dict[str, list[Group]] = {}
+    for group in groups:
+        sets.setdefault(json.dumps(group["provenance"]), []).append(group)
+    names = [_letters(number) if len(sets) > 1 else "" for number in range(len(sets))]
+    return [{**group, "set": name} for name, members in zip(names, sets.values(), strict=True) for group in members]
 
 
-def best_of(groups: Iterable[Group], metric: Metric) -> Group | None:
-    """The group with the best mean; `None` if none has any value."""
-    means = [(group, values) for group in groups if (values := list(group.values(metric).values()))]
-    sign = 1 if metric.lower_is_better else -1
-    return min(means, key=lambda pair: sign * sum(pair[1]) / len(pair[1]), default=(None, None))[0]
+def _letters(number: int) -> str:
+    """A, B, ..., Z, AA, AB, ..."""
+    rest, last = divmod(number, 26)
+    return (_letters(rest - 1) if rest else "") + string.ascii_uppercase[last]
+
+
+def warnings_of(runs: DataFrame) -> list[str]:
+    """One sentence for each thing in which finished runs differ so that they cannot be compared."""
+    holders: dict[str, dict[Any, list[str]]] = {}
+    for run in runs.itertuples():
+        for name, value in _provenance(run).items():
+            holders.setdefault(name, {}).setdefault(value, []).append(run.name)
+    return [
+        f"not comparable: {_WORDS.get(name, name)} differs: "
+        + "; ".join(f"{_show(name, value)} in {_list(runs)}" for value, runs in names.items())
+        for name, names in holders.items()
+        if len(names) > 1
+    ]
+
+
+def _show(name: str, value: Any) -> str:
+    if name == "data":
+        return str(value)[:12]
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MAX_NAMES])
+    return shown if len(names) <= _MAX_NAMES else f"{shown} and {len(names) - _MAX_NAMES} more"

@@ -1,21 +1,19 @@
-"""Which figures say how good a model is, and which of two values is the better one."""
+"""Which figures say how good a model is, which of two values is the better one, and in how many digits it is shown."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lckv.errors import UserError, check_choice
-from lckv.reporting.collecting import Run, number
 from lckv.reporting.statistics import Summary
 
-_OF_RESULTS = {
-    "bits_per_byte": ("eval_bits_per_byte", "bits per byte"),
-    "perplexity": ("eval_perplexity", "perplexity"),
-    "loss": ("eval_loss", "loss (nats per token)"),
-}
+_LABELS = {"bits_per_byte": "bits per byte", "perplexity": "perplexity", "loss": "validation loss (nats per token)"}
+"""Figures that every finished run has in its results, as `eval_...`."""
+
 _LOWER_IS_BETTER = re.compile(
     r"(^|[_,])(loss|perplexity|ppl|bits|nll|error|divergence|seconds|latency|bytes)([_,]|$)", re.IGNORECASE
 )
@@ -23,19 +21,28 @@ _NOT_SHOWN = re.compile(r"_stderr(,|$)|^num_|^context_length$|^stride$|^chance_"
 """Standard errors, which the spread over seeds replaces, and what was asked for."""
 
 
+def number(value: Any) -> Any:
+    """A finite number as it is; anything else as `None`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        return None
+    return value
+
+
+def scalar(value: Any) -> str | int | float | bool | None:
+    """A value that can be compared as it is; anything else, which only damaged files hold, as text."""
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A figure that every run may have.
-
-    Attributes:
-        name: what `metric=` calls it.
-        label: what tables and axes call it.
-        of: the figure of a run; `None` if it has none.
-    """
+    """A figure that every run may have: one of the results, or `evaluation:figure`."""
 
     name: str
-    label: str
-    of: Callable[[Run], float | None]
+
+    @property
+    def label(self) -> str:
+        """What tables and axes call it."""
+        return _LABELS.get(self.name) or self.name.replace(":", ": ", 1)
 
     @property
     def lower_is_better(self) -> bool:
@@ -43,9 +50,9 @@ class Metric:
         figure = re.split("[.:]", self.name)[-1]  # a task may be called after errors that are to be found
         return bool(_LOWER_IS_BETTER.search(figure))
 
-    def is_better(self, one: float, other: float) -> bool:
-        """Whether `one` is better than `other`."""
-        return one < other if self.lower_is_better else one > other
+    def cost(self, value: float) -> float:
+        """The value, or minus it: what is smaller for a better one."""
+        return value if self.lower_is_better else -value
 
     def show(self, value: float) -> str:
         """The value with as many digits as can matter."""
@@ -68,39 +75,16 @@ def _show(value: float, scale: float) -> str:
     return f"{value:,.{4 if abs(scale) < 10 else 2}f}"
 
 
-def result_metric(name: str) -> Metric:
-    """One of the figures that every finished run has in its results."""
-    key, label = _OF_RESULTS[name]
-    return Metric(name, f"validation {label}" if name == "loss" else label, lambda run: run.figure(key))
-
-
-def available_metrics(runs: Sequence[Run]) -> dict[str, Metric]:
-    """All figures that at least one of the runs has, by name: those of the results, then `evaluation:figure`."""
-    metrics = {name: result_metric(name) for name in _OF_RESULTS}
-    metrics = {name: metric for name, metric in metrics.items() if any(metric.of(run) is not None for run in runs)}
-    return metrics | evaluation_metrics(runs)
-
-
-def evaluation_metrics(runs: Sequence[Run]) -> dict[str, Metric]:
-    """The scalar figures of evaluations, by name: `harness:task.metric`, `recall:accuracy`, `needle:accuracy`."""
-    names = dict.fromkeys(name for run in runs for name in evaluation_figures(run))
-    return {name: Metric(name, name.replace(":", ": ", 1), _figure_getter(name)) for name in names}
-
-
-def _figure_getter(name: str) -> Callable[[Run], float | None]:
-    return lambda run: evaluation_figures(run).get(name)
-
-
-def evaluation_figures(run: Run) -> dict[str, float]:
-    """The scalar figures of a run's evaluations; of a needle's maps, the means."""
-    figures: dict[str, float] = {}
-    for evaluation, values in run.evaluations.items():
+def metrics_of(results: Mapping[str, Any], evaluations: Mapping[str, Any]) -> dict[str, float]:
+    """A run's figures by name: those of the results, then `harness:task.metric`, `recall:accuracy` and so on."""
+    figures = {name: number(results.get(f"eval_{name}")) for name in _LABELS}
+    for evaluation, values in evaluations.items():
         if evaluation == "needle":
             values = _means_of_maps(values)
         if evaluation == "harness" and isinstance(values, Mapping):
             values = values.get("tasks")
         figures |= {f"{evaluation}:{key}": value for key, value in _scalars(values)}
-    return figures
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _means_of_maps(needle: Any) -> dict[str, float]:
@@ -110,8 +94,7 @@ def _means_of_maps(needle: Any) -> dict[str, float]:
         cells = (
             [number(cell) for row in rows if isinstance(row, list) for cell in row] if isinstance(rows, list) else []
         )
-        known = [cell for cell in cells if cell is not None]
-        if known:
+        if known := [cell for cell in cells if cell is not None]:
             figures[str(name)] = sum(known) / len(known)
     return figures
 
@@ -126,19 +109,25 @@ def _scalars(values: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield f"{prefix}{key}", figure
 
 
-def choose_metric(name: str | None, runs: Sequence[Run]) -> Metric:
+def evaluation_names(metrics: Sequence[Mapping[str, float]]) -> list[str]:
+    """The figures of evaluations that at least one of the runs has."""
+    return [name for name in dict.fromkeys(name for each in metrics for name in each) if ":" in name]
+
+
+def choose_metric(name: str | None, metrics: Sequence[Mapping[str, float]]) -> Metric:
     """The metric of this name; without one, bits per byte, or perplexity where no run counts the bytes of its text.
+
+    Args:
+        name: as it was given.
+        metrics: the figures of each finished run.
 
     Raises:
         UserError: if no run has it.
     """
-    metrics = available_metrics(runs)
+    known = [each for each in _LABELS if any(each in figures for figures in metrics)] + evaluation_names(metrics)
     if name is None:
-        return next(iter(metrics.values()), result_metric("bits_per_byte"))
-    if not metrics:
-        check_choice("metric", name, _OF_RESULTS)
-        return result_metric(name)
-    if name not in metrics and name in _OF_RESULTS:
-        raise UserError(f"metric={name}: no finished run has it; allowed are {', '.join(metrics)}")
-    check_choice("metric", name, metrics)
-    return metrics[name]
+        return Metric(next(iter(known), "bits_per_byte"))
+    if known and name not in known and name in _LABELS:
+        raise UserError(f"metric={name}: no finished run has it; allowed are {', '.join(known)}")
+    check_choice("metric", name, known or _LABELS)
+    return Metric(name)

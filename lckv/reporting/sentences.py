@@ -1,33 +1,25 @@
-"""The answers: the best pattern per budget, one sentence each, that claims no more than the seeds allow."""
+"""What a report says in words: the answers, which claim no more than the seeds allow, and how far to trust figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from itertools import groupby
+from typing import NamedTuple
 
-from lckv.reporting.analysis import Budget, Cohort, Report
-from lckv.reporting.budgets import show_fraction
+from lckv.reporting.analysis import Budget, Cohort, Report, show_fraction
 from lckv.reporting.metrics import Metric
-from lckv.reporting.statistics import Comparison
+from lckv.reporting.statistics import SIGNIFICANT, Comparison
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A sentence in three parts, so that the name of the pattern can stand out.
-
-    Attributes:
-        question: the budget.
-        best: the pattern.
-        reason: what it reaches, and how sure that is.
-    """
+class Answer(NamedTuple):
+    """A sentence in three parts, so that the name of the pattern can stand out."""
 
     question: str
     best: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.question} {self.best} {self.reason}"
+        return " ".join(self)
 
 
 def answers(report: Report) -> list[Answer]:
@@ -37,17 +29,16 @@ def answers(report: Report) -> list[Answer]:
 
 def status(report: Report) -> str:
     """How many runs there are, and what became of them, in one sentence."""
-    counts = [(len(report.finished), "finished")]
-    states = [trouble.state for trouble in report.troubles]
-    counts += [(states.count(state), state) for state in dict.fromkeys(states)]
-    counts.append((len(report.runs) - sum(count for count, _ in counts), "repeated"))
-    parts = ", ".join(f"{count} {state}" for count, state in counts if count or state == "finished")
+    states = [run.state for run in report.troubles]
+    counts = {"finished": len(report.finished)} | {state: states.count(state) for state in states}
+    counts["repeated"] = len(report.runs) - sum(counts.values())
+    parts = ", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "finished")
     total = len(report.runs)
     return f"{total} run{'s' * (total != 1)}: {parts}.{_nothing_to_say(report)}"
 
 
 def _nothing_to_say(report: Report) -> str:
-    if not report.finished:
+    if not report.cohorts:
         return " No run has finished, so there is no figure to show."
     is_comparable = any(len(cohort.candidates) > 1 for cohort in report.cohorts)
     return "" if is_comparable else " No two patterns can be compared."
@@ -57,10 +48,10 @@ def _of_cohort(cohort: Cohort, metric: Metric) -> Iterator[Answer]:
     if len(cohort.candidates) < 2:
         return
     prefix = f"Set {cohort.name}. " if cohort.name else ""
-    for _, budgets in groupby(cohort.budgets, key=lambda budget: budget.best.group.label):
+    for _, budgets in groupby(cohort.budgets, key=lambda budget: budget.best.label):
         largest, *others = budgets
         question = _question(largest, others[-1] if others else largest)
-        yield Answer(prefix + question, largest.best.group.label, _reason(largest, metric))
+        yield Answer(prefix + question, largest.best.label, _reason(largest, metric))
 
 
 def _question(largest: Budget, smallest: Budget) -> str:
@@ -76,14 +67,14 @@ def _question(largest: Budget, smallest: Budget) -> str:
 
 
 def _reason(budget: Budget, metric: Metric) -> str:
-    best = budget.best
+    best, *others = budget.ranking
     needs = f" (it needs {show_fraction(best.fraction)})" if best.fraction < budget.fraction - 1e-9 else ""
-    reached = f"{metric.show_summary(best.quality)} {metric.label} over {_seeds(best.quality.n)}"
-    if len(budget.candidates) == 1:
+    seeds = f"{best.quality.n} seed{'s' * (best.quality.n != 1)}"
+    reached = f"{metric.show_summary(best.quality)} {metric.label} over {seeds}"
+    if not others:
         return f"is the only one, with {reached}."
-    second = budget.candidates[1]
-    rival = f"{second.group.label} ({metric.show_summary(second.quality)})"
-    return f"is best{needs}, with {reached}; {_lead(budget.versus_best[second.group.label], rival)}."
+    rival = f"{others[0].label} ({metric.show_summary(others[0].quality)})"
+    return f"is best{needs}, with {reached}; {_lead(budget.versus_best[others[0].label], rival)}."
 
 
 def _lead(test: Comparison, rival: str) -> str:
@@ -102,5 +93,51 @@ def show_p(p: float | None) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def _seeds(n: int) -> str:
-    return f"{n} seed{'s' * (n != 1)}"
+def method_notes(report: Report) -> list[str]:
+    """What the columns mean, and how far the figures can be trusted."""
+    contexts = {run.context_length for run in report.finished} - {None}
+    lengths = ", ".join(f"{each:,.0f}" for each in sorted(filter(None, contexts)))
+    context = f" in a context of {lengths or 'the trained length in'} tokens"
+    return [
+        "KV written: bytes of keys and values that each new token adds, in 16 bits. KV resident: bytes held per "
+        f"token. KV read: bytes loaded to decode one token. The last two{context}.",
+        f"{_seeds(report)} Figures are means, with the sample standard deviation (n − 1) behind ±. Runs are averaged "
+        "if they differ in no more than the seed and in settings that change no result.",
+        "Tests: a t-test paired by seed where two groups have the same seeds, else Welch's; two-sided. p (Holm) is "
+        f"adjusted for the number of tests against Llama, and within each budget; the level is {SIGNIFICANT}. The "
+        "best of a budget was chosen on the same figures, which makes these p-values a little too small; two or "
+        "three seeds detect nothing but large differences.",
+        "Training FLOPs are counted, iterations included. Training time is measured, and compared only where "
+        "hardware, number of threads and way of training are the same, as far as runs note them; what else the "
+        "machine did falls into it. "
+        f"{_hardware(report)}",
+        _versions(report),
+    ]
+
+
+def _seeds(report: Report) -> str:
+    counts = sorted({len(row.runs) for row in report.rows})
+    if counts in ([], [1]):
+        return "One seed for each pattern: no spread, no test."
+    return f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'} seeds for each pattern."
+
+
+def _hardware(report: Report) -> str:
+    found = {_machine(run.results.get("hardware")) for run in report.finished}
+    return f"Hardware: {'; '.join(sorted(found)) or 'unknown'}."
+
+
+def _machine(hardware: object) -> str:
+    if not isinstance(hardware, Mapping):
+        return "not noted"
+    return f"{hardware.get('device')} ({hardware.get('num_cores')} cores, {hardware.get('num_threads')} threads used)"
+
+
+def _versions(report: Report) -> str:
+    known: dict[str, set[str]] = {}
+    for run in report.finished:
+        versions = run.results.get("versions")
+        for name, version in versions.items() if isinstance(versions, Mapping) else ():
+            known.setdefault(name, set()).add(str(version))
+    parts = [f"{name} {', '.join(sorted(versions))}" for name, versions in known.items()]
+    return f"Versions: {'; '.join(parts) or 'unknown'}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scipy import stats
@@ -15,22 +15,16 @@ _NO_SPREAD = 1e-12
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and sample standard deviation over seeds.
-
-    Attributes:
-        mean: of all values.
-        std: with n - 1; `None` with one value.
-        n: how many values.
-    """
+    """Mean and sample standard deviation (n - 1; `None` of one value) of `n` values, one for each seed."""
 
     mean: float
     std: float | None
     n: int
 
 
-def summarize(values: Iterable[float]) -> Summary | None:
-    """Mean, sample standard deviation and number of values; `None` of nothing."""
-    known = list(values)
+def summarize(values: Iterable[float | None]) -> Summary | None:
+    """Mean, sample standard deviation and number of the values that are known; `None` of none."""
+    known = [value for value in values if value is not None]
     if not known:
         return None
     mean = math.fsum(known) / len(known)
@@ -80,31 +74,19 @@ def compare(one: Mapping[Any, float], other: Mapping[Any, float]) -> Comparison:
 
 def _has_no_spread(one: Mapping[Any, float], other: Mapping[Any, float], is_paired: bool) -> bool:
     """Whether seeds change nothing that the test looks at, which makes its statistic infinite or undefined."""
-    if is_paired:
-        columns = [[one[seed] - other[seed] for seed in one]]
-    else:
-        columns = [list(one.values()), list(other.values())]
+    columns = [[one[seed] - other[seed] for seed in one]] if is_paired else [[*one.values()], [*other.values()]]
     scale = max(map(abs, (*one.values(), *other.values())))
     return all(max(column) - min(column) <= _NO_SPREAD * scale for column in columns)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p-values for their number, after Holm: the chance of any false alarm stays below the level."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
+def adjust(comparisons: Sequence[Any]) -> list[Any]:
+    """The comparisons, `None` among them, with their p-values adjusted among each other, after Holm.
+
+    The chance of any false alarm among them stays below the level.
+    """
+    p_values = {place: each.p for place, each in enumerate(comparisons) if each is not None and each.p is not None}
+    adjusted, largest = list(comparisons), 0.0
+    for rank, place in enumerate(sorted(p_values, key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = largest
+        adjusted[place] = replace(comparisons[place], adjusted_p=largest)
     return adjusted
-
-
-def adjust(comparisons: Sequence[Comparison | None]) -> list[Comparison | None]:
-    """The comparisons with their p-values adjusted among each other."""
-    tested = [place for place, each in enumerate(comparisons) if each is not None and each.p is not None]
-    adjusted = holm([each.p for each in comparisons if each is not None and each.p is not None])
-    result = list(comparisons)
-    for place, p in zip(tested, adjusted, strict=True):
-        each = comparisons[place]
-        assert each is not None
-        result[place] = Comparison(each.difference, each.test, each.p, p)
-    return result

@@ -1,27 +1,53 @@
-"""Writes the folder of a report: all of it or nothing, and over nothing but an earlier report."""
+"""Writes a report: its folder, all of it or nothing and over nothing but an earlier one, and a terminal's part."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
+from pandas import DataFrame
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
 
+import lckv
 from lckv.errors import UserError
-from lckv.reporting.analysis import Report
-from lckv.reporting.figures import MADE_BY, to_figures
-from lckv.reporting.html import to_html
-from lckv.reporting.markdown import to_markdown
+from lckv.reporting.analysis import Budget, Cohort, Report
+from lckv.reporting.grouping import Row
 from lckv.reporting.pictures import Picture, pictures_of
-from lckv.reporting.pictures.base import draw_on_paper
-from lckv.reporting.pictures.style import RC
+from lckv.reporting.pictures.base import color_of, draw_on_paper, draw_panel, inline_svg
+from lckv.reporting.pictures.losses import KINDS, curves_of
+from lckv.reporting.pictures.needles import needle_maps
+from lckv.reporting.pictures.style import PALETTE, RC, Style, styles_of
+from lckv.reporting.runs import table
+from lckv.reporting.sentences import answers, method_notes, status
+from lckv.reporting.statistics import Comparison, Summary
+from lckv.reporting.tables import Table, main_table, tables_of, trouble_table
 
+_MADE_BY = "lckv.report"
 _FIGURES = "report.json"
+_SHORT = {
+    "KV written (bytes per token)": "KV bytes",
+    "of Llama's": "× Llama",
+    "FLOPs per token (× Llama)": "FLOPs",
+    "time per token (× Llama)": "time",
+}
+_LABEL_WIDTH = 18
+_WIDE = 100
+_LEFT_OUT = ("KV resident (bytes per token)", "KV read (bytes per step)", "parameters", "training FLOPs")
+_SINGLE, _ONE_OF_MANY = 165, 128
+"""Pixels per inch, where the window is wide enough: three panels of loss curves stand side by side."""
 
 
 def check_out(out: Path) -> None:
@@ -43,7 +69,7 @@ def _own_files(out: Path) -> set[str]:
     """The files of an earlier report, which its figures list."""
     try:
         figures = json.loads((out / _FIGURES).read_text(encoding="utf-8"))
-        return set(figures["files"]) if figures["made_by"] == MADE_BY else set()
+        return set(figures["files"]) if figures["made_by"] == _MADE_BY else set()
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
@@ -56,21 +82,17 @@ def write_report(report: Report, out: Path) -> list[Path]:
     """
     pictures = pictures_of(report)
     with _replacing(out) as folder:
-        (folder / "report.md").write_text(to_markdown(report, pictures), encoding="utf-8")
-        (folder / "report.html").write_text(to_html(report, pictures), encoding="utf-8")
+        for name, text in render(report, pictures).items():
+            (folder / name).write_text(text, encoding="utf-8")
         for picture in pictures:
-            _save(picture, folder)
+            with rc_context(RC):
+                figure = draw_on_paper(picture)
+                figure.savefig(folder / f"{picture.name}.png")
+                figure.savefig(folder / f"{picture.name}.svg", metadata={"Date": None})
         files = sorted([*(path.name for path in folder.iterdir()), _FIGURES])
-        figures = {**to_figures(report), "files": files}
+        figures = {**figures_of(report), "files": files}
         (folder / _FIGURES).write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return [out / name for name in files]
-
-
-def _save(picture: Picture, folder: Path) -> None:
-    with rc_context(RC):
-        figure = draw_on_paper(picture)
-        figure.savefig(folder / f"{picture.name}.png")
-        figure.savefig(folder / f"{picture.name}.svg", metadata={"Date": None})
 
 
 @contextmanager
@@ -92,3 +114,175 @@ def _replacing(out: Path) -> Iterator[Path]:
         if aside.exists() and not out.exists():
             os.rename(aside, out)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+class _InlinePanel(NamedTuple):
+    title: str
+    svg: str
+    width: int
+
+
+def render(report: Report, pictures: Sequence[Picture]) -> dict[str, str]:
+    """The report as Markdown, with its pictures beside it, and as a page that needs nothing else, by file name."""
+    environment = Environment(
+        loader=PackageLoader("lckv.reporting", "."), autoescape=lambda name: str(name).endswith(".html"),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["plain"] = escape_markdown
+    main, *others = tables_of(report)
+    content = {
+        "title": report.title,
+        "status": status(report),
+        "warnings": report.warnings,
+        "answers": answers(report),
+        "main": main,
+        "tables": others,
+        "figures": [(picture, _inline(picture), _marks(picture.legend)) for picture in pictures],
+        "marks": _marks(styles_of(report.rows)),
+        "notes": [*report.notes, *method_notes(report)],
+        "palette": list(enumerate(PALETTE)),
+    }
+    return {name: environment.get_template(name).render(content) for name in ("report.md", "report.html")}
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_|<>\[\]#~])", r"\\\1", " ".join(text.split()))
+
+
+def _inline(picture: Picture) -> list[_InlinePanel]:
+    panels = []
+    scale = _SINGLE if len(picture.panels) == 1 else _ONE_OF_MANY
+    for number, panel in enumerate(picture.panels):
+        # Text stays text, in the fonts of the page: it can be searched, and is small.
+        with rc_context({**RC, "svg.fonttype": "none"}):
+            figure, hits = draw_panel(panel)
+            svg = inline_svg(figure, hits, f"{picture.name}{number}", f"{picture.title} {panel.title}".strip())
+        panels.append(_InlinePanel(panel.title, svg, round(panel.size[0] * scale)))
+    return panels
+
+
+def _marks(styles: Mapping[str, Style]) -> dict[str, str]:
+    """A small picture of each group's colour and marker."""
+    return {label: _mark(style) for label, style in styles.items()}
+
+
+def _mark(style: Style) -> str:
+    points = " ".join(f"{x:.2f},{y:.2f}" for x, y in style.outline())
+    shape = f'<polygon points="{points}" fill="{color_of(style.color)}"/>'
+    return f'<svg class="mark" viewBox="-1.1 -1.1 2.2 2.2" aria-hidden="true">{shape}</svg>'
+
+
+def figures_of(report: Report) -> dict[str, Any]:
+    """JSON-able data; what is not known is null."""
+    curves = {row.label: curves_of(row.runs) for row in report.rows}
+    return {
+        "made_by": _MADE_BY,
+        "lckv_version": lckv.__version__,
+        "title": report.title,
+        "metric": report.metric.name,
+        "status": status(report),
+        "answers": [str(answer) for answer in answers(report)],
+        "warnings": report.warnings,
+        "notes": report.notes,
+        "sets": [_cohort(cohort, report) for cohort in report.cohorts],
+        "curves": {
+            label: {kind: _points(curve, kind) for kind in KINDS} for label, curve in curves.items() if len(curve)
+        },
+        "needle": [each._asdict() for each in needle_maps(report.rows)],
+        "troubles": [
+            {"run": run.name, "layer_types": run.layer_types, "state": run.state, "reason": run.reason}
+            for run in report.troubles
+        ],
+    }
+
+
+def _points(curve: DataFrame, kind: str) -> list[dict[str, float | None]]:
+    columns = ["tokens", "loss", "seconds", "flops"]
+    return table(curve.loc[curve["kind"] == kind, columns].to_dict("records")).to_dict("records")
+
+
+def _cohort(cohort: Cohort, report: Report) -> dict[str, Any]:
+    evaluations = report.evaluations
+    return {
+        "name": cohort.name,
+        "provenance": cohort.provenance,
+        "groups": [_group(row, report.metric.name, evaluations[row.label]) for row in cohort.groups.itertuples()],
+        "pareto_front": [row.label for row in cohort.front],
+        "budgets": [_budget(budget) for budget in cohort.budgets],
+    }
+
+
+def _group(row: Row, metric: str, evaluations: Any) -> dict[str, Any]:
+    return {
+        "label": row.label,
+        "family": row.family,
+        "layer_types": row.layer_types,
+        "runs": [
+            {"name": run.name, "seed": run.seed, "quality": run.metrics.get(metric)} for run in row.runs.itertuples()
+        ],
+        "kv_bytes": {"written": row.written, "resident": row.resident, "read": row.read},
+        "kv_fraction": row.fraction,
+        "num_parameters": row.num_parameters,
+        "quality": _data(row.quality),
+        "bits_per_byte": _data(row.bits_per_byte),
+        "perplexity": _data(row.perplexity),
+        "evaluations": {name: _data(summary) for name, summary in evaluations.items()},
+        "train_flops_ratio": row.flops_ratio,
+        "train_time_ratio": row.time_ratio,
+        "tokens_per_second": row.speed,
+        "train_flops": row.train_flops,
+        "baseline": row.baseline,
+        "versus_llama": _data(row.versus_llama),
+    }
+
+
+def _data(value: Summary | Comparison | None) -> dict[str, Any] | None:
+    return None if value is None else asdict(value)
+
+
+def _budget(budget: Budget) -> dict[str, Any]:
+    return {
+        "fraction": budget.fraction,
+        "best": budget.best.label,
+        "ranking": [row.label for row in budget.ranking],
+        "versus_best": {label: _data(test) for label, test in budget.versus_best.items()},
+    }
+
+
+def print_report(report: Report, files: Sequence[Path], console: Console) -> None:
+    """Prints the answers, the main table, what failed, and where the files are."""
+    console.print(Text(status(report), style="bold"))
+    for warning in report.warnings:
+        console.print(Text(warning, style="yellow"))
+    if report.cohorts:
+        console.print(_table(main_table(report), console.width))
+    if (troubles := trouble_table(report)).rows:
+        console.print(_table(troubles, console.width))
+    for answer in answers(report):
+        console.print(Text.assemble(answer.question, " ", (answer.best, "bold"), " ", answer.reason))
+    for file in files:
+        if file.suffix in (".html", ".md", ".json"):
+            console.print(f"written: {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(table: Table, width: int) -> RichTable:
+    left_out = _LEFT_OUT if width >= _WIDE else (*_LEFT_OUT, "perplexity")
+    shown = [place for place, column in enumerate(table.columns) if column not in left_out]
+    drawn = RichTable(
+        title=table.title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for place in shown:
+        is_text = place in table.text_columns
+        name = _SHORT.get(table.columns[place], table.columns[place])
+        # A label that is folded inside its words cannot be read; figures can do with two lines.
+        min_width = _LABEL_WIDTH if place == 0 else None
+        drawn.add_column(Text(name), justify="left" if is_text else "right", overflow="fold", min_width=min_width)
+    for row in table.rows:
+        drawn.add_row(*(Text(row[place].text) for place in shown))
+    return drawn

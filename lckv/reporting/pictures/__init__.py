@@ -15,6 +15,6 @@ __all__ = ["Picture", "pictures_of"]
 
 def pictures_of(report: Report) -> list[Picture]:
     """All pictures that the runs have figures for."""
-    styles = styles_of(report.groups)
+    styles = styles_of(report.rows)
     drawn = (draw(report, styles) for draw in (draw_tradeoff, draw_losses, draw_costs, draw_needles))
     return [picture for picture in drawn if picture is not None]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import io
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -11,7 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lckv.reporting.pictures.style import MUTED, PAPER, Style
+from lckv.reporting.pictures.style import GRID, INK, MUTED, PALETTE, PAPER, Style
+
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
+    color: f"--c{number}" for number, (color, _) in enumerate(PALETTE)
+}
 
 HitTexts = dict[str, list[str]]
 """For each `gid` of a line of invisible markers: the text of each of them."""
@@ -92,3 +100,41 @@ def add_hits(axes: Axes, gid: str, points: Sequence[tuple[float, float]], size: 
     """Puts invisible markers where one can point at something; large ones, for fingers."""
     line = axes.plot(*zip(*points, strict=True), "o", color=MUTED, markersize=size, alpha=0.0, markeredgewidth=0)[0]
     line.set_gid(gid)
+
+
+def inline_svg(figure: Figure, hits: HitTexts, name: str, description: str) -> str:
+    """The figure as an `<svg>` element.
+
+    Args:
+        figure: drawn with the fonts as text, see `lckv.reporting.html`.
+        hits: the texts of its invisible markers.
+        name: what its identifiers begin with; no other picture of the page has it.
+        description: for those who do not see it.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = _with_own_ids(svg, name)
+    svg = re.sub(r"#[0-9a-f]{6}\b", lambda found: color_of(found[0]), svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    for gid, texts in hits.items():
+        data = html.escape(json.dumps(texts), quote=True)
+        svg = svg.replace(f'<g id="{name}-{gid}">', f'<g id="{name}-{gid}" class="hits" data-texts="{data}">')
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    assert view_box is not None
+    label = html.escape(description, quote=True)
+    _, inside = svg.split(">", 1)  # behind the opening tag
+    return f'<svg {view_box[0]} role="group" aria-label="{label}">{inside}'
+
+
+def color_of(color: str) -> str:
+    """A colour of ours as the page calls it, so that it can have another one in the dark."""
+    return f"var({_VARIABLES[color]})" if color in _VARIABLES else color
+
+
+def _with_own_ids(svg: str, name: str) -> str:
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg)
+    return re.sub(r"url\(#", f"url(#{name}-", svg)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from lckv.reporting.analysis import Report, Row
+from lckv.reporting.analysis import Report
+from lckv.reporting.grouping import Row
 from lckv.reporting.pictures.base import HitTexts, Panel, Picture, add_hits
 from lckv.reporting.pictures.style import INK, MUTED, PAPER, Style, tidy
 
@@ -22,7 +23,7 @@ def draw_costs(report: Report, styles: Mapping[str, Style]) -> Picture | None:
     caption = "FLOPs of training on one token, relative to Llama, iterations counted."
     if is_timed:
         caption += " Hatched: measured time, where both ran alike; other load on the machine falls into it."
-    width = 2.4 + 0.06 * max(len(row.group.label) for row in rows)
+    width = 2.4 + 0.06 * max(len(row.label) for row in rows)
     panel = Panel("", (width, height), lambda axes: _draw(axes, rows, styles, is_timed))
     return Picture("cost", "Training cost relative to Llama", caption, [panel], {})
 
@@ -31,12 +32,12 @@ def _draw(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style], is_timed
     thickness = 0.38 if is_timed else 0.7
     shift = thickness / 2 if is_timed else 0
     for place, row in enumerate(rows):
-        color = styles[row.group.label].color
+        color = styles[row.label].color
         _bar(axes, place - shift, row.flops_ratio, thickness, color=color)
         if row.time_ratio is not None:
             _bar(axes, place + shift, row.time_ratio, thickness, color=color, hatch="/////", alpha=0.75)
     axes.axvline(1, color=INK, linewidth=0.8, zorder=4)
-    axes.set_yticks(range(len(rows)), [row.group.label for row in rows])
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("training cost per token (Llama = 1)")
     axes.set_xlim(0, 1.13 * max(max(row.flops_ratio or 0, row.time_ratio or 0) for row in rows))
@@ -67,4 +68,4 @@ def _add_legend(axes: Axes) -> None:
 
 def _text(row: Row) -> str:
     time = "" if row.time_ratio is None else f"\nmeasured time: {row.time_ratio:.3f} × Llama"
-    return f"{row.group.label}\nFLOPs per token: {row.flops_ratio:.3f} × Llama{time}"
+    return f"{row.label}\nFLOPs per token: {row.flops_ratio:.3f} × Llama{time}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
+from pandas import DataFrame, concat
 
 from lckv.reporting.analysis import Report
-from lckv.reporting.curves import Curves, Point, curves_of
-from lckv.reporting.grouping import group_runs
+from lckv.reporting.metrics import number
 from lckv.reporting.pictures.base import HitTexts, Panel, Picture, add_hits
 from lckv.reporting.pictures.style import MUTED, PAPER, Style, tidy
 
@@ -18,7 +21,57 @@ _WARM_UP = 0.12
 _UNFINISHED = Style(MUTED, "o", (0, (1.6, 1.2)))
 _DURATIONS = ((3 * 86400, 86400, "days"), (3 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
 
-Abscissa = Callable[[Point], float | None]
+
+KINDS = ("training", "validation")
+
+
+def curves_of(runs: DataFrame) -> DataFrame:
+    """The mean curves of the runs of a group.
+
+    Returns:
+        A row for each step that all seeds have logged, with its `kind` ("training": the loss with the text that is
+        trained on, "validation": with held-out text), `tokens`, `loss` in nats per token, `seconds` since the start,
+        and `flops` spent so far; NaN is what was not logged or is not known.
+    """
+    training = [_training(lines) for lines in runs["lines"]]
+    validation = [_validation(lines, seen["seconds"]) for lines, seen in zip(runs["lines"], training, strict=True)]
+    # Where a seed has no such step, the sum is NaN.
+    means = [(sum(curves) / len(curves)).sort_index() for curves in (training, validation)]
+    curves = concat([mean.assign(kind=kind) for kind, mean in zip(KINDS, means, strict=True)])
+    flops = next((value for value in runs["train_flops_per_token"] if value is not None), math.nan)
+    return curves.dropna(subset=["tokens", "loss"]).assign(flops=lambda curve: flops * curve["tokens"])
+
+
+def _training(lines: Sequence[Mapping[str, Any]]) -> DataFrame:
+    return _curve({**line, "loss": line.get("loss_labels", line["loss"])} for line in lines if _has(line, "loss"))
+
+
+def _validation(lines: Sequence[Mapping[str, Any]], seconds: Any) -> DataFrame:
+    """Evaluations do not log the time; training does, in the same step."""
+    curve = _curve({**line, "loss": line["eval_loss"]} for line in lines if _has(line, "eval_loss"))
+    return curve.assign(seconds=seconds)
+
+
+def _has(line: Mapping[str, Any], name: str) -> bool:
+    return number(line.get(name)) is not None and number(line.get("step")) is not None
+
+
+def _curve(lines: Iterable[Mapping[str, Any]]) -> DataFrame:
+    """By step; a step that was logged twice counts as it was last."""
+    rows = {line["step"]: [number(line.get(name)) for name in ("tokens", "loss", "seconds")] for line in lines}
+    return DataFrame.from_dict(rows, orient="index", columns=["tokens", "loss", "seconds"], dtype=float)
+
+
+class _Line(NamedTuple):
+    name: str
+    curves: DataFrame
+    style: Style
+
+
+class _Abscissa(NamedTuple):
+    column: str
+    unit: float
+    label: str
 
 
 def draw_losses(report: Report, styles: Mapping[str, Style]) -> Picture | None:
@@ -26,61 +79,56 @@ def draw_losses(report: Report, styles: Mapping[str, Style]) -> Picture | None:
 
     `None` without any curve.
     """
-    finished = curves_of(report.groups)
-    unfinished = curves_of(group for trouble in report.troubles for group in group_runs([trouble.run])[0])
-    curves = finished + unfinished
-    if not curves:
-        return None
-    longest = max((point.seconds or 0 for each in curves for point in each.training), default=0)
-    _, unit, name = next(duration for duration in _DURATIONS if longest >= duration[0])
-    axes: list[tuple[str, Abscissa, str]] = [
-        ("tokens", lambda point: point.tokens, "training tokens"),
-        ("FLOPs", lambda point: point.flops, "training FLOPs"),
-        ("wall time", lambda point: None if point.seconds is None else point.seconds / unit, f"wall time ({name})"),
+    finished = [_Line(row.label, curves_of(row.runs), styles[row.label]) for row in report.rows]
+    unfinished = [
+        _Line(f"{run.name} (no result)", curves_of(report.runs.loc[[run.Index]]), _UNFINISHED)
+        for run in report.troubles
     ]
-    looks = [styles[each.group.label] for each in finished] + [_UNFINISHED] * len(unfinished)
+    finished, unfinished = ([line for line in lines if len(line.curves)] for lines in (finished, unfinished))
+    lines = finished + unfinished
+    if not lines:
+        return None
+    longest = max((0.0, *(second for line in lines for second in line.curves["seconds"].dropna())))
+    _, unit, name = next(duration for duration in _DURATIONS if longest >= duration[0])
+    abscissas = {
+        "tokens": _Abscissa("tokens", 1, "training tokens"),
+        "FLOPs": _Abscissa("flops", 1, "training FLOPs"),
+        "wall time": _Abscissa("seconds", unit, f"wall time ({name})"),
+    }
+    top = _top(concat(line.curves for line in finished or unfinished))
     panels = [
-        Panel(f"against {title}", _SIZE, _drawer(curves, abscissa, label, looks, _top(finished or unfinished)))
-        for title, abscissa, label in axes
-        if any(abscissa(point) is not None for each in curves for point in (*each.training, *each.validation))
+        Panel(f"against {title}", _SIZE, partial(_draw, lines=lines, by=by, top=top))
+        for title, by in abscissas.items()
+        if any(line.curves[by.column].notna().any() for line in lines)
     ]
     caption = "Validation loss (markers) and training loss (thin lines) in nats per token, means over seeds."
-    legend = {each.group.label: styles[each.group.label] for each in finished}
+    legend = {line.name: line.style for line in finished}
     if unfinished:
         legend["no result"] = _UNFINISHED
         caption += " Grey: runs that failed, or have not ended yet."
     return Picture("loss", "Loss curves", caption, panels, legend)
 
 
-def _drawer(
-    curves: Sequence[Curves], abscissa: Abscissa, label: str, looks: Sequence[Style], top: float | None
-) -> Callable[[Axes], HitTexts]:
-    return lambda axes: _draw(axes, curves, abscissa, label, looks, top)
-
-
-def _draw(
-    axes: Axes,
-    curves: Sequence[Curves],
-    abscissa: Abscissa,
-    label: str,
-    looks: Sequence[Style],
-    top: float | None,
-) -> HitTexts:
+def _draw(axes: Axes, lines: Sequence[_Line], by: _Abscissa, top: float | None) -> HitTexts:
     texts: HitTexts = {}
-    for number, (each, style) in enumerate(zip(curves, looks, strict=True)):
-        _plot(axes, each.training, abscissa, color=style.color, linewidth=0.6, alpha=0.35, zorder=2)
-        drawn = _plot(
-            axes, each.validation, abscissa, color=style.color, linestyle=style.dashes, linewidth=1.2, zorder=3,
-            marker=style.marker, markersize=3.8, markeredgecolor=PAPER, markeredgewidth=0.4,
-        )  # fmt: skip
-        if drawn:
-            gid = f"hits-loss-{number}"
-            add_hits(axes, gid, [(x, point.loss) for x, point in drawn], size=9)
-            name = f"{each.group.runs[0].name} (no result)" if style is _UNFINISHED else each.group.label
-            texts[gid] = [f"{name}\n{label}: {_short(x)}\nvalidation loss: {p.loss:.4f}" for x, p in drawn]
-    axes.set_xlabel(label)
+    for place, line in enumerate(lines):
+        curves = line.curves.assign(x=line.curves[by.column] / by.unit).dropna(subset=["x"])
+        training, validation = (curves[curves["kind"] == kind] for kind in KINDS)
+        color, dashes = line.style.color, line.style.dashes
+        if len(training):
+            axes.plot(training["x"], training["loss"], color=color, linewidth=0.6, alpha=0.35, zorder=2)
+        if len(validation):
+            axes.plot(
+                validation["x"], validation["loss"], color=color, linestyle=dashes, linewidth=1.2, zorder=3,
+                marker=line.style.marker, markersize=3.8, markeredgecolor=PAPER, markeredgewidth=0.4,
+            )  # fmt: skip
+            points = list(zip(validation["x"], validation["loss"], strict=True))
+            gid = f"hits-loss-{place}"
+            add_hits(axes, gid, points, size=9)
+            texts[gid] = [f"{line.name}\n{by.label}: {_short(x)}\nvalidation loss: {loss:.4f}" for x, loss in points]
+    axes.set_xlabel(by.label)
     axes.set_ylabel("loss (nats per token)")
-    if not label.startswith("wall time"):
+    if by.column != "seconds":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
     axes.set_ylim(top=top)
@@ -88,20 +136,12 @@ def _draw(
     return texts
 
 
-def _plot(axes: Axes, points: Sequence[Point], abscissa: Abscissa, **style: object) -> list[tuple[float, Point]]:
-    drawn = [(x, point) for point in points if (x := abscissa(point)) is not None]
-    if drawn:
-        axes.plot([x for x, _ in drawn], [point.loss for _, point in drawn], **style)  # type: ignore[arg-type]
-    return drawn
-
-
-def _top(curves: Sequence[Curves]) -> float | None:
+def _top(curves: DataFrame) -> float | None:
     """The highest loss after the first steps, which would press all others together."""
-    end = max((point.tokens for each in curves for point in each.training), default=0)
-    late = [point.loss for each in curves for point in each.training if point.tokens >= _WARM_UP * end]
-    validation = [point.loss for each in curves for point in each.validation]
-    low = min((*late, *validation), default=0.0)
-    return max(late) + 0.04 * (max(late) - low) if late and max(late) > low else None
+    training = curves[curves["kind"] == "training"]
+    late = training[training["tokens"] >= _WARM_UP * training["tokens"].max()]["loss"]
+    low, high = min(late.min(), *curves[curves["kind"] == "validation"]["loss"]), late.max()
+    return high + 0.04 * (high - low) if high > low else None
 
 
 def _short(value: float) -> str:

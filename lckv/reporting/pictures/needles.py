@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from lckv.reporting.analysis import Report
-from lckv.reporting.collecting import Run, number
-from lckv.reporting.grouping import Group
+from lckv.reporting.grouping import Row
+from lckv.reporting.metrics import number
 from lckv.reporting.pictures.base import HitTexts, Panel, Picture, add_hits
 from lckv.reporting.pictures.style import PAPER, Style
 
@@ -20,8 +20,7 @@ _DARK = "#10100f"
 _LIGHT = "#fdfdfc"
 
 
-@dataclass(frozen=True)
-class NeedleMap:
+class NeedleMap(NamedTuple):
     """The accuracy of a group, the mean over seeds.
 
     Attributes:
@@ -32,32 +31,29 @@ class NeedleMap:
     """
 
     label: str
-    lengths: tuple[float, ...]
-    depths: tuple[float, ...]
-    accuracy: tuple[tuple[float | None, ...], ...]
+    lengths: list[float]
+    depths: list[float]
+    accuracy: list[list[float | None]]
 
 
-def needle_maps(groups: Sequence[Group]) -> list[NeedleMap]:
+def needle_maps(groups: Sequence[Row]) -> list[NeedleMap]:
     """The maps of the groups that have one."""
-    return [found for group in groups if (found := _needle_map(group)) is not None]
+    return [found for row in groups if (found := _needle_map(row)) is not None]
 
 
-def _needle_map(group: Group) -> NeedleMap | None:
+def _needle_map(row: Row) -> NeedleMap | None:
     """Runs that were tried at other lengths or depths than the first one are left out."""
-    maps = [each for run in group.runs if (each := _of_run(run)) is not None]
+    maps = [each for each in map(_of_run, row.runs["evaluations"]) if each is not None]
     if not maps:
         return None
     lengths, depths, _ = maps[0]
     alike = [rows for *place, rows in maps if place == [lengths, depths]]
-    accuracy = tuple(
-        tuple(_mean([rows[depth][length] for rows in alike]) for length in range(len(lengths)))
-        for depth in range(len(depths))
-    )
-    return NeedleMap(group.label, lengths, depths, accuracy)
+    cells = [list(zip(*same_depth, strict=True)) for same_depth in zip(*alike, strict=True)]
+    return NeedleMap(row.label, lengths, depths, [[_mean(values) for values in line] for line in cells])
 
 
-def _of_run(run: Run) -> tuple[tuple[float, ...], tuple[float, ...], list[list[Any]]] | None:
-    needle = run.evaluations.get("needle")
+def _of_run(evaluations: Mapping[str, Any]) -> tuple[list[float], list[float], list[list[Any]]] | None:
+    needle = evaluations.get("needle")
     if not isinstance(needle, Mapping):
         return None
     lengths, depths, rows = (needle.get(name) for name in ("lengths", "depths", "accuracy"))
@@ -65,31 +61,27 @@ def _of_run(run: Run) -> tuple[tuple[float, ...], tuple[float, ...], list[list[A
         return None
     is_whole = len(rows) == len(depths) > 0 and all(isinstance(row, list) and len(row) == len(lengths) for row in rows)
     is_whole = is_whole and all(number(each) is not None for each in (*lengths, *depths))
-    return (tuple(lengths), tuple(depths), rows) if is_whole and lengths else None
+    return (lengths, depths, rows) if is_whole and lengths else None
 
 
-def _mean(values: Sequence[Any]) -> float | None:
+def _mean(values: Iterable[Any]) -> float | None:
     known = [figure for value in values if (figure := number(value)) is not None]
     return sum(known) / len(known) if known else None
 
 
 def draw_needles(report: Report, styles: Mapping[str, Style]) -> Picture | None:
     """One heat map for each group; `None` without any."""
-    maps = needle_maps(report.groups)
+    maps = needle_maps(report.rows)
     if not maps:
         return None
     size = (0.75 + 0.42 * max(len(each.lengths) for each in maps), 0.8 + 0.27 * max(len(each.depths) for each in maps))
     size = (max(size[0], 2.3), max(size[1], 1.7))
-    panels = [Panel(each.label, size, _drawer(each)) for each in maps]
+    panels = [Panel(each.label, size, partial(_draw, needle=each)) for each in maps]
     caption = (
         "Accuracy of finding a needle by length of the text and depth of the needle (0%: first), mean over seeds; "
     )
     caption += "dark blue is 0, yellow is 1, in all maps."
     return Picture("needle", "Needle in a haystack", caption, panels, {})
-
-
-def _drawer(needle: NeedleMap) -> Callable[[Axes], HitTexts]:
-    return lambda axes: _draw(axes, needle)
 
 
 def _draw(axes: Axes, needle: NeedleMap) -> HitTexts:

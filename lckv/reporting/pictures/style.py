@@ -11,7 +11,7 @@ import numpy
 from matplotlib.axes import Axes
 from matplotlib.markers import MarkerStyle
 
-from lckv.reporting.grouping import Group
+from lckv.reporting.grouping import Row
 
 INK, MUTED, GRID, PAPER = "#1a1a1b", "#6b6b6c", "#e3e3e4", "#fffffe"
 """Colours that a page with a dark scheme replaces; none of them is used for anything else."""
@@ -81,7 +81,7 @@ class Style:
         return [(x / reach, y / reach) for x, y in corners]
 
 
-def styles_of(groups: Sequence[Group]) -> dict[str, Style]:
+def styles_of(groups: Sequence[Row]) -> dict[str, Style]:
     """A style for each group, by its label: Llama in the colour of the text, the others after the palette."""
     families = list(dict.fromkeys(group.family_name for group in groups if not group.is_llama))
     members: Counter[str | None] = Counter()

@@ -2,82 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import quantiles
 
+import numpy
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
+from pandas import DataFrame
+from textalloc import allocate
 
-from lckv.reporting.analysis import Report
-from lckv.reporting.budgets import Candidate, show_fraction
+from lckv.reporting.analysis import Report, show_fraction
+from lckv.reporting.grouping import Row
 from lckv.reporting.metrics import Metric
 from lckv.reporting.pictures.base import HitTexts, Panel, Picture, add_hits
-from lckv.reporting.pictures.labels import Label, place_labels
-from lckv.reporting.pictures.style import MUTED, PAPER, Style, tidy
+from lckv.reporting.pictures.style import FONT_SIZE, MUTED, PAPER, Style, tidy
 
 _SPACE_OF_A_TICK = 0.14
-_STEPS = 12
 _MAX_LABELS = 10  # more than these cannot stand beside their points
 _SPREAD = 0.5  # of the distance between two budgets
 
 
 def draw_tradeoff(report: Report, styles: Mapping[str, Style]) -> Picture | None:
     """Every group's quality over its KV bytes, with the Pareto fronts; `None` if there are not two to compare."""
-    candidates = [candidate for cohort in report.cohorts for candidate in cohort.candidates]
+    candidates = [row for cohort in report.cohorts for row in cohort.candidates]
     if len(candidates) < 2:
         return None
-    direction = "lower" if report.metric.lower_is_better else "higher"
-    fronts = [cohort.front for cohort in report.cohorts if len(cohort.front) > 1]
-    label = report.metric.label
-    caption = f"{label[0].upper()}{label[1:]} against the KV bytes that each token adds; {direction} is better. "
+    metric, label = report.metric, report.metric.label
+    fronts = [[row.label for row in cohort.front] for cohort in report.cohorts if len(cohort.front) > 1]
+    edge = _edge([row.quality.mean for row in candidates], metric)
+    points = _lay_out(candidates, metric, edge)
+    is_crowded = len(points) > _MAX_LABELS
+    caption = f"{label[0].upper()}{label[1:]} against the KV bytes that each token adds; "
+    caption += f"{'lower' if metric.lower_is_better else 'higher'} is better. "
     caption += "The dashed line joins the patterns that no other beats in both. " if fronts else ""
-    caption += "Bars: standard deviation over seeds." if any(each.quality.std for each in candidates) else ""
-    names = [candidate.group.label for candidate in candidates]
-    is_crowded = len(names) > _MAX_LABELS
-    layout = _lay_out(candidates, report.metric)
+    caption += "Bars: standard deviation over seeds." if points["std"].any() else ""
     if is_crowded:
         caption += " Lines join the budgets of a family; points of the same bytes stand side by side."
-    if layout.beyond:
+    if points["is_beyond"].any():
         caption += " Open points lie beyond the frame, at the value beside them."
-    size = (6.2, 3.6) if is_crowded else (3.6, 2.9)
-    panel = Panel("", size, lambda axes: _draw(axes, candidates, fronts, report.metric, styles, layout))
-    legend = {name: styles[name] for name in sorted(names)} if is_crowded else {}
+    draw = partial(_draw, points=points, fronts=fronts, metric=metric, styles=styles, edge=edge)
+    panel = Panel("", (6.2, 3.6) if is_crowded else (3.6, 2.9), draw)
+    legend = {name: styles[name] for name in sorted(points.index)} if is_crowded else {}
     return Picture("quality", "Quality against memory", caption.strip(), [panel], legend)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where points stand.
-
-    Attributes:
-        points: bytes and quality as drawn, by label.
-        beyond: labels of those whose quality is so much worse that it would press all others together.
-        edge: where these are drawn; `None` without any.
-    """
-
-    points: Mapping[str, tuple[float, float]]
-    beyond: frozenset[str]
-    edge: float | None
-
-    def coordinates(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
-        places = [self.points[each.group.label] for each in candidates]
-        return [x for x, _ in places], [y for _, y in places]
-
-
-def _lay_out(candidates: Sequence[Candidate], metric: Metric) -> _Layout:
-    edge = _edge([candidate.quality.mean for candidate in candidates], metric)
-    beyond = {
-        each.group.label: edge for each in candidates if edge is not None and metric.is_better(edge, each.quality.mean)
-    }
-    columns = _side_by_side(candidates)
-    points = {
-        each.group.label: (columns[each.group.label], beyond.get(each.group.label, each.quality.mean))
-        for each in candidates
-    }
-    return _Layout(points, frozenset(beyond), edge if beyond else None)
 
 
 def _edge(values: Sequence[float], metric: Metric) -> float | None:
@@ -88,114 +57,105 @@ def _edge(values: Sequence[float], metric: Metric) -> float | None:
     return high + 1.5 * (high - low) if metric.lower_is_better else low - 1.5 * (high - low)
 
 
-def _side_by_side(candidates: Sequence[Candidate]) -> dict[str, float]:
-    """Bytes as drawn: those of many groups that need the same are spread a little."""
-    columns: dict[float, list[str]] = {}
-    for candidate in candidates:
-        columns.setdefault(candidate.written, []).append(candidate.group.label)
-    gaps = [math.log(other / one) for one, other in pairwise(sorted(columns))]
-    width = _SPREAD * min(gaps, default=0.0) if len(candidates) > _MAX_LABELS else 0.0
-    return {
-        label: written * math.exp(width * (place / (len(labels) - 1) - 0.5)) if len(labels) > 1 else written
-        for written, labels in columns.items()
-        for place, label in enumerate(labels)
-    }
+def _lay_out(candidates: Sequence[Row], metric: Metric, edge: float | None) -> DataFrame:
+    """Where points stand, by label: at their bytes and quality or, in a crowd, nearby.
 
-
-def _families(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """The groups of each family that was tried at several budgets, in the order of their bytes."""
-    if len(candidates) <= _MAX_LABELS:
-        return []
-    families: dict[tuple[str | None, object], list[Candidate]] = {}
-    for candidate in sorted(candidates, key=lambda each: each.written):
-        key = (candidate.group.family_name, (candidate.group.cohort, tuple(candidate.group.settings.items())))
-        families.setdefault(key, []).append(candidate)
-    return [family for family in families.values() if len(family) > 1]
+    Those that need the same bytes are spread a little, and those so much worse than the `edge` that they would press
+    all others together stand there.
+    """
+    columns = ["label", "family_name", "set", "settings", "written", "fraction", "quality"]
+    points = DataFrame(candidates)[columns].set_index("label").astype({"written": float, "fraction": float})
+    points["mean"] = [quality.mean for quality in points["quality"]]
+    points["std"] = [quality.std or 0.0 for quality in points["quality"]]
+    points["is_beyond"] = [edge is not None and metric.cost(mean) > metric.cost(edge) for mean in points["mean"]]
+    points["y"] = points["mean"].mask(points["is_beyond"], edge)
+    gaps = numpy.diff(numpy.log(sorted(set(points["written"]))))
+    width = _SPREAD * min(gaps, default=0.0) if len(points) > _MAX_LABELS else 0.0
+    column = points.groupby("written")["written"]
+    others = column.transform("size") - 1
+    points["x"] = points["written"] * numpy.exp(width * (column.cumcount() / others - 0.5).where(others > 0, 0.0))
+    return points
 
 
 def _draw(
     axes: Axes,
-    candidates: Sequence[Candidate],
-    fronts: Sequence[Sequence[Candidate]],
+    points: DataFrame,
+    fronts: Sequence[Sequence[str]],
     metric: Metric,
     styles: Mapping[str, Style],
-    layout: _Layout,
+    edge: float | None,
 ) -> HitTexts:
-    for family in _families(candidates):
-        color = styles[family[0].group.label].color
-        axes.plot(*layout.coordinates(family), color=color, linewidth=0.9, alpha=0.55, zorder=2)
+    is_crowded = len(points) > _MAX_LABELS
+    if is_crowded:
+        settings = points["settings"].map(json.dumps)
+        for _, family in points.sort_values("written", kind="stable").groupby(
+            ["family_name", "set", settings], sort=False, dropna=False
+        ):
+            if len(family) > 1:
+                color = styles[family.index[0]].color
+                axes.plot(family["x"], family["y"], color=color, linewidth=0.9, alpha=0.55, zorder=2)
     for front in fronts:
-        axes.plot(*layout.coordinates(front), color=MUTED, linestyle=(0, (4, 2)), linewidth=1, zorder=2)
-    for candidate in candidates:
-        _draw_point(axes, candidate, styles[candidate.group.label], layout, metric)
-    _set_scales(axes, candidates, metric)
-    _set_edge(axes, layout, metric)
-    points = list(zip(*layout.coordinates(candidates), strict=True))
-    names = [candidate.group.label for candidate in candidates] if len(candidates) <= _MAX_LABELS else []
-    labels = [Label(name, point, styles[name].color) for name, point in zip(names, points, strict=False)]
-    place_labels(axes, labels, [*_along_fronts(fronts), *_along_bars(candidates)])
-    add_hits(axes, "hits-quality", points, size=16 if len(candidates) <= _MAX_LABELS else 10)
-    return {"hits-quality": [hit_text(candidate, metric) for candidate in candidates]}
+        line = points.loc[front]
+        axes.plot(line["x"], line["y"], color=MUTED, linestyle=(0, (4, 2)), linewidth=1, zorder=2)
+    for point in points.itertuples():
+        _draw_point(axes, point, styles[point.Index], metric)
+    _set_scales(axes, points, metric)
+    if edge is not None and points["is_beyond"].any():  # leaves room for what is written there
+        room = 0.16 * (points["y"].max() - points["y"].min())
+        axes.set_ylim(**({"top": edge + room} if metric.lower_is_better else {"bottom": edge - room}))
+    if not is_crowded:
+        lines = [list(zip(line["x"], line["y"], strict=True)) for line in (points.loc[front] for front in fronts)]
+        bars = [[(point.x, point.y - point.std), (point.x, point.y + point.std)] for point in points.itertuples()]
+        _write_labels(axes, points, styles, lines + bars)
+    add_hits(axes, "hits-quality", list(zip(points["x"], points["y"], strict=True)), size=10 if is_crowded else 16)
+    return {"hits-quality": [_hit_text(point, metric) for point in points.itertuples()]}
 
 
-def _draw_point(axes: Axes, candidate: Candidate, style: Style, layout: _Layout, metric: Metric) -> None:
-    place = layout.points[candidate.group.label]
-    is_beyond = candidate.group.label in layout.beyond
+def _draw_point(axes: Axes, point: Row, style: Style, metric: Metric) -> None:
     axes.errorbar(
-        *place, yerr=None if is_beyond else candidate.quality.std or None, fmt=style.marker, color=style.color,
-        markersize=6.5, markerfacecolor=PAPER if is_beyond else style.color, markeredgewidth=0.9 if is_beyond else 0.6,
-        markeredgecolor=style.color if is_beyond else PAPER, elinewidth=1.1, capsize=2.2, zorder=3,
+        point.x, point.y, yerr=None if point.is_beyond else point.std or None, fmt=style.marker, color=style.color,
+        markersize=6.5, markerfacecolor=PAPER if point.is_beyond else style.color, elinewidth=1.1, capsize=2.2,
+        markeredgewidth=0.9 if point.is_beyond else 0.6, markeredgecolor=style.color if point.is_beyond else PAPER,
+        zorder=3,
     )  # fmt: skip
-    if is_beyond:
-        text = metric.show(candidate.quality.mean)
+    if point.is_beyond:
         axes.annotate(
-            text, place, (0, 6), textcoords="offset points", ha="center", va="bottom", fontsize=6, rotation=60
-        )
+            metric.show(point.mean), (point.x, point.y), (0, 6), textcoords="offset points", ha="center", va="bottom",
+            fontsize=6, rotation=60,
+        )  # fmt: skip
 
 
-def _set_edge(axes: Axes, layout: _Layout, metric: Metric) -> None:
-    """Leaves room for what is written at the points on the edge."""
-    if layout.edge is not None:
-        values = [value for _, value in layout.points.values()]
-        room = 0.16 * (max(values) - min(values))
-        if metric.lower_is_better:
-            axes.set_ylim(top=layout.edge + room)
-        else:
-            axes.set_ylim(bottom=layout.edge - room)
+def _write_labels(
+    axes: Axes, points: DataFrame, styles: Mapping[str, Style], lines: Sequence[Sequence[tuple[float, float]]]
+) -> None:
+    """Writes names beside their points, where they hide neither these nor the `lines`."""
+    points = points.sort_values("y", ascending=False, kind="stable")
+    limits = axes.get_xlim(), axes.get_ylim()
+    x, y = list(points["x"]), list(points["y"])
+    x_lines, y_lines = ([[point[side] for point in line] for line in lines] for side in (0, 1))
+    _, _, texts, _ = allocate(
+        axes, x, y, list(points.index), x_scatter=x, y_scatter=y, x_lines=x_lines, y_lines=y_lines,
+        textsize=FONT_SIZE, textcolor=[styles[label].color for label in points.index], linecolor=MUTED, linewidth=0.5,
+        min_distance=0.025, max_distance=0.5, margin=0.012, nbr_candidates=500,
+    )  # fmt: skip
+    axes.set(xlim=limits[0], ylim=limits[1])
+    for text in texts:
+        text.set_in_layout(False)  # else the axes would move once more
 
 
-def _along_fronts(fronts: Sequence[Sequence[Candidate]]) -> Iterator[tuple[float, float]]:
-    """Places on the lines, which are straight where the bytes are logarithmic."""
-    for one, other in (pair for front in fronts for pair in pairwise(front)):
-        for part in range(1, _STEPS):
-            way = part / _STEPS
-            level = one.quality.mean + way * (other.quality.mean - one.quality.mean)
-            yield one.written * (other.written / one.written) ** way, level
-
-
-def _along_bars(candidates: Sequence[Candidate]) -> Iterator[tuple[float, float]]:
-    for candidate in candidates:
-        for part in range(-_STEPS, _STEPS + 1):
-            spread = candidate.quality.std or 0.0
-            yield candidate.written, candidate.quality.mean + spread * part / _STEPS
-
-
-def hit_text(candidate: Candidate, metric: Metric) -> str:
+def _hit_text(point: Row, metric: Metric) -> str:
     """What is shown where one points at a group."""
-    quality = f"{metric.label}: {metric.show_summary(candidate.quality)} (n = {candidate.quality.n})"
-    return (
-        f"{candidate.group.label}\n{quality}\n"
-        f"KV: {candidate.written:,.0f} bytes per token, {show_fraction(candidate.fraction)} of Llama's"
-    )
+    quality = f"{metric.label}: {metric.show_summary(point.quality)} (n = {point.quality.n})"
+    bytes_per_token = f"{point.written:,.0f} bytes per token, {show_fraction(point.fraction)} of Llama's"
+    return f"{point.Index}\n{quality}\nKV: {bytes_per_token}"
 
 
-def _set_scales(axes: Axes, candidates: Sequence[Candidate], metric: Metric) -> None:
+def _set_scales(axes: Axes, points: DataFrame, metric: Metric) -> None:
     tidy(axes)
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.12)
-    bytes_of_llama = {candidate.written / candidate.fraction for candidate in candidates}
-    ticks = _ticks({candidate.written: candidate.fraction for candidate in candidates})
-    shows_fraction = len({round(each) for each in bytes_of_llama}) == 1
+    ticks = _ticks(dict(zip(points["written"], points["fraction"], strict=True)))
+    shows_fraction = (points["written"] / points["fraction"]).round().nunique() == 1
     axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels(
@@ -205,12 +165,12 @@ def _set_scales(axes: Axes, candidates: Sequence[Candidate], metric: Metric) -> 
     axes.set_ylabel(metric.label)
 
 
-def _ticks(values: Mapping[float, float]) -> dict[float, float]:
+def _ticks(fractions: Mapping[float, float]) -> dict[float, float]:
     """The bytes that patterns need, as far as their numbers do not run into each other."""
-    ordered = sorted(values)
+    ordered = sorted(fractions)
     width = math.log(ordered[-1] / ordered[0]) or 1.0
     ticks = [ordered[-1]]
     for value in reversed(ordered):
         if math.log(ticks[-1] / value) > _SPACE_OF_A_TICK * width:
             ticks.append(value)
-    return {tick: values[tick] for tick in ticks}
+    return {tick: fractions[tick] for tick in ticks}

@@ -3,26 +3,31 @@
 import pytest
 
 from lckv.reporting.analysis import analyse
-from lckv.reporting.collecting import read_runs
-from lckv.reporting.grouping import baseline_of, group_runs
-from lckv.reporting.metrics import result_metric
-from lckv.reporting.provenance import warnings_of
-from lckv.reporting.relative import flops_ratio, llama_flops, time_ratio
+from lckv.reporting.runs import read_runs
+from lckv.reporting.training_costs import llama_flops
 from tests.unit.reporting.sweeps import VERSIONS, write_run
 
-BITS = result_metric("bits_per_byte")
+
+def analysed(folder):
+    return analyse(read_runs(folder), folder)
+
+
+def rows_of(folder):
+    """Its groups by their labels."""
+    return {row.label: row for row in analysed(folder).rows}
 
 
 def labels(folder):
-    return [group.label for group in group_runs(read_runs(folder))[0]]
+    return list(rows_of(folder))
 
 
 def test_runs_that_differ_in_the_seed_and_in_what_changes_no_result_are_one_group(tmp_path):
     write_run(tmp_path / "a", "cla", 0)
     write_run(tmp_path / "b", "cla", 1, settings={"trainer.num_threads": 2, "trainer.resume": False})
     write_run(tmp_path / "c", "cla", 2, settings={"logger.names": ["wandb"], "trainer.micro_batch_size": 4})
-    ((group,), notes) = group_runs(read_runs(tmp_path))
-    assert (group.label, len(group.runs), notes) == ("cla", 3, [])
+    report = analysed(tmp_path)
+    assert [(row.label, len(row.runs)) for row in report.rows] == [("cla", 3)]
+    assert report.notes == report.warnings == []
 
 
 def test_the_same_pattern_by_its_string_and_by_its_family_is_one_group(tmp_path):
@@ -69,9 +74,9 @@ def test_long_settings_are_shortened_and_need_no_escapes(tmp_path):
 def test_the_same_run_twice_counts_once(tmp_path):
     write_run(tmp_path / "a", "cla", 0)
     write_run(tmp_path / "b", "cla", 0)
-    ((group,), notes) = group_runs(read_runs(tmp_path))
-    assert [run.name for run in group.runs] == ["a"]
-    assert notes == ["b repeats a (same pattern, same settings, same seed) and is left out"]
+    report = analysed(tmp_path)
+    assert [run.name for run in report.finished] == ["a"]
+    assert report.notes == ["b repeats a (same pattern, same settings, same seed) and is left out"]
 
 
 @pytest.mark.parametrize(
@@ -88,14 +93,10 @@ def test_the_same_run_twice_counts_once(tmp_path):
 def test_what_is_not_comparable_is_named_and_never_averaged(tmp_path, changed, words):
     write_run(tmp_path / "a", "cla", 0)
     write_run(tmp_path / "b", "cla", 1, **changed)
-    report = analyse(read_runs(tmp_path), tmp_path)
-    assert report.warnings == (f"not comparable: {words}",)
-    assert [[len(row.group.runs) for row in cohort.rows] for cohort in report.cohorts] == [[1], [1]]
+    report = analysed(tmp_path)
+    assert report.warnings == [f"not comparable: {words}"]
+    assert [[len(runs) for runs in cohort.groups["runs"]] for cohort in report.cohorts] == [[1], [1]]
     assert [cohort.name for cohort in report.cohorts] == ["A", "B"]
-
-
-def test_comparable_runs_get_no_warning(sweep):
-    assert warnings_of([run for run in read_runs(sweep) if run.results]) == []
 
 
 def test_costs_are_relative_to_the_llama_of_the_sweep(tmp_path):
@@ -103,38 +104,32 @@ def test_costs_are_relative_to_the_llama_of_the_sweep(tmp_path):
     write_run(tmp_path / "b", "cla", train_flops_per_token=80, tokens_per_second=40)
     write_run(tmp_path / "c", "lckv", settings={"trainer.num_threads": 7})
     write_run(tmp_path / "d", "yoco", hardware={"device": "another", "num_cores": 2, "num_threads": 2})
-    groups, _ = group_runs(read_runs(tmp_path))
-    llama, cla, lckv, yoco = sorted(groups, key=lambda group: group.runs[0].name)
-    baseline = baseline_of(cla, groups, BITS)
-    assert baseline is llama
-    assert flops_ratio(cla, baseline) == 0.8
-    assert time_ratio(cla, baseline) == 1.25
-    assert time_ratio(lckv, llama) is None  # another number of threads
-    assert time_ratio(yoco, llama) is None  # another machine
+    rows = rows_of(tmp_path)
+    assert {row.baseline for row in rows.values()} == {"llama"}
+    assert (rows["cla"].flops_ratio, rows["cla"].time_ratio) == (0.8, 1.25)
+    assert rows["lckv"].time_ratio is None  # another number of threads
+    assert rows["yoco"].time_ratio is None  # another machine
 
 
 def test_without_a_llama_its_flops_are_counted_where_the_sizes_are_certain(tmp_path):
     write_run(tmp_path / "a", "llama")
-    write_run(tmp_path / "b", "lckv", settings={"model.forward_passes": 7})
-    write_run(tmp_path / "c", "cla", train_flops_per_token=1.0)
-    llama, lckv, cla = read_runs(tmp_path)
-    assert llama_flops(lckv) == pytest.approx(llama.figure("train_flops_per_token"))
+    write_run(tmp_path / "sweep" / "b", "lckv", settings={"model.forward_passes": 7})
+    write_run(tmp_path / "sweep" / "c", "cla", train_flops_per_token=1.0)
+    llama, lckv, cla = read_runs(tmp_path).itertuples()
+    assert llama_flops(lckv) == pytest.approx(llama.train_flops_per_token)
     assert llama_flops(cla) is None
-    (group,), _ = group_runs([lckv])
-    assert flops_ratio(group, None) == pytest.approx(
-        lckv.figure("train_flops_per_token") / llama.figure("train_flops_per_token")
-    )
+    rows = rows_of(tmp_path / "sweep")
+    assert rows["lckv"].flops_ratio == pytest.approx(lckv.train_flops_per_token / llama.train_flops_per_token)
+    assert rows["cla"].flops_ratio is None
 
 
-def test_a_llama_of_the_same_settings_is_the_baseline(tmp_path):
+def test_a_llama_of_the_same_settings_is_the_baseline_or_else_the_best(tmp_path):
     for rate in (0.001, 0.002):
         for sharing in ("llama", "cla"):
             settings = {"optim.learning_rate": rate}
             write_run(tmp_path / f"{sharing}{rate}", sharing, settings=settings, eval_bits_per_byte=rate)
     write_run(tmp_path / "other", "cla", settings={"optim.learning_rate": 0.003})
-    groups, _ = group_runs(read_runs(tmp_path))
-    found = {group.label: baseline_of(group, groups, BITS).label for group in groups}
-    assert found == {
+    assert {label: row.baseline for label, row in rows_of(tmp_path).items()} == {
         **{f"llama learning_rate={rate}": f"llama learning_rate={rate}" for rate in (0.001, 0.002)},
         **{f"cla learning_rate={rate}": f"llama learning_rate={rate}" for rate in (0.001, 0.002)},
         "cla learning_rate=0.003": "llama learning_rate=0.001",

@@ -17,13 +17,13 @@ from lckv.errors import UserError
 from lckv.overrides import name_the_first
 from lckv.report import main
 from lckv.reporting.analysis import analyse
-from lckv.reporting.collecting import read_runs
 from lckv.reporting.pictures import pictures_of
 from lckv.reporting.pictures.base import draw_panel
 from lckv.reporting.pictures.style import PALETTE, RC, styles_of
+from lckv.reporting.runs import read_runs
 from lckv.reporting.tables import main_table, tables_of
-from lckv.reporting.writing import check_out, write_report
-from tests.unit.reporting.sweeps import VERSIONS, needle, write_evaluations, write_failure, write_run
+from lckv.reporting.writing import check_out, figures_of, render, write_report
+from tests.unit.reporting.sweeps import needle, write_evaluations, write_failure, write_run
 
 PICTURES = {"quality", "loss", "cost", "needle"}
 
@@ -32,17 +32,19 @@ PICTURES = {"quality", "loss", "cost", "needle"}
 def folder(sweep, tmp_path_factory):
     """The report of the sweep."""
     out = tmp_path_factory.mktemp("reports") / "report"
-    write_report(analyse(read_runs(sweep), sweep), out)
+    write_report(analysed(sweep), out)
     return out
 
 
-def report_of(folder, out):
-    write_report(analyse(read_runs(folder), folder), out)
-    return (
-        (out / "report.html").read_text(),
-        (out / "report.md").read_text(),
-        json.loads((out / "report.json").read_text()),
-    )
+def analysed(folder):
+    return analyse(read_runs(folder), folder)
+
+
+def texts_of(folder, draw=False):
+    """The page and the Markdown, without pictures unless these matter: they take their time."""
+    report = analysed(folder)
+    texts = render(report, pictures_of(report) if draw else [])
+    return texts["report.html"], texts["report.md"]
 
 
 class Page(HTMLParser):
@@ -122,59 +124,45 @@ def test_figures_for_other_programs(folder):
     assert len(figures["needle"]) == 3
 
 
-def test_names_cannot_break_out_of_the_page(tmp_path):
+def test_names_cannot_break_out_of_the_page_and_are_no_formulas(tmp_path):
     name = "a<script>alert(1)<" + "|x`*_"
-    write_failure(tmp_path / "sweep" / name, error="<img src=x onerror=alert(2)> | 1")
-    write_run(tmp_path / "sweep" / "b", "cla", data_fingerprint="</style><b>")
-    write_run(tmp_path / "sweep" / f"{name}2", "cla", 1)
-    html, markdown, _ = report_of(tmp_path / "sweep", tmp_path / "out")
+    write_failure(tmp_path / name, error="<img src=x onerror=alert(2)> | 1")
+    write_run(tmp_path / "b", "cla", data_fingerprint="</style><b>")
+    for number, subset in enumerate((r"$\frac$", "$b$", "né")):
+        run = write_run(tmp_path / f"{name}{number}", "cla", settings={"data.subset": subset})
+        write_evaluations(run, {"needle": needle(0.5)})
+    html, markdown = texts_of(tmp_path, draw=True)
     assert Page(html).open == []
-    assert "<script>alert" not in html and "<img" not in html and "</style><b>" not in html
-    assert "<script>" not in markdown.replace("\\<", "")
+    assert "<script>alert" not in html and "<img src=x" not in html and "</style><b>" not in html
+    assert "subset=né" in html and "subset=$b$" in markdown
     row = next(line for line in markdown.splitlines() if "onerror" in line)
     assert len(re.findall(r"(?<!\\)\|", row)) == 5
 
 
-def test_names_are_no_formulas(tmp_path):
-    for name in (r"$\frac$", "$b$", "né"):
-        run = write_run(tmp_path / "sweep" / str(ord(name[-1])), "cla", settings={"data.subset": name})
-        write_evaluations(run, {"needle": needle(0.5)})
-    html, markdown, _ = report_of(tmp_path / "sweep", tmp_path / "out")
-    assert Page(html).open == []
-    assert "subset=né" in html and "subset=$b$" in markdown
-
-
 def test_one_run_gets_a_report_without_comparisons(tmp_path):
-    write_run(tmp_path / "sweep" / "a")
-    html, markdown, figures = report_of(tmp_path / "sweep", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["loss.png"]
+    write_run(tmp_path / "a")
+    html, markdown = texts_of(tmp_path)
+    assert [picture.name for picture in pictures_of(analysed(tmp_path))] == ["loss"]
     assert "No two patterns can be compared" in html and "Pareto" not in html and "Significance" not in markdown
-    assert figures["answers"] == []
 
 
 def test_only_failed_runs_get_a_report_that_says_so(tmp_path):
-    write_failure(tmp_path / "sweep" / "a", error="boom")
-    html, markdown, figures = report_of(tmp_path / "sweep", tmp_path / "out")
-    for text in (html, markdown):
-        assert "No run has finished" in text and "boom" in text
-    assert figures["sets"] == [] and "Results" not in markdown
+    write_failure(tmp_path / "a", error="boom")
+    for text in texts_of(tmp_path):
+        assert "No run has finished" in text and "boom" in text and "Results" not in text
+    assert figures_of(analysed(tmp_path))["sets"] == []
 
 
-def test_repeated_runs_are_counted(tmp_path):
-    for name in "ab":
-        write_run(tmp_path / "sweep" / name, "cla")
-    _, markdown, _ = report_of(tmp_path / "sweep", tmp_path / "out")
-    assert "2 runs: 1 finished, 1 repeated." in markdown
-
-
-def test_runs_of_earlier_versions_show_dashes(tmp_path):
-    write_run(tmp_path / "sweep" / "new", "cla")
+def test_runs_of_earlier_versions_show_dashes_and_repeated_ones_are_counted(tmp_path):
+    write_run(tmp_path / "new", "cla")
+    write_run(tmp_path / "new, again", "cla")
     dropped = ("versions", "kv_bytes", "kv_bytes_llama", "train_flops_per_token", "tokens_per_second")
-    write_run(tmp_path / "sweep" / "old", "lckv", drop=(*dropped, "num_parameters", "data_fingerprint"))
-    (tmp_path / "sweep" / "bare").mkdir()
-    (tmp_path / "sweep" / "bare" / "config.yaml").write_text("seed: 1\n")
-    (tmp_path / "sweep" / "bare" / "results.json").write_text('{"eval_perplexity": 3.5, "versions": "none"}')
-    html, markdown, _ = report_of(tmp_path / "sweep", tmp_path / "out")
+    write_run(tmp_path / "old", "lckv", drop=(*dropped, "num_parameters", "data_fingerprint"))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "bare" / "results.json").write_text('{"eval_perplexity": 3.5, "versions": "none"}')
+    html, markdown = texts_of(tmp_path)
+    assert "4 runs: 3 finished, 1 repeated." in markdown
     assert "not comparable: the version of torch differs" in html
     assert "| lckv `0_6_6_6_6_6_6_7` | C | – | – | – | – | – | 1.4802 |" in markdown
     assert "unknown pattern" in html and "3.5000" in html
@@ -183,7 +171,7 @@ def test_runs_of_earlier_versions_show_dashes(tmp_path):
 def test_another_metric(sweep, tmp_path):
     report = analyse(read_runs(sweep), sweep, "harness:arc_easy.acc")
     assert "harness: arc_easy.acc" in main_table(report).columns
-    assert report.cohorts[0].budgets[0].best.group.label == "llama"
+    assert report.cohorts[0].budgets[0].best.label == "llama"
     assert pictures_of(report)[0].caption.startswith("Harness: arc_easy.acc against")
 
 
@@ -191,14 +179,14 @@ def test_a_pattern_has_one_color_and_each_group_its_marker(tmp_path):
     for rate in (0.001, 0.002):
         for sharing in ("llama", "cla", "lckv"):
             write_run(tmp_path / f"{sharing}{rate}", sharing, settings={"optim.learning_rate": rate})
-    styles = styles_of(analyse(read_runs(tmp_path), tmp_path).groups)
+    styles = styles_of(analysed(tmp_path).rows)
     assert len({style.marker for style in styles.values()}) == 6
     assert len({style.color for style in styles.values()}) == 3
     assert styles["cla learning_rate=0.001"].color == styles["cla learning_rate=0.002"].color == PALETTE[0][0]
 
 
 def test_a_family_keeps_its_color_at_every_budget(crowd):
-    styles = styles_of(analyse(read_runs(crowd), crowd).groups)
+    styles = styles_of(analysed(crowd).rows)
     two = [styles[f"pizza_bottom (num_kv_layers={number})"] for number in (4, 3)]
     assert two[0].color == two[1].color and two[0].marker != two[1].marker and two[0].dashes != two[1].dashes
     assert len({style.color for style in styles.values()}) == 6
@@ -218,9 +206,9 @@ def crowd(tmp_path_factory):
 
 
 def test_a_crowd_stands_side_by_side_and_an_outlier_at_the_edge(crowd):
-    report = analyse(read_runs(crowd), crowd)
+    report = analysed(crowd)
     picture = pictures_of(report)[0]
-    assert len(picture.legend) == len(report.groups) == 11
+    assert len(picture.legend) == len(report.rows) == 11
     assert "Open points lie beyond the frame" in picture.caption
     with rc_context(RC):
         figure, texts = draw_panel(picture.panels[0])
@@ -235,7 +223,7 @@ def test_a_crowd_stands_side_by_side_and_an_outlier_at_the_edge(crowd):
 
 
 def test_labels_stay_inside_and_apart(sweep):
-    picture = pictures_of(analyse(read_runs(sweep), sweep))[0]
+    picture = pictures_of(analysed(sweep))[0]
     with rc_context(RC):
         figure, _ = draw_panel(picture.panels[0])
         figure.canvas.draw()
@@ -247,9 +235,9 @@ def test_labels_stay_inside_and_apart(sweep):
 
 
 def test_curves_of_runs_that_have_not_ended_are_drawn_too(sweep):
-    report = analyse(read_runs(sweep), sweep)
+    report = analysed(sweep)
     picture = pictures_of(report)[1]
-    assert list(picture.legend) == [*(group.label for group in report.groups), "no result"]
+    assert list(picture.legend) == [*(row.label for row in report.rows), "no result"]
     with rc_context(RC):
         _, texts = draw_panel(picture.panels[0])
     told = [text for hover in texts.values() for text in hover if "(no result)" in text]
@@ -257,20 +245,20 @@ def test_curves_of_runs_that_have_not_ended_are_drawn_too(sweep):
 
 
 def test_tables_are_rectangular(sweep):
-    for table in tables_of(analyse(read_runs(sweep), sweep)):
+    for table in tables_of(analysed(sweep)):
         assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
 def test_only_a_report_is_replaced(tmp_path):
-    write_run(tmp_path / "sweep" / "a")
-    out = tmp_path / "out"
-    report_of(tmp_path / "sweep", out)
-    (out / "loss.png").unlink()
-    report_of(tmp_path / "sweep", out)
-    assert (out / "loss.png").exists()
+    write_failure(tmp_path / "sweep" / "a")
+    report, out = analysed(tmp_path / "sweep"), tmp_path / "out"
+    write_report(report, out)
+    (out / "report.md").unlink()
+    write_report(report, out)
+    assert (out / "report.md").exists()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds notes.txt, which is no part of a report"):
-        report_of(tmp_path / "sweep", out)
+        write_report(report, out)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(out)
@@ -282,27 +270,28 @@ def test_only_a_report_is_replaced(tmp_path):
     with pytest.raises(UserError, match="out=.: is the current folder"):
         check_out(Path())
     with pytest.raises(UserError, match="out=.*file/sub: cannot be made"):
-        report_of(tmp_path / "sweep", tmp_path / "file" / "sub")
-    report_of(tmp_path / "sweep", tmp_path / ("n" * 250))
+        write_report(report, tmp_path / "file" / "sub")
+    write_report(report, tmp_path / ("n" * 250))
 
 
 def test_a_report_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
-    write_run(tmp_path / "sweep" / "a")
-    report_of(tmp_path / "sweep", tmp_path / "out")
-    before = (tmp_path / "out" / "report.md").read_text()
-    monkeypatch.setattr("lckv.reporting.writing.to_html", lambda *_: 1 / 0)
-    write_run(tmp_path / "sweep" / "b", "cla")
+    write_failure(tmp_path / "sweep" / "a")
+    report = analysed(tmp_path / "sweep")
+    write_report(report, tmp_path / "out")
+    monkeypatch.setattr("lckv.reporting.writing.figures_of", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        report_of(tmp_path / "sweep", tmp_path / "out")
-    assert (tmp_path / "out" / "report.md").read_text() == before
+        write_report(report, tmp_path / "out")
+    assert (tmp_path / "out" / "report.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sweep"]
 
 
 def test_a_report_is_no_run_of_the_next_one(tmp_path):
-    write_run(tmp_path / "a", versions=VERSIONS)
-    main(ReportConfig(folder=str(tmp_path)))
-    main(ReportConfig(folder=str(tmp_path)))
+    write_failure(tmp_path / "a")
+    for _ in range(2):
+        main(ReportConfig(folder=str(tmp_path)))
     assert len(read_runs(tmp_path)) == 1
+    with pytest.raises(UserError, match="folder: give the one that holds the runs"):
+        main(ReportConfig())
 
 
 @pytest.mark.parametrize(
@@ -326,17 +315,6 @@ def run(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=50)
 
 
-def test_a_path_that_cannot_be_is_one_line(tmp_path):
-    done = run("x" * 300, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == f"lckv.report: error: {'x' * 300}: File name too long; give another path\n"
-
-
-def test_a_folder_must_be_given():
-    with pytest.raises(UserError, match="folder: give the one that holds the runs"):
-        main(ReportConfig())
-
-
 def test_the_command(sweep, tmp_path):
     done = run(sweep, f"out={tmp_path / 'a,b=c'}", "metric=perplexity", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -345,9 +323,8 @@ def test_the_command(sweep, tmp_path):
 
 
 def test_mistakes_are_one_line(sweep, tmp_path):
-    (tmp_path / "empty").mkdir()
     for arguments, message in [
-        (["empty"], "folder=empty: holds no run"),
+        (["x" * 300], f"lckv.report: error: {'x' * 300}: File name too long; give another path\n"),
         ([sweep, "metric=bits_per_bite"], "did you mean 'bits_per_byte'?"),
     ]:
         done = run(*arguments, cwd=tmp_path)
