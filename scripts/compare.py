@@ -1,67 +1,53 @@
 """Puts finished runs side by side: `python scripts/compare.py RUN_FOLDER RUN_FOLDER ... [--picture compare.png]`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.table import Table
 
 ROWS = {
-    "layer_types": lambda run: run["layer_types"],
-    "validation perplexity": lambda run: f"{run['eval_perplexity']:,.2f}",
-    "  of a unigram model": lambda run: f"{run['unigram_perplexity']:,.2f}",
-    "bits per byte": lambda run: (
-        "unknown" if run["eval_bits_per_byte"] is None else f"{run['eval_bits_per_byte']:.4f}"
-    ),
-    "KV bytes written per token": lambda run: f"{run['kv_bytes']['written']:,}",
-    "KV bytes resident per token": lambda run: f"{run['kv_bytes']['resident']:,.0f}",
-    "KV bytes read to decode a token": lambda run: f"{run['kv_bytes']['read']:,}",
-    "parameters": lambda run: f"{run['num_parameters']:,}",
-    "training tokens": lambda run: f"{run['tokens']:,}",
-    "training time": lambda run: f"{run['seconds']:,.0f} s",
-    "tokens per second": lambda run: f"{run['tokens_per_second']:,.0f}",
-    "peak memory": lambda run: f"{run['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    "layer_types": "{layer_types}",
+    "validation perplexity": "{eval_perplexity:,.2f}",
+    "  of a unigram model": "{unigram_perplexity:,.2f}",
+    "bits per byte": "{bits_per_byte}",
+    "KV bytes written per token": "{kv_bytes[written]:,}",
+    "KV bytes resident per token": "{kv_bytes[resident]:,.0f}",
+    "KV bytes read to decode a token": "{kv_bytes[read]:,}",
+    "parameters": "{num_parameters:,}",
+    "training tokens": "{tokens:,}",
+    "training time": "{seconds:,.0f} s",
+    "tokens per second": "{tokens_per_second:,.0f}",
+    "peak memory": "{peak_memory:,.0f} MiB",
 }
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Reads the results of a finished run, and its metrics under `lines`."""
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+        run = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
         sys.exit(f"compare.py: error: {error.filename}: no such file; give the folders of finished runs")
-    return {**results, "lines": [json.loads(line) for line in metrics.splitlines()]}
-
-
-def build_table(runs: list[dict[str, Any]]) -> Table:
-    """One column per run."""
-    table = Table("", *(run["run_name"] for run in runs), title_justify="left")
-    for name, show in ROWS.items():
-        table.add_row(name, *map(show, runs))
-    return table
+    bits = run["eval_bits_per_byte"]
+    run["bits_per_byte"] = "unknown" if bits is None else f"{bits:.4f}"
+    return {**run, "peak_memory": run["peak_memory_bytes"] / 2**20, "lines": [json.loads(line) for line in lines]}
 
 
 def draw(runs: list[dict[str, Any]], picture: Path) -> None:
     """Draws the runs' validation losses over the training tokens."""
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(8, 5), dpi=150, layout="constrained")).subplots()
     axes.axhline(runs[0]["unigram_loss"], color="0.45", linestyle="--", linewidth=1.2, label="unigram model")
     for run in runs:
         points = [(line["tokens"], line["eval_loss"]) for line in run["lines"] if "eval_loss" in line]
-        label = f"{run['run_name']}: {run['eval_loss']:.3f}, {run['kv_bytes']['written']:,} KV bytes per token"
+        label = "{run_name}: {eval_loss:.3f}, {kv_bytes[written]:,} KV bytes per token".format_map(run)
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.8, label=label)
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel("validation loss (nats per token)")
+    axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -77,9 +63,11 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [read_run(folder) for folder in arguments.run_folders]
     draw(runs, arguments.picture)
-    console = Console()
-    context = runs[0]["kv_bytes_context_length"]
-    console.print(build_table(runs))
+    table = Table("", *(run["run_name"] for run in runs), title_justify="left")
+    for name, cell in ROWS.items():
+        table.add_row(name, *(cell.format_map(run) for run in runs))
+    console, context = Console(), runs[0]["kv_bytes_context_length"]
+    console.print(table)
     console.print(f"KV bytes are counted in 16 bits; resident and read, in a context of {context:,} tokens.")
     console.print(f"\npicture: {arguments.picture}", highlight=False, soft_wrap=True)
     console.print(f"next: {sys.executable} {sys.argv[0]} RUN_FOLDER ... compares any other runs", soft_wrap=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -96,12 +97,12 @@ class Report:
     warnings: list[str]
     notes: list[str]
 
-    @property
+    @cached_property
     def rows(self) -> list[Row]:
         """The groups of all cohorts."""
         return [row for cohort in self.cohorts for row in cohort.groups.itertuples()]
 
-    @property
+    @cached_property
     def finished(self) -> list[Row]:
         """The runs that figures are taken from."""
         return [run for row in self.rows for run in row.runs.itertuples()]
@@ -112,7 +113,7 @@ class Report:
         runs = self.runs[self.runs["state"] != "finished"].itertuples()
         return sorted(runs, key=lambda run: run.state == "unfinished")
 
-    @property
+    @cached_property
     def evaluations(self) -> DataFrame:
         """Summaries of the figures of evaluations, with a row for each figure and a column for each group."""
         names = evaluation_names([run.metrics for run in self.finished])

@@ -23,7 +23,7 @@ from rich.text import Text
 
 import lckv
 from lckv.errors import UserError
-from lckv.reporting.analysis import Budget, Cohort, Report
+from lckv.reporting.analysis import Cohort, Report
 from lckv.reporting.grouping import Row
 from lckv.reporting.pictures import Picture, pictures_of
 from lckv.reporting.pictures.base import color_of, draw_on_paper, draw_panel, inline_svg
@@ -32,7 +32,6 @@ from lckv.reporting.pictures.needles import needle_maps
 from lckv.reporting.pictures.style import PALETTE, RC, Style, styles_of
 from lckv.reporting.runs import table
 from lckv.reporting.sentences import answers, method_notes, status
-from lckv.reporting.statistics import Comparison, Summary
 from lckv.reporting.tables import Table, main_table, tables_of, trouble_table
 
 _MADE_BY = "lckv.report"
@@ -91,7 +90,9 @@ def write_report(report: Report, out: Path) -> list[Path]:
                 figure.savefig(folder / f"{picture.name}.svg", metadata={"Date": None})
         files = sorted([*(path.name for path in folder.iterdir()), _FIGURES])
         figures = {**figures_of(report), "files": files}
-        (folder / _FIGURES).write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (folder / _FIGURES).write_text(
+            json.dumps(figures, default=asdict, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
     return [out / name for name in files]
 
 
@@ -174,7 +175,7 @@ def _mark(style: Style) -> str:
 
 
 def figures_of(report: Report) -> dict[str, Any]:
-    """JSON-able data; what is not known is null."""
+    """All figures, for other programs; what is not known is `None`."""
     curves = {row.label: curves_of(row.runs) for row in report.rows}
     return {
         "made_by": _MADE_BY,
@@ -203,50 +204,46 @@ def _points(curve: DataFrame, kind: str) -> list[dict[str, float | None]]:
 
 
 def _cohort(cohort: Cohort, report: Report) -> dict[str, Any]:
-    evaluations = report.evaluations
+    budgets = [
+        {
+            "fraction": budget.fraction,
+            "best": budget.best.label,
+            "ranking": [row.label for row in budget.ranking],
+            "versus_best": budget.versus_best,
+        }
+        for budget in cohort.budgets
+    ]
     return {
         "name": cohort.name,
         "provenance": cohort.provenance,
-        "groups": [_group(row, report.metric.name, evaluations[row.label]) for row in cohort.groups.itertuples()],
+        "groups": [_group(row, report) for row in cohort.groups.itertuples()],
         "pareto_front": [row.label for row in cohort.front],
-        "budgets": [_budget(budget) for budget in cohort.budgets],
+        "budgets": budgets,
     }
 
 
-def _group(row: Row, metric: str, evaluations: Any) -> dict[str, Any]:
+def _group(row: Row, report: Report) -> dict[str, Any]:
+    name = report.metric.name
     return {
         "label": row.label,
         "family": row.family,
         "layer_types": row.layer_types,
         "runs": [
-            {"name": run.name, "seed": run.seed, "quality": run.metrics.get(metric)} for run in row.runs.itertuples()
+            {"name": run.name, "seed": run.seed, "quality": run.metrics.get(name)} for run in row.runs.itertuples()
         ],
         "kv_bytes": {"written": row.written, "resident": row.resident, "read": row.read},
         "kv_fraction": row.fraction,
         "num_parameters": row.num_parameters,
-        "quality": _data(row.quality),
-        "bits_per_byte": _data(row.bits_per_byte),
-        "perplexity": _data(row.perplexity),
-        "evaluations": {name: _data(summary) for name, summary in evaluations.items()},
+        "quality": row.quality,
+        "bits_per_byte": row.bits_per_byte,
+        "perplexity": row.perplexity,
+        "evaluations": report.evaluations[row.label].to_dict(),
         "train_flops_ratio": row.flops_ratio,
         "train_time_ratio": row.time_ratio,
         "tokens_per_second": row.speed,
         "train_flops": row.train_flops,
         "baseline": row.baseline,
-        "versus_llama": _data(row.versus_llama),
-    }
-
-
-def _data(value: Summary | Comparison | None) -> dict[str, Any] | None:
-    return None if value is None else asdict(value)
-
-
-def _budget(budget: Budget) -> dict[str, Any]:
-    return {
-        "fraction": budget.fraction,
-        "best": budget.best.label,
-        "ranking": [row.label for row in budget.ranking],
-        "versus_best": {label: _data(test) for label, test in budget.versus_best.items()},
+        "versus_llama": row.versus_llama,
     }
 
 

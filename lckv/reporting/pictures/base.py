@@ -63,7 +63,7 @@ class Picture:
 
 def draw_panel(panel: Panel) -> tuple[Figure, HitTexts]:
     """One panel without its title, for a page that has its own."""
-    figure = Figure(figsize=panel.size, layout="constrained", facecolor="none")
+    figure = Figure(figsize=panel.size, dpi=300, layout="constrained", facecolor="none")
     FigureCanvasAgg(figure)  # draws without a display, and leaves a notebook's own figures alone
     axes = figure.subplots()
     axes.set_facecolor("none")

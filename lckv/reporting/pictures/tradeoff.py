@@ -136,7 +136,7 @@ def _write_labels(
     _, _, texts, _ = allocate(
         axes, x, y, list(points.index), x_scatter=x, y_scatter=y, x_lines=x_lines, y_lines=y_lines,
         textsize=FONT_SIZE, textcolor=[styles[label].color for label in points.index], linecolor=MUTED, linewidth=0.5,
-        min_distance=0.025, max_distance=0.5, margin=0.012, nbr_candidates=500,
+        min_distance=0.025, max_distance=1.0, margin=0.006, nbr_candidates=2000,
     )  # fmt: skip
     axes.set(xlim=limits[0], ylim=limits[1])
     for text in texts:
