@@ -15,7 +15,7 @@ from lckv.config import TrainConfig
 from lckv.model_arguments import DEFAULT_SLIDING_WINDOW
 from lckv.patterns import parse_layer_types
 from lckv.reporting.metrics import scalar
-from lckv.reporting.runs import FIGURES
+from lckv.reporting.runs import FIGURES, first_known
 from lckv.training.run_folder import flatten
 
 _DEFAULTS = dict(flatten(asdict(TrainConfig())))
@@ -119,7 +119,7 @@ def _provenance(run: Row) -> dict[str, Any]:
 
 def _group(runs: DataFrame) -> Group:
     group = {**runs.iloc[0].to_dict(), "runs": runs}
-    group |= {name: next((value for value in runs[name] if value is not None), None) for name in FIGURES}
+    group |= {name: first_known(runs[name]) for name in FIGURES}
     written, llama = group["written"], group["llama_written"]
     group["written"] = written = written if written is not None and written > 0 else None  # no pattern needs none
     group["fraction"] = written / llama if written is not None and llama is not None and llama > 0 else None

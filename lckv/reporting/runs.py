@@ -43,6 +43,11 @@ def table(records: Iterable[Mapping[Any, Any]]) -> DataFrame:
     return frame.where(frame.notna(), None)
 
 
+def first_known(values: Iterable[Any]) -> Any:
+    """The first of a figure's values that is known; `None` of none."""
+    return next((value for value in values if value is not None), None)
+
+
 def read_runs(folder: Path) -> DataFrame:
     """Reads all run folders in `folder`, at any depth; it may be one itself.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from lckv.reporting.analysis import Budget, Report, show_fraction, summarize_metric
@@ -71,39 +70,34 @@ def _quality(summary: Summary | None, metric: Metric) -> Cell:
     return Cell(MISSING) if summary is None else Cell(metric.show_summary(summary), summary.mean)
 
 
-def _metric(metric: Metric, row: Row) -> Cell:
-    return _quality(summarize_metric(row.runs, metric.name), metric)
-
-
 def main_table(report: Report) -> Table:
     """Every group with what it needs, what it reaches and what its training costs."""
     metrics = [Metric("bits_per_byte"), Metric("perplexity")]
     metrics = metrics if report.metric in metrics else [report.metric, *metrics]
+    rows = [_results(row, metrics) for row in report.rows]
+    text_columns = (0, 1) if len(report.cohorts) > 1 else (0,)
+    return Table(
+        "results", "Results", list(rows[0]) if rows else [], [list(row.values()) for row in rows], text_columns
+    )
+
+
+def _results(row: Row, metrics: Sequence[Metric]) -> dict[str, Cell]:
     count, ratio = "{:,.0f}".format, "{:.2f}".format
-    columns: dict[str, Callable[[Row], Cell]] = {
-        "pattern": lambda row: _pattern(row),
-        "KV written (bytes per token)": lambda row: _figure(row.written, count),
-        "of Llama's": lambda row: _figure(row.fraction, lambda value: f"{100 * value:.3g}%"),
-        "KV resident (bytes per token)": lambda row: _figure(row.resident, count),
-        "KV read (bytes per step)": lambda row: _figure(row.read, count),
-        "parameters": lambda row: _figure(row.num_parameters, count),
-        **{metric.label: partial(_metric, metric) for metric in metrics},
-        "seeds": lambda row: _figure(len(row.runs), count),
-        "FLOPs per token (× Llama)": lambda row: _figure(row.flops_ratio, ratio),
-        "time per token (× Llama)": lambda row: _figure(row.time_ratio, ratio),
-        "training FLOPs": lambda row: _figure(row.train_flops, lambda value: f"{value:.3g}".replace("e+", "e")),
+    layer_types = "" if row.layer_types in (None, row.label) else row.layer_types
+    return {
+        "pattern": Cell(row.label, row.label, code=layer_types, group=row.label),
+        **({"set": _text(row.set)} if row.set else {}),
+        "KV written (bytes per token)": _figure(row.written, count),
+        "of Llama's": _figure(row.fraction, lambda value: f"{100 * value:.3g}%"),
+        "KV resident (bytes per token)": _figure(row.resident, count),
+        "KV read (bytes per step)": _figure(row.read, count),
+        "parameters": _figure(row.num_parameters, count),
+        **{metric.label: _quality(summarize_metric(row.runs, metric.name), metric) for metric in metrics},
+        "seeds": _figure(len(row.runs), count),
+        "FLOPs per token (× Llama)": _figure(row.flops_ratio, ratio),
+        "time per token (× Llama)": _figure(row.time_ratio, ratio),
+        "training FLOPs": _figure(row.train_flops, lambda value: f"{value:.3g}".replace("e+", "e")),
     }
-    rows = [[cell(row) for cell in columns.values()] for row in report.rows]
-    if len(report.cohorts) < 2:
-        return Table("results", "Results", [*columns], rows)
-    rows = [[first, _text(row.set), *others] for row, (first, *others) in zip(report.rows, rows, strict=True)]
-    first, *others = columns
-    return Table("results", "Results", [first, "set", *others], rows, (0, 1))
-
-
-def _pattern(row: Row) -> Cell:
-    layer_types = row.layer_types or ""
-    return Cell(row.label, row.label, code="" if layer_types == row.label else layer_types, group=row.label)
 
 
 def _significance(report: Report) -> Table:

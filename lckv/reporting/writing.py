@@ -30,7 +30,7 @@ from lckv.reporting.pictures.base import color_of, draw_on_paper, draw_panel, in
 from lckv.reporting.pictures.losses import KINDS, curves_of
 from lckv.reporting.pictures.needles import needle_maps
 from lckv.reporting.pictures.style import PALETTE, RC, Style, styles_of
-from lckv.reporting.runs import table
+from lckv.reporting.runs import first_known, table
 from lckv.reporting.sentences import answers, method_notes, status
 from lckv.reporting.tables import Table, main_table, tables_of, trouble_table
 
@@ -231,7 +231,7 @@ def _group(row: Row, report: Report) -> dict[str, Any]:
         "runs": [
             {"name": run.name, "seed": run.seed, "quality": run.metrics.get(name)} for run in row.runs.itertuples()
         ],
-        "kv_bytes": {"written": row.written, "resident": row.resident, "read": row.read},
+        "kv_bytes": {each: first_known(row.runs[each]) for each in ("written", "resident", "read")},
         "kv_fraction": row.fraction,
         "num_parameters": row.num_parameters,
         "quality": row.quality,

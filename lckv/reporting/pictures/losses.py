@@ -15,6 +15,7 @@ from lckv.reporting.analysis import Report
 from lckv.reporting.metrics import number
 from lckv.reporting.pictures.base import HitTexts, Panel, Picture, add_hits
 from lckv.reporting.pictures.style import MUTED, PAPER, Style, tidy
+from lckv.reporting.runs import first_known
 
 _SIZE = (2.9, 2.5)
 _WARM_UP = 0.12
@@ -38,7 +39,7 @@ def curves_of(runs: DataFrame) -> DataFrame:
     # Where a seed has no such step, the sum is NaN.
     means = [(sum(curves) / len(curves)).sort_index() for curves in (training, validation)]
     curves = concat([mean.assign(kind=kind) for kind, mean in zip(KINDS, means, strict=True)])
-    flops = next((value for value in runs["train_flops_per_token"] if value is not None), math.nan)
+    flops = first_known([*runs["train_flops_per_token"], math.nan])
     return curves.dropna(subset=["tokens", "loss"]).assign(flops=lambda curve: flops * curve["tokens"])
 
 
