@@ -302,7 +302,7 @@ def describe(error: Exception, schema: type) -> str:
         if group == "cache" and not issubclass(schema, config.EvaluateConfig):
             options.remove("none")  # generation cannot do without
         allowed = f"; allowed are {', '.join(options)}" if options else ""
-        return f"{group or 'config'}={option}: there is no such file{allowed}{near_miss(option, options)}"
+        return f"{group or 'config'}={option}: there is no such option{allowed}{near_miss(option, options)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _describe_unknown_key(cause, error, schema)
     if isinstance(cause, OmegaConfBaseException) and "is not a ListConfig, list or tuple" in str(cause):

@@ -1,9 +1,9 @@
-"""What Hydra is told before it composes a configuration: the dataclasses, and the YAML's folder and functions."""
+"""What Hydra is told before it composes: the dataclasses, the named options, the YAML's folder and functions."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import gettempdir
@@ -14,6 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lckv.config import (
+    CACHE_NAMES,
+    OPTIMIZER_NAMES,
+    SOURCE_NAMES,
     BenchmarkConfig,
     ConvertConfig,
     EvaluateConfig,
@@ -24,6 +27,7 @@ from lckv.config import (
     TrainConfig,
 )
 from lckv.errors import UserError
+from lckv.patterns import PATTERNS
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
@@ -37,10 +41,18 @@ SCHEMAS: dict[str, type] = {
 }
 """The root dataclass of each entry point, by the name of its YAML file."""
 
+NAMED_OPTIONS: dict[str, Iterable[str]] = {
+    "sharing": PATTERNS,
+    "cache": CACHE_NAMES,
+    "data": SOURCE_NAMES,
+    "optim": OPTIMIZER_NAMES,
+}
+"""The options of a group that choose a name and nothing else, so that they need no YAML file."""
+
 
 @cache
 def register_schemas() -> None:
-    """Tells Hydra the dataclasses, as `<name>_schema`, and the functions that the root YAML files use."""
+    """Tells Hydra the dataclasses, as `<name>_schema`, the named options, and the functions that YAML files use."""
     OmegaConf.register_new_resolver(
         "lckv.first_given", lambda *values: next(value for value in values if value is not None), replace=True
     )
@@ -50,6 +62,9 @@ def register_schemas() -> None:
     OmegaConf.register_new_resolver("lckv.groups", _list_groups, replace=True)
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema, provider="lckv")
+    for group, names in NAMED_OPTIONS.items():
+        for name in names:
+            ConfigStore.instance().store(group=group, name=name, node={"name": name}, provider="lckv")
     register_literals({})
 
 

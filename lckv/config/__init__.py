@@ -14,10 +14,12 @@ from lckv.config.evaluation import (
     RecallConfig,
     SpeedConfig,
 )
-from lckv.config.generation import DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, CacheConfig, GenerateConfig
+from lckv.config.generation import CACHE_NAMES, DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, CacheConfig, GenerateConfig
 from lckv.config.literals import literal
 from lckv.config.reporting import ReportConfig
 from lckv.config.training import (
+    OPTIMIZER_NAMES,
+    SOURCE_NAMES,
     DataConfig,
     InitConfig,
     LoggerConfig,
@@ -33,8 +35,10 @@ from lckv.config.training import (
 
 __all__ = [
     "BenchmarkConfig",
+    "CACHE_NAMES",
     "CacheConfig",
     "ConvertConfig",
+    "SOURCE_NAMES",
     "DEFAULT_MAX_NEW_TOKENS",
     "DataConfig",
     "EvaluateConfig",
@@ -45,6 +49,7 @@ __all__ = [
     "LoggerConfig",
     "ModelConfig",
     "NeedleConfig",
+    "OPTIMIZER_NAMES",
     "OptimConfig",
     "PerplexityConfig",
     "PlanConfig",

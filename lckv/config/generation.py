@@ -8,6 +8,9 @@ from typing import Any
 from lckv.config.literals import literal
 from lckv.config.training import ModelConfig
 
+CACHE_NAMES = ("dynamic", "static", "sink", "paged", "quantized", "none")
+"""What `cache=` allows; the classes are in `lckv.cache`, but for "none": evaluations may go without."""
+
 
 @dataclass
 class CacheConfig:

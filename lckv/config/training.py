@@ -73,6 +73,10 @@ class SharingConfig:
     num_self_layers: int | None = None
 
 
+SOURCE_NAMES = ("bible", "files", "hub")
+"""What `data=` allows; the functions are in `lckv.data.sources`."""
+
+
 @dataclass
 class DataConfig:
     """Where the text comes from and how it becomes blocks of tokens.
@@ -191,6 +195,10 @@ class TrainerConfig:
     num_threads: int | None = None
     resume: bool = True
     hf: dict[str, Any] = field(default_factory=dict)
+
+
+OPTIMIZER_NAMES = ("adamw", "muon")
+"""What `optim=` allows, beside YAML files; the functions are in `lckv.training.optim`."""
 
 
 @dataclass

@@ -91,9 +91,9 @@ ONE_LINERS = [
     (["+model.hiden_size=3"], "unknown key 'model.hiden_size'; did you mean 'model.hidden_size'?"),
     (["+nonsense=3"], "unknown key 'nonsense'; allowed are model, init, sharing,"),
     (["experimnt=demo_lckv"], "unknown key 'experimnt'; did you mean 'experiment'?"),
-    (["experiment=demo_lkcv"], "experiment=demo_lkcv: there is no such file; allowed are demo_lckv, "),
+    (["experiment=demo_lkcv"], "experiment=demo_lkcv: there is no such option; allowed are demo_lckv, "),
     (["debug=overfitt"], "did you mean 'overfit'?"),
-    (["model=tinny"], "model=tinny: there is no such file"),
+    (["model=tinny"], "model=tinny: there is no such option"),
     (["model.hidden_size=big"], "model.hidden_size: Value 'big' of type 'str' could not be converted to Integer"),
     (["seed=[1"], "seed=[1: cannot be read as key=value"),
     (["seed"], "seed: cannot be read as key=value"),
@@ -150,6 +150,15 @@ def test_mistakes_in_yaml_name_the_file(start, tmp_path, text, message):
     assert (code, seen) == (2, [])
     assert message in err
     assert "Traceback" not in err
+
+
+def test_users_add_options_beside_those_that_have_no_file(start, tmp_path):
+    (tmp_path / "sharing").mkdir()
+    (tmp_path / "sharing" / "quads.yaml").write_text("name: cla\ngroup_size: 4\n")
+    _, jobs, _ = start("--config-dir", str(tmp_path), "-m", "sharing=quads,yoco")
+    assert [(job.sharing.name, job.sharing.group_size) for job in jobs] == [("cla", 4), ("yoco", None)]
+    code, _, err = start("--config-dir", str(tmp_path), "sharing=quad")
+    assert code == 2 and "allowed are cla, " in err and "did you mean 'quads'?" in err
 
 
 def test_an_experiment_without_its_first_line(start, tmp_path):
@@ -330,7 +339,7 @@ def test_a_prompt_is_no_sweep_and_a_model_no_group(start, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cache=pagd"], "cache=pagd: there is no such file; allowed are dynamic, paged, quantized,"),
+        (["cache=pagd"], "cache=pagd: there is no such option; allowed are dynamic, paged, quantized,"),
         (["cache=pagd"], "did you mean 'paged'?"),
         (["cache.windw=3"], "unknown key 'cache.windw'; did you mean 'cache.window'?"),
         (["promt=a"], "unknown key 'promt'; did you mean 'prompt'?"),

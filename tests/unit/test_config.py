@@ -6,22 +6,29 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from lckv import cli
 from lckv.cache import CACHES
-from lckv.config import ModelConfig, TrainConfig
+from lckv.config import CacheConfig, ModelConfig, TrainConfig
+from lckv.data import SOURCES
 from lckv.errors import UserError
-from lckv.hydra_store import config_dir
+from lckv.hydra_store import NAMED_OPTIONS, config_dir, register_schemas
 from lckv.model_arguments import check_model, model_arguments, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
 from lckv.run_names import default_run_name, file_name
+from lckv.training.optim import OPTIMIZERS
 
 CONF = config_dir()
 
 
 def options(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    """What Hydra knows, whether by a file or by a registered name."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
 
 
 @pytest.mark.parametrize(
@@ -43,20 +50,22 @@ def test_every_other_choice_composes(group):
         cli.compose([f"{group}={option}"])
 
 
-def test_there_is_one_file_per_pattern():
-    assert options("sharing") == sorted(PATTERNS)
-    for name in PATTERNS:
-        assert yaml.safe_load((CONF / "sharing" / f"{name}.yaml").read_text())["name"] == name
+def test_every_registered_name_is_an_option():
+    registered = {"sharing": PATTERNS, "data": SOURCES, "optim": OPTIMIZERS, "cache": [*CACHES, "none"]}
+    assert {group: set(names) for group, names in NAMED_OPTIONS.items()} == {
+        group: set(names) for group, names in registered.items()
+    }
+    for group, names in NAMED_OPTIONS.items():
+        assert set(names) <= set(options(group))
+        for name in names:
+            cfg = cli.compose([f"{group}={name}"], "evaluate" if group == "cache" else "train")
+            assert getattr(cfg, group).name == name
 
 
-def test_there_is_one_file_per_cache_and_a_key_for_each_of_its_options():
-    assert options("cache") == sorted([*CACHES, "none"])  # evaluations may go without
-    for name, cache in CACHES._entries.items():
-        cfg = cli.compose([f"cache={name}"], "generate")
-        assert (cfg.cache.name, cfg.cache.options()) == (name, {})
-        assert set(inspect.signature(cache).parameters) - {"config"} <= {
-            item.name for item in dataclasses.fields(cfg.cache)
-        }
+def test_there_is_a_key_for_each_option_of_a_cache():
+    keys = {item.name for item in dataclasses.fields(CacheConfig)}
+    for cache in CACHES._entries.values():
+        assert set(inspect.signature(cache).parameters) - {"config"} <= keys
 
 
 def test_presets_name_themselves():
@@ -75,10 +84,10 @@ def test_yaml_repeats_no_default():
     }  # what a preset is
     for group in ("model", "sharing", "data", "tokenizer", "trainer", "optim", "logger"):
         defaults = dataclasses.asdict(getattr(schema, group))
-        for option in options(group):
-            values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text()) or {}
+        for file in (CONF / group).glob("*.yaml"):
+            values = yaml.safe_load(file.read_text()) or {}
             repeated = [key for key in values if key not in {"name", "names"} | sizes and values[key] == defaults[key]]
-            assert not repeated, (group, option)
+            assert not repeated, file
 
 
 def test_the_wheel_is_preferred_over_the_checkout(tmp_path, monkeypatch):
