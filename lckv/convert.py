@@ -9,12 +9,12 @@ from lckv import cli, train
 from lckv.byte_sizes import parse_bytes
 from lckv.config import ConvertConfig, InitConfig, TrainConfig
 from lckv.errors import UserError, check_choice
-from lckv.training.launch import launch_missing_processes
+from lckv.training.launch import check_launch
 
 
 def main(cfg: ConvertConfig) -> None:
     """Converts, and trains what was made where the method asks for it."""
-    launch_missing_processes("lckv.convert")
+    check_launch("lckv.convert")
     for key in ("source", "out"):
         if getattr(cfg, key) is None:
             raise UserError(f"{key}: give one: python -m lckv.convert source=MODEL model.layer_types=... out=FOLDER")

@@ -18,7 +18,7 @@ from lckv.evaluation.checks import check_lengths, check_training_evaluation
 from lckv.model_arguments import check_model, model_arguments, resolve_layer_types
 from lckv.patterns import parse_layer_types
 from lckv.training.failures import recorded_failure
-from lckv.training.launch import launch_missing_processes
+from lckv.training.launch import check_launch
 from lckv.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def main(cfg: TrainConfig, folder: RunFolder | None = None) -> float | None:
     Returns:
         The validation loss at the end, for sweepers that look for a low one; `None` in every process but the first.
     """
-    launch_missing_processes("lckv.train")
+    check_launch("lckv.train")
     assert cfg.run_dir is not None  # filled in with the run's name
     folder = folder or RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
     try:

@@ -16,8 +16,7 @@ ALIKE = ["model.attention_dropout=0", "trainer.max_steps=12", "trainer.eval_step
 
 def launch(arguments: list[str]) -> list[str]:
     """The same command in two processes."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    return [*launcher, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *arguments[1:]]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments[1:]]
 
 
 def assert_same_curve(first: Path, second: Path) -> None:

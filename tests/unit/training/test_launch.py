@@ -1,49 +1,31 @@
+"""What accelerate's own launcher tells a process that it starts alone."""
+
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from lckv.errors import UserError
-from lckv.training import launch
-
-ALONE = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+from lckv.training.launch import check_launch
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        (ALONE, True),
-        ({}, False),
-        ({"ACCELERATE_USE_CPU": "True"}, False),
-        ({**ALONE, "ACCELERATE_USE_CPU": "False"}, False),
-        ({**ALONE, "WORLD_SIZE": "2"}, False),
-        ({**ALONE, "PMI_SIZE": "2"}, False),
-    ],
-)
-def test_only_a_process_that_accelerate_left_alone_starts_others(environment: dict[str, str], expected: bool):
-    assert launch.is_alone_by_mistake(environment) is expected
+def told(*arguments: str) -> dict[str, str]:
+    """The environment of a process that `accelerate launch` starts where there are not several GPUs."""
+    given = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *arguments]
+    parsed = launch_command_parser().parse_args([*given, "-m", "lckv.train", "seed=1"])
+    parsed.use_cpu = parsed.cpu
+    return prepare_simple_launcher_cmd_env(parsed)[1]
 
 
-@pytest.mark.parametrize(
-    ("command", "expected"),
-    [
-        ("accelerate launch --cpu --num_processes 2 -m lckv.train", 2),
-        ("accelerate launch --num-processes=12 --cpu -m lckv.train", 12),
-        ("accelerate launch --num_processes 2 --num_processes 3", 3),
-        ("accelerate launch --config_file x.yaml -m lckv.train", None),
-        ("accelerate launch --max_num_processes 5", None),
-        ("bash", None),
-    ],
-)
-def test_number_is_read_from_the_launchers_command_line(command: str, expected: int | None):
-    assert launch.num_processes_asked_for(command.split()) == expected
+@pytest.mark.parametrize("arguments", [("--cpu", "--num_processes", "2"), ("--num_processes=2",)])
+def test_a_process_that_accelerate_left_alone_says_what_to_use(arguments: tuple[str, ...]) -> None:
+    environment = told(*arguments)
+    with pytest.raises(UserError, match=r"torchrun --nproc-per-node N -m lckv\.train"):
+        check_launch("lckv.train", environment)
+    for name in ("WORLD_SIZE", "PMI_SIZE"):  # torchrun's, or MPI's
+        check_launch("lckv.train", environment | {name: "2"})
 
 
-def test_nothing_happens_outside_accelerate(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch.os, "execv", lambda *args: pytest.fail("started something"))
-    launch.launch_missing_processes("lckv.train")
-
-
-def test_number_that_cannot_be_found_is_asked_for(monkeypatch: pytest.MonkeyPatch):
-    for name, value in ALONE.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launch, "num_processes_asked_for", lambda command: None)
-    with pytest.raises(UserError, match="--num_processes N"):
-        launch.launch_missing_processes("lckv.train")
+def test_one_process_is_what_was_asked_for() -> None:
+    check_launch("lckv.train", told("--cpu", "--num_processes", "1"))
+    check_launch("lckv.train", {"MASTER_ADDR": "127.0.0.1"})
+    check_launch("lckv.train")
