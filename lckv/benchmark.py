@@ -27,10 +27,10 @@ def main(cfg: BenchmarkConfig) -> None:
     folder = OutputFolder(cfg.output_dir, overwrite=cfg.overwrite, plot_format=cfg.plot_format)
 
     # Behind the checks: importing torch and transformers takes seconds.
-    from lckv.benchmarking.candidates import choose_caches, combine
+    from lckv.benchmarking.contenders import choose_caches, combine
     from lckv.benchmarking.plots import plot_results
-    from lckv.benchmarking.report import Environment, as_dict, new_console, print_report
     from lckv.benchmarking.rounds import InterruptedMeasurement, measure
+    from lckv.benchmarking.summary import Environment, as_dict, new_console, print_report
 
     caches = choose_caches(*cache_entries(cfg))
     models = _load_models(cfg, arguments)
@@ -60,7 +60,7 @@ def _load_models(cfg: BenchmarkConfig, arguments: dict[str, dict[str, Any]]) -> 
     """All models by their labels, on the device."""
     import torch
 
-    from lckv.benchmarking.candidates import checkpoint_labels, random_model
+    from lckv.benchmarking.contenders import checkpoint_labels, random_model
     from lckv.generation.loading import find_device, load_model
 
     if cfg.num_threads is not None:

@@ -202,7 +202,7 @@ def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dic
 
 
 def _show(results: dict[str, Any], file: ResultsFile, *, as_json: bool) -> None:
-    from lckv.benchmarking.report import new_console
+    from lckv.benchmarking.summary import new_console
     from lckv.evaluation.report import show_results
 
     console = new_console()

@@ -1,4 +1,4 @@
-"""Measures one candidate: bytes on one generation that is not timed, then prefill and decoding, timed."""
+"""Measures one contender: bytes on one generation that is not timed, then prefill and decoding, timed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from functools import partial
 import torch
 
 from lckv.benchmarking.budget import largest_batch
-from lckv.benchmarking.candidates import Candidate
+from lckv.benchmarking.contenders import Contender
+from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Workload
 from lckv.benchmarking.memory import peak_bytes
 from lckv.benchmarking.recording import RecordsTraffic, record_reads
-from lckv.benchmarking.results import BatchResult, CandidateResult, Workload
 from lckv.cache import KVCache, PagedKVCache
 from lckv.costs import FlopsPerToken, Iteration, KVBytes, ModelSizes, count_flops, count_kv_bytes
 from lckv.errors import UserError, is_out_of_memory
@@ -25,24 +25,24 @@ FAILURES = (UserError, RuntimeError, ValueError, NotImplementedError, ImportErro
 
 
 class Bench:
-    """One candidate at work.
+    """One contender at work.
 
     Args:
-        candidate: what is measured.
+        contender: what is measured.
         workload: what it has to do.
     """
 
-    def __init__(self, candidate: Candidate, workload: Workload) -> None:
-        self.candidate, self.workload = candidate, workload
-        self.model, self.device, self.dtype = candidate.model, candidate.model.device, candidate.model.dtype
+    def __init__(self, contender: Contender, workload: Workload) -> None:
+        self.contender, self.workload = contender, workload
+        self.model, self.device, self.dtype = contender.model, contender.model.device, contender.model.dtype
         self.repeats_are_copies = True
-        self._plan = candidate.config.sharing_plan
-        self._sizes = ModelSizes.from_config(candidate.config)
-        self.result = CandidateResult(
-            label=candidate.label,
-            layer_types=candidate.layer_types,
-            cache=candidate.cache.name,
-            cache_options=candidate.cache.options,
+        self._plan = contender.config.sharing_plan
+        self._sizes = ModelSizes.from_config(contender.config)
+        self.result = Measurements(
+            label=contender.label,
+            layer_types=contender.layer_types,
+            cache=contender.cache.name,
+            cache_options=contender.cache.options,
             kv_bytes=self._count_kv_bytes(),
             flops=self._count_flops(),
             weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
@@ -54,7 +54,7 @@ class Bench:
 
     def _count_flops(self) -> FlopsPerToken:
         """Decoding as the last token, prefill on the average of the prompt's tokens."""
-        config, passes = self.candidate.config, self.workload.prefill_passes
+        config, passes = self.contender.config, self.workload.prefill_passes
         passes = config.forward_passes if passes is None else passes
         iteration = Iteration(passes if isinstance(passes, int) else None, config.backward_passes)
         prompt = count_flops(self._plan, self._sizes, self.workload.prompt_length, iteration)
@@ -66,7 +66,7 @@ class Bench:
 
     def new_cache(self, base: type[KVCache] | None = None) -> KVCache:
         """An empty cache."""
-        return self.candidate.new_cache(self.workload.length, base)
+        return self.contender.new_cache(self.workload.length, base)
 
     @torch.inference_mode()
     def inspect(self) -> None:
@@ -109,9 +109,9 @@ class Bench:
         self.result.read_bytes = cache.stored_bytes_read if cache.quantises else reads.total
         self.result.prefill_passes, self.result.prefill_residual = report.num_passes, report.residual
 
-    def _plan_batches(self) -> Iterator[BatchResult]:
+    def _plan_batches(self) -> Iterator[BatchMeasurements]:
         for batch_size in self.workload.batch_sizes:
-            yield BatchResult(batch_size, False, self.planned_bytes(self.workload.length, batch_size))
+            yield BatchMeasurements(batch_size, False, self.planned_bytes(self.workload.length, batch_size))
         if self.workload.kv_budget is None:
             return
         length = self.workload.length
@@ -121,7 +121,7 @@ class Bench:
             self.workload.kv_budget,
             self._batch_limit(planner),
         )
-        batch = BatchResult(batch_size, True, planner.planned_bytes(length, max(1, batch_size), self.dtype))
+        batch = BatchMeasurements(batch_size, True, planner.planned_bytes(length, max(1, batch_size), self.dtype))
         if batch_size == 0:
             batch.error = (
                 f"one sequence of {length:,} tokens needs {batch.planned_kv_bytes:,} bytes of KV, "
@@ -135,7 +135,7 @@ class Bench:
         num_fitting = planner.max_sequences(self.workload.length) if isinstance(planner, PagedKVCache) else None
         return limit if num_fitting is None else min(limit, num_fitting)
 
-    def _inspect_batch(self, batch: BatchResult, base: KVCache, report: PrefillReport) -> None:
+    def _inspect_batch(self, batch: BatchMeasurements, base: KVCache, report: PrefillReport) -> None:
         """The peak of the last decoding step, and the size of the cache behind it."""
 
         def before_last_step() -> tuple[KVCache, torch.Tensor]:
@@ -159,7 +159,7 @@ class Bench:
                 f"{batch.kv_bytes:,}, more than the budget of {budget:,}"
             )
 
-    def _time_batch(self, batch: BatchResult, base: KVCache, report: PrefillReport) -> None:
+    def _time_batch(self, batch: BatchMeasurements, base: KVCache, report: PrefillReport) -> None:
         cache, logits = self._fill(batch.batch_size, base, report)
         self._synchronize()
         start = time.perf_counter()
@@ -206,10 +206,10 @@ class Bench:
         )
 
     def _prompts(self, batch_size: int) -> torch.Tensor:
-        """Random tokens, `(batch, prompt_length)`: equal for all candidates with the same vocabulary."""
+        """Random tokens, `(batch, prompt_length)`: equal for all contenders with the same vocabulary."""
         generator = torch.Generator().manual_seed(self.workload.seed)
         size = (batch_size, self.workload.prompt_length)
-        return torch.randint(self.candidate.config.vocab_size, size, generator=generator).to(self.device)
+        return torch.randint(self.contender.config.vocab_size, size, generator=generator).to(self.device)
 
     def _decode(self, cache: KVCache, logits: torch.Tensor, num_steps: int) -> torch.Tensor:
         """Decodes greedily; `logits` `(batch, vocab_size)` and the returned last token `(batch, 1)`."""
@@ -224,8 +224,8 @@ class Bench:
 
     def _attempt(
         self,
-        work: Callable[[BatchResult, KVCache, PrefillReport], None],
-        batch: BatchResult,
+        work: Callable[[BatchMeasurements, KVCache, PrefillReport], None],
+        batch: BatchMeasurements,
         base: KVCache,
         report: PrefillReport,
     ) -> None:

@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lckv.benchmarking.report import planned_growth
-from lckv.benchmarking.results import BatchResult, CandidateResult, Workload, median, tokens_per_second
+from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Workload, median, tokens_per_second
+from lckv.benchmarking.summary import planned_growth
 
 _COLORS = ("#3b6ea8", "#e08a3c", "#7a9e4f", "#9b6bb3", "#888888")
 
 
-def plot_results(results: Sequence[CandidateResult], workload: Workload, path: Path) -> None:
+def plot_results(results: Sequence[Measurements], workload: Workload, path: Path) -> None:
     """Writes the picture that [`draw_results`] makes, as PNG, SVG or PDF by the ending of `path`."""
     figure = draw_results(results, workload)
     aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -24,11 +24,11 @@ def plot_results(results: Sequence[CandidateResult], workload: Workload, path: P
     os.replace(aside, path)
 
 
-def draw_results(results: Sequence[CandidateResult], workload: Workload) -> Figure:
+def draw_results(results: Sequence[Measurements], workload: Workload) -> Figure:
     """Draws prefill time, decoding speed, KV bytes and, with a budget, the batches that fit it.
 
     Args:
-        results: all candidates; those that failed have no bars.
+        results: all contenders; those that failed have no bars.
         workload: what they did.
     """
     panels = [_draw_prefill, _draw_speed, _draw_bytes]
@@ -50,14 +50,14 @@ def draw_results(results: Sequence[CandidateResult], workload: Workload) -> Figu
     return figure
 
 
-def _draw_prefill(axes: Axes, results: Sequence[CandidateResult], workload: Workload) -> None:
+def _draw_prefill(axes: Axes, results: Sequence[Measurements], workload: Workload) -> None:
     milliseconds = [_scaled(median(result.prefill_seconds), 1000) for result in results]
     _draw_bars(axes, results, {"": milliseconds}, "{:,.4g}")
     axes.set_title(f"prefill of {workload.prompt_length:,} tokens (ms)", loc="left", fontsize=11)
 
 
-def _draw_speed(axes: Axes, results: Sequence[CandidateResult], workload: Workload) -> None:
-    def speeds(batches: Sequence[BatchResult | None]) -> list[float | None]:
+def _draw_speed(axes: Axes, results: Sequence[Measurements], workload: Workload) -> None:
+    def speeds(batches: Sequence[BatchMeasurements | None]) -> list[float | None]:
         return [median(tokens_per_second(batch, workload.new_tokens)) for batch in batches]
 
     groups = {f"batch {size}": speeds([result.batch(size) for result in results]) for size in workload.batch_sizes}
@@ -67,7 +67,7 @@ def _draw_speed(axes: Axes, results: Sequence[CandidateResult], workload: Worklo
     axes.set_title("decoding (tokens/s, all sequences together)", loc="left", fontsize=11)
 
 
-def _draw_bytes(axes: Axes, results: Sequence[CandidateResult], workload: Workload) -> None:
+def _draw_bytes(axes: Axes, results: Sequence[Measurements], workload: Workload) -> None:
     groups = {
         f"{name}, {unit}": [
             _scaled(getattr(result, attribute), 100 / base) if (base := getattr(results[0], attribute)) else None
@@ -83,7 +83,7 @@ def _draw_bytes(axes: Axes, results: Sequence[CandidateResult], workload: Worklo
     axes.set_title(f"KV bytes, measured ({results[0].label} = 100%)", loc="left", fontsize=11)
 
 
-def _draw_budget(axes: Axes, results: Sequence[CandidateResult], workload: Workload) -> None:
+def _draw_budget(axes: Axes, results: Sequence[Measurements], workload: Workload) -> None:
     batches = [result.budget_batch for result in results]
     sizes = [None if batch is None or batch.error else float(batch.batch_size) for batch in batches]
     _draw_bars(axes, results, {"fit, as measured": sizes}, "{:,.0f}", is_inside=True)
@@ -99,13 +99,13 @@ def _draw_budget(axes: Axes, results: Sequence[CandidateResult], workload: Workl
 
 def _draw_bars(
     axes: Axes,
-    results: Sequence[CandidateResult],
+    results: Sequence[Measurements],
     groups: dict[str, list[float | None]],
     text: str,
     *,
     is_inside: bool = False,
 ) -> None:
-    """Horizontal bars, one group of them per candidate from the top, each with its value at its end or inside."""
+    """Horizontal bars, one group of them per contender from the top, each with its value at its end or inside."""
     style = {"label_type": "center", "color": "white"} if is_inside else {"padding": 6}
     thickness = 0.8 / len(groups)
     for number, (label, values) in enumerate(groups.items()):

@@ -1,4 +1,4 @@
-"""Lets candidates take turns, so that other load on the machine falls on all of them."""
+"""Lets contenders take turns, so that other load on the machine falls on all of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 
-from lckv.benchmarking.candidates import Candidate
+from lckv.benchmarking.contenders import Contender
+from lckv.benchmarking.measurements import Measurements, Workload
 from lckv.benchmarking.measuring import FAILURES, Bench, describe, release_memory
-from lckv.benchmarking.results import CandidateResult, Workload
 from lckv.data.progress import track
 from lckv.errors import UserError
 
@@ -19,25 +19,25 @@ class InterruptedMeasurement(KeyboardInterrupt):
     """Ctrl-C when at least one round was over.
 
     Args:
-        results: of the rounds that all candidates have ended.
+        results: of the rounds that all contenders have ended.
         num_rounds: how many these are.
     """
 
-    def __init__(self, results: list[CandidateResult], num_rounds: int) -> None:
+    def __init__(self, results: list[Measurements], num_rounds: int) -> None:
         super().__init__()
         self.results, self.num_rounds = results, num_rounds
 
 
-def measure(candidates: Sequence[Candidate], workload: Workload) -> list[CandidateResult]:
-    """Measures all candidates: bytes first, one after the other, then times in rounds.
+def measure(contenders: Sequence[Contender], workload: Workload) -> list[Measurements]:
+    """Measures all contenders: bytes first, one after the other, then times in rounds.
 
-    A candidate that fails keeps its reason in `error`, and the others go on.
+    A contender that fails keeps its reason in `error`, and the others go on.
 
     Raises:
-        UserError: if not one token of one sequence fits into the budget, and if every candidate has failed.
+        UserError: if not one token of one sequence fits into the budget, and if every contender has failed.
         InterruptedMeasurement: for Ctrl-C after a round; before that, it passes as it is.
     """
-    benches = [Bench(candidate, workload) for candidate in candidates]
+    benches = [Bench(contender, workload) for contender in contenders]
     check_budget(benches, workload.kv_budget)
     num_done, total = 0, len(benches) * (1 + workload.rounds)
     try:
@@ -54,7 +54,7 @@ def measure(candidates: Sequence[Candidate], workload: Workload) -> list[Candida
     return _results(benches, workload.rounds)
 
 
-def _results(benches: Sequence[Bench], num_rounds: int) -> list[CandidateResult]:
+def _results(benches: Sequence[Bench], num_rounds: int) -> list[Measurements]:
     """What is known after this many rounds."""
     results = [bench.result for bench in benches]
     if all(result.error is not None for result in results):
@@ -72,9 +72,9 @@ def schedule(benches: Sequence[Bench], rounds: int) -> Iterable[tuple[Bench, Cal
 
 
 def check_budget(benches: Sequence[Bench], budget: int | None) -> None:
-    """Refuses a budget that does not hold one token of one sequence of every candidate.
+    """Refuses a budget that does not hold one token of one sequence of every contender.
 
-    Candidates whose cache cannot be made are left to fail on their own.
+    Contenders whose cache cannot be made are left to fail on their own.
 
     Raises:
         UserError: naming both numbers.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from lckv.benchmarking.results import Workload
+from lckv.benchmarking.measurements import Workload
 from lckv.byte_sizes import parse_bytes
 from lckv.config import BenchmarkConfig, ModelConfig, SharingConfig, TokenizerConfig, TrainConfig
 from lckv.errors import UserError, check_choice, check_positive, check_whole_number, near_miss
@@ -23,7 +23,7 @@ DEFAULT_PATTERNS = ("llama", "cla", "yoco", "lckv", "sandwich_middle")
 
 
 def build_workload(cfg: BenchmarkConfig) -> Workload:
-    """What every candidate has to do.
+    """What every contender has to do.
 
     Raises:
         UserError: for a value out of range; the message names the key.

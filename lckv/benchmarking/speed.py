@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lckv.benchmarking.candidates import CacheChoice, Candidate
+from lckv.benchmarking.contenders import CacheChoice, Contender
+from lckv.benchmarking.measurements import Workload, median, tokens_per_second
 from lckv.benchmarking.measuring import FAILURES, Bench, describe
-from lckv.benchmarking.results import Workload, median, tokens_per_second
 from lckv.cache import KVCache
 from lckv.config import EvaluationConfig
 from lckv.data.progress import track
@@ -37,7 +37,7 @@ def evaluate_speed(subject: Subject, config: EvaluationConfig) -> dict[str, Any]
     )
     cache = _cache_choice(subject)
     try:
-        return _measure(Candidate(cache.label, model, cache), workload)
+        return _measure(Contender(cache.label, model, cache), workload)
     except FAILURES as error:
         raise UserError(describe(error)) from error
 
@@ -50,8 +50,8 @@ def _cache_choice(subject: Subject) -> CacheChoice:
     return CacheChoice(cache.name, cache.options())
 
 
-def _measure(candidate: Candidate, workload: Workload) -> dict[str, Any]:
-    bench = Bench(candidate, workload)
+def _measure(contender: Contender, workload: Workload) -> dict[str, Any]:
+    bench = Bench(contender, workload)
     turns = [bench.inspect, *[bench.run_round] * workload.rounds]
     for turn in track(turns, "speed", len(turns)):
         turn()
@@ -68,7 +68,7 @@ def _measure(candidate: Candidate, workload: Workload) -> dict[str, Any]:
         "kv_bytes_read": result.read_bytes,
         "prefill_peak_bytes": result.prefill_peak_bytes,
         "decode_peak_bytes": batch.peak_bytes,
-        "cache": candidate.cache.label,
+        "cache": contender.cache.label,
         "device": str(bench.device),
         "num_threads": torch.get_num_threads(),
     }

@@ -46,9 +46,9 @@ def test_one_json_object_for_other_programs_and_a_checkpoint(run_module, tmp_pat
     save_tokenizer(tmp_path / "mine")
     done = run_module("lckv.benchmark", *SHORT, "checkpoints=[mine]", "output_dir=out", "json=true", "plot_format=svg")
     assert done.returncode == 0, done.stderr
-    (candidate,) = json.loads(done.stdout)["candidates"]
-    assert (candidate["label"], candidate["layer_types"], candidate["error"]) == ("mine", "0_0_2_2", None)
-    assert candidate["weight_bytes"] == sum(weight.nbytes for weight in model.parameters())
+    (contender,) = json.loads(done.stdout)["candidates"]
+    assert (contender["label"], contender["layer_types"], contender["error"]) == ("mine", "0_0_2_2", None)
+    assert contender["weight_bytes"] == sum(weight.nbytes for weight in model.parameters())
     assert (tmp_path / "out" / "benchmark.svg").is_file()
     again = run_module("lckv.benchmark", *SHORT, "checkpoints=[mine]", "output_dir=out")
     assert (again.returncode, again.stdout) == (2, "")

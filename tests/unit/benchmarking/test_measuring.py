@@ -1,13 +1,13 @@
-"""Measured bytes against the plan's arithmetic, and what happens when one candidate fails."""
+"""Measured bytes against the plan's arithmetic, and what happens when one contender fails."""
 
 import pytest
 import torch
 
 from lckv.benchmarking import measuring
-from lckv.benchmarking.candidates import choose_caches, combine
+from lckv.benchmarking.contenders import choose_caches, combine
+from lckv.benchmarking.measurements import Workload
 from lckv.benchmarking.measuring import Bench
 from lckv.benchmarking.recording import record_reads
-from lckv.benchmarking.results import Workload
 from lckv.benchmarking.rounds import InterruptedMeasurement, measure, schedule
 from lckv.cache import CACHES, DynamicKVCache
 from lckv.costs import ModelSizes, count_kv_bytes
@@ -34,9 +34,9 @@ def test_measured_bytes_are_the_plans(layer_types):
     expected = planned(layer_types, 12)
     assert bench.result.resident_bytes == expected.resident_total == bench.planned_bytes(12, 1)
     assert bench.result.written_bytes == expected.written
-    assert bench.result.read_bytes == given_to_attention(bench.candidate.config, 12)
+    assert bench.result.read_bytes == given_to_attention(bench.contender.config, 12)
     assert bench.result.read_bytes >= expected.read
-    if not any(layer.is_sliding for layer in bench.candidate.config.sharing_plan.layers):
+    if not any(layer.is_sliding for layer in bench.contender.config.sharing_plan.layers):
         assert bench.result.read_bytes == expected.read
 
 
@@ -69,9 +69,9 @@ def test_measured_bytes_of_every_cache_are_those_it_plans(cache, options, layer_
     assert bench.result.resident_bytes == bench.planned_bytes(12, 1)
     written = planned(layer_types, 12).written
     if options.get("layout") == "paged":  # which encodes pages that leave a window, too; the others are all recent
-        plan = bench.candidate.config.sharing_plan
+        plan = bench.contender.config.sharing_plan
         windows = sum(plan.owner_is_sliding(owner) for owner in plan.kv_owners)
-        written += windows * (stored_bytes(bench.candidate.config, 8, 0) // 8)
+        written += windows * (stored_bytes(bench.contender.config, 8, 0) // 8)
     assert bench.result.written_bytes == written
     assert [batch.kv_bytes for batch in bench.result.batches] == [bench.planned_bytes(12, 1)]
 
@@ -91,7 +91,7 @@ def test_a_quantised_cache_writes_and_reads_what_it_stores(layer_types, num_upwa
     bench = bench_of(layer_types, "quantized", Workload(30, 4, rounds=1), **options)
     bench.inspect()
     assert bench.result.error is None
-    config = bench.candidate.config
+    config = bench.contender.config
     num_owners = len(config.sharing_plan.kv_owners)
     # The last step has 33 tokens before it, of which the last 8 and what fills no group of 8 are kept as they are.
     past, own = stored_bytes(config, 24, 33 - 24, bits), stored_bytes(config, 0, 1)
@@ -105,7 +105,7 @@ def test_where_a_quantised_cache_has_a_window_hidden_tokens_of_the_first_group_a
     for new_tokens in 3, 4:
         bench = bench_of("0s_1s", "quantized", Workload(20, new_tokens, rounds=1), **options)
         bench.inspect()
-        config = bench.candidate.config
+        config = bench.contender.config
         length = 20 + new_tokens - 1
         first, edge = (length - config.sliding_window + 1) // 2 * 2, (length - 1) // 2 * 2
         expected = 2 * stored_bytes(config, edge - first, length - edge + 1, group=2)
@@ -155,10 +155,10 @@ def test_a_budget_that_ends_in_the_middle_of_a_sequence_fails_that_measurement_a
 
 
 def test_a_budget_too_small_for_one_token_is_refused_with_both_numbers():
-    candidates = combine({"mine": tiny_model("0_1")}, choose_caches(["dynamic"], {}))
+    contenders = combine({"mine": tiny_model("0_1")}, choose_caches(["dynamic"], {}))
     with pytest.raises(UserError, match="^kv_budget=255: one token of one sequence needs 256 bytes of KV in mine; "):
-        measure(candidates, Workload(9, 3, kv_budget=255, rounds=1))
-    assert measure(candidates, Workload(1, 1, kv_budget=512, rounds=1))[0].budget_batch.batch_size == 1
+        measure(contenders, Workload(9, 3, kv_budget=255, rounds=1))
+    assert measure(contenders, Workload(1, 1, kv_budget=512, rounds=1))[0].budget_batch.batch_size == 1
 
 
 def test_the_budget_leads_to_no_more_than_the_largest_batch_allowed():
@@ -200,7 +200,7 @@ def test_the_batch_in_a_budget_fills_pools_of_fixed_size(layer_types, prompt_len
     assert "page" in too_many.result.batches[0].error
 
 
-def test_candidates_take_turns():
+def test_contenders_take_turns():
     class Fake:
         def __init__(self, name):
             self.inspect, self.run_round = f"{name} inspected", f"{name} timed"
@@ -228,7 +228,7 @@ def test_measuring_follows_the_schedule(monkeypatch):
 
 
 def interrupt_turn(monkeypatch, number):
-    """Presses Ctrl-C at the end of this turn, counted over all rounds and candidates."""
+    """Presses Ctrl-C at the end of this turn, counted over all rounds and contenders."""
     turns, run_round = [], Bench.run_round
 
     def run(bench):
@@ -239,11 +239,11 @@ def interrupt_turn(monkeypatch, number):
     monkeypatch.setattr(Bench, "run_round", run)
 
 
-def test_ctrl_c_leaves_the_rounds_that_all_candidates_have_ended(monkeypatch):
+def test_ctrl_c_leaves_the_rounds_that_all_contenders_have_ended(monkeypatch):
     interrupt_turn(monkeypatch, 5)
-    candidates = combine({each: tiny_model(each) for each in ("0_1", "0_0")}, choose_caches(["dynamic"], {}))
+    contenders = combine({each: tiny_model(each) for each in ("0_1", "0_0")}, choose_caches(["dynamic"], {}))
     with pytest.raises(InterruptedMeasurement) as caught:
-        measure(candidates, Workload(9, 3, rounds=4))
+        measure(contenders, Workload(9, 3, rounds=4))
     assert caught.value.num_rounds == 2
     for result in caught.value.results:
         times = result.prefill_seconds, result.first_token_seconds, result.batch(1).seconds
@@ -296,9 +296,9 @@ def test_what_fails_fails_alone(odd_caches):
     nan = tiny_model("0_0")
     torch.nn.init.constant_(nan.lm_head.weight, float("nan"))
     caches = choose_caches(["dynamic", "broken", "too_big", {"name": "static", "max_length": 5}], {})
-    candidates = combine({"fine": tiny_model("0_1")}, caches) + combine({"nan": nan}, choose_caches(["dynamic"], {}))
+    contenders = combine({"fine": tiny_model("0_1")}, caches) + combine({"nan": nan}, choose_caches(["dynamic"], {}))
     workload = Workload(9, 3, batch_sizes=(1, 5), kv_budget=10**5, rounds=2)
-    fine, broken, too_big, short, no_number = measure(candidates, workload)
+    fine, broken, too_big, short, no_number = measure(contenders, workload)
     assert fine.error is None and all(len(batch.seconds) == 2 for batch in fine.batches)
     assert broken.error == "head_dim=8: is not divisible by 3"
     assert too_big.error is None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lckv.benchmarking.candidates import CacheChoice, checkpoint_labels, choose_caches, combine, random_model
+from lckv.benchmarking.contenders import CacheChoice, checkpoint_labels, choose_caches, combine, random_model
 from lckv.benchmarking.recording import RecordsTraffic
 from lckv.cache import DynamicKVCache, StaticKVCache
 from lckv.errors import UserError

@@ -1,4 +1,4 @@
-"""What was measured, and how one candidate compares with the first."""
+"""What was measured, and how one contender compares with the first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lckv.costs import FlopsPerToken, KVBytes
 
 @dataclass(frozen=True)
 class Workload:
-    """What every candidate has to do.
+    """What every contender has to do.
 
     Attributes:
         prompt_length: tokens of the prompt.
@@ -45,7 +45,7 @@ class Workload:
 
 
 @dataclass
-class BatchResult:
+class BatchMeasurements:
     """Decoding with one batch size.
 
     Attributes:
@@ -68,8 +68,8 @@ class BatchResult:
 
 
 @dataclass
-class CandidateResult:
-    """Everything that is known about one candidate; what could not be measured is `None` or empty.
+class Measurements:
+    """Everything that is known about one contender; what could not be measured is `None` or empty.
 
     Attributes:
         label: what it is called.
@@ -109,21 +109,21 @@ class CandidateResult:
     prefill_residual: float | None = None
     prefill_seconds: list[float] = field(default_factory=list)
     first_token_seconds: list[float] = field(default_factory=list)
-    batches: list[BatchResult] = field(default_factory=list)
+    batches: list[BatchMeasurements] = field(default_factory=list)
 
-    def batch(self, batch_size: int) -> BatchResult | None:
+    def batch(self, batch_size: int) -> BatchMeasurements | None:
         """The measurement with this batch size, the budget's apart."""
         return next(
             (batch for batch in self.batches if batch.batch_size == batch_size and not batch.fills_budget), None
         )
 
     def keep_rounds(self, num_rounds: int) -> None:
-        """Forgets the times of later rounds, such as one that not all candidates have ended."""
+        """Forgets the times of later rounds, such as one that not all contenders have ended."""
         for seconds in (self.prefill_seconds, self.first_token_seconds, *(batch.seconds for batch in self.batches)):
             del seconds[num_rounds:]
 
     @property
-    def budget_batch(self) -> BatchResult | None:
+    def budget_batch(self) -> BatchMeasurements | None:
         """The measurement with the largest batch that fits the budget."""
         return next((batch for batch in self.batches if batch.fills_budget), None)
 
@@ -138,6 +138,6 @@ def ratio(mine: Sequence[float], other: Sequence[float]) -> float | None:
     return median([own / base for own, base in zip(mine, other, strict=False)])
 
 
-def tokens_per_second(batch: BatchResult | None, new_tokens: int) -> list[float]:
+def tokens_per_second(batch: BatchMeasurements | None, new_tokens: int) -> list[float]:
     """Of all sequences together, for each round."""
     return [] if batch is None else [batch.batch_size * new_tokens / seconds for seconds in batch.seconds]

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from lckv.benchmarking.folder import OutputFolder
+from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Workload, median, ratio, tokens_per_second
 from lckv.benchmarking.plots import draw_results, plot_results
-from lckv.benchmarking.report import Environment, as_dict, failures, growth, planned_growth, print_report
-from lckv.benchmarking.results import BatchResult, CandidateResult, Workload, median, ratio, tokens_per_second
+from lckv.benchmarking.summary import Environment, as_dict, failures, growth, planned_growth, print_report
 from lckv.costs import FlopsPerToken, KVBytes
 from lckv.errors import UserError
 
@@ -18,8 +18,8 @@ ENVIRONMENT = Environment("cpu (x)", 1, "2.0", "5.0", "0.1", "3.11", "Linux")
 
 
 def result(label, factor, **settings):
-    """A candidate that is `factor` times as slow and needs `1 / factor` of the bytes."""
-    return CandidateResult(
+    """A contender that is `factor` times as slow and needs `1 / factor` of the bytes."""
+    return Measurements(
         label=label,
         layer_types="0_1",
         cache="dynamic",
@@ -34,8 +34,8 @@ def result(label, factor, **settings):
         prefill_seconds=[factor * 0.5, factor * 1.0, factor * 10.0],
         first_token_seconds=[factor * 0.6, factor * 1.1, factor * 10.1],
         batches=[
-            BatchResult(1, False, 11_000, 11_000, 12_000, [factor * 1.0, factor * 2.0, factor * 4.0]),
-            BatchResult(4 * factor, True, 9_000, 9_000, 12_000, [1.0, 2.0, 4.0]),
+            BatchMeasurements(1, False, 11_000, 11_000, 12_000, [factor * 1.0, factor * 2.0, factor * 4.0]),
+            BatchMeasurements(4 * factor, True, 9_000, 9_000, 12_000, [1.0, 2.0, 4.0]),
         ],
         **settings,
     )
@@ -53,7 +53,7 @@ def test_ratios_are_taken_within_a_round():
     assert ratio([2.0, 20.0, 6.0], [1.0, 10.0, 1.0]) == 2.0
     assert ratio([2.0], [1.0, 10.0]) == 2.0
     assert ratio([], [1.0]) is None and median([]) is None
-    assert tokens_per_second(BatchResult(3, False, 0, seconds=[2.0, 4.0]), 10) == [15.0, 7.5]
+    assert tokens_per_second(BatchMeasurements(3, False, 0, seconds=[2.0, 4.0]), 10) == [15.0, 7.5]
     assert tokens_per_second(None, 10) == []
 
 
@@ -113,7 +113,7 @@ def test_an_interrupted_measurement_says_so():
     assert "interrupted" not in text_of([result("a", 1)])
 
 
-def test_the_picture_has_every_candidate_and_figure():
+def test_the_picture_has_every_contender_and_figure():
     figure = draw_results([result("a", 1), result("b", 2), failed()], WORKLOAD)
     prefill, speed, kv_bytes, budget = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == [

@@ -28,12 +28,12 @@ class CacheChoice:
 
 
 @dataclass
-class Candidate:
+class Contender:
     """A model with a cache.
 
     Attributes:
         label: what the table and the plot call it; unique.
-        model: in evaluation mode, on its device; candidates that differ in the cache share one.
+        model: in evaluation mode, on its device; contenders that differ in the cache share one.
         cache: which cache it uses.
     """
 
@@ -118,10 +118,10 @@ def _choose(entry: Any, key: str, common: dict[str, Any]) -> CacheChoice:
     return CacheChoice(entry["name"], {name: value for name, value in common.items() if name in known} | options)
 
 
-def combine(models: dict[str, LCKVLlamaForCausalLM], caches: Sequence[CacheChoice]) -> list[Candidate]:
+def combine(models: dict[str, LCKVLlamaForCausalLM], caches: Sequence[CacheChoice]) -> list[Contender]:
     """Every model with every cache; labels name the cache where there are several."""
     return [
-        Candidate(label if len(caches) == 1 else f"{label}, {cache.label}", model, cache)
+        Contender(label if len(caches) == 1 else f"{label}, {cache.label}", model, cache)
         for label, model in models.items()
         for cache in caches
     ]

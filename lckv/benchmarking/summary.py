@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lckv.benchmarking.results import BatchResult, CandidateResult, Workload, median, ratio, tokens_per_second
+from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Workload, median, ratio, tokens_per_second
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def new_console() -> Console:
 
 
 def as_dict(
-    results: Sequence[CandidateResult], workload: Workload, environment: Environment, num_rounds: int
+    results: Sequence[Measurements], workload: Workload, environment: Environment, num_rounds: int
 ) -> dict[str, Any]:
-    """Everything, in base units: bytes, seconds, tokens. Ratios are to the first candidate.
+    """Everything, in base units: bytes, seconds, tokens. Ratios are to the first contender.
 
     Args:
-        results: of all candidates.
+        results: of all contenders.
         workload: what they were to do.
         environment: where.
         num_rounds: how many rounds they did; fewer than the workload's if somebody interrupted them.
@@ -67,11 +67,11 @@ def as_dict(
         "environment": asdict(environment),
         "num_rounds": num_rounds,
         "is_interrupted": num_rounds < workload.rounds,
-        "candidates": [_candidate(result, results[0], workload) for result in results],
+        "candidates": [_contender(result, results[0], workload) for result in results],
     }
 
 
-def _candidate(result: CandidateResult, first: CandidateResult, workload: Workload) -> dict[str, Any]:
+def _contender(result: Measurements, first: Measurements, workload: Workload) -> dict[str, Any]:
     given = asdict(result)
     times = {name: given.pop(f"{name}_seconds") for name in ("prefill", "first_token")}
     batches = [_batch(batch, _same_batch(first, batch), workload) for batch in result.batches]
@@ -93,7 +93,7 @@ def _candidate(result: CandidateResult, first: CandidateResult, workload: Worklo
     }
 
 
-def _batch(batch: BatchResult, first: BatchResult | None, workload: Workload) -> dict[str, Any]:
+def _batch(batch: BatchMeasurements, first: BatchMeasurements | None, workload: Workload) -> dict[str, Any]:
     speeds, speeds_of_first = (
         tokens_per_second(batch, workload.new_tokens),
         tokens_per_second(first, workload.new_tokens),
@@ -107,17 +107,17 @@ def _summary(values: Sequence[float], to_first: float | None) -> dict[str, Any]:
     return {"rounds": list(values), "median": median(values), "to_first": to_first}
 
 
-def _same_batch(result: CandidateResult, batch: BatchResult) -> BatchResult | None:
+def _same_batch(result: Measurements, batch: BatchMeasurements) -> BatchMeasurements | None:
     return result.budget_batch if batch.fills_budget else result.batch(batch.batch_size)
 
 
-def growth(result: CandidateResult, first: CandidateResult) -> float | None:
-    """How many times the sequences of the first candidate fit into the budget."""
+def growth(result: Measurements, first: Measurements) -> float | None:
+    """How many times the sequences of the first contender fit into the budget."""
     mine, other = result.budget_batch, first.budget_batch
     return None if mine is None or other is None or not other.batch_size else mine.batch_size / other.batch_size
 
 
-def planned_growth(result: CandidateResult, first: CandidateResult) -> float | None:
+def planned_growth(result: Measurements, first: Measurements) -> float | None:
     """The same without rounding to whole sequences: the ratio of the planned bytes of one."""
     mine, other = result.budget_batch, first.budget_batch
     if mine is None or other is None:
@@ -127,7 +127,7 @@ def planned_growth(result: CandidateResult, first: CandidateResult) -> float | N
 
 
 def print_report(
-    results: Sequence[CandidateResult],
+    results: Sequence[Measurements],
     workload: Workload,
     environment: Environment,
     num_rounds: int,
@@ -145,7 +145,7 @@ def print_report(
     if num_rounds < workload.rounds:
         console.print(Text(f"interrupted after {num_rounds} of {workload.rounds} rounds", style="red"))
     console.print(
-        f"Medians of {num_rounds} rounds in which the candidates took turns; x: the median of the ratios to the "
+        f"Medians of {num_rounds} rounds in which the contenders took turns; x: the median of the ratios to the "
         f"first within a round.\n{workload.prompt_length} tokens of prompt, {workload.new_tokens} decoding steps, "
         f"threads: {environment.num_threads}, {environment.device}, torch {environment.torch_version}.\n"
         "Bytes: resident are those of the cache's tensors; written are the states that the cache is given, and read "
@@ -156,7 +156,7 @@ def print_report(
     )
 
 
-def failures(results: Sequence[CandidateResult]) -> list[str]:
+def failures(results: Sequence[Measurements]) -> list[str]:
     """One line for everything that failed."""
     lines = []
     for result in results:
@@ -169,7 +169,7 @@ def failures(results: Sequence[CandidateResult]) -> list[str]:
     return lines
 
 
-def _time_table(results: Sequence[CandidateResult], workload: Workload) -> Table:
+def _time_table(results: Sequence[Measurements], workload: Workload) -> Table:
     table = _table("Time", ["prefill", "first token", *(f"tokens/s,\nbatch {size}" for size in workload.batch_sizes)])
     first = results[0]
     for result in results:
@@ -182,7 +182,7 @@ def _time_table(results: Sequence[CandidateResult], workload: Workload) -> Table
     return table
 
 
-def _budget_table(results: Sequence[CandidateResult], workload: Workload, budget: int) -> Table:
+def _budget_table(results: Sequence[Measurements], workload: Workload, budget: int) -> Table:
     headings = ["batch", "growth", "by the plan", "KV bytes", "decode peak", "tokens/s"]
     table = _table(f"Largest batch in {_bytes(budget)} of KV", headings)
     for result in results:
@@ -199,14 +199,14 @@ def _budget_table(results: Sequence[CandidateResult], workload: Workload, budget
     return table
 
 
-def _speed(batch: BatchResult | None, first: BatchResult | None, workload: Workload) -> str:
+def _speed(batch: BatchMeasurements | None, first: BatchMeasurements | None, workload: Workload) -> str:
     if batch is None or batch.error is not None:
         return "-" if batch is None else "failed"
     mine, base = (tokens_per_second(each, workload.new_tokens) for each in (batch, first))
     return _compared(mine, base, lambda speed: f"{speed:,.1f}")
 
 
-def _bytes_table(results: Sequence[CandidateResult], workload: Workload) -> Table:
+def _bytes_table(results: Sequence[Measurements], workload: Workload) -> Table:
     headings = ["KV resident\nper token", "written\nper token", "read\nper token", "prefill\npeak"]
     headings += [f"decode peak,\nbatch {size}" for size in workload.batch_sizes]
     table = _table("Bytes", [*headings, "weights"])
@@ -215,7 +215,7 @@ def _bytes_table(results: Sequence[CandidateResult], workload: Workload) -> Tabl
     return table
 
 
-def _byte_cells(result: CandidateResult, first: CandidateResult, workload: Workload) -> list[str]:
+def _byte_cells(result: Measurements, first: Measurements, workload: Workload) -> list[str]:
     plan, batches = result.kv_bytes, [result.batch(size) for size in workload.batch_sizes]
     return [
         _measured(result.resident_bytes, first.resident_bytes, plan.resident_total, workload.length),
