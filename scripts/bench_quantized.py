@@ -46,7 +46,7 @@ def cut_windows(tokenizer: Any, path: str, length: int, count: int) -> torch.Ten
     documents = read_documents(Path(path), "text", None) if path else build_source(DataConfig()).validation_documents()
     by_document = []
     for _, document in zip(range(200), documents, strict=False):
-        token_ids = torch.tensor(tokenizer(document.text, verbose=False).input_ids)
+        token_ids = torch.tensor(tokenizer(document, verbose=False).input_ids)
         by_document.append(token_ids[: len(token_ids) // length * length].view(-1, length))
     windows = [window for turn in zip_longest(*by_document) for window in turn if window is not None]
     return torch.stack(windows[:count])

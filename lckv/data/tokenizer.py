@@ -20,7 +20,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
 from lckv.data.packing import mark_document
 from lckv.data.progress import track
-from lckv.data.readers import Document
 from lckv.data.sources import TextSource, build_source
 from lckv.errors import UserError, near_miss
 
@@ -136,11 +135,11 @@ def _train_bpe(source: TextSource, vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _texts(documents: Iterable[Document]) -> Iterator[str]:
+def _texts(documents: Iterable[str]) -> Iterator[str]:
     num_characters = 0
     for document in documents:
-        num_characters += len(document.text)
-        yield document.text
+        num_characters += len(document)
+        yield document
         if num_characters >= _MAX_BPE_TRAINING_CHARACTERS:
             return
     if num_characters == 0:

@@ -68,7 +68,7 @@ def cloze(**_: Any) -> Any:
 @cache  # reading the whole text takes longer than making a task of it
 def _verses() -> tuple[Verse, ...]:
     chapters = [
-        document.text.split("\n") for document, is_held_out in build_source(DataConfig()).documents() if is_held_out
+        document.split("\n") for document, is_held_out in build_source(DataConfig()).documents() if is_held_out
     ]
     return tuple(
         Verse(line, "\n".join(lines[max(0, index - _PASSAGE_VERSES) : index]))

@@ -53,7 +53,7 @@ def needle(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
     """
     settings = cfg.needle
     check_needle(settings, f"{subject.key_prefix}needle.")
-    texts = (document.text for document in validation_documents(subject.data))
+    texts = validation_documents(subject.data)
     haystack = Haystack(
         subject.tokenizer, texts, max(settings.lengths or [subject.default_context_length]), subject.key_prefix
     )

@@ -21,7 +21,6 @@ from transformers import Cache
 from lckv.config import DataConfig, EvaluationConfig
 from lckv.data import build_source
 from lckv.data.progress import track
-from lckv.data.readers import Document
 from lckv.data.tokenizer import DocumentEncoder, check_tokenizer
 from lckv.errors import UserError
 from lckv.evaluation.checks import window_sizes
@@ -110,10 +109,10 @@ def _cut_documents(subject: Subject, max_documents: int | None, context_length: 
     encoder = DocumentEncoder(check_tokenizer(subject.tokenizer, "the tokenizer"))
     text = Text()
     for document in track(validation_documents(subject.data, max_documents), "tokenising"):
-        tokens = encoder.encode([document.text], with_bytes=True)
+        tokens = encoder.encode([document], with_bytes=True)
         text.windows += cut_windows(tokens["id"].astype(np.int64), context_length, stride)
         text.num_documents += 1
-        text.num_words += len(document.text.split())
+        text.num_words += len(document.split())
         text.num_bytes += int(tokens["num_bytes"][1:].sum())
     return text
 
@@ -137,7 +136,7 @@ def _figures(total: float, text: Text) -> dict[str, Any]:
     }
 
 
-def validation_documents(config: DataConfig, max_documents: int | None = None) -> Iterator[Document]:
+def validation_documents(config: DataConfig, max_documents: int | None = None) -> Iterator[str]:
     """Yields the documents of the validation split, the first `max_documents` of them.
 
     Raises:

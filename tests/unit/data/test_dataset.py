@@ -45,7 +45,7 @@ def tokenizer(config: DataConfig) -> PreTrainedTokenizerFast:
 def split_texts(config: DataConfig) -> tuple[list[str], list[str]]:
     splits: tuple[list[str], list[str]] = ([], [])
     for document, is_validation in build_source(config).documents():
-        splits[is_validation].append(document.text)
+        splits[is_validation].append(document)
     return splits
 
 

@@ -15,6 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lckv.config import DataConfig
+from lckv.data import sources
 from lckv.data.sources import HELD_OUT_BOOKS, SOURCES, build_source, is_held_out
 from lckv.errors import UserError
 
@@ -36,8 +37,8 @@ def read(**settings: Any) -> tuple[list[str], list[str]]:
     splits: tuple[list[str], list[str]] = ([], [])
     source = build_source(DataConfig(**settings))
     for document, is_validation in source.documents():
-        splits[is_validation].append(document.text)
-    assert [document.text for document in source.training_documents()] == splits[0]
+        splits[is_validation].append(document)
+    assert list(source.training_documents()) == splits[0]
     return splits
 
 
@@ -62,11 +63,12 @@ def test_validation_documents_are_those_marked_and_a_split_of_their_own_needs_no
 
 
 def test_no_book_of_the_bible_is_in_both_splits() -> None:
+    book_of = {chapter: book for book, chapter in sources._join_verses(sources._find_bible().read_bytes())}
     splits: tuple[set[str], set[str]] = (set(), set())
     sizes = [0, 0]
     for document, is_validation in build_source(DataConfig()).documents():
-        splits[is_validation].add(document.doc_id.rpartition(" ")[0])
-        sizes[is_validation] += len(document.text)
+        splits[is_validation].add(book_of[document])
+        sizes[is_validation] += len(document)
     assert splits[1] == HELD_OUT_BOOKS
     assert not splits[0] & splits[1]
     assert len(splits[0] | splits[1]) == 66
@@ -77,9 +79,8 @@ def test_chapters_of_the_bible_are_documents() -> None:
     source = build_source(DataConfig())
     documents = [document for document, _ in source.documents()]
     assert len(documents) == source.num_documents == 1189
-    assert documents[0].doc_id == "Genesis 1"
-    assert documents[0].text.startswith("In the beginning God created the heaven and the earth.\nAnd the earth was")
-    assert documents[0].text.count("\n") == 30
+    assert documents[0].startswith("In the beginning God created the heaven and the earth.\nAnd the earth was")
+    assert documents[0].count("\n") == 30
 
 
 def test_the_bible_is_read_without_importing_its_package_or_torch() -> None:

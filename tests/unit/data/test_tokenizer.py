@@ -105,7 +105,7 @@ def test_prompts_start_as_documents_do(bpe: PreTrainedTokenizerFast) -> None:
 def test_bpe_learns_from_training_documents_only(tmp_path: Path) -> None:
     texts = [f"{word} {index}" for index in range(40) for word in ("aaaa", "bbbb")]
     config = files_config(tmp_path, texts, tmp_path)
-    held_out = [document.text for document, is_validation in build_source(config).documents() if is_validation]
+    held_out = [document for document, is_validation in build_source(config).documents() if is_validation]
     train = [text for text in texts if text not in held_out]
     assert held_out
     first = build_tokenizer(TokenizerConfig(vocab_size=300), config)

@@ -489,7 +489,7 @@ def test_task_files_are_in_the_package():
 
 @pytest.fixture(scope="module")
 def held_out_text():
-    return [document.text for document, is_held_out in build_source(DataConfig()).documents() if is_held_out]
+    return [document for document, is_held_out in build_source(DataConfig()).documents() if is_held_out]
 
 
 def test_last_words_are_held_out_text_and_can_be_known(held_out_text):

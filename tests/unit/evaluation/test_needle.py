@@ -28,7 +28,7 @@ QUESTION = " The secret word of the tower is"
 @pytest.fixture(scope="module")
 def text() -> str:
     documents = build_source(DataConfig()).validation_documents()
-    return "\n".join(next(documents).text for _ in range(7))
+    return "\n".join(next(documents) for _ in range(7))
 
 
 def bpe_tokenizer():
