@@ -23,7 +23,8 @@ from lckv.benchmarking.ways import milliseconds, read_arguments, show, take_turn
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.models.masks import VisibleKeys
 from lckv.models.modeling_lckv import LCKVLlamaModel
-from lckv.patterns import parse_layer_types
+from lckv.models.stack import Stack, States
+from lckv.patterns import Segment, parse_layer_types
 
 PATTERNS = (
     "0_1_2_3_4_5_6_7",
@@ -36,37 +37,40 @@ PATTERNS = (
 BASELINE = "transformers' Llama"
 
 
-class PlainScheduleModel(LCKVLlamaModel):
+class PlainStack(Stack):
     """Runs every layer of a cycle whole in every pass; the first pass reads keys and values that are really zero."""
 
-    def _run_layers(
-        self, call: Any, segment: Any, hidden_states: Any, key_values: Any, past_key_values: Any, is_last: bool
-    ) -> Any:
-        upward = {
-            layer.kv_source
-            for layer in self.config.sharing_plan.layers[segment.start : segment.stop]
-            if layer.is_upward
-        }
-        zeros = self._zero_states(hidden_states)
-        key_values = {owner: (zeros, zeros) for owner in upward} | key_values
-        return super()._run_layers(call, segment, hidden_states, key_values, past_key_values, True)
+    def _run_draft(self, cycle: Segment, hidden_states: torch.Tensor, states: States) -> States:
+        zeros = self._past_states(self._owners_read_upward(cycle), hidden_states)
+        draft = dataclasses.replace(self, cache=None)  # nothing is cached before, and nothing of a draft is kept
+        return draft._run_layers(cycle, hidden_states, zeros | states)[1]
 
 
-class MaskedPlainScheduleModel(PlainScheduleModel):
+class MaskedPlainStack(PlainStack):
     """The plain schedule with a mask in upward layers instead of keys shifted against queries."""
 
-    def _run_layers(self, call: Any, segment: Any, hidden_states: Any, *arguments: Any) -> Any:
+    def run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Runs all layers from the bottom for `hidden_states` `(batch, q_len, hidden_size)`."""
         length = hidden_states.shape[1]
         pairs = torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).tril(-1)
         sees_nothing = ~pairs.any(dim=-1)[None]
         pairs[0, 0] = True
-        masked = VisibleKeys(mask=pairs[None, None], sees_nothing=sees_nothing)
-        visible_keys = [
-            masked if layer.is_upward else given
-            for layer, given in zip(self.sharing_plan.layers, call.visible_keys, strict=True)
-        ]
-        call = dataclasses.replace(call, visible_keys=visible_keys)
-        return super()._run_layers(call, segment, hidden_states, *arguments)
+        masked = VisibleKeys(length, mask=pairs[None, None], sees_nothing=sees_nothing)
+        given = zip(self.plan.layers, self.visible_keys, strict=True)
+        visible_keys = [masked if layer.is_upward else own for layer, own in given]
+        return PlainStack.run(dataclasses.replace(self, visible_keys=visible_keys), hidden_states)
+
+
+class PlainScheduleModel(LCKVLlamaModel):
+    """Trains by the plain schedule."""
+
+    stack_class = PlainStack
+
+
+class MaskedPlainScheduleModel(LCKVLlamaModel):
+    """Trains by the plain schedule, with masks."""
+
+    stack_class = MaskedPlainStack
 
 
 PLAIN = {"plain": PlainScheduleModel, "plain, masked": MaskedPlainScheduleModel}

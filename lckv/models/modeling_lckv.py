@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -75,6 +75,9 @@ class LCKVPreTrainedModel(PreTrainedModel):
 
 class LCKVLlamaModel(LCKVPreTrainedModel):
     """Llama's decoder stack with shared keys and values."""
+
+    stack_class: ClassVar[type[Stack]] = Stack
+    """What runs the layers: the place to try another order of passes."""
 
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
@@ -161,7 +164,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             visible_keys = build_visible_keys(
                 config, self.layout, inputs_embeds, attention_mask, past_key_values, document_ids, num_outputs
             )
-        stack = Stack(
+        stack = self.stack_class(
             self.layers,
             self.sharing_plan,
             self.layout,

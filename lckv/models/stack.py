@@ -276,19 +276,17 @@ class Stack:
 
     def _past_states(self, owners: Iterable[int], hidden_states: torch.Tensor) -> States:
         """What the owners have in the cache, followed by zeros for the new tokens, which nobody has written yet."""
-        assert self.cache is not None
         dtype = hidden_states.dtype
         if torch.is_autocast_enabled(hidden_states.device.type):
             dtype = torch.get_autocast_dtype(hidden_states.device.type)
         batch_size, q_len = hidden_states.shape[:2]
-        peek = CachePeeker(self.cache)
         states = {}
         for owner in owners:
             zeros = tuple(
                 hidden_states.new_zeros(batch_size, stream.num_heads, q_len, stream.head_dim, dtype=dtype)
                 for stream in self.layout.store(owner).streams
             )
-            states[owner] = peek(zeros, owner)
+            states[owner] = zeros if self.cache is None else CachePeeker(self.cache)(zeros, owner)
         return states
 
 
