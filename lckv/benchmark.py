@@ -61,7 +61,7 @@ def _load_models(cfg: BenchmarkConfig, arguments: dict[str, dict[str, Any]]) -> 
     import torch
 
     from lckv.benchmarking.candidates import checkpoint_labels, random_model
-    from lckv.generation.loading import find_device, load_model
+    from lckv.loading import find_device, load_model
 
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)

@@ -25,9 +25,9 @@ from lckv.run_names import file_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lckv.checkpoint import Checkpoint
     from lckv.evaluation.evaluations import Subject
-    from lckv.evaluation.results import ResultsFile
+    from lckv.evaluation.results_file import ResultsFile
+    from lckv.loading import Checkpoint
     from lckv.models import LCKVLlamaForCausalLM
     from lckv.training.run_folder import RunFolder
 
@@ -50,10 +50,9 @@ def main(cfg: EvaluateConfig) -> None:
     # Behind the checks: importing torch and transformers takes seconds.
     import torch
 
-    from lckv.checkpoint import find_checkpoint
     from lckv.evaluation.evaluations import Subject
     from lckv.evaluation.running import run_evaluations
-    from lckv.generation.loading import load_model
+    from lckv.loading import find_checkpoint, load_model
 
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
@@ -134,7 +133,7 @@ def _llama_sizes(run: RunFolder | None, model: PreTrainedModel) -> ModelSizes | 
 
 def _results_file(cfg: EvaluateConfig, checkpoint: Checkpoint, run: RunFolder | None) -> ResultsFile:
     """Where the results go, checked to be this model's."""
-    from lckv.evaluation.results import ResultsFile
+    from lckv.evaluation.results_file import ResultsFile
 
     path = Path(checkpoint.given).expanduser().resolve()
     if cfg.out is not None:
@@ -184,7 +183,7 @@ def _settings(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> dict[str, Any
 
 def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dict[str, Any]:
     """What `results.json` holds beside the evaluations."""
-    from lckv.training.report import cost_figures, median_speed, sharing_plan_of, versions
+    from lckv.training.run_summary import cost_figures, median_speed, sharing_plan_of, versions
 
     limit = subject.model.config.max_position_embeddings
     context_length, _ = window_sizes(cfg.perplexity, limit, subject.trained_length, "perplexity.")
@@ -203,7 +202,7 @@ def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dic
 
 def _show(results: dict[str, Any], file: ResultsFile, *, as_json: bool) -> None:
     from lckv.benchmarking.report import new_console
-    from lckv.evaluation.report import show_results
+    from lckv.evaluation.table import show_results
 
     console = new_console()
     if as_json:

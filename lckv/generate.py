@@ -20,8 +20,8 @@ def main(cfg: GenerateConfig) -> None:
     import torch
     from rich.console import Console
 
-    from lckv.generation.loading import load_model
     from lckv.generation.session import Session
+    from lckv.loading import load_model
 
     check_cache(cfg.cache)
     if cfg.num_threads is not None:

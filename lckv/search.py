@@ -19,7 +19,7 @@ def main(cfg: SearchConfig) -> None:
 
     from lckv.conversion import Source, check_output
     from lckv.conversion.search_report import write_report
-    from lckv.conversion.searching import SearchSession, check_search
+    from lckv.conversion.search_session import SearchSession, check_search
     from lckv.training.arguments import set_num_threads
 
     check_search(cfg)

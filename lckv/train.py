@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from lckv.conversion import Source
-    from lckv.training.evaluations import Evaluate
+    from lckv.training.evaluation_callback import Evaluate
 
 
 def main(cfg: TrainConfig, folder: RunFolder | None = None) -> float | None:
@@ -76,7 +76,7 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     from lckv.training.arguments import build_training_arguments, is_main_process, set_num_threads
     from lckv.training.callbacks import check_sample_prompt
     from lckv.training.loggers import check_loggers
-    from lckv.training.report import show_results
+    from lckv.training.run_summary import show_results
     from lckv.training.session import Session
 
     disable_progress_bar()  # transformers' own, for every file that it reads or writes
@@ -209,7 +209,7 @@ def _load_teacher(cfg: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     """The model to learn from, if there is one."""
     if cfg.source is None:
         return None
-    from lckv.generation.loading import load_model
+    from lckv.loading import load_model
     from lckv.training.teacher import check_tokenizers
 
     teacher, teachers_tokenizer = load_model(

@@ -21,7 +21,7 @@ import torch
 
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.cache import DynamicKVCache, PagedKVCache
-from lckv.generation.continuous import ContinuousBatcher
+from lckv.engine.continuous import ContinuousBatcher
 
 SIZES = {
     "vocab_size": 2048,

@@ -22,7 +22,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from lckv.cache import build_cache
 from lckv.generation.decoding import compile_config
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 from lckv.models import LCKVLlamaConfig
 
 Generate = Callable[[int], torch.Tensor]

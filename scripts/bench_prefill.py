@@ -22,8 +22,8 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from lckv.cache import KVCache, build_cache
-from lckv.generation.loading import load_model
 from lckv.generation.prefill import PrefillReport, prefill
+from lckv.loading import load_model
 
 
 @dataclass(frozen=True)

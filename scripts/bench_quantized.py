@@ -34,7 +34,7 @@ from lckv.config import DataConfig
 from lckv.data.readers import read_documents
 from lckv.data.sources import build_source
 from lckv.errors import UserError
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 
 REFERENCE = "float32"
 LENGTHS = (1024, 2048, 4096, 8192)

@@ -28,8 +28,8 @@ from rich.table import Table
 
 from lckv.cache import DynamicKVCache, KVCache, SinkKVCache
 from lckv.data.readers import read_documents
-from lckv.generation.loading import load_model
 from lckv.generation.streaming import Sampling, score_stream, stream
+from lckv.loading import load_model
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 WARM_UP = 200

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import lckv
 from lckv.config import DataConfig, InitConfig, SearchConfig
-from lckv.conversion.search import SearchTrace
+from lckv.conversion.pattern_search import SearchTrace
 from lckv.conversion.writing import appearing
 from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.models import LCKVLlamaConfig

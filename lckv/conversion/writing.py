@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lckv.checkpoint import index_name
 from lckv.errors import UserError
+from lckv.loading import index_name
 
 
 def check_output(out: Path) -> None:

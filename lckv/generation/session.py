@@ -21,13 +21,13 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from lckv.cache import KVCache, PagedKVCache, SinkKVCache, build_cache
 from lckv.config import DEFAULT_MAX_NEW_TOKENS, GenerateConfig
+from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
+from lckv.generation.answers import Answer, Part, batch_part, count_tokens, requests_part
+from lckv.generation.batch import Generation, PrefillOptions, generate, pad_token_id
 from lckv.generation.checks import CONTINUOUS, choose_batching
-from lckv.generation.continuous import ContinuousBatcher
 from lckv.generation.decoding_options import DecodingOptions
-from lckv.generation.generating import Generation, PrefillOptions, generate, pad_token_id
 from lckv.generation.printing import Printer, PromptsBar
-from lckv.generation.results import Answer, Part, batch_part, count_tokens, requests_part
 from lckv.generation.streaming import stream_text
 from lckv.models import LCKVLlamaForCausalLM
 

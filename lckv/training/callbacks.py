@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
+from lckv.environment import peak_flops, peak_memory_bytes
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import in_eval_mode
-from lckv.training.hardware import peak_flops, peak_memory_bytes
 from lckv.training.run_folder import RunFolder
 
 

@@ -20,13 +20,13 @@ from lckv.training import callbacks as ours
 from lckv.training.checkpoints import step_of
 from lckv.training.compilation import compile_layers
 from lckv.training.distillation import DistillationTrainer
-from lckv.training.evaluations import Evaluate, EvaluationsCallback, check_not_sharded
+from lckv.training.evaluation_callback import Evaluate, EvaluationsCallback, check_not_sharded
 from lckv.training.liger import use_liger_kernels
 from lckv.training.loggers import build_loggers
+from lckv.training.loss_plot import plot_loss
 from lckv.training.optim import build_optimizer
-from lckv.training.plots import plot_loss
-from lckv.training.report import build_results, costs_of, sharing_plan_of
 from lckv.training.run_folder import RunFolder, write_atomically
+from lckv.training.run_summary import build_results, costs_of, sharing_plan_of
 from lckv.training.teacher import check_teacher_fits
 from lckv.training.trainable import freeze_all_but
 from lckv.training.trainer import LCKVTrainer

@@ -14,17 +14,17 @@ from torch.nn import functional as F
 
 from lckv import cli
 from lckv.config import DataConfig, SearchConfig
-from lckv.conversion.converted import converted_config, write_converted
 from lckv.conversion.merging import Reach
 from lckv.conversion.moments import collect_moments
+from lckv.conversion.pattern_search import Candidate, PatternSearch, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
-from lckv.conversion.search import Candidate, PatternSearch, SearchLimits, SearchTrace
 from lckv.conversion.search_report import KVCount, Point, SearchReport, write_report
-from lckv.conversion.searching import SearchSession, check_search
+from lckv.conversion.search_session import SearchSession, check_search
 from lckv.conversion.source import Source
+from lckv.conversion.target import converted_config, write_converted
 from lckv.data.readers import find_files
 from lckv.errors import UserError
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import parse_layer_types

@@ -18,14 +18,14 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from lckv.console import counting_progress
 from lckv.conversion import writing
-from lckv.conversion.converted import RECORD, converted_config, write_converted, write_trained
 from lckv.conversion.methods import METHODS
-from lckv.conversion.progress import counting_progress
 from lckv.conversion.source import CheckpointTensors, Source
+from lckv.conversion.target import RECORD, converted_config, write_converted, write_trained
 from lckv.conversion.writing import appearing, check_output, plan_shards
 from lckv.errors import UserError
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 from lckv.patterns import parse_layer_types
 from tests.unit.conversion.sources import assert_identical, random_source, read_folder, run_convert, save_source
 

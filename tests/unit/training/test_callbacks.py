@@ -8,8 +8,9 @@ from rich.console import Console
 from tokenizers import processors
 from transformers import TrainerControl, TrainerState
 
+from lckv import environment
 from lckv.errors import UserError
-from lckv.training import callbacks, hardware
+from lckv.training import callbacks
 from lckv.training.callbacks import (
     PerplexityCallback,
     ProgressCallback,
@@ -107,16 +108,16 @@ def test_mfu_only_where_the_peak_is_known(clock: Clock, monkeypatch: pytest.Monk
 )
 def test_peak_flops(monkeypatch: pytest.MonkeyPatch, name: str, precision: str, peak: float | None):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert hardware.peak_flops(torch.device("cuda", 0), precision) == peak
-    assert hardware.peak_flops(torch.device("cpu"), precision) is None
+    assert environment.peak_flops(torch.device("cuda", 0), precision) == peak
+    assert environment.peak_flops(torch.device("cpu"), precision) is None
 
 
 def test_hardware_has_a_name(monkeypatch: pytest.MonkeyPatch):
-    described = hardware.describe_hardware(torch.device("cpu"))
+    described = environment.describe_hardware(torch.device("cpu"))
     assert described["device"] and described["num_cores"] >= 1
     assert described["num_threads"] == torch.get_num_threads()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert hardware.describe_hardware(torch.device("cuda", 0))["device"] == "NVIDIA H200"
+    assert environment.describe_hardware(torch.device("cuda", 0))["device"] == "NVIDIA H200"
 
 
 def test_prompt_without_a_token_is_refused(corpus):

@@ -4,7 +4,7 @@ import pytest
 
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.training.report import cost_figures
+from lckv.training.run_summary import cost_figures
 from lckv.training.session import check_passes
 
 

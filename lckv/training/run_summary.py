@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 import lckv
 from lckv.costs import Costs, Iteration, ModelSizes, count_costs, count_kv_bytes, llama_plan
 from lckv.data import TokenizedData
+from lckv.environment import describe_hardware
 from lckv.evaluation.running import scalar_figures
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.training.callbacks import describe_loss_parts, format_duration
-from lckv.training.hardware import describe_hardware
 from lckv.training.run_folder import RunFolder
 
 _OF_CONVERT = {"source": "init.source", "revision": "init.revision", "method": "init.method"}

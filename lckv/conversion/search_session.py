@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from lckv.config import SearchConfig
+from lckv.console import counting_progress
 from lckv.conversion.calibration import batches_of, choose_blocks
 from lckv.conversion.merging import DIRECTIONS, Reach, owners_in, parse_budget, resolve_reach
 from lckv.conversion.methods import CALIBRATED, METHODS, TRAINED, needed_pairs
 from lckv.conversion.moments import InputMoments, Pair, collect_moments
-from lckv.conversion.progress import counting_progress
+from lckv.conversion.pattern_search import Candidate, PatternSearch, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
-from lckv.conversion.search import Candidate, PatternSearch, SearchLimits, SearchTrace
 from lckv.conversion.search_report import KVCount, Point, SearchReport
 from lckv.conversion.settings import check_block_size
 from lckv.conversion.source import Source

@@ -23,8 +23,8 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from lckv.cache.paged import PagedKVCache
 from lckv.cache.pages import OutOfPagesError, extend_hashes
+from lckv.engine.requests import BatchStatistics, OnToken, Request, make_request
 from lckv.errors import UserError, check_whole_number
-from lckv.generation.requests import BatchStatistics, OnToken, Request, make_request
 from lckv.models.padding import pad_left
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from rich.console import Console
 
 from lckv.config import TrainConfig
+from lckv.console import showing_progress
 from lckv.conversion.calibration import calibrate
-from lckv.conversion.converted import converted_config, write_converted
 from lckv.conversion.methods import CALIBRATED, groups_of
 from lckv.conversion.moments import InputMoments
-from lckv.conversion.progress import showing_progress
 from lckv.conversion.settings import check_block_size, check_calibration, model_settings, plan_of
 from lckv.conversion.source import Source
+from lckv.conversion.target import converted_config, write_converted
 from lckv.data import build_dataset
 from lckv.data.tokenizer import check_tokenizer
-from lckv.generation.loading import find_device
+from lckv.loading import find_device
 from lckv.patterns import SharingPlan
 
 

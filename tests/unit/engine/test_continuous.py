@@ -8,8 +8,8 @@ from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from lckv.cache import DynamicKVCache, PagedKVCache
+from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
-from lckv.generation.continuous import ContinuousBatcher
 from tests.reference import PATTERNS, tiny_model, token_ids
 
 LENGTHS = [7, 1, 12, 3, 20, 5]

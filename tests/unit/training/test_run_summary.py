@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lckv import cli
-from lckv.training.report import _arguments, _evaluation, _next_commands
 from lckv.training.run_folder import RunFolder
+from lckv.training.run_summary import _arguments, _evaluation, _next_commands
 
 
 def commands(layer_types: str, folder: Path, prompt: str = "In the beginning") -> list[list[str]]:
