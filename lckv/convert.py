@@ -9,6 +9,7 @@ from lckv import cli, train
 from lckv.byte_sizes import parse_bytes
 from lckv.config import ConvertConfig, InitConfig, TrainConfig
 from lckv.errors import UserError, check_choice
+from lckv.storage import check_new_folder
 from lckv.training.launch import launch_missing_processes
 
 
@@ -29,10 +30,10 @@ def main(cfg: ConvertConfig) -> None:
     # Behind the checks: importing torch and transformers takes seconds.
     from rich.console import Console
 
-    from lckv.conversion import METHODS, TRAINED, Source, adopt_source, check_output, convert
+    from lckv.conversion import METHODS, TRAINED, Source, adopt_source, convert
     from lckv.training.arguments import is_main_process, set_num_threads
 
-    check_output(given)
+    check_new_folder(given)
     check_choice("method", cfg.method, METHODS)
     if cfg.method in TRAINED and cfg.device != ConvertConfig.device:
         reason = f"has no effect with method={cfg.method}, which calibrates where it trains"

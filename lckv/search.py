@@ -7,6 +7,7 @@ from pathlib import Path
 from lckv import cli
 from lckv.config import SearchConfig
 from lckv.errors import UserError
+from lckv.storage import check_new_folder
 
 
 def main(cfg: SearchConfig) -> None:
@@ -17,7 +18,7 @@ def main(cfg: SearchConfig) -> None:
     # Behind the check: importing torch and transformers takes seconds.
     from rich.console import Console
 
-    from lckv.conversion import Source, check_output
+    from lckv.conversion import Source
     from lckv.conversion.search_report import write_report
     from lckv.conversion.search_session import SearchSession, check_search
     from lckv.training.arguments import set_num_threads
@@ -25,7 +26,7 @@ def main(cfg: SearchConfig) -> None:
     check_search(cfg)
     out = None if cfg.out is None else Path(cfg.out).expanduser()
     if out is not None:
-        check_output(out)
+        check_new_folder(out)
     set_num_threads(cfg.num_threads)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     session = SearchSession(cfg, Source.find(cfg.source, revision=cfg.revision), console)

@@ -39,7 +39,7 @@ from lckv.data import TokenizedData, build_dataset
 from lckv.data.tokenizer import check_tokenizer
 from lckv.evaluation.perplexity import evaluate_perplexity
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
-from lckv.training.run_folder import write_atomically
+from lckv.storage import write_json
 
 PATTERNS = {"CLA2": "cla", "YOCO half": "yoco", "sandwich-middle": "sandwich_middle", "LCKV w=2": "lckv"}
 ORIGINAL = "original"
@@ -94,7 +94,7 @@ class Study:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps(self.results, indent=2) + "\n")
+        write_json(self.path, self.results)
 
 
 def held_out(arguments: argparse.Namespace) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,6 +15,7 @@ from lckv.costs import ModelSizes
 from lckv.data import TokenizedData, collate
 from lckv.errors import UserError
 from lckv.model_arguments import model_arguments
+from lckv.storage import write_json
 from lckv.training import callbacks as ours
 from lckv.training.checkpoints import step_of
 from lckv.training.compilation import compile_layers
@@ -25,7 +25,7 @@ from lckv.training.liger import use_liger_kernels
 from lckv.training.loggers import build_loggers
 from lckv.training.loss_plot import plot_loss
 from lckv.training.optim import build_optimizer
-from lckv.training.run_folder import RunFolder, write_atomically
+from lckv.training.run_folder import RunFolder
 from lckv.training.run_summary import build_results, costs_of, sharing_plan_of
 from lckv.training.teacher import check_teacher_fits
 from lckv.training.trainable import freeze_all_but
@@ -206,5 +206,5 @@ class Session:
             results["evaluations"] = dict(figures)
         title = f"{results['run_name']}   {results['layer_types']}"
         plot_loss(lines, self.folder.loss_plot, title=title, unigram_loss=results["unigram_loss"])
-        write_atomically(self.folder.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.folder.results, results)
         return results
