@@ -202,6 +202,19 @@ def find_checkpoint(name: str, *, revision: str | None = None, key: str = "model
     )
 
 
+def find_run(checkpoint: Checkpoint) -> RunFolder | None:
+    """The training run that the model is of, if it was given as a run folder, or as a model or checkpoint in it."""
+    given = Path(checkpoint.given).expanduser().resolve()
+    folders = (given.parent, given.parent.parent) if is_of_training(given) else (given, given.parent)
+    runs = [RunFolder(folder) for folder in folders] if checkpoint.is_local else []
+    return next((run for run in runs if run.config.is_file() and run.metrics.is_file()), None)
+
+
+def is_of_training(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that a run has kept, not the model at its end."""
+    return folder.parent.name == "checkpoints"
+
+
 def _hub_answers() -> bool:
     from lckv.data.tokenizer import hub_answers  # takes libraries along that nothing else here needs
 
@@ -268,6 +281,20 @@ def load_model(
     model = _load_weights(checkpoint, config, dtype)
     _tidy_generation_config(model, tokenizer)
     return model.eval().to(target), tokenizer
+
+
+def set_attention(model: PreTrainedModel, attn_implementation: str | None) -> None:
+    """Chooses how a model's attention is computed; `None`: as it is.
+
+    Raises:
+        UserError: if that cannot be had here.
+    """
+    if attn_implementation is None:
+        return
+    try:
+        model.set_attn_implementation(attn_implementation)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"attn_implementation={attn_implementation!r}: {error}") from error
 
 
 def find_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lckv import cli
 from lckv.config import PlanConfig
+from lckv.console import new_console
 from lckv.costs import Costs, Iteration, ModelSizes, count_costs, llama_plan
 from lckv.drawing import describe_layer, draw_in_terminal, save_drawing
 from lckv.errors import UserError
@@ -37,7 +38,7 @@ def main(cfg: PlanConfig) -> None:
     report = build_report(cfg)
     if cfg.draw is not None:
         save_drawing(report.plan, cfg.draw)
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console()
     if cfg.json:
         console.print_json(json.dumps(as_dict(report)))
         return
@@ -63,8 +64,8 @@ def build_report(cfg: PlanConfig) -> PlanReport:
     llama_sizes = (
         sizes if cfg.iso is None else ModelSizes.from_config(model_arguments(replace(cfg, iso=None), vocab_size))
     )
-    forward_passes = cfg.converge_passes if cfg.model.forward_passes == CONVERGE else cfg.model.forward_passes
-    iteration = Iteration(forward_passes, cfg.model.backward_passes, cfg.model.use_sequential)
+    is_open = cfg.model.forward_passes == CONVERGE
+    iteration = Iteration.from_config(cfg.model, cfg.converge_passes if is_open else None)
     context_length = cfg.model.max_position_embeddings if cfg.context_length is None else cfg.context_length
     costs, llama_costs = (
         count_costs(each, its_sizes, context_length, iteration=iteration, dtype=cfg.kv_dtype)

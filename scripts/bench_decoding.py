@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lckv.cache import build_cache
-from lckv.generation.decoding import compile_config
+from lckv.generation.batch import compile_config
 from lckv.loading import load_model
 from lckv.models import LCKVLlamaConfig
 

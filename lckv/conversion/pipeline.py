@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lckv.config import TrainConfig
-from lckv.console import showing_progress
+from lckv.console import Bar
 from lckv.conversion.calibration import calibrate
 from lckv.conversion.methods import CALIBRATED, groups_of
 from lckv.conversion.moments import InputMoments
@@ -51,7 +51,7 @@ def convert(
         moments, fingerprint = _calibrate(cfg, source, plan, console, device)
         tokens = {"calibration_tokens": moments.num_tokens, "ridge": cfg.init.ridge}
         record = {"data": cfg.data.name, "data_fingerprint": fingerprint, **tokens}
-    with showing_progress(console, "writing", "bytes") as advance:
+    with Bar(console, "writing", "bytes") as bar:
         write_converted(
             source,
             config,
@@ -61,7 +61,7 @@ def convert(
             ridge=cfg.init.ridge,
             max_shard_size=max_shard_size,
             record=record,
-            on_bytes=advance,
+            on_bytes=bar.update,
         )
 
 
@@ -72,6 +72,6 @@ def _calibrate(
     tokenizer = check_tokenizer(source.load_tokenizer(), str(source.checkpoint))
     check_block_size(cfg.data, source.config)
     data = build_dataset(cfg.data, tokenizer)
-    with showing_progress(console, "calibrating", "tokens") as advance:
-        moments = calibrate(source, plan, data.train, cfg.init.calibration_tokens, device=device, on_tokens=advance)
+    with Bar(console, "calibrating", "tokens") as bar:
+        moments = calibrate(source, plan, data.train, cfg.init.calibration_tokens, device=device, on_tokens=bar.update)
     return moments, data.fingerprint

@@ -17,8 +17,10 @@ from rich.table import Table
 
 import lckv
 from lckv.config import DataConfig, InitConfig, SearchConfig
+from lckv.console import command
 from lckv.conversion.pattern_search import SearchTrace
 from lckv.costs import ModelSizes, count_kv_bytes
+from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import parse_layer_types
 from lckv.run_names import file_name, source_name
@@ -183,7 +185,7 @@ class SearchReport:
         return (
             f"{state} of {last.kv_bytes:,} bytes per token: {last.layer_types}\n"
             f"written to {folder}; to train it: "
-            f"python -m lckv.train --config-dir {folder} experiment={experiment_name(last)}"
+            + command("lckv.train", ["--config-dir", str(folder), f"experiment={experiment_name(last)}"])
         )
 
     def write(self, folder: Path) -> None:
@@ -290,7 +292,7 @@ def _experiment(point: Point, report: SearchReport) -> str:
     sizes = {name: value for name, value in asdict(ModelSizes.from_config(report.source)).items() if value is not None}
     model = {"name": source_name(source), "layer_types": plan.layer_types, **sizes}
     if plan.has_cycles:
-        model |= {"forward_passes": cfg.forward_passes, "converge_tolerance": cfg.converge_tolerance}
+        model |= iteration_settings(cfg)
     body = {
         "defaults": [{f"override /{group}": name} for group, name in (("data", cfg.data.name), *_UPTRAINING)],
         "model": model,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lckv.config import EvaluationConfig, NeedleConfig
-from lckv.data.progress import track
+from lckv.console import track
 from lckv.errors import UserError
 from lckv.evaluation.checks import check_needle
 from lckv.evaluation.evaluations import EVALUATIONS, Subject

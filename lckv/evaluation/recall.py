@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lckv.config import EvaluationConfig, RecallConfig
-from lckv.data.progress import track
+from lckv.console import track
 from lckv.errors import UserError
 from lckv.evaluation.checks import check_recall
 from lckv.evaluation.evaluations import EVALUATIONS, Subject

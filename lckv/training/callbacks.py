@@ -284,9 +284,7 @@ class ProgressCallback(TrainerCallback):
                 self._print(state, f"sample: {' '.join(logs['sample'].split())}")
 
     def _print(self, state: TrainerState, text: str) -> None:
-        self.console.print(
-            f"step {state.global_step}/{state.max_steps}  {text}", markup=False, highlight=False, soft_wrap=True
-        )
+        self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -34,8 +34,8 @@ from lckv.training.checkpoints import CheckpointFolder
 
 logger = logging.getLogger(__name__)
 
-_WAIT = 10.0
-"""Seconds: as long as the workers of a killed process may outlive it."""
+A_MOMENT, FOREVER = 10.0, -1.0
+"""Seconds to wait: as long as the workers of a killed process may outlive it, or for as long as it takes."""
 
 _NOT_PART_OF_THE_RUN = ("run_dir", "trainer.resume")
 """Settings that may differ when a run goes on: they say where it is and whether it may go on."""
@@ -72,7 +72,13 @@ class RunFolder:
         self.is_in_use = False
         self._lock = ExitStack()
 
-    def claim(self, config: Mapping[str, Any], *, resume: bool = True, wait: float = _WAIT) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def claim(self, config: Mapping[str, Any], *, resume: bool = True, wait: float = A_MOMENT) -> None:
         """Makes the folder this run's own, or checks that it already is. Of many processes, the first does this.
 
         Until `release`, no other process can claim it.
@@ -80,7 +86,7 @@ class RunFolder:
         Args:
             config: the resolved config, as nested plain mappings.
             resume: whether a folder that holds this run already may be gone on with.
-            wait: for how many seconds, if another process trains there; -1: until it ends.
+            wait: for how many seconds, if another process trains there.
 
         Raises:
             UserError: if the folder holds another config or cannot be written to, `resume` is off and it holds a run,
@@ -164,6 +170,14 @@ class RunFolder:
             return False
         return True
 
+    def stored_config(self) -> dict[str, Any]:
+        """The settings of the run in this folder.
+
+        Raises:
+            OSError, yaml.YAMLError: if they cannot be read.
+        """
+        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
+
     def run_id(self) -> str:
         """A name for trackers that is the same whenever this run goes on."""
         return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:12]
@@ -191,7 +205,7 @@ class RunFolder:
 
     def _check_same_config(self, config: Mapping[str, Any]) -> None:
         try:
-            stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            stored = self.stored_config()
         except (OSError, yaml.YAMLError) as error:
             raise UserError(
                 f"run_dir={self.path}: holds a run, but {self.config.name} does not say which "
@@ -200,7 +214,7 @@ class RunFolder:
         # Written and read like the stored one, so that a tuple is equal to its list.
         now = dict(flatten(yaml.safe_load(_to_yaml(config))))
         # A key that there was not yet when the config was stored has what is its default now.
-        before = {key: value for key, value in _defaults().items() if key in now} | dict(flatten(stored or {}))
+        before = {key: value for key, value in _defaults().items() if key in now} | dict(flatten(stored))
         different = [
             f"{key}={now.get(key)} (there: {before.get(key)})"
             for key in sorted(before.keys() | now.keys())

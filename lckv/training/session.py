@@ -14,6 +14,7 @@ from lckv.config import TrainConfig
 from lckv.costs import ModelSizes
 from lckv.data import TokenizedData, collate
 from lckv.errors import UserError
+from lckv.evaluation.model_costs import costs_of, sharing_plan_of
 from lckv.model_arguments import model_arguments
 from lckv.storage import write_json
 from lckv.training import callbacks as ours
@@ -26,7 +27,7 @@ from lckv.training.loggers import build_loggers
 from lckv.training.loss_plot import plot_loss
 from lckv.training.optim import build_optimizer
 from lckv.training.run_folder import RunFolder
-from lckv.training.run_summary import build_results, costs_of, sharing_plan_of
+from lckv.training.run_summary import build_results
 from lckv.training.teacher import check_teacher_fits
 from lckv.training.trainable import freeze_all_but
 from lckv.training.trainer import LCKVTrainer
@@ -180,7 +181,7 @@ class Session:
 
     def _print(self, text: str) -> None:
         if self.trainer.is_world_process_zero():
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(text)
 
     def _llama_sizes(self) -> ModelSizes | None:
         """What `iso` keeps something equal to."""

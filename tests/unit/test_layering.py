@@ -19,14 +19,15 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 
 # From the bottom: a module may import from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "registry", "byte_sizes", "sweeps", "storage", "console", "environment"],
+    ["errors", "registry", "byte_sizes", "sweeps", "storage", "console", "environment", "processes"],
     ["patterns"],
     ["costs", "iso", "config", "hydra_store", "run_names", "overrides", "drawing"],
     ["model_arguments"],
-    ["data", "models"],
+    ["data", "models", "logits"],
     ["cache"],
     ["evaluation", "training"],
     ["loading"],
+    ["building"],
     ["engine"],
     ["generation"],
     ["conversion"],
