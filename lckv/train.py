@@ -39,7 +39,7 @@ def _finished_in_a_sweep(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] 
     if not (cli.is_in_a_sweep() and cfg.trainer.resume and folder.results.is_file()):
         return None
     if cfg.init.source is not None:
-        from lckv.conversion.starting import adopt_init
+        from lckv.conversion.pipeline import adopt_init
 
         cfg, _ = adopt_init(cfg, folder)
     if not folder.holds(asdict(cfg)):
@@ -59,7 +59,7 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     from transformers import set_seed
 
     from lckv.building import build_model, build_teacher, check_activation
-    from lckv.conversion.starting import adopt_init, convert_init
+    from lckv.conversion.pipeline import adopt_init, convert_init
     from lckv.data import build_dataset, build_tokenizer
     from lckv.processes import is_main_process, prepare_process
     from lckv.training.arguments import build_training_arguments

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from tests.unit.generation.test_loading import byte_tokenizer
 from transformers import GenerationConfig
 
 from lckv import cli, generate
@@ -18,6 +17,7 @@ from lckv.generation.batch import PrefillOptions, StepWatch
 from lckv.generation.batch import generate as generate_batch
 from lckv.generation.decoding_options import DecodingOptions
 from tests.reference import tiny_model, token_ids
+from tests.unit.test_loading import byte_tokenizer
 
 PATTERN = "0_3_3_3_4"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"

@@ -41,6 +41,8 @@ TORCH_FREE = [
     "lckv",
     "lckv.errors",
     "lckv.registry",
+    "lckv.storage",
+    "lckv.console",
     "lckv.patterns",
     "lckv.costs",
     "lckv.iso",

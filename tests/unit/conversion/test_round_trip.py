@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.generation.test_loading import llama_folder, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lckv.loading import load_model
@@ -22,6 +21,7 @@ from tests.unit.conversion.sources import (
     save_source,
 )
 from tests.unit.models.test_families import CONFIGS, random_model
+from tests.unit.test_loading import llama_folder, write_gguf
 
 
 def save_torch(folder: Path, num_files: int) -> dict[str, torch.Tensor]:
