@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from lckv.errors import check_choice, check_whole_number
@@ -104,19 +104,6 @@ class Iteration:
     forward_passes: int | None = 7
     backward_passes: int = 2
     use_sequential: bool = False
-
-    @classmethod
-    def from_config(cls, config: Any, forward_passes: int | str | None = None) -> Iteration:
-        """What a model's configuration says, ours or one of another family, whose layers all run once.
-
-        Args:
-            config: an object with transformers' names for settings, or a mapping of them.
-            forward_passes: in place of the configuration's.
-        """
-        read = config.get if isinstance(config, Mapping) else partial(getattr, config)
-        passes = read("forward_passes", 0) if forward_passes is None else forward_passes
-        num_passes = passes if isinstance(passes, int) else None
-        return cls(num_passes, read("backward_passes", 1), read("use_sequential", False))
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ def build_report(cfg: PlanConfig) -> PlanReport:
     llama_sizes = (
         sizes if cfg.iso is None else ModelSizes.from_config(model_arguments(replace(cfg, iso=None), vocab_size))
     )
-    is_open = cfg.model.forward_passes == CONVERGE
-    iteration = Iteration.from_config(cfg.model, cfg.converge_passes if is_open else None)
+    forward_passes = cfg.converge_passes if cfg.model.forward_passes == CONVERGE else cfg.model.forward_passes
+    iteration = Iteration(forward_passes, cfg.model.backward_passes, cfg.model.use_sequential)
     context_length = cfg.model.max_position_embeddings if cfg.context_length is None else cfg.context_length
     costs, llama_costs = (
         count_costs(each, its_sizes, context_length, iteration=iteration, dtype=cfg.kv_dtype)

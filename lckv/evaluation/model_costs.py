@@ -20,8 +20,14 @@ def sharing_plan_of(model: PreTrainedModel) -> SharingPlan:
 
 def costs_of(model: PreTrainedModel, context_length: int) -> Costs:
     """KV bytes (16-bit), parameters and FLOPs per token of a model."""
-    sizes, iteration = ModelSizes.from_config(model.config), Iteration.from_config(model.config)
-    return count_costs(sharing_plan_of(model), sizes, context_length, iteration=iteration)
+    config = model.config
+    passes = getattr(config, "forward_passes", 0)
+    iteration = Iteration(
+        forward_passes=passes if isinstance(passes, int) else None,
+        backward_passes=getattr(config, "backward_passes", 1),
+        use_sequential=getattr(config, "use_sequential", False),
+    )
+    return count_costs(sharing_plan_of(model), ModelSizes.from_config(config), context_length, iteration=iteration)
 
 
 def llama_sizes_of(model: PreTrainedModel, config: Mapping[str, Any]) -> ModelSizes | None:
