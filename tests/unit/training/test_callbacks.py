@@ -9,6 +9,7 @@ from tokenizers import processors
 from transformers import TrainerControl, TrainerState
 
 from lckv import environment
+from lckv.console import new_console
 from lckv.errors import UserError
 from lckv.training import callbacks
 from lckv.training.callbacks import (
@@ -150,7 +151,9 @@ def test_a_checkpoint_or_sample_is_logged_and_the_last_step_does_everything(step
 
 def test_progress_without_a_terminal_is_a_line_per_log():
     output = io.StringIO()
-    progress = ProgressCallback(Console(file=output, width=200))
+    console = new_console()
+    console.file, console.width = output, 200
+    progress = ProgressCallback(console)
     state = TrainerState(global_step=3, max_steps=9, is_world_process_zero=True)
     progress.on_train_begin(ARGS, state, TrainerControl())
     train = {"loss": 2.0, "perplexity": 7.39, "tokens_per_second": 1234.5, "eta_seconds": 83.0, "sample": "a\n[b] c"}
