@@ -10,6 +10,7 @@ from lckv import cli
 from lckv.benchmarking.folder import OutputFolder
 from lckv.benchmarking.settings import build_workload, cache_entries, check_dtype, check_iteration, random_models
 from lckv.config import BenchmarkConfig
+from lckv.console import new_console
 from lckv.errors import UserError
 
 # Read once, when torch is loaded: its profiler, which counts memory, would write lines of its own to stderr.
@@ -30,7 +31,7 @@ def main(cfg: BenchmarkConfig) -> None:
     from lckv.benchmarking.contenders import choose_caches, combine
     from lckv.benchmarking.plots import plot_results
     from lckv.benchmarking.rounds import InterruptedMeasurement, measure
-    from lckv.benchmarking.summary import Environment, as_dict, new_console, print_report
+    from lckv.benchmarking.summary import Environment, as_dict, print_report
 
     caches = choose_caches(*cache_entries(cfg))
     models = _load_models(cfg, arguments)
@@ -46,7 +47,7 @@ def main(cfg: BenchmarkConfig) -> None:
         figures = as_dict(results, workload, environment, num_rounds)
         folder.write(figures)
         plot_results(results, workload, folder.plot)
-    console = new_console()
+    console = new_console(is_wide=True)
     if cfg.json:
         console.print_json(json.dumps(figures))
     else:
@@ -61,7 +62,7 @@ def _load_models(cfg: BenchmarkConfig, arguments: dict[str, dict[str, Any]]) -> 
     import torch
 
     from lckv.benchmarking.contenders import checkpoint_labels, random_model
-    from lckv.generation.loading import find_device, load_model
+    from lckv.loading import find_device, load_model
 
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)

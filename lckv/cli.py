@@ -30,6 +30,7 @@ from lckv import config, hydra_store, overrides
 from lckv.errors import UserError, near_miss
 from lckv.override_checks import check_overrides
 from lckv.run_names import default_run_name, file_name
+from lckv.storage import CANNOT_WRITE
 from lckv.sweeps import FailedJob, missing_extra
 from lckv.training.failures import recorded_failure
 from lckv.training.run_folder import RunFolder
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 _GROUPS_WITHOUT_KEY = ("experiment", "debug")
 _CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)  # ValueError: Hydra's own checks
-_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -167,7 +167,7 @@ class _Mistakes:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
             sys.exit(141)
         except OSError as error:
-            if error.errno in _CANNOT_WRITE:
+            if error.errno in CANNOT_WRITE:
                 self._report(job, f"{error.filename or 'a file'}: {error.strerror}; check permissions and free space")
             elif error.errno in _NO_PATH:
                 self._report(job, f"{error.filename}: {error.strerror}; give another path")

@@ -8,7 +8,9 @@ from pathlib import Path
 from lckv import cli, train
 from lckv.byte_sizes import parse_bytes
 from lckv.config import ConvertConfig, InitConfig, TrainConfig
+from lckv.console import new_console
 from lckv.errors import UserError, check_choice
+from lckv.storage import check_new_folder
 from lckv.training.launch import check_launch
 
 
@@ -27,12 +29,10 @@ def main(cfg: ConvertConfig) -> None:
     out = given.resolve()
 
     # Behind the checks: importing torch and transformers takes seconds.
-    from rich.console import Console
+    from lckv.conversion import METHODS, TRAINED, Source, adopt_source, convert
+    from lckv.processes import is_main_process, set_num_threads
 
-    from lckv.conversion import METHODS, TRAINED, Source, adopt_source, check_output, convert
-    from lckv.training.arguments import is_main_process, set_num_threads
-
-    check_output(given)
+    check_new_folder(given)
     check_choice("method", cfg.method, METHODS)
     if cfg.method in TRAINED and cfg.device != ConvertConfig.device:
         reason = f"has no effect with method={cfg.method}, which calibrates where it trains"
@@ -40,14 +40,14 @@ def main(cfg: ConvertConfig) -> None:
     set_num_threads(cfg.trainer.num_threads)
     source = Source.find(cfg.source, revision=cfg.revision)
     cfg.init = replace(cfg.init, source=cfg.source, revision=cfg.revision, method=cfg.method)
-    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_main_process())
+    console = new_console(to_stderr=True, is_quiet=not is_main_process())
     if cfg.method in TRAINED:
         _train(cfg, out, max_shard_size)
     elif is_main_process():
         cfg = adopt_source(cfg, source.config)
         convert(cfg, source, out, console, device=cfg.device, max_shard_size=max_shard_size)
     if is_main_process():
-        console.print(f"{given}: {_describe(cfg, out)}", markup=False)
+        console.print(f"{given}: {_describe(cfg, out)}")
 
 
 def _describe(cfg: ConvertConfig, out: Path) -> str:
@@ -67,7 +67,7 @@ def _train(cfg: ConvertConfig, out: Path, max_shard_size: int) -> None:
     the training is interrupted the same command goes on from there.
     """
     from lckv.conversion import write_trained
-    from lckv.training.arguments import is_main_process
+    from lckv.processes import is_main_process
     from lckv.training.run_folder import RunFolder
 
     path = out.with_name(f"{out.name}-training")

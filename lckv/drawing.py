@@ -17,6 +17,7 @@ from rich.text import Text
 
 from lckv.errors import UserError, near_miss
 from lckv.patterns import LayerPlan, Segment, SharingPlan
+from lckv.storage import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -207,7 +208,8 @@ def save_drawing(plans: SharingPlan | Mapping[str, SharingPlan], file: str | Pat
         _draw_legend(figure, panels, _FOOTER * 0.42 / height)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+            with new_file(path) as file:
+                figure.savefig(file, dpi=200, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
         except OSError as error:
             raise UserError(f"{path}: the drawing cannot be written there: {error.strerror}") from error
 

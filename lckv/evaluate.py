@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from lckv import cli
 from lckv.config import EvaluateConfig
-from lckv.costs import ModelSizes
+from lckv.console import new_console
 from lckv.errors import UserError, check_choice, check_whole_number
 from lckv.evaluation import MODULES
 from lckv.evaluation.checks import check_evaluation, window_sizes
@@ -25,9 +23,9 @@ from lckv.run_names import file_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lckv.checkpoint import Checkpoint
     from lckv.evaluation.evaluations import Subject
-    from lckv.evaluation.results import ResultsFile
+    from lckv.evaluation.results_file import ResultsFile
+    from lckv.loading import Checkpoint
     from lckv.models import LCKVLlamaForCausalLM
     from lckv.training.run_folder import RunFolder
 
@@ -50,30 +48,34 @@ def main(cfg: EvaluateConfig) -> None:
     # Behind the checks: importing torch and transformers takes seconds.
     import torch
 
-    from lckv.checkpoint import find_checkpoint
     from lckv.evaluation.evaluations import Subject
-    from lckv.evaluation.running import run_evaluations
-    from lckv.generation.loading import load_model
+    from lckv.loading import find_checkpoint, find_run, load_model, set_attention
 
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     checkpoint = find_checkpoint(cfg.model, revision=cfg.revision)
-    run = _find_run(checkpoint)
+    run = find_run(checkpoint)
     file = _results_file(cfg, checkpoint, run)
     model, tokenizer = load_model(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device)
-    _set_attention(model, cfg.attn_implementation)
+    set_attention(model, cfg.attn_implementation)
     subject = Subject(
         model,
         tokenizer,
         cfg.data,
         _cache_maker(cfg, model),
         cfg.seed,
-        trained_length=None if run is None else _config_of(run)["data"]["block_size"],
+        trained_length=None if run is None else run.stored_config()["data"]["block_size"],
         folder=file.path.parent,
     )
     file.common.update(_common(cfg, subject, run))
+    _evaluate(cfg, subject, file)
+
+
+def _evaluate(cfg: EvaluateConfig, subject: Subject, file: ResultsFile) -> None:
+    from lckv.evaluation.running import run_evaluations
+
     results, failures, is_new = file.touch(), [], False
-    for name, outcome in run_evaluations(subject, cfg, _settings(cfg, model)):
+    for name, outcome in run_evaluations(subject, cfg, _settings(cfg, subject.model)):
         if isinstance(outcome, UserError):
             failures.append(f"{name}: {outcome}")
         else:
@@ -102,60 +104,22 @@ def _check_config(cfg: EvaluateConfig) -> None:
         raise UserError(f"cache.{name}={value}: has no effect with cache={NO_CACHE}; choose a cache, or leave it out")
 
 
-def _find_run(checkpoint: Checkpoint) -> RunFolder | None:
-    """The training run that the model is of, if it was given as a run folder, or as a model or checkpoint in it."""
-    from lckv.training.run_folder import RunFolder
-
-    given = Path(checkpoint.given).expanduser().resolve()
-    folders = (given.parent, given.parent.parent) if _is_of_training(given) else (given, given.parent)
-    runs = [RunFolder(folder) for folder in folders] if checkpoint.is_local else []
-    return next((run for run in runs if run.config.is_file() and run.metrics.is_file()), None)
-
-
-def _is_of_training(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that a run has kept, not the model at its end."""
-    return folder.parent.name == "checkpoints"
-
-
-def _config_of(run: RunFolder) -> dict[str, Any]:
-    """The settings of a training run."""
-    config: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    return config
-
-
-def _llama_sizes(run: RunFolder | None, model: PreTrainedModel) -> ModelSizes | None:
-    """Those of the Llama whose KV bytes the run was given as many of by `iso`; `None`: the model's own."""
-    config = {} if run is None else _config_of(run)
-    if config.get("iso") is None:
-        return None
-    heads = config["model"]["num_key_value_heads"] or config["model"]["num_attention_heads"]
-    return replace(ModelSizes.from_config(model.config), num_key_value_heads=heads)
-
-
 def _results_file(cfg: EvaluateConfig, checkpoint: Checkpoint, run: RunFolder | None) -> ResultsFile:
     """Where the results go, checked to be this model's."""
-    from lckv.evaluation.results import ResultsFile
+    from lckv.evaluation.results_file import ResultsFile
+    from lckv.loading import is_of_training
 
     path = Path(checkpoint.given).expanduser().resolve()
     if cfg.out is not None:
         folder = Path(cfg.out).expanduser()
     elif run is not None:
-        folder = run.path / "evaluation" / (path.name if _is_of_training(path) else "")
+        folder = run.path / "evaluation" / (path.name if is_of_training(path) else "")
     else:
         folder = Path("runs") / "evaluation" / file_name(path.name if checkpoint.is_local else checkpoint.given)
     identity = {"name": checkpoint.given, "revision": checkpoint.revision, "fingerprint": checkpoint.fingerprint()}
     file = ResultsFile(folder / "results.json", identity)
     file.check()
     return file
-
-
-def _set_attention(model: LCKVLlamaForCausalLM, attn_implementation: str | None) -> None:
-    if attn_implementation is None:
-        return
-    try:
-        model.set_attn_implementation(attn_implementation)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"attn_implementation={attn_implementation!r}: {error}") from error
 
 
 def _cache_maker(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> Callable[[], Any] | None:
@@ -169,7 +133,7 @@ def _cache_maker(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> Callable[[
     return new_cache
 
 
-def _settings(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> dict[str, Any]:
+def _settings(cfg: EvaluateConfig, model: PreTrainedModel) -> dict[str, Any]:
     """What the figures depend on beside each evaluation's own settings."""
     import torch
 
@@ -184,17 +148,19 @@ def _settings(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> dict[str, Any
 
 def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dict[str, Any]:
     """What `results.json` holds beside the evaluations."""
-    from lckv.training.report import cost_figures, median_speed, sharing_plan_of, versions
+    from lckv.environment import versions
+    from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
+    from lckv.training.run_summary import median_speed
 
-    limit = subject.model.config.max_position_embeddings
+    model, config = subject.model, {} if run is None else run.stored_config()
+    limit = model.config.max_position_embeddings
     context_length, _ = window_sizes(cfg.perplexity, limit, subject.trained_length, "perplexity.")
-    speed = None if run is None else median_speed(run.read_metrics())
     return {
-        "layer_types": sharing_plan_of(subject.model).layer_types,
+        "layer_types": sharing_plan_of(model).layer_types,
         "costs": {
-            **cost_figures(subject.model, context_length, _llama_sizes(run, subject.model)),
-            "num_parameters": subject.model.num_parameters(),
-            "train_tokens_per_second": speed,
+            **cost_figures(model, context_length, llama_sizes_of(model, config)),
+            "num_parameters": model.num_parameters(),
+            "train_tokens_per_second": None if run is None else median_speed(run.read_metrics()),
         },
         "settings": asdict(cfg),
         "versions": versions(),
@@ -202,15 +168,14 @@ def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dic
 
 
 def _show(results: dict[str, Any], file: ResultsFile, *, as_json: bool) -> None:
-    from lckv.benchmarking.summary import new_console
-    from lckv.evaluation.report import show_results
+    from lckv.evaluation.table import show_results
 
-    console = new_console()
+    console = new_console(is_wide=True)
     if as_json:
         console.print_json(json.dumps(results))
     else:
         show_results(results, console)
-        console.print(f"written: {file.path}", markup=False)
+        console.print(f"written: {file.path}")
 
 
 if __name__ == "__main__":

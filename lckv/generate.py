@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lckv import cli
 from lckv.config import GenerateConfig
+from lckv.console import new_console
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.checks import ENDLESS, TOKENS, check_cache, check_config, check_passes
 from lckv.generation.decoding_options import DecodingOptions
@@ -13,15 +14,14 @@ from lckv.generation.prompts import encode_prompts, read_prompts
 def main(cfg: GenerateConfig) -> None:
     """Reads the prompts, loads the model, and prints what it makes of them."""
     stream = check_config(cfg)
-    decoding = _decoding_options(cfg)
+    decoding = DecodingOptions.from_config(cfg)
     prompts = read_prompts(cfg.prompt, cfg.prompt_file, cfg.prompts_file)
 
     # Behind the checks: importing torch and transformers takes seconds.
     import torch
-    from rich.console import Console
 
-    from lckv.generation.loading import load_model
-    from lckv.generation.session import Session
+    from lckv.generation.generator import TextGenerator
+    from lckv.loading import load_model
 
     check_cache(cfg.cache)
     if cfg.num_threads is not None:
@@ -30,22 +30,17 @@ def main(cfg: GenerateConfig) -> None:
     model, tokenizer = load_model(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device)
     check_passes(cfg, model)
     encoded = encode_prompts(prompts, tokenizer, chat=cfg.chat, system=cfg.system)
-    session = Session(cfg, decoding, model, tokenizer, Console(stderr=True, highlight=False, soft_wrap=True))
+    generator = TextGenerator(cfg, decoding, model, tokenizer, new_console(to_stderr=True))
     try:
         if stream == ENDLESS:
-            session.stream_endlessly(encoded[0])
+            generator.stream_endlessly(encoded[0])
         else:
-            session.answer(prompts, encoded, is_streamed=stream == TOKENS)
+            generator.answer(prompts, encoded, is_streamed=stream == TOKENS)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         smaller = "batch_size, prefill_chunk, max_new_tokens, or what the cache is made for"
         raise UserError(f"out of memory: give a smaller {smaller}") from error
-
-
-def _decoding_options(cfg: GenerateConfig) -> DecodingOptions:
-    names = ("greedy", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "num_beams", "max_new_tokens")
-    return DecodingOptions(**{name: getattr(cfg, name) for name in names})
 
 
 if __name__ == "__main__":

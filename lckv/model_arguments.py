@@ -13,18 +13,12 @@ from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 CONVERGE = "converge"
 DEFAULT_SLIDING_WINDOW = 4096
+ITERATION = ("forward_passes", "backward_passes", "converge_tolerance", "use_sequential", "force_nodiag")
+"""Names of the settings that say how layers which read upward are run."""
 KEPT_WITH_SOURCE = (
-    "name",
-    "layer_types",
-    "sliding_window",
-    "forward_passes",
-    "backward_passes",
-    "converge_tolerance",
-    "use_sequential",
-    "force_nodiag",
-    "attention_dropout",
-    "attn_implementation",
-    "dtype",
+    *("name", "layer_types", "sliding_window"),
+    *ITERATION,
+    *("attention_dropout", "attn_implementation", "dtype"),
 )
 """The keys of the `model` group that a pretrained model leaves to the user."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -89,6 +83,11 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
         sizes = match_llama(cfg.iso, plan, ModelSizes.from_config(arguments), cfg.iso_multiple)
         arguments.update(intermediate_size=sizes.intermediate_size, num_key_value_heads=sizes.num_key_value_heads)
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def iteration_settings(cfg: Any) -> dict[str, Any]:
+    """Those of [`ITERATION`] that a group of a configuration has: arguments of `LCKVLlamaConfig`."""
+    return {name: getattr(cfg, name) for name in ITERATION if hasattr(cfg, name)}
 
 
 def check_model(model: ModelConfig, plan: SharingPlan) -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lckv import cli
 from lckv.config import PlanConfig
+from lckv.console import new_console
 from lckv.costs import Costs, Iteration, ModelSizes, count_costs, llama_plan
 from lckv.drawing import describe_layer, draw_in_terminal, save_drawing
 from lckv.errors import UserError
@@ -37,7 +38,7 @@ def main(cfg: PlanConfig) -> None:
     report = build_report(cfg)
     if cfg.draw is not None:
         save_drawing(report.plan, cfg.draw)
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console()
     if cfg.json:
         console.print_json(json.dumps(as_dict(report)))
         return

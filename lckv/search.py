@@ -6,7 +6,9 @@ from pathlib import Path
 
 from lckv import cli
 from lckv.config import SearchConfig
+from lckv.console import new_console
 from lckv.errors import UserError
+from lckv.storage import check_new_folder
 
 
 def main(cfg: SearchConfig) -> None:
@@ -15,27 +17,25 @@ def main(cfg: SearchConfig) -> None:
         raise UserError("source: give one: python -m lckv.search source=MODEL budget=0.5")
 
     # Behind the check: importing torch and transformers takes seconds.
-    from rich.console import Console
-
-    from lckv.conversion import Source, check_output
+    from lckv.conversion import Source
     from lckv.conversion.search_report import write_report
-    from lckv.conversion.searching import SearchSession, check_search
-    from lckv.training.arguments import set_num_threads
+    from lckv.conversion.search_session import SearchSession, check_search
+    from lckv.processes import set_num_threads
 
     check_search(cfg)
     out = None if cfg.out is None else Path(cfg.out).expanduser()
     if out is not None:
-        check_output(out)
+        check_new_folder(out)
     set_num_threads(cfg.num_threads)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = new_console(to_stderr=True)
     session = SearchSession(cfg, Source.find(cfg.source, revision=cfg.revision), console)
     report = session.run()
     folder = write_report(report, out)
-    output = Console(highlight=False, soft_wrap=True)
+    output = new_console()
     output.print(report.table())
     for point in report.frontier:  # too long for a column
-        output.print(f"{point.name}: {point.layer_types}", markup=False)
-    console.print(report.summary(folder), markup=False)
+        output.print(f"{point.name}: {point.layer_types}")
+    console.print(report.summary(folder))
     if report.is_interrupted:
         raise KeyboardInterrupt
 

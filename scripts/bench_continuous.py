@@ -18,7 +18,7 @@ from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.benchmarking.measurements import median, ratio
 from lckv.benchmarking.ways import milliseconds, read_arguments, show, take_turns
 from lckv.cache import DynamicKVCache, PagedKVCache
-from lckv.generation.continuous import ContinuousBatcher
+from lckv.engine.continuous import ContinuousBatcher
 
 PATTERNS = {"Llama": "0_1_2_3_4_5_6_7", "YOCO": "0s_1s_2s_3s_4_4_4_4", "LCKV": "0_6_6_6_6_6_6_7"}
 SIZES: dict[str, Any] = {

@@ -18,8 +18,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from lckv.benchmarking.measurements import median, ratio
 from lckv.benchmarking.ways import read_arguments, show, take_turns
 from lckv.cache import build_cache
-from lckv.generation.decoding import compile_config
-from lckv.generation.loading import load_model
+from lckv.generation.batch import compile_config
+from lckv.loading import load_model
 
 BASELINE = "transformers' Llama, dynamic"
 

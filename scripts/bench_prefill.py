@@ -16,8 +16,8 @@ import torch
 
 from lckv.benchmarking.ways import milliseconds, read_arguments, show, take_turns
 from lckv.cache import KVCache, build_cache
-from lckv.generation.loading import load_model
 from lckv.generation.prefill import PrefillReport, prefill
+from lckv.loading import load_model
 
 
 def run(model: Any, input_ids: torch.Tensor, *way: Any) -> tuple[PrefillReport, KVCache]:

@@ -16,11 +16,11 @@ import torch
 from lckv.benchmarking.ways import draw, read_arguments, show
 from lckv.cache import DynamicKVCache, KVCache, SinkKVCache
 from lckv.config import DataConfig
-from lckv.data.progress import track
+from lckv.console import track
 from lckv.data.readers import read_documents
 from lckv.data.sources import build_source
-from lckv.generation.loading import load_model
 from lckv.generation.streaming import score_stream
+from lckv.loading import load_model
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ import torch
 
 from lckv.benchmarking.ways import draw, read_arguments, show
 from lckv.cache import SinkKVCache
-from lckv.data.progress import track
+from lckv.console import track
 from lckv.generation.streaming import Sampling, stream
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 

@@ -19,6 +19,7 @@ from lckv.cache import KVCache, PagedKVCache
 from lckv.costs import FlopsPerToken, Iteration, KVBytes, ModelSizes, count_flops, count_kv_bytes
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.prefill import PrefillReport, prefill
+from lckv.logits import check_logits
 
 FAILURES = (UserError, RuntimeError, ValueError, NotImplementedError, ImportError, MemoryError)
 """What a model, a cache or the memory may refuse; anything else is a fault of the program and ends it."""
@@ -99,8 +100,7 @@ class Bench:
         assert isinstance(cache, RecordsTraffic)
         cache.record_codecs()
         report = self._prefill(cache)
-        if not bool(torch.isfinite(report.logits).all()):
-            raise UserError("the logits behind the prompt are not finite: the weights are no good in this dtype")
+        check_logits(report.logits, "the logits behind the prompt")
         token = self._decode(cache, report.logits, self.workload.new_tokens - 1)
         cache.start_step()
         with record_reads(self.model) as reads:

@@ -9,7 +9,7 @@ from contextlib import closing
 from lckv.benchmarking.contenders import Contender
 from lckv.benchmarking.measurements import Measurements, Workload
 from lckv.benchmarking.measuring import FAILURES, Bench, describe, release_memory
-from lckv.data.progress import track
+from lckv.console import track
 from lckv.errors import UserError
 
 logger = logging.getLogger(__name__)

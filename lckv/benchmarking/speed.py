@@ -11,7 +11,7 @@ from lckv.benchmarking.measurements import Workload, median, tokens_per_second
 from lckv.benchmarking.measuring import FAILURES, Bench, describe
 from lckv.cache import KVCache
 from lckv.config import EvaluationConfig
-from lckv.data.progress import track
+from lckv.console import track
 from lckv.errors import UserError
 from lckv.evaluation.checks import check_speed
 from lckv.evaluation.evaluations import EVALUATIONS, Subject

@@ -43,14 +43,6 @@ class Environment:
         )
 
 
-def new_console() -> Console:
-    """For the tables: as wide as the terminal; elsewhere, such as in a file, wide enough for them."""
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 140
-    return console
-
-
 def as_dict(
     results: Sequence[Measurements], workload: Workload, environment: Environment, num_rounds: int
 ) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lckv.benchmarking.measurements import median, ratio
-from lckv.benchmarking.summary import new_console
-from lckv.data.progress import track
+from lckv.console import new_console, track
 
 K = TypeVar("K")
 
@@ -85,7 +84,7 @@ def show(*tables: Mapping[str, Mapping[str, Any]], output: str = "") -> None:
         table = Table("", *columns)
         for name, row in rows.items():
             table.add_row(name, *(_shown(row.get(column)) for column in columns))
-        new_console().print(table)
+        new_console(is_wide=True).print(table)
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")

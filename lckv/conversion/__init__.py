@@ -1,11 +1,10 @@
 """From pretrained models to models that share keys and values."""
 
-from lckv.conversion.converted import RECORD, source_config_of, write_trained
-from lckv.conversion.converting import convert
 from lckv.conversion.methods import CALIBRATED, METHODS, TRAINED
+from lckv.conversion.pipeline import convert
 from lckv.conversion.settings import adopt_source, check_calibration, model_settings, plan_of
 from lckv.conversion.source import Source
-from lckv.conversion.writing import appearing, check_output
+from lckv.conversion.target import RECORD, source_config_of, write_trained
 
 __all__ = [
     "CALIBRATED",
@@ -14,9 +13,7 @@ __all__ = [
     "TRAINED",
     "Source",
     "adopt_source",
-    "appearing",
     "check_calibration",
-    "check_output",
     "convert",
     "model_settings",
     "plan_of",

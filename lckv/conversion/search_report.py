@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,12 +17,14 @@ from rich.table import Table
 
 import lckv
 from lckv.config import DataConfig, InitConfig, SearchConfig
-from lckv.conversion.search import SearchTrace
-from lckv.conversion.writing import appearing
+from lckv.console import command
+from lckv.conversion.pattern_search import SearchTrace
 from lckv.costs import ModelSizes, count_kv_bytes
+from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import parse_layer_types
 from lckv.run_names import file_name, source_name
+from lckv.storage import new_folder, numbered
 
 _UPTRAINING = (("trainer", "uptrain"), ("optim", "uptrain"))
 """What keeps what the pretrained model knows."""
@@ -184,7 +185,7 @@ class SearchReport:
         return (
             f"{state} of {last.kv_bytes:,} bytes per token: {last.layer_types}\n"
             f"written to {folder}; to train it: "
-            f"python -m lckv.train --config-dir {folder} experiment={experiment_name(last)}"
+            + command("lckv.train", ["--config-dir", str(folder), f"experiment={experiment_name(last)}"])
         )
 
     def write(self, folder: Path) -> None:
@@ -291,7 +292,7 @@ def _experiment(point: Point, report: SearchReport) -> str:
     sizes = {name: value for name, value in asdict(ModelSizes.from_config(report.source)).items() if value is not None}
     model = {"name": source_name(source), "layer_types": plan.layer_types, **sizes}
     if plan.has_cycles:
-        model |= {"forward_passes": cfg.forward_passes, "converge_tolerance": cfg.converge_tolerance}
+        model |= iteration_settings(cfg)
     body = {
         "defaults": [{f"override /{group}": name} for group, name in (("data", cfg.data.name), *_UPTRAINING)],
         "model": model,
@@ -339,16 +340,7 @@ def write_report(report: SearchReport, out: Path | None) -> Path:
     cfg = report.cfg
     if out is None:
         out = Path("runs") / "search" / file_name(f"{source_name(cfg.source or '')}-{cfg.method}-{cfg.budget}")
-    out = _first_free(out)
-    with appearing(out) as folder:
+    out = next(path for path in numbered(out) if not path.exists() or (path.is_dir() and not any(path.iterdir())))
+    with new_folder(out) as folder:
         report.write(folder)
     return out
-
-
-def _first_free(path: Path) -> Path:
-    """The first of `path`, `path-2`, ... that is not there, or is an empty folder."""
-    for number in itertools.count(1):
-        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        if not candidate.exists() or (candidate.is_dir() and not any(candidate.iterdir())):
-            return candidate
-    raise AssertionError("there are numbers enough")

@@ -8,15 +8,13 @@ from typing import Any, TypeVar
 
 from lckv.config import DataConfig, InitConfig, ModelConfig, TrainConfig
 from lckv.errors import UserError, check_positive, check_whole_number
-from lckv.model_arguments import KEPT_WITH_SOURCE, check_model, resolve_layer_types
+from lckv.model_arguments import KEPT_WITH_SOURCE, check_model, iteration_settings, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
 
 logger = logging.getLogger(__name__)
 
 AnyTrainConfig = TypeVar("AnyTrainConfig", bound=TrainConfig)
-
-_ITERATION = ("forward_passes", "backward_passes", "converge_tolerance", "use_sequential", "force_nodiag")
 
 
 def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig:
@@ -77,7 +75,7 @@ def plan_of(cfg: TrainConfig) -> SharingPlan:
 
 def model_settings(cfg: TrainConfig) -> dict[str, Any]:
     """What the configuration says of a converted model beside its pattern: arguments of `LCKVLlamaConfig`."""
-    settings = {name: getattr(cfg.model, name) for name in _ITERATION}
+    settings = iteration_settings(cfg.model)
     return settings if cfg.model.sliding_window is None else settings | {"sliding_window": cfg.model.sliding_window}
 
 

@@ -20,10 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lckv.checkpoint import WEIGHT_FILES, Checkpoint, find_checkpoint, index_name
 from lckv.conversion.heads import Tensors
 from lckv.errors import UserError
-from lckv.generation.loading import load_model
+from lckv.loading import WEIGHT_FILES, Checkpoint, find_checkpoint, index_name, load_model
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class Source:
         """Finds a model that can be converted, without reading its weights.
 
         Args:
-            name: as for [`lckv.checkpoint.find_checkpoint`].
+            name: as for [`lckv.loading.find_checkpoint`].
             revision: only for the Hub: branch, tag or commit.
             key: what the user gave the name under.
 

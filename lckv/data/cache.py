@@ -1,7 +1,6 @@
-"""Folders on disk that are either whole or absent: the cache of trained tokenizers and tokenised blocks.
+"""The cache on disk, of trained tokenizers and tokenised blocks.
 
-A folder is written under a temporary name and renamed when it is complete, so a process that is killed, or runs at the
-same time, never leaves half a folder to be picked up. A manifest in it tells a damaged folder, which is built again.
+A manifest in each of its folders tells a damaged one, which is built again.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +17,9 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from lckv.errors import UserError
+from lckv.storage import CANNOT_WRITE, locked, new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +31,7 @@ MANIFEST = "manifest.json"
 # Checking the sums of every file would make a resumed run read all of a large corpus before its first step.
 _MAX_CHECKSUM_BYTES = 256 * 2**20
 
-_CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+_CANNOT_WRITE = CANNOT_WRITE | {errno.ENOTDIR, errno.EEXIST}
 
 
 class DamagedCacheError(Exception):
@@ -70,7 +67,8 @@ def load_or_build(folder: Path, build: Callable[[Path], None], load: Callable[[P
         logger.debug("%s", error)
     with _explain_write_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        lock = folder.with_name(folder.name + ".lock")
+        with locked(lock, on_wait=lambda: logger.info("another process is building %s: waiting for it", folder)):
             try:
                 return _load(folder, load)  # another process has built it while this one waited
             except DamagedCacheError as error:
@@ -85,36 +83,12 @@ def _load(folder: Path, load: Callable[[Path], T]) -> T:
     return load(folder)
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("another process is building %s: waiting for it", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    """Builds `folder` under a temporary name and moves it into place; the caller holds the lock."""
-    prefix = folder.name + ".tmp-"
-    for leftover in folder.parent.glob(prefix + "*"):
-        shutil.rmtree(leftover)  # of a killed process: a living one would hold the lock
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        build(temporary)
-        _write_manifest(temporary)
-        # mkdtemp lets only its owner in, but a cache may be shared: give it the usual permissions.
-        temporary.chmod(folder.parent.stat().st_mode & 0o777)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Builds `folder`; the caller holds the lock."""
+    with new_folder(folder, replaces=True) as new:
+        new.chmod(folder.parent.stat().st_mode & 0o777)  # for all who share the cache
+        build(new)
+        (new / MANIFEST).write_text(json.dumps(_describe(new)), encoding="utf-8")
 
 
 @contextmanager
@@ -140,10 +114,6 @@ def _describe(folder: Path) -> dict[str, list[int | None]]:
     """Size and checksum of every file in `folder`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in paths}
-
-
-def _write_manifest(folder: Path) -> None:
-    (folder / MANIFEST).write_text(json.dumps(_describe(folder)), encoding="utf-8")
 
 
 def _check_manifest(folder: Path) -> None:

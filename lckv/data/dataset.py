@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from lckv.console import track
 from lckv.data.cache import NpyWriter, find_cache_dir, fingerprint, load_or_build
 from lckv.data.packing import TOKEN, Packer, labels_of, position_ids_of
-from lckv.data.progress import track
 from lckv.data.sources import TextSource, build_source
 from lckv.data.tokenizer import DocumentEncoder
 from lckv.data.unigram import bits_per_byte, count_tokens, unigram_loss, unigram_perplexity

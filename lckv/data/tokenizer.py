@@ -17,9 +17,9 @@ from huggingface_hub import constants
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lckv.console import track
 from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
 from lckv.data.packing import mark_document
-from lckv.data.progress import track
 from lckv.data.sources import TextSource, build_source
 from lckv.errors import UserError, near_miss
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from lckv.storage import new_file
+
 # Even in brightness, and told apart by colour-blind readers too.
 _COLORS = "cividis"
 _DARK_BELOW = 0.55
@@ -20,10 +21,8 @@ _DARK_BELOW = 0.55
 
 def draw_needle(figures: Mapping[str, Any], path: Path, title: str) -> None:
     """Writes the picture that [`needle_figure`] makes, as PNG, SVG or PDF by the ending of `path`."""
-    figure = needle_figure(figures, title)
-    aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(aside)
-    os.replace(aside, path)
+    with new_file(path) as file:
+        needle_figure(figures, title).savefig(file)
 
 
 def needle_figure(figures: Mapping[str, Any], title: str) -> Figure:

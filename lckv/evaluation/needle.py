@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 
 from lckv.config import EvaluationConfig, NeedleConfig
-from lckv.data.progress import track
+from lckv.console import track
 from lckv.errors import UserError
 from lckv.evaluation.checks import check_needle
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
 from lckv.evaluation.haystack import NUM_CANDIDATES, Haystack, NeedlePrompt
 from lckv.evaluation.heatmap import draw_needle
+from lckv.evaluation.log_probabilities import last_log_probabilities
 from lckv.evaluation.perplexity import in_eval_mode
-from lckv.evaluation.scoring import last_log_probabilities
 from lckv.evaluation.sliding import validation_documents
 
 

@@ -13,12 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lckv.config import EvaluationConfig, RecallConfig
-from lckv.data.progress import track
+from lckv.console import track
 from lckv.errors import UserError
 from lckv.evaluation.checks import check_recall
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
+from lckv.evaluation.log_probabilities import last_log_probabilities
 from lckv.evaluation.perplexity import in_eval_mode
-from lckv.evaluation.scoring import last_log_probabilities
 
 
 @dataclass(frozen=True)

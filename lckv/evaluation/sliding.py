@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from lckv.config import DataConfig, EvaluationConfig
+from lckv.console import track
 from lckv.data import build_source
-from lckv.data.progress import track
 from lckv.data.tokenizer import DocumentEncoder, check_tokenizer
 from lckv.errors import UserError
 from lckv.evaluation.checks import window_sizes

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from lckv.config import GenerateConfig
 from lckv.errors import UserError, check_positive, check_whole_number
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ class DecodingOptions(Sampling):
             check_whole_number("max_new_tokens", self.max_new_tokens)
         check_whole_number("num_beams", self.num_beams)
         super().__post_init__()
+
+    @classmethod
+    def from_config(cls, cfg: GenerateConfig) -> DecodingOptions:
+        """What the user asks for."""
+        return cls(**{item.name: getattr(cfg, item.name) for item in fields(cls)})
 
     def generation_config(self, max_new_tokens: int, eos_token_id: int | list[int] | None) -> GenerationConfig:
         """The same for transformers, with nothing left to its defaults."""

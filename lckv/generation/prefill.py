@@ -11,10 +11,30 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
+from lckv.config import GenerateConfig
 from lckv.errors import UserError, check_positive, check_whole_number
 from lckv.model_arguments import check_passes_value
 from lckv.models.padding import positions
 from lckv.models.sharing_cache import SharingCache
+
+
+@dataclass(frozen=True)
+class PrefillOptions:
+    """How a prompt goes through the model; the attributes are those of [`prefill`]."""
+
+    chunk_size: int | None = None
+    forward_passes: int | str | None = None
+    tolerance: float | None = None
+
+    @classmethod
+    def from_config(cls, cfg: GenerateConfig) -> PrefillOptions:
+        """What the user asks for."""
+        return cls(cfg.prefill_chunk, cfg.prefill_passes, cfg.prefill_tolerance)
+
+    @property
+    def iteration(self) -> dict[str, Any]:
+        """The arguments of the model's `forward` that say how often a cycle runs."""
+        return {"forward_passes": self.forward_passes, "converge_tolerance": self.tolerance}
 
 
 @dataclass

@@ -28,6 +28,7 @@ from lckv.cache import KVCache
 from lckv.errors import UserError, check_whole_number
 from lckv.generation.decoding_options import Sampling
 from lckv.generation.prefill import num_at_once
+from lckv.logits import check_logits
 
 
 class TokenPicker:
@@ -60,9 +61,7 @@ class TokenPicker:
         Raises:
             UserError: if the logits are not finite.
         """
-        if not logits.max().isfinite():  # the maximum of numbers that NaN is among is NaN
-            reason = "its weights are broken, or its dtype is too small for them"
-            raise UserError(f"the model's logits are not finite: {reason}")
+        check_logits(logits, "the model's logits")
         history = torch.tensor([list(self.history)], dtype=torch.long, device=logits.device)
         scores = self.processors(history, logits.float())  # type: ignore[arg-type]
         if self.samples:

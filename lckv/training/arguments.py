@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import TrainingArguments
 
 from lckv.config import TrainConfig, TrainerConfig
 from lckv.errors import UserError, check_choice, check_whole_number, near_miss
+from lckv.processes import num_processes
 from lckv.training.optim import schedule_arguments
 from lckv.training.teacher import check_teacher_settings
 from lckv.training.trainable import TRAINABLE
@@ -80,33 +80,6 @@ def gradient_accumulation_steps(cfg: TrainerConfig, num_processes: int) -> tuple
             f"{max(1, round(cfg.global_batch_size / at_once)) * at_once}"
         )
     return micro_batch_size, cfg.global_batch_size // at_once
-
-
-def num_processes() -> int:
-    """How many processes train together, as `accelerate launch` and `torchrun` tell each of them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def set_num_threads(num_threads: int | None) -> int:
-    """Sets torch's threads: the given number, $OMP_NUM_THREADS, or this process's share of the physical cores.
-
-    Raises:
-        UserError: if the number is below 1.
-    """
-    if num_threads is not None:
-        check_whole_number("trainer.num_threads", num_threads)
-    if num_threads is None and "OMP_NUM_THREADS" not in os.environ:
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = min(usable, psutil.cpu_count(logical=False) or usable)
-        num_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    return torch.get_num_threads()
 
 
 def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:

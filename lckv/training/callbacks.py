@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
+from lckv.environment import peak_flops, peak_memory_bytes
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import in_eval_mode
-from lckv.training.hardware import peak_flops, peak_memory_bytes
 from lckv.training.run_folder import RunFolder
 
 
@@ -284,9 +284,7 @@ class ProgressCallback(TrainerCallback):
                 self._print(state, f"sample: {' '.join(logs['sample'].split())}")
 
     def _print(self, state: TrainerState, text: str) -> None:
-        self.console.print(
-            f"step {state.global_step}/{state.max_steps}  {text}", markup=False, highlight=False, soft_wrap=True
-        )
+        self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

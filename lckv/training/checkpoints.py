@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from lckv.errors import UserError
+from lckv.storage import clear_away, put_in_place, remove_folder, why_not_written, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ MANIFEST = "manifest.json"
 """Lists the files of a checkpoint with their sizes; the last file that is written."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_ASIDE = (".saving-", ".deleting-")
+_STAGING = ".saving-"
 
 
 class CheckpointFolder:
@@ -41,17 +40,15 @@ class CheckpointFolder:
         self.keep = keep
 
     def staging(self, step: int) -> Path:
-        """Where the checkpoint of `step` is written until it is whole."""
-        return self.path / f".saving-{step}"
+        """Where all processes write the checkpoint of `step` until it is whole."""
+        return self.path / f"{_STAGING}{step}"
 
     def publish(self, step: int, written: Path) -> Path:
         """Makes the folder `written` the checkpoint of `step`, and rotates older ones away."""
-        _write_manifest(written)
+        files = sorted(path for path in written.rglob("*") if path.is_file())
+        write_json(written / MANIFEST, {str(file.relative_to(written)): file.stat().st_size for file in files})
         target = self.path / f"checkpoint-{step}"
-        if target.exists():  # an unfit one: a whole one would have been resumed from, behind this step
-            self._delete(target)
-        os.replace(written, target)
-        _sync(self.path)
+        put_in_place(written, target)  # of an unfit one: a whole one would have been resumed from, behind this step
         shutil.rmtree(self.staging(step), ignore_errors=True)
         self._rotate()
         return target
@@ -67,9 +64,9 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Removes what saving or deleting left behind when the process was killed."""
-        for prefix in _ASIDE:
-            for path in self.path.glob(f"{prefix}*"):
-                shutil.rmtree(path, ignore_errors=True)
+        clear_away(self.path)
+        for path in self.path.glob(f"{_STAGING}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _all(self) -> list[Path]:
         found = [(int(match[1]), path) for path in self.path.glob("*") if (match := _NAME.fullmatch(path.name))]
@@ -81,13 +78,7 @@ class CheckpointFolder:
         newest = self.latest()
         for path in self._all()[: -self.keep]:
             if path != newest:
-                self._delete(path)
-
-    def _delete(self, path: Path) -> None:
-        aside = path.with_name(f".deleting-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+                remove_folder(path)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -112,13 +103,13 @@ def find_fault(checkpoint: Path) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def saving(what: str, aside: Path, consequence: str) -> Iterator[None]:
-    """Turns a failure to write into one line for the user, and removes the half-written folder `aside`.
+@contextmanager
+def saving(what: str, folder: Path, consequence: str) -> Iterator[None]:
+    """Turns a failure to write into one line for the user.
 
     Args:
-        what: what was being saved, e.g. `"the checkpoint of step 40"`.
-        aside: the folder that is written to, removed if writing fails.
+        what: what is being saved, e.g. `"the checkpoint of step 40"`.
+        folder: where.
         consequence: what the user is left with and what to do, the end of the message.
 
     Raises:
@@ -127,48 +118,9 @@ def saving(what: str, aside: Path, consequence: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if not _is_write_failure(error):
+        if (reason := why_not_written(error)) is None:
             raise
-        parent = next(path for path in aside.parents if path.exists())
-        free = shutil.disk_usage(parent).free
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         raise UserError(
-            f"could not save {what} in {aside.parent}: {_reason(error)} ({free / 1e6:,.0f} MB are free); {consequence}"
+            f"could not save {what} in {folder}: {reason} ({free / 1e6:,.0f} MB are free); {consequence}"
         ) from error
-
-
-def _is_write_failure(error: Exception) -> bool:
-    # torch's zip writer and safetensors report a failed write in words only.
-    words = ("PytorchStreamWriter", "inline_container", "iostream error", "I/O error", "I/O Error", "os error")
-    return isinstance(error, OSError) or any(word in str(error) for word in words)
-
-
-def _reason(error: Exception) -> str:
-    cause: BaseException | None = error
-    while cause is not None:  # torch wraps the failed write that started it all
-        if isinstance(cause, OSError) and cause.errno is not None:
-            return "the disk is full" if cause.errno == errno.ENOSPC else os.strerror(cause.errno)
-        cause = cause.__cause__ or cause.__context__
-    return (
-        "the disk is full" if "No space left" in str(error) else "writing failed, most likely because of a full disk"
-    )
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for file in files:
-        _sync(file)
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps(sizes, indent=2) + "\n")
-    _sync(manifest)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    # Without this, a power cut after the rename could leave a whole-looking checkpoint of empty files.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

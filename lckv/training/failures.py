@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -12,6 +10,7 @@ from typing import Any
 from lckv.config import TrainConfig
 from lckv.errors import UserError
 from lckv.model_arguments import resolve_layer_types
+from lckv.storage import write_json
 from lckv.training.run_folder import RunFolder
 
 
@@ -31,7 +30,8 @@ def recorded_failure(folder: RunFolder, cfg: TrainConfig, overrides: Sequence[st
     except Exception as error:
         with suppress(OSError):  # a folder that cannot be written to is often the reason itself
             if folder.is_open_to(asdict(cfg)):
-                _write(folder, _describe(error, cfg, overrides))
+                folder.path.mkdir(parents=True, exist_ok=True)
+                write_json(folder.failure, _describe(error, cfg, overrides))
         raise
 
 
@@ -54,11 +54,3 @@ def _layer_types(cfg: TrainConfig) -> str | None:
         return resolve_layer_types(cfg)
     except UserError:
         return None
-
-
-def _write(folder: RunFolder, failure: dict[str, Any]) -> None:
-    folder.path.mkdir(parents=True, exist_ok=True)
-    # Of several processes that train together, each may fail: none may write into another's unfinished file.
-    aside = folder.failure.with_name(f".{folder.failure.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(failure, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, folder.failure)

@@ -20,21 +20,22 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from filelock import FileLock, Timeout
 
 from lckv.config import TrainConfig
 from lckv.errors import UserError
+from lckv.storage import locked, write_text
 from lckv.training.checkpoints import CheckpointFolder
 
 logger = logging.getLogger(__name__)
 
-_WAIT = 10.0
-"""Seconds: as long as the workers of a killed process may outlive it."""
+A_MOMENT, FOREVER = 10.0, -1.0
+"""Seconds to wait: as long as the workers of a killed process may outlive it, or for as long as it takes."""
 
 _NOT_PART_OF_THE_RUN = ("run_dir", "trainer.resume")
 """Settings that may differ when a run goes on: they say where it is and whether it may go on."""
@@ -69,9 +70,15 @@ class RunFolder:
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", save_total_limit)
         self.is_claimed = False
         self.is_in_use = False
-        self._lock: FileLock | None = None
+        self._lock = ExitStack()
 
-    def claim(self, config: Mapping[str, Any], *, resume: bool = True, wait: float = _WAIT) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def claim(self, config: Mapping[str, Any], *, resume: bool = True, wait: float = A_MOMENT) -> None:
         """Makes the folder this run's own, or checks that it already is. Of many processes, the first does this.
 
         Until `release`, no other process can claim it.
@@ -79,7 +86,7 @@ class RunFolder:
         Args:
             config: the resolved config, as nested plain mappings.
             resume: whether a folder that holds this run already may be gone on with.
-            wait: for how many seconds, if another process trains there; -1: until it ends.
+            wait: for how many seconds, if another process trains there.
 
         Raises:
             UserError: if the folder holds another config or cannot be written to, `resume` is off and it holds a run,
@@ -87,32 +94,30 @@ class RunFolder:
         """
         self._check_takes(config, resume=resume)
         self._check_writable()
-        self._lock = self._acquire(wait)
+        self._acquire(wait)
         self._check_takes(config, resume=resume)  # once more: another process may have begun a run meanwhile
         self.checkpoints.clean()
         if not self.holds_a_run():
             shutil.rmtree(self.init, ignore_errors=True)  # perhaps of other settings
-            write_atomically(self.config, _to_yaml(config))
+            write_text(self.config, _to_yaml(config))
         self.failure.unlink(missing_ok=True)
         self.is_claimed = True
 
     def release(self) -> None:
         """Lets other processes train here."""
-        if self._lock is not None:
-            self._lock.release(force=True)
-            self._lock = None
+        self._lock.close()
 
-    def _acquire(self, wait: float) -> FileLock:
-        lock = FileLock(self.path / ".lock", is_singleton=True)  # a process may claim what it holds already
-        for timeout in (0, wait):
-            try:
-                lock.acquire(timeout=timeout)
-                return lock
-            except Timeout:
-                if timeout == 0:
-                    logger.info("another process trains in %s: waiting for it", self.path)
-        self.is_in_use = True
-        raise UserError(f"run_dir={self.path}: another process trains there; wait for it, or {self.instead}")
+    def _acquire(self, wait: float) -> None:
+        def tell() -> None:
+            logger.info("another process trains in %s: waiting for it", self.path)
+
+        try:  # a process may claim what it holds already
+            self._lock.enter_context(locked(self.path / ".lock", wait=wait, on_wait=tell))
+        except TimeoutError:
+            self.is_in_use = True
+            raise UserError(
+                f"run_dir={self.path}: another process trains there; wait for it, or {self.instead}"
+            ) from None
 
     def _check_takes(self, config: Mapping[str, Any], *, resume: bool) -> None:
         if not self.holds_a_run():
@@ -132,7 +137,7 @@ class RunFolder:
         """
         text = json.dumps({"fingerprint": fingerprint}) + "\n"
         if not (self.holds_a_run() and self.data.is_file()):
-            write_atomically(self.data, text)
+            write_text(self.data, text)
         elif self.data.read_text(encoding="utf-8") != text:
             raise UserError(
                 f"run_dir={self.path}: holds a run on other data: the text or its tokens have changed since; "
@@ -165,6 +170,14 @@ class RunFolder:
             return False
         return True
 
+    def stored_config(self) -> dict[str, Any]:
+        """The settings of the run in this folder.
+
+        Raises:
+            OSError, yaml.YAMLError: if they cannot be read.
+        """
+        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
+
     def run_id(self) -> str:
         """A name for trackers that is the same whenever this run goes on."""
         return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:12]
@@ -172,7 +185,7 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines of `metrics.jsonl` behind `step`, which will be written again, and a torn last line."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
-        write_atomically(self.metrics, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        write_text(self.metrics, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds one line to `metrics.jsonl`."""
@@ -192,7 +205,7 @@ class RunFolder:
 
     def _check_same_config(self, config: Mapping[str, Any]) -> None:
         try:
-            stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            stored = self.stored_config()
         except (OSError, yaml.YAMLError) as error:
             raise UserError(
                 f"run_dir={self.path}: holds a run, but {self.config.name} does not say which "
@@ -201,7 +214,7 @@ class RunFolder:
         # Written and read like the stored one, so that a tuple is equal to its list.
         now = dict(flatten(yaml.safe_load(_to_yaml(config))))
         # A key that there was not yet when the config was stored has what is its default now.
-        before = {key: value for key, value in _defaults().items() if key in now} | dict(flatten(stored or {}))
+        before = {key: value for key, value in _defaults().items() if key in now} | dict(flatten(stored))
         different = [
             f"{key}={now.get(key)} (there: {before.get(key)})"
             for key in sorted(before.keys() | now.keys())
@@ -239,13 +252,3 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half-written."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the new name with nothing behind it
-    os.replace(aside, path)

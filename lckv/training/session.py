@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,18 +14,20 @@ from lckv.config import TrainConfig
 from lckv.costs import ModelSizes
 from lckv.data import TokenizedData, collate
 from lckv.errors import UserError
+from lckv.evaluation.model_costs import costs_of, sharing_plan_of
 from lckv.model_arguments import model_arguments
+from lckv.storage import write_json
 from lckv.training import callbacks as ours
 from lckv.training.checkpoints import step_of
 from lckv.training.compilation import compile_layers
 from lckv.training.distillation import DistillationTrainer
-from lckv.training.evaluations import Evaluate, EvaluationsCallback, check_not_sharded
+from lckv.training.evaluation_callback import Evaluate, EvaluationsCallback, check_not_sharded
 from lckv.training.liger import use_liger_kernels
 from lckv.training.loggers import build_loggers
+from lckv.training.loss_plot import plot_loss
 from lckv.training.optim import build_optimizer
-from lckv.training.plots import plot_loss
-from lckv.training.report import build_results, costs_of, sharing_plan_of
-from lckv.training.run_folder import RunFolder, write_atomically
+from lckv.training.run_folder import RunFolder
+from lckv.training.run_summary import build_results
 from lckv.training.teacher import check_teacher_fits
 from lckv.training.trainable import freeze_all_but
 from lckv.training.trainer import LCKVTrainer
@@ -180,7 +181,7 @@ class Session:
 
     def _print(self, text: str) -> None:
         if self.trainer.is_world_process_zero():
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(text)
 
     def _llama_sizes(self) -> ModelSizes | None:
         """What `iso` keeps something equal to."""
@@ -206,5 +207,5 @@ class Session:
             results["evaluations"] = dict(figures)
         title = f"{results['run_name']}   {results['layer_types']}"
         plot_loss(lines, self.folder.loss_plot, title=title, unigram_loss=results["unigram_loss"])
-        write_atomically(self.folder.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.folder.results, results)
         return results

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
+from lckv.storage import new_file, new_folder
 from lckv.training.checkpoints import CheckpointFolder, saving
 from lckv.training.order import TrainingOrder
 
@@ -194,15 +195,19 @@ class LCKVTrainer(Trainer):
         kept = f"{latest.name} is intact: make room and run the same command to go on from it" if latest else (
             "there is no earlier checkpoint: make room and run the same command to start again"
         )  # fmt: skip
-        with saving(f"the checkpoint of step {step}", staging, kept):
-            if self.args.should_save:
+        with saving(f"the checkpoint of step {step}", staging.parent, kept):
+            try:
+                if self.args.should_save:
+                    shutil.rmtree(staging, ignore_errors=True)
+                    staging.mkdir(parents=True)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._checkpoints.publish(step, staging / f"checkpoint-{step}")
+            except Exception:
                 shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._checkpoints.publish(step, staging / f"checkpoint-{step}")
+                raise
         self.accelerator.wait_for_everyone()
 
     def save_final(self, path: Path) -> None:
@@ -211,18 +216,15 @@ class LCKVTrainer(Trainer):
         Raises:
             UserError: if writing fails.
         """
-        aside = path.with_name(f".{path.name}.saving")
         state_dict = self.accelerator.get_state_dict(self.model_wrapped)  # gathered, if processes have parts of it
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)
         model.config.use_cache = True  # off in training; whoever loads the model wants to generate
-        with saving("the trained model", aside, "make room and run the same command: training is not repeated"):
-            shutil.rmtree(aside, ignore_errors=True)
-            model.save_pretrained(aside, state_dict=state_dict)
-            self._tokenizer.save_pretrained(aside)
-            shutil.rmtree(path, ignore_errors=True)
-            aside.rename(path)
+        remedy = "make room and run the same command: training is not repeated"
+        with saving("the trained model", path.parent, remedy), new_folder(path, replaces=True) as folder:
+            model.save_pretrained(folder, state_dict=state_dict)
+            self._tokenizer.save_pretrained(folder)
 
     # What must not happen.
 
@@ -249,7 +251,8 @@ class LCKVTrainer(Trainer):
         indices = self._indices_of_micro_batch(number)
         dump = self._run_dir / f"nonfinite_step{step}_rank{self.args.process_index}.pt"
         tensors = {name: value.cpu() for name, value in inputs.items() if torch.is_tensor(value)}
-        torch.save({"step": step, "loss": loss, "block_indices": indices, "batch": tensors}, dump)
+        with new_file(dump) as file:
+            torch.save({"step": step, "loss": loss, "block_indices": indices, "batch": tensors}, file)
         start = str(self._tokenizer.decode(tensors["input_ids"][0, :24], skip_special_tokens=True))
         shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
         raise UserError(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from lckv.errors import UserError
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 from tests.e2e import training
 from tests.e2e.conftest import write_corpus
 from tests.e2e.test_resume import kill_when

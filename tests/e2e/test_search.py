@@ -68,7 +68,7 @@ def test_what_was_found_can_be_trained_and_is_never_overwritten(run_module, comm
 
 
 def test_ctrl_c_leaves_what_there_is(command, folder, monkeypatch):
-    from lckv.conversion.searching import SearchSession
+    from lckv.conversion.search_session import SearchSession
 
     def interrupt(*_):
         raise KeyboardInterrupt

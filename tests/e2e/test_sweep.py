@@ -29,7 +29,7 @@ def main(cfg):
     if cfg.seed == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     import torch
-    from lckv.training.arguments import set_num_threads
+    from lckv.processes import set_num_threads
     set_num_threads(cfg.trainer.num_threads)
     Path(cfg.run_dir + ".txt").write_text(f"{torch.get_num_threads()} {os.getpid()}")
 

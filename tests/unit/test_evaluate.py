@@ -9,6 +9,7 @@ import yaml
 from lckv import cli, evaluate
 from lckv.errors import UserError
 from lckv.evaluation import running
+from lckv.evaluation.model_costs import llama_sizes_of
 from lckv.training.run_folder import RunFolder
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer
@@ -150,10 +151,9 @@ def test_other_commands_refuse_to_go_without_a_cache(run_module, folder: str, co
 
 
 @pytest.mark.parametrize(("iso", "expected"), [("kv", 1), (None, None)])
-def test_kv_bytes_are_compared_with_those_that_iso_matched(tmp_path: Path, iso: str | None, expected: int | None):
-    run = RunFolder(tmp_path)
-    run.config.write_text(yaml.safe_dump({"iso": iso, "model": {"num_key_value_heads": 1, "num_attention_heads": 4}}))
+def test_kv_bytes_are_compared_with_those_that_iso_matched(iso: str | None, expected: int | None):
+    config = {"iso": iso, "model": {"num_key_value_heads": 1, "num_attention_heads": 4}}
     model = tiny_model("0_0_2_2", num_attention_heads=4, num_key_value_heads=2)
-    sizes = evaluate._llama_sizes(run, model)
+    sizes = llama_sizes_of(model, config)
     assert (sizes and sizes.num_key_value_heads) == expected
-    assert evaluate._llama_sizes(None, model) is None
+    assert llama_sizes_of(model, {}) is None

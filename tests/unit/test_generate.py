@@ -11,13 +11,13 @@ from transformers import GenerationConfig
 
 from lckv import cli, generate
 from lckv.cache import CACHES, build_cache
+from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
-from lckv.generation.continuous import ContinuousBatcher
+from lckv.generation.batch import PrefillOptions, StepWatch
+from lckv.generation.batch import generate as generate_batch
 from lckv.generation.decoding_options import DecodingOptions
-from lckv.generation.generating import PrefillOptions, StepWatch
-from lckv.generation.generating import generate as generate_batch
 from tests.reference import tiny_model, token_ids
-from tests.unit.generation.test_loading import byte_tokenizer
+from tests.unit.test_loading import byte_tokenizer
 
 PATTERN = "0_3_3_3_4"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"

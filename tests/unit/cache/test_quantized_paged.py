@@ -5,8 +5,8 @@ import torch
 
 from lckv.cache import build_cache, load_cache, save_cache
 from lckv.cache.quantized_paged import QuantizedPagedKVCache
+from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
-from lckv.generation.continuous import ContinuousBatcher
 from tests.contract.caches import live_bytes, no_grad  # noqa: F401
 from tests.reference import tiny_config, tiny_model, token_ids
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lckv import cli, convert
-from lckv.conversion.converted import ConvertedTensors
 from lckv.conversion.heads import Tensors
+from lckv.conversion.target import ConvertedTensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import parse_layer_types
 from tests.reference import tiny_config

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 from lckv.models import LCKVLlamaForCausalLM
 from tests.reference import token_ids
 from tests.tiny import byte_tokenizer
@@ -20,8 +20,8 @@ from tests.unit.conversion.sources import (
     run_convert,
     save_source,
 )
-from tests.unit.generation.test_loading import llama_folder, write_gguf
 from tests.unit.models.test_families import CONFIGS, random_model
+from tests.unit.test_loading import llama_folder, write_gguf
 
 
 def save_torch(folder: Path, num_files: int) -> dict[str, torch.Tensor]:

@@ -14,17 +14,17 @@ from torch.nn import functional as F
 
 from lckv import cli
 from lckv.config import DataConfig, SearchConfig
-from lckv.conversion.converted import converted_config, write_converted
 from lckv.conversion.merging import Reach
 from lckv.conversion.moments import collect_moments
+from lckv.conversion.pattern_search import PatternSearch, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
-from lckv.conversion.search import Candidate, PatternSearch, SearchLimits, SearchTrace
 from lckv.conversion.search_report import KVCount, Point, SearchReport, write_report
-from lckv.conversion.searching import SearchSession, check_search
+from lckv.conversion.search_session import SearchSession, check_search
 from lckv.conversion.source import Source
+from lckv.conversion.target import converted_config, write_converted
 from lckv.data.readers import find_files
 from lckv.errors import UserError
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import parse_layer_types
@@ -299,7 +299,7 @@ def test_patterns_of_eights_and_nines_stay_text(folder, tmp_path):
     layer_types = "0_0_2_2_2_2_8_8_8"
     model, frontier = (
         tiny_config(layer_types),
-        [Candidate("0_1_2_3_4_5_6_7_8", 9, 0.0), Candidate(layer_types, 3, 0.5)],
+        [ScoredPattern("0_1_2_3_4_5_6_7_8", 9, 0.0), ScoredPattern(layer_types, 3, 0.5)],
     )
     report = SearchReport(config(folder), model, KVCount.of(model), "", SearchTrace(frontier, frontier))
     out = write_report(report, tmp_path / "out")

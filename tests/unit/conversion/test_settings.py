@@ -12,7 +12,7 @@ from lckv.conversion.moments import collect_moments
 from lckv.conversion.settings import adopt_source, plan_of
 from lckv.data import build_dataset
 from lckv.errors import UserError
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 from lckv.models.families import read_config
 from tests.reference import tiny_config, token_ids
 from tests.tiny import byte_tokenizer

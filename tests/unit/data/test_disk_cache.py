@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -54,37 +53,6 @@ def test_a_damaged_folder_is_built_again(tmp_path: Path, damage: str, caplog: py
     assert load_or_build(folder, write, load) == "content"
     assert "building it again" in caplog.text
     assert load_or_build(folder, refuse, load) == "content"
-
-
-def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
-    def fail(folder: Path) -> None:
-        write(folder)
-        raise RuntimeError("in the middle")
-
-    with pytest.raises(RuntimeError, match="in the middle"):
-        load_or_build(tmp_path / "key", fail, load)
-    assert [path.name for path in tmp_path.iterdir()] == ["key.lock"]
-    assert load_or_build(tmp_path / "key", write, load) == "content"
-
-
-def _write_half_and_hang(folder: Path) -> None:
-    (folder / "a.txt").write_text("con")
-    (folder.parent / "half").touch()
-    time.sleep(60)
-
-
-def test_what_a_killed_writer_leaves_is_ignored_and_removed(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=load_or_build, args=(tmp_path / "key", _write_half_and_hang, load))
-    process.start()
-    while not (tmp_path / "half").exists():
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert not (tmp_path / "key").exists()
-    assert len(list(tmp_path.glob("key.tmp-*"))) == 1
-    assert load_or_build(tmp_path / "key", write, load) == "content"
-    assert not list(tmp_path.glob("key.tmp-*"))
 
 
 def _build_slowly(folder: Path, builders: Path, results) -> None:

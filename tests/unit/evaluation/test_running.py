@@ -14,7 +14,7 @@ from lckv.config import DataConfig, EvaluationConfig, PerplexityConfig, SpeedCon
 from lckv.errors import UserError
 from lckv.evaluation import MODULES, running
 from lckv.evaluation.evaluations import Subject, find_evaluation
-from lckv.evaluation.results import ResultsFile
+from lckv.evaluation.results_file import ResultsFile
 from lckv.evaluation.running import run_evaluations, scalar_figures
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer

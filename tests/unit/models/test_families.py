@@ -14,7 +14,7 @@ from transformers import (
 
 from lckv.costs import ModelSizes, count_parameters
 from lckv.errors import UserError
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.models.families import FAMILIES, read_config
 from tests.tiny import byte_tokenizer

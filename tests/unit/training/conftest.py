@@ -15,8 +15,8 @@ from lckv.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, T
 from lckv.data import TokenizedData, build_dataset, build_tokenizer
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.train import evaluations_of
 from lckv.training.arguments import build_training_arguments
+from lckv.training.evaluation_callback import build_evaluate
 from lckv.training.run_folder import RunFolder
 from lckv.training.session import Session
 
@@ -93,7 +93,7 @@ def make_session(corpus: Corpus, make_config: Callable[..., TrainConfig]) -> Cal
         model = LCKVLlamaForCausalLM(LCKVLlamaConfig(**model_arguments(cfg, len(corpus.tokenizer))))
         folder = RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
         folder.claim({"seed": cfg.seed})
-        evaluate = evaluations_of(cfg, model, corpus.tokenizer, folder)
+        evaluate = build_evaluate(cfg, model, corpus.tokenizer, folder)
         console = Console(quiet=True)
         return Session(cfg, args, model, corpus.tokenizer, corpus.data, folder, console, teacher, evaluate)
 

@@ -5,8 +5,9 @@ import torch
 
 from lckv.config import TrainConfig, TrainerConfig
 from lckv.errors import UserError
+from lckv.processes import set_num_threads
 from lckv.training import arguments
-from lckv.training.arguments import build_training_arguments, gradient_accumulation_steps, set_num_threads
+from lckv.training.arguments import build_training_arguments, gradient_accumulation_steps
 
 MakeConfig = Callable[..., TrainConfig]
 

@@ -8,8 +8,10 @@ from rich.console import Console
 from tokenizers import processors
 from transformers import TrainerControl, TrainerState
 
+from lckv import environment
+from lckv.console import new_console
 from lckv.errors import UserError
-from lckv.training import callbacks, hardware
+from lckv.training import callbacks
 from lckv.training.callbacks import (
     PerplexityCallback,
     ProgressCallback,
@@ -107,16 +109,16 @@ def test_mfu_only_where_the_peak_is_known(clock: Clock, monkeypatch: pytest.Monk
 )
 def test_peak_flops(monkeypatch: pytest.MonkeyPatch, name: str, precision: str, peak: float | None):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert hardware.peak_flops(torch.device("cuda", 0), precision) == peak
-    assert hardware.peak_flops(torch.device("cpu"), precision) is None
+    assert environment.peak_flops(torch.device("cuda", 0), precision) == peak
+    assert environment.peak_flops(torch.device("cpu"), precision) is None
 
 
 def test_hardware_has_a_name(monkeypatch: pytest.MonkeyPatch):
-    described = hardware.describe_hardware(torch.device("cpu"))
+    described = environment.describe_hardware(torch.device("cpu"))
     assert described["device"] and described["num_cores"] >= 1
     assert described["num_threads"] == torch.get_num_threads()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert hardware.describe_hardware(torch.device("cuda", 0))["device"] == "NVIDIA H200"
+    assert environment.describe_hardware(torch.device("cuda", 0))["device"] == "NVIDIA H200"
 
 
 def test_prompt_without_a_token_is_refused(corpus):
@@ -149,7 +151,9 @@ def test_a_checkpoint_or_sample_is_logged_and_the_last_step_does_everything(step
 
 def test_progress_without_a_terminal_is_a_line_per_log():
     output = io.StringIO()
-    progress = ProgressCallback(Console(file=output, width=200))
+    console = new_console()
+    console.file, console.width = output, 200
+    progress = ProgressCallback(console)
     state = TrainerState(global_step=3, max_steps=9, is_world_process_zero=True)
     progress.on_train_begin(ARGS, state, TrainerControl())
     train = {"loss": 2.0, "perplexity": 7.39, "tokens_per_second": 1234.5, "eta_seconds": 83.0, "sample": "a\n[b] c"}

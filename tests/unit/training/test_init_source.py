@@ -14,7 +14,7 @@ from lckv import cli, plan, train
 from lckv.config import InitConfig, ModelConfig, TokenizerConfig, TrainConfig
 from lckv.conversion import RECORD
 from lckv.errors import UserError
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 from lckv.training.session import Session
 from tests.unit.conversion.sources import random_source, save_source
 

@@ -3,8 +3,8 @@
 import pytest
 
 from lckv.errors import UserError
+from lckv.evaluation.model_costs import cost_figures
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.training.report import cost_figures
 from lckv.training.session import check_passes
 
 

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.training.report import show_results
+from lckv.training.run_summary import show_results
 from lckv.training.session import Session
 from lckv.training.trainable import freeze_all_but
 

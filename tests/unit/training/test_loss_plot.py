@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from lckv.training.plots import plot_loss
+from lckv.training.loss_plot import plot_loss
 
 
 def test_plot_is_a_picture_and_never_half_written(tmp_path: Path):

@@ -8,8 +8,8 @@ from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from lckv.cache import DynamicKVCache, PagedKVCache
+from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
-from lckv.generation.continuous import ContinuousBatcher
 from tests.reference import PATTERNS, tiny_model, token_ids
 
 LENGTHS = [7, 1, 12, 3, 20, 5]
@@ -252,7 +252,7 @@ def test_infinite_logits_fail_requests(seed):
         model.lm_head.weight[3] *= float("inf")
     batcher = ContinuousBatcher(model)
     batcher.add_request([5, 6, 7], "bad", max_new_tokens=3, seed=seed)
-    assert batcher.run()["bad"].error == "the model's logits are not finite"
+    assert batcher.run()["bad"].error == "the model's logits are not finite (NaN or infinity)"
 
 
 def test_nan_fails_the_request_alone():
@@ -264,7 +264,8 @@ def test_nan_fails_the_request_alone():
     batcher.add_request([5, 11, 7], "bad", max_new_tokens=3)
     batcher.add_request([5, 6, 7], "good", max_new_tokens=3)
     outputs = batcher.run()
-    assert outputs["bad"].error == "the model's logits are not finite" and not outputs["bad"].generated_tokens
+    assert outputs["bad"].error == "the model's logits are not finite (NaN or infinity)"
+    assert not outputs["bad"].generated_tokens
     assert outputs["good"].generated_tokens == alone(model, [5, 6, 7], max_new_tokens=3)
 
 

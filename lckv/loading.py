@@ -1,4 +1,4 @@
-"""Finding a model by what the user calls it: a training run, a folder, a GGUF file, a name on the Hub."""
+"""Finds and loads a model by what the user calls it: a training run, a folder, a GGUF file, a name on the Hub."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from lckv.errors import UserError, near_miss
-from lckv.models import LCKVLlamaConfig
+from lckv.model_arguments import DTYPES
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.models.families import read_config
 from lckv.training.run_folder import RunFolder
 
@@ -193,6 +202,19 @@ def find_checkpoint(name: str, *, revision: str | None = None, key: str = "model
     )
 
 
+def find_run(checkpoint: Checkpoint) -> RunFolder | None:
+    """The training run that the model is of, if it was given as a run folder, or as a model or checkpoint in it."""
+    given = Path(checkpoint.given).expanduser().resolve()
+    folders = (given.parent, given.parent.parent) if is_of_training(given) else (given, given.parent)
+    runs = [RunFolder(folder) for folder in folders] if checkpoint.is_local else []
+    return next((run for run in runs if run.config.is_file() and run.metrics.is_file()), None)
+
+
+def is_of_training(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that a run has kept, not the model at its end."""
+    return folder.parent.name == "checkpoints"
+
+
 def _hub_answers() -> bool:
     from lckv.data.tokenizer import hub_answers  # takes libraries along that nothing else here needs
 
@@ -226,3 +248,109 @@ def _model_folder(folder: Path, name: str, key: str) -> Path:
     files = sorted(entry.name for entry in folder.glob("*.gguf"))
     hint = f"; did you mean {str(folder / (inner + files)[0])!r}?" if inner + files else ""
     raise UserError(f"{key}={name}: holds no config.json, so this is no folder of a model or a training run{hint}")
+
+
+def load_model(
+    name: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto", key: str = "model"
+) -> tuple[LCKVLlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Loads a model, in evaluation mode, and its tokenizer.
+
+    A model of another family (see [`lckv.models.families`]) gets the sharing pattern in which every layer reads
+    itself, and computes what it always did. Settings for sampling that came with the model are left out: nothing but
+    what the caller asks for applies.
+
+    Args:
+        name: a run folder of `lckv.train` (its trained model, or the newest whole checkpoint of an unfinished run), a
+            folder with a model, a GGUF file, or a name on the Hub.
+        revision: only for the Hub: branch, tag or commit.
+        dtype: "float32", "bfloat16", "float16", or "auto": as it was saved.
+        device: such as "cpu" or "cuda:1", or "auto": an accelerator, if there is one.
+        key: what the user gave the name under, for error messages.
+
+    Raises:
+        UserError: if there is no such model, something of it is missing or broken, it is of another architecture, or
+            there is no such type or device.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype={dtype!r}: allowed are auto, {', '.join(DTYPES)}{near_miss(dtype, DTYPES)}")
+    target = find_device(device)
+    checkpoint = find_checkpoint(name, revision=revision, key=key)
+    config = checkpoint.load_config()
+    checkpoint.check_files()
+    tokenizer = checkpoint.load_tokenizer()
+    model = _load_weights(checkpoint, config, dtype)
+    _tidy_generation_config(model, tokenizer)
+    return model.eval().to(target), tokenizer
+
+
+def set_attention(model: PreTrainedModel, attn_implementation: str | None) -> None:
+    """Chooses how a model's attention is computed; `None`: as it is.
+
+    Raises:
+        UserError: if that cannot be had here.
+    """
+    if attn_implementation is None:
+        return
+    try:
+        model.set_attn_implementation(attn_implementation)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"attn_implementation={attn_implementation!r}: {error}") from error
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; for "auto" an accelerator, or else the CPU.
+
+    Raises:
+        UserError: if there is none.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    allowed = ["auto", "cpu"]
+    if accelerator is not None:
+        allowed += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    if name in allowed or (accelerator is not None and name == accelerator.type):
+        return torch.device(name)
+    raise UserError(f"device={name!r}: there is no such device here; allowed are {', '.join(allowed)}")
+
+
+def _load_weights(checkpoint: Checkpoint, config: LCKVLlamaConfig, dtype: str) -> LCKVLlamaForCausalLM:
+    arguments = {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        **checkpoint.arguments(),
+    }
+    model_class: Any = LCKVLlamaForCausalLM if checkpoint.gguf_file is None else AutoModelForCausalLM
+    if checkpoint.gguf_file is None:
+        arguments["config"] = config
+    with checkpoint.loading("the weights"):
+        model, info = model_class.from_pretrained(checkpoint.path, **arguments)
+    missing = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    if missing:
+        raise UserError(
+            f"{checkpoint}: the weights do not fit config.json: {len(missing)} are missing or of another "
+            f"shape, such as {missing[0]}"
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        logger.warning("%s: %d weights are not used, such as %s", checkpoint.given, len(unexpected), unexpected[0])
+    return model if isinstance(model, LCKVLlamaForCausalLM) else _as_sharing_model(model, config)
+
+
+def _as_sharing_model(original: PreTrainedModel, config: LCKVLlamaConfig) -> LCKVLlamaForCausalLM:
+    """The same model as one of ours, with the same tensors."""
+    model: LCKVLlamaForCausalLM = LCKVLlamaForCausalLM._from_config(config, dtype=original.dtype)
+    model.load_state_dict(original.state_dict(), assign=True)
+    model.tie_weights()
+    return model
+
+
+def _tidy_generation_config(model: LCKVLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Leaves of the model's own settings for generation only which tokens end a text, begin it and fill it up."""
+    saved = model.generation_config or GenerationConfig()
+    ids: dict[str, Any] = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        candidates = (getattr(saved, name), getattr(model.config, name), getattr(tokenizer, name))
+        ids[name] = next((value for value in candidates if value is not None), None)
+    model.generation_config = GenerationConfig(**ids)
+    model.config.use_cache = True  # training switches it off

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lckv import cli
-from lckv.training.report import _arguments, _evaluation, _next_commands
 from lckv.training.run_folder import RunFolder
+from lckv.training.run_summary import _evaluation, _next_commands
 
 
 def commands(layer_types: str, folder: Path, prompt: str = "In the beginning") -> list[list[str]]:
@@ -61,30 +61,6 @@ def test_any_prompt_survives_the_shell(tmp_path):
     code = commands("0_0", tmp_path / "a 'run'", prompt)[-1][-1]
     texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     assert set(texts) == {"text-generation", str(tmp_path / "a 'run'" / "model"), prompt}
-
-
-@pytest.mark.parametrize(
-    ("on_path", "executable", "typed"),
-    [
-        (".venv/bin", ".venv/bin/python", "python"),
-        ("other/bin", ".venv/bin/python", ".venv/bin/python"),
-        (None, ".venv/bin/python3", ".venv/bin/python3"),
-        ("other/bin", "/opt/my env/bin/python", "/opt/my env/bin/python"),
-    ],
-)
-def test_the_interpreter_is_one_that_the_shell_finds(monkeypatch, tmp_path, on_path, executable, typed):
-    for folder in (".venv/bin", "other/bin"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "python").touch(0o755)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path / on_path) if on_path else str(tmp_path / "empty"))
-    monkeypatch.setattr(sys, "executable", str(tmp_path / executable))
-    assert {command[0] for command in commands("0_0", tmp_path)} == {typed}
-
-
-def test_without_hydra_the_command_line_is_the_run(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train", "-m", "seed=0,1"])
-    assert _arguments() == ["-m", "seed=0,1"]
 
 
 def test_evaluations_are_told_without_their_counts():

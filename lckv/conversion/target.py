@@ -17,10 +17,11 @@ import lckv
 from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, groups_of, make_tensors
 from lckv.conversion.moments import InputMoments
+from lckv.conversion.shards import write_weights
 from lckv.conversion.source import CheckpointTensors, Source, dtype_of, expected_shapes
-from lckv.conversion.writing import appearing, write_weights
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan
+from lckv.storage import new_folder
 
 RECORD = "conversion.json"
 """The file that says where a converted model comes from."""
@@ -121,7 +122,7 @@ def write_converted(
     Raises:
         UserError: if the source's weights do not fit its configuration, or cannot be read, or cannot be merged.
     """
-    with source.open() as tensors, appearing(out) as folder:
+    with source.open() as tensors, new_folder(out) as folder:
         converted = ConvertedTensors(tensors, source.config, config.sharing_plan, method, moments, ridge)
         sizes = {
             name: shape.numel() * dtype_of(tensors, name).itemsize for name, shape in expected_shapes(config).items()
@@ -150,7 +151,7 @@ def write_trained(trained: Path, init: Path, out: Path, *, max_shard_size: int =
         out: the folder, which appears at once; it must not be there yet, or be empty.
         max_shard_size: bytes of a file of weights.
     """
-    with ExitStack() as stack, appearing(out) as folder:
+    with ExitStack() as stack, new_folder(out) as folder:
         before, tensors = CheckpointTensors(init, stack), CheckpointTensors(trained, stack)
         dtypes = {name: before.dtype(name) for name in before}
         sizes = {name: before.shape(name).numel() * dtype.itemsize for name, dtype in dtypes.items()}

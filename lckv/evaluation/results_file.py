@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from lckv.errors import UserError
-from lckv.training.run_folder import write_atomically
+from lckv.storage import locked, write_json
 
 
 class ResultsFile:
@@ -60,14 +58,13 @@ class ResultsFile:
 
     def _write(self, name: str | None = None, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:
         # Read again: another process may have added something, and must not add anything meanwhile.
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+        with locked(self.path.with_name(f".{self.path.name}.lock")):
             evaluations, others = self._read()
             if name is not None and figures is not None:
                 _add(evaluations, others, name, dict(figures))
             kept = {"with_other_settings": others} if others else {}
             results = {"model": dict(self.identity), "evaluations": evaluations, **kept, **self.common}
-            text = json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False)
-            write_atomically(self.path, text + "\n")
+            write_json(self.path, _finite(results), allow_nan=False)
         return results
 
     def _read(self) -> tuple[dict[str, Any], dict[str, list[Any]]]:

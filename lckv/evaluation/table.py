@@ -24,7 +24,7 @@ def show_results(results: Mapping[str, Any], console: Console) -> None:
     others = results.get("with_other_settings", {})
     if others:
         told = ", ".join(f"{name} ({len(figures)})" for name, figures in others.items())
-        console.print(f"the file also holds figures with other settings: {told}", markup=False, highlight=False)
+        console.print(f"the file also holds figures with other settings: {told}")
 
 
 def _sections(results: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:

@@ -5,21 +5,60 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers import TrainingArguments as Arguments
 
 from lckv.config import TrainConfig
 from lckv.errors import UserError
-from lckv.evaluation.running import Outcome, scalar_figures
+from lckv.evaluation.checks import check_lengths
+from lckv.evaluation.evaluations import Subject
+from lckv.evaluation.running import Outcome, run_evaluations, scalar_figures
 from lckv.training.callbacks import is_due
+from lckv.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[], Iterable[tuple[str, Outcome]]]
 """Evaluates the model that is trained, and yields each evaluation's name and outcome."""
+
+
+def build_evaluate(
+    cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder
+) -> Evaluate | None:
+    """What evaluates the model during training, if anything is to.
+
+    Raises:
+        UserError: for texts that are longer than the model allows, and for tasks that cannot be had.
+    """
+    if not cfg.evaluation.evals:
+        return None
+    check_lengths(cfg.evaluation, model.config.max_position_embeddings, cfg.data.block_size, "evaluation.")
+    if "harness" in cfg.evaluation.evals:
+        from lckv.evaluation.harness import check_installed
+        from lckv.evaluation.harness_tasks import check_tasks
+
+        check_installed()
+        check_tasks(cfg.evaluation.harness, "evaluation.harness.")
+    subject = Subject(
+        model,
+        tokenizer,
+        cfg.data,
+        seed=cfg.seed,
+        trained_length=cfg.data.block_size,
+        folder=folder.path / "evaluation",
+        key_prefix="evaluation.",
+    )
+    return partial(run_evaluations, subject, cfg.evaluation, {"cache": {"name": "none"}})
 
 
 class EvaluationsCallback(TrainerCallback):

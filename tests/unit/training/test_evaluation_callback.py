@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState
 from lckv.config import EvaluationConfig, HarnessConfig, NeedleConfig, PerplexityConfig, RecallConfig, SpeedConfig
 from lckv.errors import UserError
 from lckv.evaluation import running
-from lckv.training.evaluations import EvaluationsCallback, check_not_sharded
+from lckv.training.evaluation_callback import EvaluationsCallback, check_not_sharded
 from lckv.training.session import Session
 from tests.unit.training.test_callbacks import ARGS, Clock, clock, log, take_steps, throughput  # noqa: F401
 

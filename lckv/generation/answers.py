@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lckv.generation.generating import Generation
-from lckv.generation.requests import BatchStatistics
+from lckv.engine.requests import BatchStatistics
+from lckv.generation.batch import Generation
 
 
 @dataclass(frozen=True)

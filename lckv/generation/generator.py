@@ -15,19 +15,20 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from lckv.cache import KVCache, PagedKVCache, SinkKVCache, build_cache
 from lckv.config import DEFAULT_MAX_NEW_TOKENS, GenerateConfig
+from lckv.console import Bar
+from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
+from lckv.generation.answers import Answer, Part, batch_part, count_tokens, requests_part
+from lckv.generation.batch import Generation, generate, pad_token_id
 from lckv.generation.checks import CONTINUOUS, choose_batching
-from lckv.generation.continuous import ContinuousBatcher
 from lckv.generation.decoding_options import DecodingOptions
-from lckv.generation.generating import Generation, PrefillOptions, generate, pad_token_id
-from lckv.generation.printing import Printer, PromptsBar
-from lckv.generation.results import Answer, Part, batch_part, count_tokens, requests_part
+from lckv.generation.prefill import PrefillOptions
+from lckv.generation.printing import Printer
 from lckv.generation.streaming import stream_text
 from lckv.models import LCKVLlamaForCausalLM
 
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Session:
+class TextGenerator:
     """A loaded model, and how to use it.
 
     Attributes:
@@ -51,6 +52,11 @@ class Session:
     model: LCKVLlamaForCausalLM
     tokenizer: PreTrainedTokenizerBase
     console: Console
+
+    @property
+    def prefill(self) -> PrefillOptions:
+        """How prompts go through the model."""
+        return PrefillOptions.from_config(self.cfg)
 
     @property
     def max_new_tokens(self) -> int:
@@ -79,7 +85,7 @@ class Session:
                 if not (self.cfg.json or is_streamed):
                     self._print_text(texts[index])
                 if answer.error is not None:
-                    self.console.print(f"prompt {index + 1}: {answer.error}", markup=False)
+                    self.console.print(f"prompt {index + 1}: {answer.error}")
             if part.figures is not None:
                 figures.append(part.figures)
                 if not self.cfg.json:
@@ -93,7 +99,6 @@ class Session:
         """Prints text until Ctrl-C, or `max_new_tokens` if that is given."""
         cfg, cache = self.cfg, self._build_cache(len(prompt))
         self._check_span(cache, math.inf if cfg.max_new_tokens is None else len(prompt) + cfg.max_new_tokens)
-        options = {"forward_passes": cfg.prefill_passes, "converge_tolerance": cfg.prefill_tolerance}
         pieces = stream_text(
             self.model,
             self.tokenizer,
@@ -101,8 +106,8 @@ class Session:
             cache,
             sampling=self.decoding,
             max_new_tokens=cfg.max_new_tokens,
-            chunk_size=cfg.prefill_chunk,
-            **options,
+            chunk_size=self.prefill.chunk_size,
+            **self.prefill.iteration,
         )
         printer = Printer(self.tokenizer, sys.stdout)
         start_time = time.perf_counter()
@@ -122,7 +127,7 @@ class Session:
             batcher.add_request(prompt, str(number), seed=self._seed_of(number))
             for number, prompt in enumerate(encoded, 1)
         )
-        with PromptsBar(self.console, len(encoded)) as bar:
+        with Bar(self.console, "continuing the prompts", total=len(encoded)) as bar:
             while batcher.has_work():
                 batcher.step()
                 bar.update(len(batcher.outputs))
@@ -145,8 +150,7 @@ class Session:
             self.model,
             cast(PagedKVCache, self._build_cache(longest)),
             generation_config=config,
-            forward_passes=cfg.prefill_passes,
-            converge_tolerance=cfg.prefill_tolerance,
+            **self.prefill.iteration,
             **{option: value for option, value in options.items() if value is not None},
         )
 
@@ -201,7 +205,7 @@ class Session:
                     replace(self.decoding, seed=self._seed_of(index)),
                     self.max_new_tokens,
                     num_columns=width,
-                    prefill_options=PrefillOptions(cfg.prefill_chunk, cfg.prefill_passes, cfg.prefill_tolerance),
+                    prefill_options=self.prefill,
                     compile_step=cfg.compile,
                     streamer=printer,
                     on_chunk=on_chunk,
@@ -266,22 +270,15 @@ class Session:
         if chunk is None or chunk >= num_tokens or not self.console.is_terminal:
             yield None
             return
-        with Progress(console=self.console, transient=True) as progress:
-            task = progress.add_task("reading the prompt", total=num_tokens)
-
-            def advance(num_done: int) -> None:
-                progress.advance(task, num_done)
-                if progress.finished:
-                    progress.stop()
-
-            yield advance
+        with Bar(self.console, "reading the prompt", "tokens", num_tokens) as bar:
+            yield bar.advance
 
     def _print_text(self, result: dict[str, Any]) -> None:
         text = result["text"]
         _print(f"==> {result['prompt']} <==\n{text}\n" if self.cfg.prompts_file is not None else text)
 
     def _say(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False)
+        self.console.print(text, style="dim")
 
     def _result(self, prompt: str, encoded: list[int], answer: Answer) -> dict[str, Any]:
         """What came of one prompt, as JSON-able data."""

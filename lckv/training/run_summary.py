@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-import platform
 import shlex
-import shutil
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-import lckv
-from lckv.costs import Costs, Iteration, ModelSizes, count_costs, count_kv_bytes, llama_plan
+from lckv.console import arguments_of_this_run, command, python
+from lckv.costs import ModelSizes
 from lckv.data import TokenizedData
+from lckv.environment import describe_hardware, versions
+from lckv.evaluation.model_costs import cost_figures, sharing_plan_of
 from lckv.evaluation.running import scalar_figures
-from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
+from lckv.patterns import build_layer_types, parse_layer_types
 from lckv.training.callbacks import describe_loss_parts, format_duration
-from lckv.training.hardware import describe_hardware
 from lckv.training.run_folder import RunFolder
 
 _OF_CONVERT = {"source": "init.source", "revision": "init.revision", "method": "init.method"}
@@ -40,50 +32,10 @@ _OF_ONE_RUN = ("sharing", "model.layer_types", "model.num_hidden_layers", "run_n
 """Settings that another pattern's run cannot take over."""
 
 
-def sharing_plan_of(model: PreTrainedModel) -> SharingPlan:
-    """The model's sharing plan; a model of another family shares nothing."""
-    plan = getattr(model.config, "sharing_plan", None)
-    return plan or parse_layer_types(build_layer_types("llama", model.config.num_hidden_layers))
-
-
-def costs_of(model: PreTrainedModel, context_length: int) -> Costs:
-    """KV bytes (16-bit), parameters and FLOPs per token of a model."""
-    config = model.config
-    passes = getattr(config, "forward_passes", 0)
-    iteration = Iteration(
-        forward_passes=passes if isinstance(passes, int) else None,
-        backward_passes=getattr(config, "backward_passes", 1),
-        use_sequential=getattr(config, "use_sequential", False),
-    )
-    return count_costs(sharing_plan_of(model), ModelSizes.from_config(config), context_length, iteration=iteration)
-
-
-def cost_figures(model: PreTrainedModel, context_length: int, llama_sizes: ModelSizes | None = None) -> dict[str, Any]:
-    """What stands beside the quality of a model in `results.json`: KV bytes, a Llama's beside them, and FLOPs."""
-    costs, plan = costs_of(model, context_length), sharing_plan_of(model)
-    llama = count_kv_bytes(llama_plan(plan), llama_sizes or ModelSizes.from_config(model.config), context_length)
-    return {
-        "kv_bytes_context_length": context_length,
-        "kv_bytes": asdict(costs.kv_bytes),
-        "kv_bytes_llama": asdict(llama),
-        "train_flops_per_token": costs.flops_per_token.train,
-    }
-
-
 def median_speed(lines: Sequence[dict[str, Any]]) -> float | None:
     """Tokens per second of training, from the lines of `metrics.jsonl`; `None` if nothing was trained."""
     speeds = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
     return speeds[len(speeds) // 2] if speeds else None
-
-
-def versions() -> dict[str, str]:
-    """What the figures were made with."""
-    return {
-        "lckv": lckv.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def build_results(
@@ -147,14 +99,14 @@ def show_results(results: dict[str, Any], folder: RunFolder, console: Console) -
     table.add_column(overflow="fold")
     for name, value in _rows(results):
         table.add_row(name, value)
-    console.print(table)
+    console.print(table, soft_wrap=False)
     paths = [("loss curve", folder.loss_plot), ("results", folder.results), ("metrics", folder.metrics)]
     paths += [("checkpoints", folder.checkpoints.path), ("model", folder.model)]
     for name, path in paths:
-        console.print(f"{name:<12} {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name:<12} {path}")
     console.print("\nnext:", style="bold")
-    for command in _next_commands(results, folder):
-        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+    for line in _next_commands(results, folder):
+        console.print(f"  {line}")
 
 
 def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -215,20 +167,19 @@ def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:
     layer_types = results["layer_types"]
     num_layers = parse_layer_types(layer_types).num_hidden_layers
     llama = build_layer_types("llama", num_layers)
-    python = shlex.quote(_interpreter())
-    given = _as_train_takes_them(_arguments())
+    given = _as_train_takes_them(arguments_of_this_run())
     source = [item for item in given if item.lstrip("+").startswith(("init.source=", "init.revision="))]
-    commands = [f"{python} -m lckv.plan {shlex.join([*source, f'model.layer_types={layer_types}'])}"]
+    commands = [command("lckv.plan", [*source, f"model.layer_types={layer_types}"])]
     if num_layers > 1:  # a single layer has nothing to share
         other, name = (llama, "llama") if layer_types != llama else (build_layer_types("cla", num_layers), "cla")
         again = [item for item in given if not item.lstrip("+").startswith(_OF_ONE_RUN)]
         again += [f"model.layer_types={other}", f"run_name={results['run_name']}_{name}"]
-        commands.append(f"{python} -m lckv.train {shlex.join(again)}")
+        commands.append(command("lckv.train", again))
     path, prompt = (json.dumps(text, ensure_ascii=False) for text in (str(folder.model), results["sample_prompt"]))
     generate = (
         f'import lckv.models; from transformers import pipeline; print(pipeline("text-generation", {path})({prompt}))'
     )
-    return [*commands, f"{python} -c {shlex.quote(generate)}"]
+    return [*commands, f"{python()} -c {shlex.quote(generate)}"]
 
 
 def _as_train_takes_them(arguments: list[str]) -> list[str]:
@@ -241,21 +192,3 @@ def _as_train_takes_them(arguments: list[str]) -> list[str]:
     return groups + [
         f"{_OF_CONVERT.get(key, key)}{equals}{value}" for key, equals, value in pairs if key not in _ONLY_OF_CONVERT
     ]
-
-
-def _interpreter() -> str:
-    """What to type for this Python: `python` where the shell finds the same, else its path."""
-    executable = Path(sys.executable)
-    found = shutil.which("python")
-    if found is not None and Path(found).absolute().parent == executable.parent:
-        return "python"
-    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
-
-
-def _arguments() -> list[str]:
-    """The command line of this run; for a job of a sweep, what runs this job alone."""
-    given = sys.argv[1:]
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return given
-    flags = [item for item in given if (item.startswith("-") or "=" not in item) and item not in ("-m", "--multirun")]
-    return [*flags, *HydraConfig.get().overrides.task]

@@ -12,7 +12,7 @@ from lckv.patterns import SharingPlan, parse_layer_types
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ScoredPattern:
     """A pattern that was scored.
 
     Attributes:
@@ -37,8 +37,8 @@ class SearchTrace:
         frontier: the best of each number of owners, from the source's own downwards.
     """
 
-    candidates: list[Candidate] = field(default_factory=list)
-    frontier: list[Candidate] = field(default_factory=list)
+    candidates: list[ScoredPattern] = field(default_factory=list)
+    frontier: list[ScoredPattern] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class PatternSearch:
         self,
         trace: SearchTrace,
         *,
-        on_scored: Callable[[Candidate], Any] | None = None,
-        on_step: Callable[[Candidate], Any] | None = None,
+        on_scored: Callable[[ScoredPattern], Any] | None = None,
+        on_step: Callable[[ScoredPattern], Any] | None = None,
     ) -> None:
         """Searches, and writes into `trace` what comes out as it does.
 
@@ -111,17 +111,17 @@ class PatternSearch:
         """
         plan = self._converter.config.sharing_plan
         states = [_State(own_spans(plan.num_hidden_layers), plan, Score(0.0, self._scorer.original))]
-        trace.frontier.append(Candidate(plan.layer_types, plan.num_hidden_layers, 0.0))
+        trace.frontier.append(ScoredPattern(plan.layer_types, plan.num_hidden_layers, 0.0))
         trace.candidates.append(trace.frontier[0])
         while len(states[0].spans) > self._limits.num_owners:
             states = self._step(states, trace, on_scored)
             best = states[0]
-            trace.frontier.append(Candidate(best.plan.layer_types, len(best.spans), best.score.loss))
+            trace.frontier.append(ScoredPattern(best.plan.layer_types, len(best.spans), best.score.loss))
             if on_step is not None:
                 on_step(trace.frontier[-1])
 
     def _step(
-        self, states: Sequence[_State], trace: SearchTrace, on_scored: Callable[[Candidate], Any] | None
+        self, states: Sequence[_State], trace: SearchTrace, on_scored: Callable[[ScoredPattern], Any] | None
     ) -> list[_State]:
         """The best patterns with one owner less."""
         best: list[_State] = []
@@ -131,7 +131,7 @@ class PatternSearch:
             tried.append(child.plan)
             loss = child.score.loss
             self._surrogate.record(state.score.loss, merge, loss)
-            trace.candidates.append(Candidate(child.plan.layer_types, len(child.spans), loss, expected))
+            trace.candidates.append(ScoredPattern(child.plan.layer_types, len(child.spans), loss, expected))
             # What enters each layer is kept of the best only. Ties go to the one that was tried first.
             best = sorted([*best, child], key=lambda each: each.score.loss)[: self._limits.beam]
             if on_scored is not None:

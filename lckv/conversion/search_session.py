@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from lckv.config import SearchConfig
+from lckv.console import Bar
 from lckv.conversion.calibration import batches_of, choose_blocks
 from lckv.conversion.merging import DIRECTIONS, Reach, owners_in, parse_budget, resolve_reach
 from lckv.conversion.methods import CALIBRATED, METHODS, TRAINED, needed_pairs
 from lckv.conversion.moments import InputMoments, Pair, collect_moments
-from lckv.conversion.progress import counting_progress
+from lckv.conversion.pattern_search import PatternSearch, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
-from lckv.conversion.search import Candidate, PatternSearch, SearchLimits, SearchTrace
 from lckv.conversion.search_report import KVCount, Point, SearchReport
 from lckv.conversion.settings import check_block_size
 from lckv.conversion.source import Source
@@ -25,7 +25,7 @@ from lckv.data import BlockDataset, build_dataset, collate
 from lckv.data.tokenizer import check_tokenizer
 from lckv.errors import UserError, check_choice, check_positive, check_whole_number
 from lckv.evaluation.perplexity import evaluate_perplexity
-from lckv.model_arguments import check_passes_value
+from lckv.model_arguments import check_passes_value, iteration_settings
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan, build_layer_types, join_layer_types, parse_layer_types
 
@@ -101,7 +101,7 @@ class SearchSession:
             self._cfg.method,
             self._calibrate(model, data.train, calibration, baselines),
             self._cfg.ridge,
-            {"forward_passes": self._cfg.forward_passes, "converge_tolerance": self._cfg.converge_tolerance},
+            iteration_settings(self._cfg),
         )
         batch = _scored_batch(data.train, calibration, self._cfg)
         report = SearchReport(self._cfg, self._source.config, self._kv, data.fingerprint, self._trace)
@@ -156,26 +156,26 @@ class SearchSession:
         size = num_pairs * self._source.config.hidden_size**2 * 8
         logger.info("calibrating: the moments of %d pairs of layers take %.3g GB of memory", num_pairs, size / 1e9)
         total = len(chosen) * blocks.block_size
-        with counting_progress(self._console, "calibrating", "tokens", total) as advance:
+        with Bar(self._console, "calibrating", "tokens", total) as bar:
             return collect_moments(
                 model,
                 batches_of(blocks, chosen),
                 pairs,
                 has_ones=self._source.config.attention_bias,
-                on_batch=advance,
+                on_batch=bar.advance,
             )
 
     def _search(self, converter: Converter, scorer: Scorer) -> None:
         search = PatternSearch(converter, scorer, self._limits)
         num_layers = self._plan.num_hidden_layers
 
-        def tell(best: Candidate) -> None:
+        def tell(best: ScoredPattern) -> None:
             line = f"{best.num_owners} of {num_layers}: loss {best.loss:.4f}: {best.layer_types}"
-            self._console.print(line, markup=False)
+            self._console.print(line)
 
         total = self._limits.num_scored(num_layers)
-        with counting_progress(self._console, "searching", "patterns", total) as advance:
-            search.run(self._trace, on_scored=lambda _: advance(1), on_step=tell)
+        with Bar(self._console, "searching", "patterns", total) as bar:
+            search.run(self._trace, on_scored=lambda _: bar.advance(), on_step=tell)
 
     def _evaluate(
         self,
@@ -192,14 +192,14 @@ class SearchSession:
             return evaluate_perplexity(converter.build(plan), blocks, batch_size=_VALIDATION_BATCH).perplexity
 
         total = len(self._trace.frontier) + len(baselines)
-        with counting_progress(self._console, "measuring", "perplexities", total) as advance:
+        with Bar(self._console, "measuring", "perplexities", total) as bar:
             for candidate in self._trace.frontier:
                 report.perplexities[candidate.layer_types] = perplexity(parse_layer_types(candidate.layer_types))
-                advance(1)
+                bar.advance()
             for name, plan in baselines.items():
                 loss = scorer.score(plan, 0, scorer.original).loss
                 report.baselines.append(Point(name, plan.layer_types, self._kv, loss, perplexity(plan)))
-                advance(1)
+                bar.advance()
 
     def _validation_blocks(self, validation: BlockDataset) -> Subset[Any]:
         chosen = choose_blocks(validation, self._cfg.validation_tokens)

@@ -1,31 +1,25 @@
-"""Output appears whole or not at all, and reading and writing take no more memory than a shard and a group."""
+"""A conversion that ends early leaves nothing, and takes no more memory than a shard and a group."""
 
 import errno
-import io
 import os
-import platform
-import subprocess
 import weakref
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from safetensors import SafetensorError
+from safetensors import torch as safetensors_torch
 from safetensors.torch import load_file
 
-from lckv.conversion import writing
-from lckv.conversion.converted import RECORD, converted_config, write_converted, write_trained
-from lckv.conversion.methods import METHODS
-from lckv.conversion.progress import counting_progress
+from lckv import storage
+from lckv.conversion.shards import plan_shards, write_weights
 from lckv.conversion.source import CheckpointTensors, Source
-from lckv.conversion.writing import appearing, check_output, plan_shards
+from lckv.conversion.target import RECORD, converted_config, write_converted, write_trained
 from lckv.errors import UserError
-from lckv.generation.loading import load_model
+from lckv.loading import load_model
 from lckv.patterns import parse_layer_types
 from tests.unit.conversion.sources import assert_identical, random_source, read_folder, run_convert, save_source
 
@@ -45,81 +39,13 @@ def expected(source, tmp_path_factory):
     return read_folder(out)
 
 
-def refusal(out):
-    with pytest.raises(UserError) as error:
-        check_output(out)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_nothing_is_overwritten(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "a").touch()
-    (tmp_path / "empty").mkdir()
-    assert "full: is not empty; name a folder that is not there yet" in refusal(tmp_path / "full")
-    assert "full/b/..: is not empty; name a folder" in refusal(tmp_path / "full" / "b" / "..")
-    assert "a: is a file; name a folder" in refusal(tmp_path / "full" / "a")
-    assert f"{tmp_path}/full/a is a file; name a folder" in refusal(tmp_path / "full" / "a" / "b" / "c")
-    for name in ("empty", "new", "new/newer"):
-        check_output(tmp_path / name)
-
-
 def test_tensors_in_one_place_are_written_apart(tmp_path):
     tensors = {"a": torch.ones(2, 3), "c": torch.zeros(1)}
     tensors["b"] = tensors["a"]
     sizes = {name: tensor.numel() * 4 for name, tensor in tensors.items()}
-    writing.write_weights(tmp_path, sizes, tensors.__getitem__, max_shard_size=10**6)
+    write_weights(tmp_path, sizes, tensors.__getitem__, max_shard_size=10**6)
     written = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(written[name], tensors[name]) for name in "abc")
-
-
-@pytest.mark.parametrize("place", ["missing", "empty", "link", "deeper/than/there/is"])
-def test_a_folder_appears_at_once(tmp_path, place):
-    out = tmp_path / place
-    if place in ("empty", "link"):
-        (tmp_path / "empty").mkdir()
-        (tmp_path / "link").symlink_to("empty")
-    with appearing(out) as folder:
-        (folder / "a").write_text("1")
-        assert not (out / "a").exists()
-    assert (out / "a").read_text() == "1" and not folder.exists()
-    assert (tmp_path / "link").is_symlink() == (place in ("empty", "link"))
-
-
-def test_the_folder_that_the_shell_is_in_is_not_replaced(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for name in (".", "new/..", str(tmp_path / "here"), ".."):
-        assert refusal(Path(name)).startswith(f"out={name}: is the current folder, or holds it; name a folder")
-    check_output(Path("new"))
-
-
-def test_two_that_write_the_same_do_not_disturb_each_other(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(UserError, match="^out=.*/out: something else was written there meanwhile") as error:
-        with appearing(out) as first:
-            (first / "a").write_text("1")
-            with appearing(out) as second:
-                assert (first / "a").read_text() == "1"
-                (second / "b").write_text("2")
-    assert "\n" not in str(error.value)
-    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["b"]
-
-
-def test_only_what_the_dead_left_is_cleared_away(tmp_path):
-    begin = f".out.partial-{platform.node()}"
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    names = [
-        f"{begin}-{dead.pid}-01234567",
-        f"{begin}-{os.getpid()}-01234567",
-        f".out.partial-other-{dead.pid}-01234567",
-    ]
-    for name in names:
-        (tmp_path / name).mkdir()
-    with appearing(tmp_path / "out"):
-        pass
-    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], "out"])
 
 
 @given(st.lists(st.integers(0, 50), min_size=1), st.integers(1, 60))
@@ -143,18 +69,18 @@ def fail_at_second_shard(error):
         saved.append(file)
         original(tensors, file, **options)
 
-    original = writing.save_file
+    original = safetensors_torch.save_file
     return save_file
 
 
 FULL_DISK = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), FULL_DISK, OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), FULL_DISK])
 def test_interrupted_writing_leaves_nothing_and_the_next_run_works(source, expected, tmp_path, monkeypatch, error):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "save_file", fail_at_second_shard(error))
+        patch.setattr(safetensors_torch, "save_file", fail_at_second_shard(error))
         with pytest.raises(OSError if error is FULL_DISK else type(error)) as raised:
             run_convert(source, out, SHARED, SHARDS)
     if error is FULL_DISK:
@@ -164,28 +90,10 @@ def test_interrupted_writing_leaves_nothing_and_the_next_run_works(source, expec
     assert_identical(read_folder(out), expected)
 
 
-def test_an_error_that_is_not_the_operating_systems_passes(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "save_file", fail_at_second_shard(SafetensorError("some bug")))
-    with pytest.raises(SafetensorError, match="some bug"):
-        run_convert(source, tmp_path / "out", SHARED, SHARDS)
-
-
-def test_an_interrupted_method_leaves_nothing(source, expected, tmp_path, monkeypatch):
-    def interrupt(group):
-        assert any(tmp_path.glob(".out.partial-*/model-00001-*"))  # half-way
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setitem(METHODS._entries, "average", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run_convert(source, tmp_path / "out", SHARED, SHARDS)
-    assert os.listdir(tmp_path) == []
-
-
 def test_what_a_killed_process_left_does_not_load_and_is_cleared_away(source, expected, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(writing.shutil, "rmtree", lambda *args, **options: None)  # as if there were no time for it
-        patch.setattr(writing, "save_file", fail_at_second_shard(KeyboardInterrupt()))
+        patch.setattr(storage.shutil, "rmtree", lambda *args, **options: None)  # as if there were no time for it
+        patch.setattr(safetensors_torch, "save_file", fail_at_second_shard(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run_convert(source, tmp_path / "out", SHARED, SHARDS)
     (partial,) = tmp_path.glob(".out.partial-*")
@@ -195,7 +103,7 @@ def test_what_a_killed_process_left_does_not_load_and_is_cleared_away(source, ex
             load_model(str(name))
     (partial / "left.txt").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(writing.psutil, "pid_exists", lambda pid: pid != os.getpid())  # it was another process
+        patch.setattr(storage.psutil, "pid_exists", lambda pid: pid != os.getpid())  # it was another process
         run_convert(source, tmp_path / "out", SHARED, SHARDS)
     assert os.listdir(tmp_path) == ["out"] and not (tmp_path / "out" / "left.txt").exists()
     assert_identical(read_folder(tmp_path / "out"), expected)
@@ -280,15 +188,6 @@ def test_the_source_is_asked_once_for_what_lies_beside_its_weights(source, tmp_p
     AskedSource(found.checkpoint, found.config).copy_rest(tmp_path)
     assert AskedSource.count == 1
     assert (tmp_path / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-
-
-def test_progress_is_shown_on_terminals_only():
-    for is_terminal in (True, False):
-        console = Console(file=io.StringIO(), force_terminal=is_terminal, width=100)
-        with counting_progress(console, "counting", "tokens", 2500) as advance:
-            advance(1000)
-            advance(500)
-        assert ("counting 1,500 of 2,500 tokens" in console.file.getvalue()) == is_terminal
 
 
 def test_trained_models_are_written_in_the_types_of_their_source(tmp_path):

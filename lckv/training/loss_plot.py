@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from lckv.storage import new_file
 from lckv.training.callbacks import text_loss
 
 
@@ -47,6 +47,5 @@ def plot_loss(lines: Sequence[dict[str, Any]], path: Path, *, title: str, unigra
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format="png")
-    os.replace(aside, path)
+    with new_file(path) as file:
+        figure.savefig(file)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lckv.cache import build_cache
-from lckv.generation.decoding import compile_config
+from lckv.generation.batch import compile_config
 from tests.reference import tiny_model, token_ids
 
 

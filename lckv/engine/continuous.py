@@ -23,8 +23,9 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from lckv.cache.paged import PagedKVCache
 from lckv.cache.pages import OutOfPagesError, extend_hashes
+from lckv.engine.requests import BatchStatistics, OnToken, Request, make_request
 from lckv.errors import UserError, check_whole_number
-from lckv.generation.requests import BatchStatistics, OnToken, Request, make_request
+from lckv.logits import NOT_FINITE, are_finite
 from lckv.models.padding import pad_left
 
 
@@ -331,11 +332,11 @@ class ContinuousBatcher:
 
     def _generate(self, requests: list[Request], logits: torch.Tensor) -> None:
         """Gives each request its next token, and ends those that are done."""
-        is_sound = logits.max(dim=1).values.isfinite()  # the maximum of numbers that NaN is among is NaN
+        is_sound = are_finite(logits)
         tokens = self._choose(requests, logits.masked_fill(~is_sound[:, None], 0.0))  # those fail, whatever is chosen
         for request, token, is_right in zip(requests, tokens, is_sound.tolist(), strict=True):
             if not is_right:
-                self._end(request, "the model's logits are not finite")
+                self._end(request, f"the model's logits are {NOT_FINITE}")
                 continue
             request.tokens.append(token)
             self.statistics.num_generated_tokens += 1

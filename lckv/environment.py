@@ -1,4 +1,4 @@
-"""What the machine is: its name, a GPU's peak speed and the peak memory of this process."""
+"""What a run records about where it ran: versions, the machine, a GPU's peak speed and the peak memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+
+import lckv
 
 # Dense tensor-core FLOP/s with 16-bit inputs, from the makers' data sheets; the first name found in the device's wins.
 _PEAK_FLOPS_16_BIT = {
@@ -36,6 +39,16 @@ _PEAK_FLOPS_16_BIT = {
     "MI300X": 1307e12,
     "MI250X": 383e12,
 }
+
+
+def versions() -> dict[str, str]:
+    """What figures were made with."""
+    return {
+        "lckv": lckv.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lckv.errors import UserError
-from lckv.generation.loading import find_device, load_model
+from lckv.loading import find_device, load_model
 from tests.reference import tiny_model, token_ids
 from tests.tiny import byte_tokenizer
 

@@ -9,29 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from lckv.cache import KVCache
 from lckv.errors import UserError
-from lckv.generation.decoding import compile_config
 from lckv.generation.decoding_options import DecodingOptions
-from lckv.generation.prefill import PrefillReport, prefill
+from lckv.generation.prefill import PrefillOptions, PrefillReport, prefill
+from lckv.logits import check_logits
 from lckv.models.padding import pad_left
 
 logger = logging.getLogger(__name__)
 
 _STEPS_TO_COMPILE = 3
 """How many steps after the first are slow: torch compiles in one, and may record CUDA graphs in two more."""
-
-
-@dataclass(frozen=True)
-class PrefillOptions:
-    """How the prompt goes through the model; see [`lckv.generation.prefill.prefill`]."""
-
-    chunk_size: int | None = None
-    forward_passes: int | str | None = None
-    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +78,7 @@ class StepWatch(LogitsProcessor):
             UserError: if a row's largest is no finite number.
         """
         self.num_steps += 1
-        if not torch.isfinite(scores.max(dim=-1).values).all():
-            raise UserError(
-                f"the logits of new token {self.num_steps} are not finite (NaN or infinity): the weights are broken, "
-                "or the type is too narrow for them; try dtype=float32"
-            )
+        check_logits(scores, f"the logits of new token {self.num_steps}")
         now = time.perf_counter()  # behind the check, which waits for the device
         if self.num_steps == 1:
             self.first_token_time = now
@@ -168,6 +155,22 @@ def generate(
         num_passes=[1] if report is None else report.num_passes,
         residual=None if report is None else report.residual,
     )
+
+
+def compile_config(device: torch.device) -> CompileConfig:
+    """What makes transformers' `generate()` compile its decoding steps, given a static cache.
+
+    On a GPU the compiled step is replayed as a CUDA graph. On a CPU, where transformers compiles only if told to, the
+    gain lies in loops that are fused and calls that are saved. The first steps take a minute or so. Afterwards the
+    model must stay as it is (its settings and types, not the values of its weights): to look at all of its modules
+    before every token, as torch otherwise does, takes a CPU as long as a layer.
+    """
+    if device.type == "cuda":
+        return CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead")
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)  # type: ignore[arg-type]
+    config._compile_all_devices = True  # type: ignore[assignment]  # declared without a type
+    return config
 
 
 def _prefill_all_but_last(

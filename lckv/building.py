@@ -1,0 +1,66 @@
+"""The models of a training run: the one that is trained, and the one that it learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
+
+from lckv.config import ModelConfig, TeacherConfig, TrainConfig
+from lckv.errors import UserError, near_miss
+from lckv.loading import load_model
+from lckv.model_arguments import model_arguments
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.training.teacher import check_tokenizers
+
+
+def check_activation(model: ModelConfig) -> None:
+    """Refuses an activation function that transformers does not have.
+
+    Raises:
+        UserError: naming those that it has.
+    """
+    if model.hidden_act not in ACT2FN:
+        hint = near_miss(model.hidden_act, ACT2FN)
+        raise UserError(f"model.hidden_act={model.hidden_act!r}: allowed are {', '.join(ACT2FN)}{hint}")
+
+
+def build_model(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, init: Path | None) -> PreTrainedModel:
+    """The model to train, with random weights, or with those of the converted model in the folder `init`.
+
+    Raises:
+        UserError: if a package for its attention is missing.
+    """
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    try:
+        if init is None:
+            return AutoModelForCausalLM.from_config(LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)), **special))
+        config = LCKVLlamaConfig.from_pretrained(init)
+        config.attention_dropout = cfg.model.attention_dropout
+        attention, dtype = cfg.model.attn_implementation, cfg.model.dtype
+        model: PreTrainedModel = LCKVLlamaForCausalLM.from_pretrained(
+            init, config=config, attn_implementation=attention, dtype=dtype
+        )
+    except ImportError as error:  # such as FlashAttention's package
+        raise UserError(f"model.attn_implementation={cfg.model.attn_implementation!r}: {error}") from error
+    # The source's own may hold settings for sampling that transformers reads, but refuses to save. It may have several
+    # tokens that end a text, where the tokenizer knows one.
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    model.generation_config = GenerationConfig(**special | ({} if ends is None else {"eos_token_id": ends}))
+    return model
+
+
+def build_teacher(cfg: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """The model to learn from, if there is one.
+
+    Raises:
+        UserError: if there is no such model, or its tokenizer has other tokens.
+    """
+    if cfg.source is None:
+        return None
+    model, its_tokenizer = load_model(
+        cfg.source, revision=cfg.revision, dtype=cfg.dtype, device="cpu", key="teacher.source"
+    )
+    check_tokenizers(cfg.source, tokenizer, its_tokenizer)
+    return model

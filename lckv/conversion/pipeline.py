@@ -1,0 +1,121 @@
+"""From the configuration to a converted model, in any folder or in that of a run that starts from it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from transformers import TrainingArguments
+
+from lckv.config import TrainConfig
+from lckv.console import Bar
+from lckv.conversion.calibration import calibrate
+from lckv.conversion.methods import CALIBRATED, METHODS, TRAINED, groups_of
+from lckv.conversion.moments import InputMoments
+from lckv.conversion.settings import adopt_source, check_block_size, check_calibration, model_settings, plan_of
+from lckv.conversion.source import Source
+from lckv.conversion.target import converted_config, source_config_of, write_converted
+from lckv.data import build_dataset
+from lckv.data.tokenizer import check_tokenizer
+from lckv.errors import check_choice
+from lckv.loading import find_device
+from lckv.patterns import SharingPlan
+from lckv.processes import is_main_process
+from lckv.training.run_folder import RunFolder
+
+
+def convert(
+    cfg: TrainConfig,
+    source: Source,
+    out: Path,
+    console: Console,
+    *,
+    device: str = "auto",
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Converts a pretrained model as the configuration says, and writes it into a folder that appears at once.
+
+    Args:
+        cfg: the configuration, with the source's sizes; see [`lckv.conversion.settings.adopt_source`].
+        source: the model.
+        out: the folder.
+        console: where to show progress.
+        device: where calibration text runs.
+        max_shard_size: bytes of a file of weights.
+
+    Raises:
+        UserError: for wrong settings, text or weights.
+    """
+    check_calibration(cfg.init)
+    find_device(device)
+    plan, method = plan_of(cfg), cfg.init.method
+    config = converted_config(source.config, plan, **model_settings(cfg))
+    moments, record = None, {}
+    if method in CALIBRATED and groups_of(plan):
+        moments, fingerprint = _calibrate(cfg, source, plan, console, device)
+        tokens = {"calibration_tokens": moments.num_tokens, "ridge": cfg.init.ridge}
+        record = {"data": cfg.data.name, "data_fingerprint": fingerprint, **tokens}
+    with Bar(console, "writing", "bytes") as bar:
+        write_converted(
+            source,
+            config,
+            method,
+            out,
+            moments=moments,
+            ridge=cfg.init.ridge,
+            max_shard_size=max_shard_size,
+            record=record,
+            on_bytes=bar.update,
+        )
+
+
+def _calibrate(
+    cfg: TrainConfig, source: Source, plan: SharingPlan, console: Console, device: str
+) -> tuple[InputMoments, str]:
+    """The moments of the layers' inputs, and the fingerprint of the text."""
+    tokenizer = check_tokenizer(source.load_tokenizer(), str(source.checkpoint))
+    check_block_size(cfg.data, source.config)
+    data = build_dataset(cfg.data, tokenizer)
+    with Bar(console, "calibrating", "tokens") as bar:
+        moments = calibrate(source, plan, data.train, cfg.init.calibration_tokens, device=device, on_tokens=bar.update)
+    return moments, data.fingerprint
+
+
+def adopt_init(cfg: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, Source | None]:
+    """The configuration with the sizes of the pretrained model to start from, and the model, if it is still needed.
+
+    A run that has begun needs only what it has made of the model, and goes on where that is no longer there.
+
+    Raises:
+        UserError: if there is no such model, or the settings do not fit it.
+    """
+    name, revision = cfg.init.source, cfg.init.revision
+    if name is None:
+        return cfg, None
+    check_choice("init.method", cfg.init.method, METHODS)
+    check_calibration(cfg.init)
+    if cfg.init.method in TRAINED and cfg.teacher.source is None:
+        cfg = replace(cfg, teacher=replace(cfg.teacher, source=name, revision=revision))
+    if folder.holds_a_run() and folder.init.is_dir():
+        return adopt_source(cfg, source_config_of(folder.init)), None
+    source = Source.find(name, revision=revision, key="init.source")
+    check_tokenizer(source.load_tokenizer(), str(source.checkpoint))
+    return adopt_source(cfg, source.config), source
+
+
+def convert_init(
+    cfg: TrainConfig, source: Source | None, folder: RunFolder, args: TrainingArguments, console: Console
+) -> Path | None:
+    """Where the converted model is that the run starts from, written now unless it is there; `None`: at random.
+
+    One process converts; the others wait for it, and end if there is nothing then.
+    """
+    if source is not None:
+        with args.main_process_first(local=False):
+            if is_main_process():
+                convert(cfg, source, folder.init, console, device=str(args.device))
+        if not folder.init.is_dir():
+            sys.exit(2)  # the first process has said why
+    return None if cfg.init.source is None else folder.init
