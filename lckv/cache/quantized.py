@@ -304,7 +304,7 @@ class QuantizedKVCache(KVCache):
         """This class, or that of caches in pages."""
         if options.get("layout") != "paged":
             return cls
-        from lckv.cache.quantized_paged import QuantizedPagedKVCache
+        from lckv.cache.paged import QuantizedPagedKVCache
 
         return QuantizedPagedKVCache
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lckv.cache import PagedKVCache, load_cache, save_cache
-from lckv.cache.pages import OutOfPagesError, PageAllocator
+from lckv.cache.paged.pages import OutOfPagesError, PageAllocator
 from lckv.errors import UserError
 from tests.reference import PATTERNS, exact_logits, tiny_model, token_ids
 

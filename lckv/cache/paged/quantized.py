@@ -1,9 +1,9 @@
 """The quantised cache in pages: a page is a group of tokens, and is encoded as a whole once it is full and old.
 
-Which sequence holds which page is as in `lckv.cache.paged`, with copies on writing and shared beginnings. Each owner's
-layer has two kinds of pools: one of packed pages with a place for every page, and a small one of pages as they are,
-for those that are recent or not full. Sequences that share a page share its codes; where one of them has gone on far
-enough for it to be encoded, it is encoded for all.
+Which sequence holds which page is as in `lckv.cache.paged.cache`, with copies on writing and shared beginnings. Each
+owner's layer has two kinds of pools: one of packed pages with a place for every page, and a small one of pages as they
+are, for those that are recent or not full. Sequences that share a page share its codes; where one of them has gone on
+far enough for it to be encoded, it is encoded for all.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from lckv.cache.page_book import PageBook, PageStep
-from lckv.cache.paged import PagedKVCache
-from lckv.cache.paged_layer import PagedLayer
-from lckv.cache.pages import capacity_for
+from lckv.cache.paged.book import PageBook, PageStep
+from lckv.cache.paged.cache import PagedKVCache
+from lckv.cache.paged.layer import PagedLayer
+from lckv.cache.paged.pages import capacity_for
 from lckv.cache.quantization import GroupCodec, Quantized
 from lckv.cache.quantized import QuantizedLayer, QuantizedOptions
 from lckv.errors import UserError

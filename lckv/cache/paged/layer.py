@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lckv.cache.layers import KVLayer
-from lckv.cache.page_book import PageBook, PageStep
-from lckv.cache.pages import PageGroup
+from lckv.cache.paged.book import PageBook, PageStep
+from lckv.cache.paged.pages import PageGroup
 from lckv.models.iteration import KeyValue
 
 

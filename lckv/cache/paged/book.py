@@ -1,6 +1,6 @@
 """What all layers of a cache in pages share: who takes part in a forward call, and which page each token goes to.
 
-See `lckv.cache.pages` for who holds which page, and `lckv.cache.paged` for what a frame is.
+See `lckv.cache.paged.pages` for who holds which page, and `lckv.cache.paged.cache` for what a frame is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from lckv.cache.pages import BlockTable, OutOfPagesError, PagedSequence, PageGroup, capacity_for
+from lckv.cache.paged.pages import BlockTable, OutOfPagesError, PagedSequence, PageGroup, capacity_for
 
 T = TypeVar("T")
 

@@ -2,7 +2,7 @@
 
 Each layer that computes keys and values (KV) has two pools of pages `(num_pages, num_kv_heads, page_size, head_dim)`.
 Layers that keep everything share one set of block tables; those whose readers all have a window share another, in
-which pages that the window has passed are free again. See `lckv.cache.pages` for who holds which page.
+which pages that the window has passed are free again. See `lckv.cache.paged.pages` for who holds which page.
 
 What the model gets is a gather of each row's pages, aligned to the right: rows of different lengths look like a batch
 with padding on the left, and all of the model's masks hold as they are. The padding itself is stored nowhere. The
@@ -19,9 +19,9 @@ import torch
 
 from lckv.cache.base import CACHES, KVCache
 from lckv.cache.layers import KVLayer, check_crop
-from lckv.cache.page_book import PageBook
-from lckv.cache.paged_layer import PagedLayer
-from lckv.cache.pages import PagedSequence, capacity_for, extend_hashes
+from lckv.cache.paged.book import PageBook
+from lckv.cache.paged.layer import PagedLayer
+from lckv.cache.paged.pages import PagedSequence, capacity_for, extend_hashes
 from lckv.errors import UserError, check_whole_number
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 
