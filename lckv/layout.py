@@ -92,6 +92,11 @@ class KVLayout:
         """The layers that keep something, from the bottom."""
         return tuple(store.owner for store in self.stores)
 
+    @property
+    def streams(self) -> dict[int, tuple[Stream, ...]]:
+        """What every owner keeps of a token."""
+        return {store.owner: store.streams for store in self.stores}
+
     def store(self, owner: int) -> Store:
         """What layer `owner` keeps."""
         return self.stores[self.owners.index(owner)]

@@ -136,8 +136,8 @@ def compare_gather(repeats: int) -> dict[str, Any]:
     new = torch.randn(num_rows, num_heads, 1, head_dim)
 
     def vectorised() -> torch.Tensor:
-        cache.begin_forward(config.sharing_plan, None, 1)  # so that slots are worked out anew, as in every step
-        return layer.peek(new, new)[0]
+        cache.begin_forward(config, None, 1)  # so that slots are worked out anew, as in every step
+        return layer.peek((new, new))[0]
 
     def token_by_token(with_heads: bool) -> torch.Tensor:
         keys = torch.empty(num_rows, num_heads, length + 1, head_dim)
@@ -146,8 +146,8 @@ def compare_gather(repeats: int) -> dict[str, Any]:
             for position in range(length):
                 page, place = sequence.tables[0].pages[position // page_size], position % page_size
                 for head in range(num_heads) if with_heads else [slice(None)]:
-                    keys[row, head, position] = layer.keys[page, head, place]
-                    values[row, head, position] = layer.values[page, head, place]
+                    keys[row, head, position] = layer.streams[0][page, head, place]
+                    values[row, head, position] = layer.streams[1][page, head, place]
         keys[:, :, length:], values[:, :, length:] = new, new
         return keys
 

@@ -72,15 +72,10 @@ def kv_distance(cache: KVCache, exact: KVCache) -> float:
     pairs = [
         (mine.double() - theirs.double(), theirs.double())
         for owner, layer in cache.owners().items()
-        for mine, theirs in zip((layer.keys, layer.values), _states(exact, owner), strict=True)
+        for mine, theirs in zip(layer.streams, exact.owners()[owner].streams, strict=True)
     ]
     distance = sum(float(difference.square().sum()) for difference, _ in pairs)
     return (distance / sum(float(size.square().sum()) for _, size in pairs)) ** 0.5
-
-
-def _states(cache: KVCache, owner: int) -> tuple[torch.Tensor, torch.Tensor]:
-    layer = cache.owners()[owner]
-    return layer.keys, layer.values
 
 
 def compare(

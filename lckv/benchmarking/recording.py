@@ -13,8 +13,8 @@ from torch import nn
 from lckv.cache import KVCache
 from lckv.cache.quantization import GroupCodec, Quantized
 from lckv.models.attention import LCKVAttention
-from lckv.models.iteration import KeyValue
 from lckv.models.masks import VisibleKeys
+from lckv.models.sharing_cache import Streams
 
 
 class MeteredCodec(GroupCodec):
@@ -51,7 +51,7 @@ class RecordsTraffic(KVCache):
     """To be mixed into a cache class: counts what one sequence's tokens bring into storage, and what is read from it.
 
     Attributes:
-        given_bytes: of the states that `update` was given since `start_step`.
+        given_bytes: of the states that `write` was given since `start_step`.
         exact_bytes: of the tokens that a quantising cache returned without decoding them, since `start_step`.
     """
 
@@ -88,29 +88,27 @@ class RecordsTraffic(KVCache):
         """Of a quantising cache: what the step's reading decoded, as it is stored, and the tokens kept as they are."""
         return self.exact_bytes + sum(codec.decoded_bytes for codec in self._codecs())
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> KeyValue:
-        """Updates, and counts."""
-        self.given_bytes += key_states.nbytes + value_states.nbytes
-        update = partial(super().update, key_states, value_states, layer_idx, *args, **kwargs)
-        return self._counted(update, layer_idx) if self.quantises else update()
+    def write(self, streams: Streams, layer_idx: int) -> Streams:
+        """Writes, and counts."""
+        self.given_bytes += sum(states.nbytes for states in streams)
+        write = partial(super().write, streams, layer_idx)
+        return self._counted(write, layer_idx) if self.quantises else write()
 
-    def peek(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeyValue:
+    def peek(self, streams: Streams, layer_idx: int) -> Streams:
         """Peeks, and counts, without the new tokens, which are not stored."""
-        peek = partial(super().peek, key_states, value_states, layer_idx)
-        return self._counted(peek, layer_idx, num_unstored=key_states.shape[2]) if self.quantises else peek()
+        peek = partial(super().peek, streams, layer_idx)
+        return self._counted(peek, layer_idx, num_unstored=streams[0].shape[2]) if self.quantises else peek()
 
-    def _counted(self, read: Callable[[], KeyValue], layer_idx: int, num_unstored: int = 0) -> KeyValue:
+    def _counted(self, read: Callable[[], Streams], layer_idx: int, num_unstored: int = 0) -> Streams:
         """Counts which of the returned tokens were stored as they are: those behind the last group that is old."""
         layer, options = self.owners()[layer_idx], cast(Any, self).quantization
         num_old = (layer.get_seq_length() - options.residual_length) // options.group_size * options.group_size
         _, first = layer.get_mask_sizes(0)
-        keys, values = read()
-        num_tokens = keys.shape[2]
+        streams = read()
+        num_tokens = streams[0].shape[2]
         num_exact = num_tokens - max(0, num_old - first) - num_unstored
-        self.exact_bytes += (keys.nbytes + values.nbytes) * num_exact // num_tokens
-        return keys, values
+        self.exact_bytes += sum(states.nbytes for states in streams) * num_exact // num_tokens
+        return streams
 
     def _codecs(self) -> list[MeteredCodec]:
         layers: list[Any] = list(self.owners().values())

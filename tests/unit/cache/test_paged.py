@@ -272,7 +272,7 @@ def test_gathering_reads_what_a_loop_over_tokens_reads():
     rows = [book.named[name] for name in "ab"]
     texts.cache.select(["a", "b"])
     new = torch.randn(2, 2, 1, 8)
-    keys, _ = layer.peek(new, new)
+    keys, _ = layer.peek((new, new))
     for row, sequence in enumerate(rows):
         for position in range(sequence.length):
             page = sequence.tables[0].pages[position // 4]
