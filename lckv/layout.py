@@ -92,6 +92,11 @@ class KVLayout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "owners", tuple(store.owner for store in self.stores))
 
+    @property
+    def streams(self) -> dict[int, tuple[Stream, ...]]:
+        """What every owner keeps of a token."""
+        return {store.owner: store.streams for store in self.stores}
+
     def store(self, owner: int) -> Store:
         """What layer `owner` keeps."""
         return self.stores[self.owners.index(owner)]

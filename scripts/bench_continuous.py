@@ -82,16 +82,16 @@ def gather_ways(num_rows: int = 8, length: int = 1024, num_heads: int = 4, head_
     layer, tables = cache.owners()[0], [sequence.tables[0].pages for sequence in cache.book.rows]
 
     def gather() -> torch.Tensor:
-        cache.begin_forward(config.sharing_plan, None, 1)  # so that slots are worked out anew, as in every step
-        return layer.peek(new, new)[0]
+        cache.begin_forward(config, None, 1)  # so that slots are worked out anew, as in every step
+        return layer.peek((new, new))[0]
 
     def loop(heads: list[Any]) -> torch.Tensor:
         keys, values = (torch.cat([torch.empty_like(states), new], dim=2) for _ in range(2))
         for row, pages in enumerate(tables):
             for position in range(length):
                 for head in heads:
-                    keys[row, head, position] = layer.keys[pages[position // 16], head, position % 16]
-                    values[row, head, position] = layer.values[pages[position // 16], head, position % 16]
+                    keys[row, head, position] = layer.streams[0][pages[position // 16], head, position % 16]
+                    values[row, head, position] = layer.streams[1][pages[position // 16], head, position % 16]
         return keys
 
     ways: dict[str, Any] = {

@@ -3,9 +3,8 @@
 from lckv.cache.base import CACHES, KVCache, build_cache
 from lckv.cache.dynamic import DynamicKVCache
 from lckv.cache.layers import KVLayer
-from lckv.cache.paged import PagedKVCache
+from lckv.cache.paged import PagedKVCache, QuantizedPagedKVCache
 from lckv.cache.quantized import QuantizedKVCache
-from lckv.cache.quantized_paged import QuantizedPagedKVCache
 from lckv.cache.saving import load_cache, save_cache
 from lckv.cache.sink import SinkKVCache
 from lckv.cache.static import StaticKVCache

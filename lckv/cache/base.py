@@ -1,19 +1,19 @@
-"""What every cache has in common: one store per layer that computes keys and values (KV), none for its readers."""
+"""What every cache has in common: one store per owner, that is per layer that computes streams, none for readers."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
 
 from lckv.cache.layers import KVLayer, ReaderLayer
-from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError, near_miss
+from lckv.layout import KVLayout, Store, Stream
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.iteration import KeyValue
 from lckv.models.sharing_cache import SharingCache, Streams
 from lckv.patterns import SharingPlan
 from lckv.registry import Registry
@@ -50,9 +50,11 @@ def build_cache(name: str, config: Any, **options: Any) -> KVCache:
 
 
 class KVCache(SharingCache, ABC):
-    """A transformers cache with one [`KVLayer`] per layer that computes KV.
+    """A transformers cache with one [`KVLayer`] per owner of the model's `kv_layout`.
 
-    Subclasses give `make_layer`, and register themselves in [`CACHES`] under `name`.
+    The model hands it streams with `write`, and gets those back that the new tokens' queries see; `peek` is for passes
+    before the last one, which keep nothing. Subclasses give `make_layer`, and register themselves in [`CACHES`] under
+    `name`.
 
     Args:
         config: the configuration of the model that will use the cache.
@@ -68,14 +70,10 @@ class KVCache(SharingCache, ABC):
     def __init__(self, config: Any, offloading: bool = False) -> None:
         if offloading and not torch.cuda.is_available():
             raise UserError("cache.offloading=True: allowed is False, as there is no CUDA device to offload from")
-        plan = plan_of(config)
-        self.plan: SharingPlan = plan
-        self.config = config
-        stores = {
-            owner: self.make_layer(owner, config.sliding_window if plan.owner_is_sliding(owner) else None)
-            for owner in plan.kv_owners
-        }
-        super().__init__(layers=_one_per_decoder_layer(plan, stores))
+        self.plan, self.config = plan_of(config), config
+        self.layout: KVLayout = config.kv_layout
+        stores = {store.owner: self.make_layer(store) for store in self.layout.stores}
+        super().__init__(layers=self._one_per_decoder_layer(stores))
         self.offloading = offloading
         if offloading:
             self.prefetch_stream = torch.cuda.Stream()
@@ -86,19 +84,19 @@ class KVCache(SharingCache, ABC):
         return cls
 
     @abstractmethod
-    def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:
-        """Makes the empty store of the owner `layer_idx`, which has to keep `window` tokens, or all."""
+    def make_layer(self, store: Store) -> KVLayer:
+        """Makes the empty store of one owner."""
 
     def options(self) -> dict[str, Any]:
         """The arguments, beside `config`, that make an empty cache like this one."""
         return {}
 
     def storage(self, layer_idx: int) -> KVLayer:
-        """The store that holds what layer `layer_idx` reads."""
-        return self.owners()[self.plan.kv_source[layer_idx]]
+        """The store that holds what layer `layer_idx` reads; of several, that of the first stream."""
+        return self.owners()[self.layout.sources[layer_idx][0].owner]
 
     def owners(self) -> dict[int, KVLayer]:
-        """The stores, by the index of the layer that computes their KV (and may read another layer's)."""
+        """The stores, by the index of the layer that computes what they keep (and may read another layer's)."""
         return {owner: layer for owner, layer in enumerate(self.layers) if isinstance(layer, KVLayer)}
 
     def num_bytes(self) -> int:
@@ -127,14 +125,14 @@ class KVCache(SharingCache, ABC):
         """Bytes that `num_bytes` will report once the cache has seen this much, by arithmetic.
 
         Args:
-            seq_length: tokens of each sequence, padding included.
+            seq_length: tokens of each sequence; padding counts, but not where pages are kept. None was taken back.
             batch_size: number of sequences.
-            dtype: type of the keys and values that the model computes.
+            dtype: type of the streams that the model computes.
         """
         if seq_length == 0:
             return 0
-        sizes, dtype_name = ModelSizes.from_config(self.config), str(dtype).removeprefix("torch.")
-        return batch_size * count_kv_bytes(self.plan, sizes, seq_length, dtype_name).resident_total
+        layers = self.owners().values()
+        return sum(layer.planned_bytes(seq_length, batch_size, dtype.itemsize) for layer in layers)
 
     @property
     def batch_size(self) -> int:
@@ -143,7 +141,9 @@ class KVCache(SharingCache, ABC):
         return tensors[0].shape[0] if tensors else -1
 
     def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
-        """Refuses a model with another pattern than the cache was made for, or with windows that it does not keep."""
+        """Refuses a model whose owners keep something else than the cache was made for, or more of it."""
+        if config is self.config:  # true of almost every step, and looking closer takes time
+            return
         allowed = "allowed is a cache made from the model's own configuration"
         if config.sharing_plan.layer_types != self.plan.layer_types:
             raise UserError(
@@ -151,30 +151,56 @@ class KVCache(SharingCache, ABC):
                 f"{config.sharing_plan.layer_types!r}: {allowed}"
             )
         kept = self.config.sliding_window
-        if config.sliding_window > kept and any(map(self.plan.owner_is_sliding, self.plan.kv_owners)):
+        if config.sliding_window > kept and any(store.window is not None for store in self.layout.stores):
             raise UserError(
                 f"a cache for a sliding_window of {kept} in a model with {config.sliding_window}: {allowed}"
             )
+        if not torch.compiler.is_compiling():  # a compiled step continues what an eager one began
+            mine, given = self.layout.streams, config.kv_layout.streams
+            if mine != given:
+                raise UserError(
+                    f"a cache for {describe_streams(mine)} in a model with {describe_streams(given)}: {allowed}"
+                )
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> KeyValue:
-        """Adds the new tokens of a layer that computes KV, and returns what their queries may see.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`write` as transformers calls it, for owners of two streams."""
+        keys, values = self.write((key_states, value_states), layer_idx)
+        return keys, values
+
+    def write(self, streams: Streams, layer_idx: int) -> Streams:
+        """Adds the new tokens of an owner, and returns what their queries may see.
+
+        Args:
+            streams: of the new tokens, each `(batch, num_heads, q_len, head_dim)`.
+            layer_idx: the owner.
+
+        Returns:
+            Each stream `(batch, num_heads, kv_len, head_dim)`, the new tokens last.
 
         Raises:
             UserError: if the cache holds numbers of another type.
         """
-        key_states, value_states = self._in_stored_types(layer_idx, (key_states, value_states))
-        if self.offloading:
-            self._fetch(layer_idx, key_states.device)
-            self.prefetch(layer_idx + 1, only_non_sliding=False)
+        streams = self._in_stored_types(layer_idx, streams)
         layer: Any = self.layers[layer_idx]
-        states: KeyValue = layer.update(key_states, value_states, *args, **kwargs)
-        if self.offloading:
-            self.offload(layer_idx, only_non_sliding=False)
-        return states
+        if not self.offloading:
+            return layer.write(streams)
+        self._fetch(layer_idx, streams[0].device)
+        self.prefetch(layer_idx + 1, only_non_sliding=False)
+        seen: Streams = layer.write(streams)
+        self.offload(layer_idx, only_non_sliding=False)
+        return seen
 
-    def _in_stored_types(self, layer_idx: int, states: KeyValue) -> KeyValue:
+    def peek(self, streams: Streams, layer_idx: int) -> Streams:
+        """What `write` would return, but keeps nothing."""
+        streams = self._in_stored_types(layer_idx, streams)
+        if self.offloading:
+            self._fetch(layer_idx, streams[0].device)
+        layer: Any = self.layers[layer_idx]
+        return layer.peek(streams)
+
+    def _in_stored_types(self, layer_idx: int, streams: Streams) -> Streams:
         """Refuses to mix types: the cache would be promoted, or the new tokens rounded, without anybody noticing.
 
         Under autocast, which computes some things in fewer bits than others anyway, new tokens are stored in the types
@@ -182,15 +208,15 @@ class KVCache(SharingCache, ABC):
         """
         layer = self.layers[layer_idx]
         if not isinstance(layer, KVLayer) or not layer.is_initialized:
-            return states
-        dtypes = layer.keys.dtype, layer.values.dtype
-        for dtype, new in zip(dtypes, states, strict=True):
+            return streams
+        dtypes = [held.dtype for held in layer.streams]
+        for dtype, new in zip(dtypes, streams, strict=True):
             if dtype != new.dtype and not torch.is_autocast_enabled(new.device.type):
                 raise UserError(
                     f"layer {layer_idx} of the cache holds {_name(dtype)}, and the model gives it "
                     f"{_name(new.dtype)}: allowed is {_name(dtype)}, the type with which the cache was filled"
                 )
-        return states[0].to(dtypes[0]), states[1].to(dtypes[1])
+        return tuple(new.to(dtype) for dtype, new in zip(dtypes, streams, strict=True))
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Begins to bring the next store at or after `layer_idx` to the GPU; after the last comes the first."""
@@ -212,19 +238,6 @@ class KVCache(SharingCache, ABC):
         # What comes next may get the memory of tensors that are still read here, or being copied away.
         self.prefetch_stream.wait_stream(stream)
 
-    def write(self, streams: Streams, layer_idx: int) -> Streams:
-        """Adds the new tokens of a layer that computes KV, and returns what their queries may see."""
-        key_states, value_states = streams
-        return self.update(key_states, value_states, layer_idx)
-
-    def peek(self, streams: Streams, layer_idx: int) -> Streams:
-        """What `update` would return, but keeps nothing."""
-        key_states, value_states = streams
-        key_states, value_states = self._in_stored_types(layer_idx, (key_states, value_states))
-        if self.offloading:
-            self._fetch(layer_idx, key_states.device)
-        return self.owners()[layer_idx].peek(key_states, value_states)
-
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens of every sequence.
 
@@ -239,9 +252,13 @@ class KVCache(SharingCache, ABC):
     def fork(self) -> Self:
         """A cache with the same content; what is done to one from now on does not disturb the other."""
         forked = copy.copy(self)
-        stores = {owner: layer.fork() for owner, layer in self.owners().items()}
-        forked.layers = _one_per_decoder_layer(self.plan, stores)
+        forked.layers = self._one_per_decoder_layer({owner: layer.fork() for owner, layer in self.owners().items()})
         return forked
+
+    def _one_per_decoder_layer(self, stores: dict[int, KVLayer]) -> list[Any]:
+        """The owners' stores, and readers between them."""
+        sources = enumerate(self.layout.sources)
+        return [stores[layer] if layer in stores else ReaderLayer(layer, read, stores) for layer, read in sources]
 
 
 def plan_of(config: Any) -> SharingPlan:
@@ -256,15 +273,18 @@ def plan_of(config: Any) -> SharingPlan:
     return plan
 
 
+def describe_streams(stores: Mapping[int, Sequence[Stream]]) -> str:
+    """What owners keep of a token, such as `2 heads of 8 rotated keys and 2 heads of 8 values in layers 0, 2`."""
+    layers: dict[str, list[str]] = {}
+    for owner, streams in stores.items():
+        each = (
+            f"{stream.num_heads} head{'s' * (stream.num_heads != 1)} of {stream.head_dim} "
+            f"{'rotated ' * stream.is_rotated}{stream.name}"
+            for stream in streams
+        )
+        layers.setdefault(" and ".join(each), []).append(str(owner))
+    return "; ".join(f"{streams} in layers {', '.join(owners)}" for streams, owners in layers.items())
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _one_per_decoder_layer(plan: SharingPlan, stores: dict[int, KVLayer]) -> list[Any]:
-    """The owners' stores, and readers between them."""
-    return [
-        stores[layer.layer_idx]
-        if layer.computes_kv
-        else ReaderLayer(stores[layer.kv_source], layer.layer_idx, layer.kv_source)
-        for layer in plan.layers
-    ]

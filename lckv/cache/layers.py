@@ -1,39 +1,62 @@
-"""What the stores of every cache have in common: those of layers that compute keys and values (KV), and of readers."""
+"""What the stores of every cache have in common: those of owners, which keep streams, and what stands for readers."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from lckv.models.iteration import KeyValue
+from lckv.layout import Store, StreamSource
+from lckv.models.sharing_cache import Streams
 
 
 class KVLayer(CacheLayerMixin):
-    """The keys and values of one layer that computes them.
+    """What one owner keeps for its readers: the streams of its `store`, such as keys and values.
 
     A subclass keeps them in any form. It says with `tensors` what it holds, all of it with the batch as first
-    dimension, and the rest of this class (counting bytes, reordering, moving between devices, saving) works on that.
+    dimension, and takes such tensors on with `take_tensors`; the rest of this class (counting bytes, reordering,
+    moving between devices, saving) works on that.
+
+    Args:
+        store: the streams, and how many of the last tokens the readers need.
 
     Attributes:
-        window: how many of the last tokens the layer has to keep for its readers; `None` for all.
+        window: how many of the last tokens the layer keeps; `None` for all.
+        streams: what is kept, in the order of the store, each `(batch, num_heads, num_kept, head_dim)` of its own;
+            empty until the first tokens come.
         seq_length: tokens seen so far, dropped ones included.
+        record_past: whether tokens that leave the window stay until the next `crop`.
     """
 
     is_croppable = True
-    keys: torch.Tensor  # None until the first update
-    values: torch.Tensor
-    tensor_names: ClassVar[tuple[str, ...]] = ("keys", "values")
     scalar_names: ClassVar[tuple[str, ...]] = ("seq_length",)
 
-    def __init__(self, window: int | None) -> None:
-        super().__init__()
-        self.window = window
+    def __init__(self, store: Store) -> None:
+        # Not the parent's: it would set `keys` and `values`, which are read from the streams here.
+        self.store, self.window = store, store.window
+        self.names = tuple(stream.name for stream in store.streams)
+        self.streams: Streams = ()
         self.seq_length = 0
         self.record_past = False
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether there are tensors."""
+        return len(self.streams) > 0
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """For transformers: the first stream."""
+        return self.streams[0] if self.streams else None
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """For transformers: the last stream."""
+        return self.streams[-1] if self.streams else None
 
     @property
     def is_sliding(self) -> bool:
@@ -41,23 +64,41 @@ class KVLayer(CacheLayerMixin):
         return self.window is not None
 
     @abstractmethod
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
-        """Adds the new tokens' keys and values `(batch, num_kv_heads, q_len, head_dim)`.
+    def write(self, streams: Streams) -> Streams:
+        """Adds the new tokens' streams, each `(batch, num_heads, q_len, head_dim)`.
 
         Returns:
-            Those that the new tokens' queries may see, the new ones last, as `get_mask_sizes` announced them.
+            For each stream, `(batch, num_heads, kv_len, head_dim)`: the tokens that the queries of the new ones may
+            see, the new ones last, as many as `get_mask_sizes` announced.
         """
 
     @abstractmethod
-    def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
-        """Returns what `update` would, but keeps nothing."""
+    def peek(self, streams: Streams) -> Streams:
+        """What `write` would return, but keeps nothing."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`write` as transformers calls it, for stores of two streams."""
+        return self.write((key_states, value_states))
+
+    def count_kept(self) -> int:
+        """How many of the last tokens are here."""
+        return self.seq_length
 
     def check_rollback(self, tokens_to_remove: int) -> None:
         """Refuses, before anything changes, what `crop` cannot do.
 
         Raises:
+            ValueError: for more tokens than there are.
             RuntimeError: if tokens that are needed again have been dropped.
         """
+        num_removed = check_crop(tokens_to_remove, self.seq_length)
+        num_left = self.seq_length - num_removed
+        num_needed = num_left if self.window is None else min(num_left, self.window - 1)
+        if self.count_kept() - num_removed < num_needed:
+            raise RuntimeError(
+                f"a window of {self.window} tokens has dropped what taking back {num_removed} of {self.seq_length} "
+                "tokens needs; call activate_past_recording() before the tokens that may be taken back"
+            )
 
     @abstractmethod
     def crop(self, tokens_to_remove: int) -> None:
@@ -67,11 +108,10 @@ class KVLayer(CacheLayerMixin):
             RuntimeError: if tokens that are needed again have been dropped; nothing has changed then.
         """
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Makes empty storage that fits the given states."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
-        self.is_initialized = True
+    def lazy_initialization(self, *streams: torch.Tensor) -> None:
+        """Makes empty storage that fits the given streams, each `(batch, num_heads, q_len, head_dim)`."""
+        self.dtype, self.device = streams[0].dtype, streams[0].device
+        self.streams = tuple(states[:, :, :0].clone() for states in streams)
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""
@@ -81,22 +121,47 @@ class KVLayer(CacheLayerMixin):
         """The most tokens that the layer keeps; -1 if there is no limit."""
         return -1 if self.window is None else self.window
 
-    get_max_cache_shape = get_max_length  # its name in older transformers
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in older transformers."""
+        return self.get_max_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys `update` will return for `query_length` new tokens, and which token the first belongs to."""
+        """How many tokens `write` will return for `query_length` new ones, and which token is the first of them."""
         num_past = self.seq_length if self.window is None else min(self.seq_length, self.window - 1)
         return num_past + query_length, self.seq_length - num_past
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that the layer holds now, by attribute name, each with the batch as first dimension."""
-        if not self.is_initialized:
-            return {}
-        return {name: tensor for name in self.tensor_names if (tensor := getattr(self, name)) is not None}
+        """All that the layer holds now, by name, each with the batch as first dimension."""
+        return dict(zip(self.names, self.streams, strict=False))  # there are no streams before the first tokens
+
+    def take_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Holds these tensors from now on, named as by `tensors`."""
+        self.streams = tuple(tensors[name] for name in self.names)
+
+    def change_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Holds what `change` makes of each tensor."""
+        if self.is_initialized:
+            self.take_tensors({name: change(tensor) for name, tensor in self.tensors().items()})
+
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """The same, for a change of the batch."""
+        self.change_tensors(change)
 
     def num_bytes(self) -> int:
         """Bytes of the live tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def planned_bytes(self, seq_length: int, batch_size: int, itemsize: int) -> int:
+        """What `num_bytes` will be, by arithmetic.
+
+        Args:
+            seq_length: tokens of each sequence, at least one, padding included.
+            batch_size: number of sequences.
+            itemsize: bytes of a number.
+        """
+        most = self.get_max_length()
+        num_tokens = seq_length if most < 0 else min(seq_length, most)
+        return batch_size * num_tokens * self.store.size * itemsize
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What has to be saved: tensors, and plain numbers."""
@@ -104,17 +169,16 @@ class KVLayer(CacheLayerMixin):
 
     def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
         """Takes on a saved state."""
-        for name, value in (scalars | tensors).items():
+        for name, value in scalars.items():
             setattr(self, name, value)
         if tensors:
-            first = next(iter(tensors.values()))
-            self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
+            self.take_tensors(tensors)
+            self.dtype, self.device = self.streams[0].dtype, self.streams[0].device
 
     def fork(self) -> Self:
         """A layer with the same content whose updates leave this one alone."""
         forked = copy.copy(self)
-        for name, tensor in self.tensors().items():
-            setattr(forked, name, tensor.clone())
+        forked.change_tensors(torch.clone)
         return forked
 
     def activate_past_recording(self) -> None:
@@ -126,9 +190,7 @@ class KVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything."""
-        for name in self.tensor_names:
-            setattr(self, name, None)
-        self.is_initialized, self.record_past, self.seq_length = False, False, 0
+        self.streams, self.record_past, self.seq_length = (), False, 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row *i* becomes row `beam_idx[i]`."""
@@ -136,78 +198,63 @@ class KVLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch, in this order."""
-        for name, tensor in self.tensors().items():
-            rows = indices.to(tensor.device) if isinstance(indices, torch.Tensor) else indices
-            setattr(self, name, tensor[rows])
+        self.change_rows(
+            lambda tensor: tensor[indices.to(tensor.device) if isinstance(indices, torch.Tensor) else indices]
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row of the batch `repeats` times."""
-        for name, tensor in self.tensors().items():
-            setattr(self, name, tensor.repeat_interleave(repeats, dim=0))
+        self.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
         """Moves everything to the CPU."""
-        for name, tensor in self.tensors().items():
-            setattr(self, name, tensor.to("cpu", non_blocking=True))
+        self.change_tensors(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Moves everything back to the device of the first update."""
-        for name, tensor in self.tensors().items():
-            if tensor.device != self.device:
-                setattr(self, name, tensor.to(self.device, non_blocking=True))
+        """Moves everything back to the device of the first tokens."""
+        self.change_tensors(lambda tensor: tensor.to(self.device, non_blocking=True))
 
 
 class ReaderLayer(CacheLayerMixin):
-    """Stands where a layer computes no KV: it resolves to the layer it reads, owns nothing and is never written.
+    """Stands where a layer computes no streams: it resolves to what it reads, owns nothing and is never written.
 
     Args:
-        owner: the store of the layer whose KV this one reads.
         layer_idx: the reader.
-        owner_idx: the layer that it reads.
+        sources: the streams that it reads. Where they are of several owners, these keep the same tokens, so that the
+            first one can be asked for all but the tensors.
+        stores: of the owners, by layer.
     """
 
     supports_early_init = False
 
-    def __init__(self, owner: KVLayer, layer_idx: int, owner_idx: int) -> None:
-        self.owner, self.layer_idx, self.owner_idx = owner, layer_idx, owner_idx
+    def __init__(self, layer_idx: int, sources: Sequence[StreamSource], stores: Mapping[int, KVLayer]) -> None:
+        self.layer_idx, self.sources = layer_idx, tuple(sources)
+        self.read = tuple(stores[source.owner] for source in sources)  # for each stream
+        self.owner = owner = self.read[0]
+        self.is_compileable, self.is_croppable = owner.is_compileable, owner.is_croppable
+        self.is_sliding = owner.is_sliding
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """The owner's own tensor."""
-        return self.owner.keys
+        """For transformers: the owner's own tensor of the first stream."""
+        return self.owner.streams[self.sources[0].index] if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """The owner's own tensor."""
-        return self.owner.values
+        """For transformers: the owner's own tensor of the last stream."""
+        return self.read[-1].streams[self.sources[-1].index] if self.read[-1].is_initialized else None
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
         """Whether the owner is."""
         return self.owner.is_initialized
 
-    @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
-        """Whether the owner is."""
-        return self.owner.is_compileable
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether the owner is."""
-        return self.owner.is_croppable
-
-    @property
-    def is_sliding(self) -> bool:
-        """Whether the owner drops old tokens."""
-        return self.owner.is_sliding
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
+    def write(self, *streams: Any, **kwargs: Any) -> Any:
         """Refuses: a reader never writes."""
-        raise RuntimeError(f"layer {self.layer_idx} reads the KV of layer {self.owner_idx} and never writes any")
+        owners = " and ".join(f"layer {owner}" for owner in sorted({source.owner for source in self.sources}))
+        raise RuntimeError(f"layer {self.layer_idx} reads the KV of {owners} and never writes any")
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Refuses: there is nothing to initialize."""
-        self.update(key_states, value_states)
+    update = lazy_initialization = write
 
     def get_seq_length(self) -> int:
         """Tokens that the owner has seen."""
@@ -223,26 +270,16 @@ class ReaderLayer(CacheLayerMixin):
         """The owner's."""
         return self.owner.get_mask_sizes(query_length)
 
-    def offload(self) -> None:
-        """The owner does it."""
+    def leave_to_owner(self, *args: Any) -> None:
+        """Does nothing: what is done to the owner's tensors is done for its readers too."""
 
-    def prefetch(self) -> None:
-        """The owner does it."""
+    offload = prefetch = reset = crop = batch_repeat_interleave = batch_select_indices = leave_to_owner
+    reorder_cache = leave_to_owner  # type: ignore[assignment]
 
-    def reset(self) -> None:
-        """The owner does it."""
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """The owner does it."""
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """The owner does it."""
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """The owner does it."""
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """The owner does it."""
+def join(past: Streams, new: Streams) -> Streams:
+    """For each stream `(batch, num_heads, kv_len, head_dim)`, the past tokens and then the new ones."""
+    return tuple(torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
 
 
 def writable(states: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A codec for keys and values: small integers packed into bytes, with a scale and a zero point per group of numbers.
+"""A codec for streams: small integers packed into bytes, with a scale and a zero point per group of numbers.
 
 A group is either `group_size` consecutive tokens of one channel (KIVI, Liu et al., ICML 2024, and KVQuant, Hooper et
 al., NeurIPS 2024, found that the channels of keys differ far more in size than their tokens do) or up to `group_size`
@@ -27,8 +27,8 @@ class Quantized(NamedTuple):
     """Encoded states; every tensor has the batch first, the heads second, and tokens or groups of them third.
 
     Attributes:
-        codes: `(batch, num_kv_heads, num_tokens, head_dim * bits / 8)`, bytes.
-        scales: `(batch, num_kv_heads, num_token_groups, num_channel_groups)`, how far apart neighbouring codes are.
+        codes: `(batch, num_heads, num_tokens, head_dim * bits / 8)`, bytes.
+        scales: `(batch, num_heads, num_token_groups, num_channel_groups)`, how far apart neighbouring codes are.
         zeros: as `scales`, what the code 0 means.
     """
 
@@ -63,7 +63,7 @@ class GroupCodec:
         return cls(bits, 1, divisors[-1])
 
     def encode(self, states: torch.Tensor) -> Quantized:
-        """Encodes `(batch, num_kv_heads, num_tokens, head_dim)`; no number moves by more than half its scale.
+        """Encodes `(batch, num_heads, num_tokens, head_dim)`; no number moves by more than half its scale.
 
         Scales and zero points take two bytes each: they are in the type of the states if that has two, and otherwise
         in float16. Zero points are rounded down, scales up, and codes computed from the rounded ones.
@@ -86,7 +86,7 @@ class GroupCodec:
         return Quantized(pack(codes.to(torch.uint8).view(states.shape), self.bits), _flat(scales), _flat(zeros))
 
     def decode(self, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
-        """Decodes to `(batch, num_kv_heads, num_tokens, head_dim)`; the sums are done in float32."""
+        """Decodes to `(batch, num_heads, num_tokens, head_dim)`; the sums are done in float32."""
         codes = unpack(quantized.codes, self.bits)
         groups = self._split(codes).to(torch.float32)
         scales, zeros = (tensor[:, :, :, None, :, None].float() for tensor in quantized[1:])

@@ -8,51 +8,81 @@ The tokens of one call see each other unrounded, as KIVI's do; only later calls 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from lckv.cache.base import CACHES, KVCache
-from lckv.cache.layers import KVLayer, check_crop
+from lckv.cache.layers import KVLayer, join
 from lckv.cache.quantization import ALLOWED_BITS, GroupCodec, Quantized
 from lckv.errors import UserError, check_choice, check_whole_number
-from lckv.models.iteration import KeyValue
+from lckv.layout import Store, Stream
+from lckv.models.sharing_cache import Streams
 
 AXES = ("channel", "token")
 LAYOUTS = ("dynamic", "paged")
 
 
-class QuantizedLayer(KVLayer):
+class EncodingLayer(KVLayer):
+    """Keeps some tokens as they are, and others encoded.
+
+    Attributes:
+        streams: of the tokens that are kept as they are.
+        codecs: for each stream.
+        encoded: each stream's other tokens.
+    """
+
+    codecs: tuple[GroupCodec, ...]
+    encoded: tuple[Quantized, ...] = ()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of the streams, such as `keys`, and of their codes: `key_codes`, `key_scales` and `key_zeros`."""
+        tensors = super().tensors()
+        for name, encoded in zip(self.names, self.encoded, strict=False):
+            tensors.update(zip(_names_of_codes(name), encoded, strict=True))
+        return tensors
+
+    def take_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Holds these tensors from now on, named as by `tensors`."""
+        super().take_tensors(tensors)
+        self.encoded = tuple(Quantized(*(tensors[part] for part in _names_of_codes(name))) for name in self.names)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.encoded = ()
+
+
+def _names_of_codes(stream: str) -> list[str]:
+    return [f"{stream.removesuffix('s')}_{part}" for part in Quantized._fields]
+
+
+class QuantizedLayer(EncodingLayer):
     """Keeps encoded groups of tokens, and after them recent tokens as they are.
 
     Where a window is left, whole groups are dropped from the front: up to `group_size - 1` tokens more than the
     window stay. A window that is no longer than `residual_length` is never encoded, and no token more than it stays.
 
     Attributes:
-        keys: of the recent tokens, `(batch, num_kv_heads, num_recent, head_dim)`.
-        values: as `keys`.
+        streams: of the recent tokens, each `(batch, num_heads, num_recent, head_dim)`.
+        encoded: of those before them, `num_encoded` tokens, a multiple of the group's.
 
     Args:
-        window: how many of the last tokens the layer has to keep; `None` for all.
-        codecs: for keys and values.
+        store: what the owner keeps.
+        codecs: for each stream.
         group_size: tokens that are encoded together.
         residual_length: the fewest recent tokens that stay as they are.
     """
 
-    tensor_names = (
-        *("keys", "key_codes", "key_scales", "key_zeros"),
-        *("values", "value_codes", "value_scales", "value_zeros"),
-    )
     scalar_names = ("seq_length", "record_past")
 
-    def __init__(
-        self, window: int | None, codecs: tuple[GroupCodec, GroupCodec], group_size: int, residual_length: int
-    ) -> None:
-        super().__init__(window)
+    def __init__(self, store: Store, codecs: tuple[GroupCodec, ...], group_size: int, residual_length: int) -> None:
+        super().__init__(store)
         self.codecs = codecs
         self.group_size, self.residual_length = group_size, residual_length
-        self.encodes = window is None or window > residual_length
+        self.encodes = self.window is None or self.window > residual_length
 
     def get_max_length(self) -> int:
         """The most tokens that the layer keeps; -1 if there is no limit."""
@@ -60,43 +90,32 @@ class QuantizedLayer(KVLayer):
             return -1
         return self.window + self.group_size - 1 if self.encodes else self.window
 
-    get_max_cache_shape = get_max_length
+    def lazy_initialization(self, *streams: torch.Tensor) -> None:
+        """Makes empty storage that fits the given streams, each `(batch, num_heads, q_len, head_dim)`."""
+        super().lazy_initialization(*streams)
+        self.encoded = self._encode(self.streams)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Makes empty storage that fits the given states."""
-        super().lazy_initialization(key_states, value_states)
-        nothing = (self.keys, self.values)
-        self._set_encoded(*(codec.encode(states) for codec, states in zip(self.codecs, nothing, strict=True)))
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
+    def write(self, streams: Streams) -> Streams:
         """Appends, encodes what is no longer recent, and returns what the new tokens' queries see."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        states = self.peek(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
-        self.seq_length += key_states.shape[2]
+            self.lazy_initialization(*streams)
+        seen = self.peek(streams)
+        self.streams = join(self.streams, streams)
+        self.seq_length += streams[0].shape[2]
         self._settle()
-        return states
+        return seen
 
-    def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
-        """The past keys and values that the new tokens' queries see, decoded, followed by the new ones."""
+    def peek(self, streams: Streams) -> Streams:
+        """The past tokens that the new ones see, decoded, followed by the new ones."""
         if not self.is_initialized:
-            return key_states, value_states
-        num_hidden = self._num_kept - self.get_mask_sizes(0)[0]
+            return streams
+        num_hidden = self.count_kept() - self.get_mask_sizes(0)[0]  # kept as part of a group, but out of the window
         past = self._tokens_from(num_hidden)
-        return torch.cat([*past[0], key_states], dim=2), torch.cat([*past[1], value_states], dim=2)
+        return tuple(torch.cat([*parts, new], dim=2) for parts, new in zip(past, streams, strict=True))
 
-    def check_rollback(self, tokens_to_remove: int) -> None:
-        """Refuses to go back to where the window needs a dropped token."""
-        num_removed = check_crop(tokens_to_remove, self.seq_length)
-        num_left = self.seq_length - num_removed
-        num_needed = num_left if self.window is None else min(num_left, self.window - 1)
-        if self._num_kept - num_removed < num_needed:
-            raise RuntimeError(
-                f"a window of {self.window} tokens has dropped what taking back {num_removed} of {self.seq_length} "
-                "tokens needs; call activate_past_recording() before the tokens that may be taken back"
-            )
+    def count_kept(self) -> int:
+        """How many of the last tokens are here, encoded or not."""
+        return self._num_encoded + self.streams[0].shape[2] if self.is_initialized else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens, and drops recorded ones that have left the window.
@@ -108,75 +127,62 @@ class QuantizedLayer(KVLayer):
         self.check_rollback(tokens_to_remove)
         if not self.is_initialized:
             return
-        num_kept = self._num_kept + tokens_to_remove
+        num_kept = self.count_kept() + tokens_to_remove
         if num_kept < self._num_encoded:
             self._cut_encoded(num_kept)
         num_recent = num_kept - self._num_encoded
-        if num_recent < self.keys.shape[2]:
-            self.keys, self.values = (states[:, :, :num_recent].clone() for states in (self.keys, self.values))
+        if num_recent < self.streams[0].shape[2]:
+            self.streams = tuple(states[:, :, :num_recent].clone() for states in self.streams)
         self.seq_length += tokens_to_remove
         self._drop(self._num_behind_window())
 
-    def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-        """Takes on a saved state."""
-        super().load_state(tensors, scalars)
-        if tensors:
-            self.dtype = self.keys.dtype
-
-    def planned_bytes(self, seq_length: int, head_dim: int, itemsize: int) -> int:
-        """Bytes of one row and head after `seq_length` tokens: codes, scales, zero points and recent tokens."""
+    def planned_bytes(self, seq_length: int, batch_size: int, itemsize: int) -> int:
+        """What `num_bytes` will be: codes, scales, zero points and recent tokens."""
         first = self._first_kept(seq_length)
         last = first
         if self.encodes:
             last = max(first, (seq_length - self.residual_length) // self.group_size * self.group_size)
-        encoded = sum(codec.num_bytes(last - first, head_dim) for codec in self.codecs)
-        return encoded + 2 * (seq_length - last) * head_dim * itemsize
+        recent = (seq_length - last) * self.store.size * itemsize
+        pairs = zip(self.store.streams, self.codecs, strict=True)
+        encoded = sum(stream.num_heads * codec.num_bytes(last - first, stream.head_dim) for stream, codec in pairs)
+        return batch_size * (encoded + recent)
 
     @property
     def _num_encoded(self) -> int:
-        return self.key_codes.shape[2] if self.is_initialized else 0
+        return self.encoded[0].codes.shape[2] if self.is_initialized else 0
 
-    @property
-    def _num_kept(self) -> int:
-        return self._num_encoded + self.keys.shape[2] if self.is_initialized else 0
+    def _encode(self, streams: Streams) -> tuple[Quantized, ...]:
+        """Each stream's tokens, `(batch, num_heads, num_tokens, head_dim)`, encoded by its codec."""
+        return tuple(codec.encode(states) for codec, states in zip(self.codecs, streams, strict=True))
 
-    def _encoded(self) -> tuple[Quantized, Quantized]:
-        return (
-            Quantized(self.key_codes, self.key_scales, self.key_zeros),
-            Quantized(self.value_codes, self.value_scales, self.value_zeros),
-        )
+    def _cut(self, start: int, stop: int | None = None) -> tuple[Quantized, ...]:
+        """The encoded tokens from `start` to `stop`, both at the edges of groups, as views."""
+        pairs = zip(self.codecs, self.encoded, strict=True)
+        return tuple(codec.cut(encoded, start, stop) for codec, encoded in pairs)
 
-    def _set_encoded(self, keys: Quantized, values: Quantized) -> None:
-        self.key_codes, self.key_scales, self.key_zeros = keys
-        self.value_codes, self.value_scales, self.value_zeros = values
-
-    def _tokens_from(self, start: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The kept tokens but for the first `start`, decoded: keys and values, each in parts to be joined."""
+    def _tokens_from(self, start: int) -> list[list[torch.Tensor]]:
+        """The kept tokens but for the first `start`, decoded: for each stream, parts to be joined."""
         num_encoded = self._num_encoded
-        recent = [states[:, :, max(0, start - num_encoded) :] for states in (self.keys, self.values)]
+        recent = [states[:, :, max(0, start - num_encoded) :] for states in self.streams]
         if start >= num_encoded:
-            return [recent[0]], [recent[1]]
-        edge = start // self.group_size * self.group_size
-        decoded = [
-            codec.decode(codec.cut(encoded, edge), states.dtype)[:, :, start - edge :]
-            for codec, encoded, states in zip(self.codecs, self._encoded(), recent, strict=True)
+            return [[states] for states in recent]
+        edge = start // self.group_size * self.group_size  # codes can be cut there; the rest is cut once decoded
+        return [
+            [codec.decode(encoded, states.dtype)[:, :, start - edge :], states]
+            for codec, encoded, states in zip(self.codecs, self._cut(edge), recent, strict=True)
         ]
-        return [decoded[0], recent[0]], [decoded[1], recent[1]]
 
     def _settle(self) -> None:
         """Drops what has left the window, then encodes what is no longer recent."""
         if not self.record_past:
             self._drop(self._num_behind_window())
-        num_old = self.keys.shape[2] - self.residual_length
+        num_old = self.streams[0].shape[2] - self.residual_length
         num_old -= num_old % self.group_size
         if not self.encodes or num_old <= 0:
             return
-        grown = []
-        for codec, encoded, states in zip(self.codecs, self._encoded(), (self.keys, self.values), strict=True):
-            new = codec.encode(states[:, :, :num_old])
-            grown.append(Quantized(*(torch.cat(pair, dim=2) for pair in zip(encoded, new, strict=True))))
-        self._set_encoded(*grown)
-        self.keys, self.values = (states[:, :, num_old:].clone() for states in (self.keys, self.values))
+        new = self._encode(tuple(states[:, :, :num_old] for states in self.streams))
+        self.encoded = tuple(Quantized(*join(*pair)) for pair in zip(self.encoded, new, strict=True))
+        self.streams = tuple(states[:, :, num_old:].clone() for states in self.streams)
 
     def _first_kept(self, seq_length: int) -> int:
         """The first token that stays when there are `seq_length`; at the edge of a group if there are groups."""
@@ -187,26 +193,22 @@ class QuantizedLayer(KVLayer):
 
     def _num_behind_window(self) -> int:
         """How many of the kept tokens may be dropped."""
-        return max(0, self._first_kept(self.seq_length) - (self.seq_length - self._num_kept))
+        return max(0, self._first_kept(self.seq_length) - (self.seq_length - self.count_kept()))
 
     def _drop(self, num_tokens: int) -> None:
         """Drops the first of the kept tokens."""
         if num_tokens == 0:
             return
         from_codes = min(num_tokens, self._num_encoded)
-        pairs = zip(self.codecs, self._encoded(), strict=True)
-        self._set_encoded(*(_copy(codec.cut(encoded, from_codes)) for codec, encoded in pairs))
+        self.encoded = tuple(map(_copy, self._cut(from_codes)))
         if num_tokens > from_codes:
-            recent = (states[:, :, num_tokens - from_codes :] for states in (self.keys, self.values))
-            self.keys, self.values = (states.clone() for states in recent)
+            self.streams = tuple(states[:, :, num_tokens - from_codes :].clone() for states in self.streams)
 
     def _cut_encoded(self, num_kept: int) -> None:
         """Shortens the codes to the whole groups of the first `num_kept` tokens; the rest of these is recent again."""
         edge = num_kept // self.group_size * self.group_size
-        keys, values = self._tokens_from(edge)
-        self.keys, self.values = (torch.cat(parts, dim=2) for parts in (keys, values))
-        pairs = zip(self.codecs, self._encoded(), strict=True)
-        self._set_encoded(*(_copy(codec.cut(encoded, 0, edge)) for codec, encoded in pairs))
+        self.streams = tuple(torch.cat(parts, dim=2) for parts in self._tokens_from(edge))
+        self.encoded = tuple(map(_copy, self._cut(0, edge)))
 
 
 def _copy(encoded: Quantized) -> Quantized:
@@ -238,20 +240,26 @@ class QuantizedOptions:
         check_choice("cache.value_axis", self.value_axis, AXES)
         check_choice("cache.layout", self.layout, LAYOUTS)
 
-    def codecs(self, head_dim: int) -> tuple[GroupCodec, GroupCodec]:
-        """For keys and for values.
+    def codecs(self, streams: Sequence[Stream]) -> tuple[GroupCodec, ...]:
+        """For each stream: along `key_axis` for keys and what is rotated, else along `value_axis`.
 
         Raises:
             UserError: if the numbers of a head do not fill whole bytes.
         """
-        if head_dim * self.bits % 8:
-            raise UserError(
-                f"cache.bits={self.bits} with head_dim={head_dim}: allowed are heads whose size is divisible by "
-                f"{8 // self.bits}, so that they fill whole bytes"
+        for stream in streams:
+            if stream.head_dim * self.bits % 8:
+                raise UserError(
+                    f"cache.bits={self.bits} with head_dim={stream.head_dim}: allowed are heads whose size is "
+                    f"divisible by {8 // self.bits}, so that they fill whole bytes"
+                )
+        return tuple(
+            GroupCodec.along(
+                self.key_axis if stream.is_rotated or stream.name == "keys" else self.value_axis,
+                self.bits,
+                self.group_size,
+                stream.head_dim,
             )
-        return (
-            GroupCodec.along(self.key_axis, self.bits, self.group_size, head_dim),
-            GroupCodec.along(self.value_axis, self.bits, self.group_size, head_dim),
+            for stream in streams
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -268,9 +276,9 @@ class QuantizedKVCache(KVCache):
         bits: per number: 2, 4 or 8.
         group_size: tokens that are encoded together, and how many numbers share a scale at most.
         residual_length: the fewest recent tokens that stay as they are.
-        key_axis: `"channel"` for a scale per channel and `group_size` tokens, or `"token"` for one per token and up
-            to `group_size` channels.
-        value_axis: the same for values.
+        key_axis: for keys and other rotated streams, `"channel"` for a scale per channel and `group_size` tokens, or
+            `"token"` for one per token and up to `group_size` channels.
+        value_axis: the same for values and other streams.
         layout: `"dynamic"` for tensors that grow, and rings where only windows are read; `"paged"` for pages of
             `group_size` tokens, for which `build_cache` makes a `QuantizedPagedKVCache`.
         num_pages: for `"paged"`: pages in each layer's pool; `None` for as many as are needed.
@@ -304,31 +312,15 @@ class QuantizedKVCache(KVCache):
         """This class, or that of caches in pages."""
         if options.get("layout") != "paged":
             return cls
-        from lckv.cache.quantized_paged import QuantizedPagedKVCache
+        from lckv.cache.paged import QuantizedPagedKVCache
 
         return QuantizedPagedKVCache
 
-    def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:
+    def make_layer(self, store: Store) -> KVLayer:
         """Makes the empty store of one owner."""
         options = self.quantization
-        codecs = options.codecs(self.config.head_dim)
-        return QuantizedLayer(window, codecs, options.group_size, options.residual_length)
+        return QuantizedLayer(store, options.codecs(store.streams), options.group_size, options.residual_length)
 
     def options(self) -> dict[str, Any]:
         """The arguments, beside `config`, that make an empty cache like this one."""
         return self.quantization.as_dict()
-
-    def planned_bytes(self, seq_length: int, batch_size: int, dtype: torch.dtype) -> int:
-        """Bytes that `num_bytes` will report once the cache has seen this much, by arithmetic.
-
-        Args:
-            seq_length: tokens of each sequence, padding included; none of them was taken back.
-            batch_size: number of sequences.
-            dtype: type of the keys and values that the model computes.
-        """
-        per_head = sum(
-            layer.planned_bytes(seq_length, self.config.head_dim, dtype.itemsize)
-            for layer in self.owners().values()
-            if isinstance(layer, QuantizedLayer)
-        )
-        return batch_size * self.config.num_key_value_heads * per_head

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lckv.cache.base import KVCache, build_cache, plan_of
+from lckv.cache.base import KVCache, build_cache, describe_streams, plan_of
 from lckv.errors import UserError
+from lckv.layout import Stream
 
 FORMAT = "1"
 CHECKED_SIZES = ("num_key_value_heads", "head_dim", "sliding_window", "force_nodiag")
-"""What a model must have in common with the one that filled the cache, beside the sharing pattern."""
+"""What a model must have in common with the one that filled the cache, beside the sharing pattern and the streams."""
 
 
 def save_cache(cache: KVCache, path: str | Path) -> None:
-    """Writes the tensors of the layers that compute KV, and all that is needed to go on, to one safetensors file.
+    """Writes the tensors of all owners, and all that is needed to go on, to one safetensors file.
 
     A file of that name is replaced once the new one is complete.
 
@@ -36,6 +38,7 @@ def save_cache(cache: KVCache, path: str | Path) -> None:
         "options": cache.options(),
         "layer_types": cache.plan.layer_types,
         "sizes": _sizes(cache.config),
+        "streams": {owner: [asdict(stream) for stream in streams] for owner, streams in cache.layout.streams.items()},
         "tensors": sorted(tensors),
         "scalars": scalars,
     }
@@ -99,6 +102,15 @@ def _check_model(path: Path, metadata: dict[str, Any], config: Any) -> None:
     for name, size in _sizes(config).items():
         if metadata["sizes"][name] != size:
             raise UserError(f"{path} holds a cache for {name}={metadata['sizes'][name]}: the model has {size}")
+    given = config.kv_layout.streams
+    if "streams" in metadata:  # files that do not say so have plain keys and values of the sizes above
+        saved = {
+            int(owner): tuple(Stream(**each) for each in streams) for owner, streams in metadata["streams"].items()
+        }
+        if saved != given:
+            raise UserError(
+                f"{path} holds a cache for {describe_streams(saved)}: the model has {describe_streams(given)}"
+            )
 
 
 def _check_complete(path: Path, metadata: dict[str, Any], tensors: dict[str, torch.Tensor], cache: KVCache) -> None:

@@ -15,18 +15,19 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lckv.cache.base import CACHES, KVCache
 from lckv.cache.dynamic import RingLayer
-from lckv.cache.layers import KVLayer, check_crop, writable
+from lckv.cache.layers import KVLayer, check_crop, join, writable
 from lckv.errors import UserError, check_whole_number
+from lckv.layout import Store
 from lckv.models.attention import PositionEmbeddings, apply_rotary
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.iteration import KeyValue
+from lckv.models.sharing_cache import Streams
 
 GROWING_ROPE_TYPES = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the text, so that no key can be moved."""
 
 
 class KeyRotation:
-    """Moves rotated keys to other positions. The layers of a cache share one, so that a step makes its tables once.
+    """Moves rotated streams to other positions. The layers of a cache share one, so that a step makes its tables once.
 
     No tensor outlives a step: the next one moves keys by another distance, and needs other tables.
 
@@ -39,7 +40,7 @@ class KeyRotation:
         self._last: tuple[Any, PositionEmbeddings] | None = None
 
     def __call__(self, key_states: torch.Tensor, shifts: list[int]) -> torch.Tensor:
-        """Moves keys `(batch, num_kv_heads, num_tokens, head_dim)` on by `shifts` positions, one for each row or all.
+        """Moves keys `(batch, num_heads, num_tokens, head_dim)` on by `shifts` positions, one for each row or all.
 
         It is a pure rotation, computed in float32 or better: keys that are scaled as well (YaRN) stay so.
         """
@@ -68,40 +69,76 @@ class KeyRotation:
         return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-class SinkLayer(KVLayer):
+class Movable(KVLayer):
+    """A store whose rotated streams can be counted from a later token than the text's first.
+
+    Attributes:
+        offset: the window's tokens are rotated as if the text had begun that many tokens later.
+    """
+
+    def __init__(self, store: Store, rotation: KeyRotation) -> None:
+        super().__init__(store)
+        self.rotation, self.offset = rotation, 0
+
+    def rotated(self, streams: Streams, shifts: list[int]) -> Streams:
+        """These `(batch, num_heads, num_tokens, head_dim)`, the rotated ones moved on by `shifts` positions."""
+        pairs = zip(self.store.streams, streams, strict=True)
+        return tuple(self.rotation(states, shifts) if stream.is_rotated else states for stream, states in pairs)
+
+    def moved_window(self, shifts: list[int]) -> Streams:
+        """All tensors, with the window moved on by `shifts` positions."""
+        return self.rotated(self.streams, shifts)
+
+    def rebase(self, offset: int) -> None:
+        """Rotates the window, in place of the text's beginning, to count from token `offset`."""
+        if self.is_initialized:
+            self.streams = self.moved_window([self.offset - offset])
+        self.offset = offset
+
+    def has_settled(self) -> bool:
+        """Whether all of the window may be counted from a later token."""
+        return not self.record_past
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.offset = 0
+
+
+class SinkLayer(Movable):
     """Keeps the first `num_sinks` and the last `window` tokens of every row.
 
-    The tensors `(batch, num_kv_heads, min(seq_len, num_sinks + window), head_dim)` hold the sinks, then the window.
-    Once they are full, the window is a ring: token *t* lies in slot `num_sinks + (t - num_sinks) % window`. Until
-    then, and while tokens are recorded for a rollback, they are in order, and as long as it takes.
+    The tensors `(batch, num_heads, min(seq_len, num_sinks + window), head_dim)` hold the sinks, then the window. Once
+    they are full, the window is a ring: token *t* lies in slot `num_sinks + (t - num_sinks) % window`, where it
+    overwrites the token that leaves. Until then, and while tokens are recorded for a rollback, they are in order, and
+    as long as it takes.
+
+    Sinks lie here as they came, rotated by their first positions, and are moved up to the window only in what is
+    returned: moving the stored ones with every token would add up errors.
 
     A row with padding on the left has its sinks behind the padding. Until such a row has dropped a token of its own,
     the slots of its sinks hold those tokens that left the window last, so that it keeps all it has.
 
     Attributes:
         padding: for each row, how many tokens of padding come first; empty if there is none.
-        offset: window keys are rotated as if the text had begun that many tokens later; sinks are as they came.
         is_ring: whether the window is laid out as a ring.
     """
 
     scalar_names = ("seq_length", "offset", "padding", "is_ring", "record_past")
     window: int
 
-    def __init__(self, num_sinks: int, window: int, rotation: KeyRotation) -> None:
-        super().__init__(window)
-        self.num_sinks, self.capacity, self.rotation = num_sinks, num_sinks + window, rotation
+    def __init__(self, store: Store, num_sinks: int, window: int, rotation: KeyRotation) -> None:
+        super().__init__(store, rotation)
+        self.num_sinks, self.window, self.capacity = num_sinks, window, num_sinks + window
         self.padding: list[int] = []
-        self.offset = 0
         self.is_ring = False
 
     def get_max_length(self) -> int:
         """The most tokens that the layer keeps."""
         return self.capacity
 
-    get_max_cache_shape = get_max_length
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys `update` will return; which tokens they belong to is said by `key_positions`."""
+        """How many tokens `write` will return; which they are is said by `key_positions`."""
         num_past = min(self.seq_length, self.capacity - 1) if self.drops(query_length) else self.seq_length
         return num_past + query_length, self.seq_length - num_past
 
@@ -110,7 +147,7 @@ class SinkLayer(KVLayer):
         return self.seq_length + num_new > self.capacity
 
     def key_positions(self, num_new_tokens: int) -> torch.Tensor | None:
-        """Which tokens `update` will return, `(batch or 1, kv_len)`; `None` as long as it returns all."""
+        """Which tokens `write` will return, `(batch or 1, kv_len)`; `None` as long as it returns all."""
         if not self.drops(num_new_tokens):
             return None
         total = self.seq_length + num_new_tokens
@@ -119,31 +156,31 @@ class SinkLayer(KVLayer):
         window = torch.arange(total - self.window, total).expand(len(first), -1)
         return torch.cat([sinks, window], dim=1)
 
-    def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
-        """The cached keys and values that the new tokens see, sinks at their place in the cache, then the new ones."""
-        num_new = key_states.shape[2]
+    def peek(self, streams: Streams) -> Streams:
+        """The cached tokens that the new ones see, sinks at their place in the cache, then the new ones."""
+        num_new = streams[0].shape[2]
         self._check_room(num_new)
         if not self.is_initialized:
-            return key_states, value_states
-        sinks, *keys = self._visible_parts(self.keys, self.seq_length + num_new)
-        values = self._visible_parts(self.values, self.seq_length + num_new)
+            return streams
+        total = self.seq_length + num_new
+        sinks, *window = zip(*(self._visible_parts(states, total) for states in self.streams), strict=True)
         if self.drops(num_new):
-            sinks = self.rotation(sinks, self._sink_shifts(self.seq_length + num_new))
-        return torch.cat([sinks, *keys, key_states], dim=2), torch.cat([*values, value_states], dim=2)
+            sinks = self.rotated(sinks, self._sink_shifts(total))
+        return tuple(torch.cat(parts, dim=2) for parts in zip(sinks, *window, streams, strict=True))
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
+    def write(self, streams: Streams) -> Streams:
         """Writes over the token that leaves the window, and returns what the new tokens' queries see."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        states = self.peek(key_states, value_states)
-        num_new = key_states.shape[2]
+            self.lazy_initialization(*streams)
+        seen = self.peek(streams)
+        num_new = streams[0].shape[2]
         if self.drops(num_new):
-            self.keys, self.values = self._store(self.keys, key_states), self._store(self.values, value_states)
+            self.streams = tuple(self._store(*pair) for pair in zip(self.streams, streams, strict=True))
             self.is_ring = not self.record_past
         else:
-            self.keys, self.values = states  # never written into: the step that drops a token makes new tensors
+            self.streams = seen  # never written into: the step that drops a token makes new tensors
         self.seq_length += num_new
-        return states
+        return seen
 
     def check_rollback(self, tokens_to_remove: int) -> None:
         """Refuses to go back to where a dropped token would be in the window again."""
@@ -162,15 +199,14 @@ class SinkLayer(KVLayer):
         if not self.is_initialized or (tokens_to_remove == 0 and self.is_ring):
             return
         num_left = self.seq_length + tokens_to_remove
-        self.keys, self.values = self._cut_back(self.keys, num_left), self._cut_back(self.values, num_left)
-        self.seq_length, self.is_ring = num_left, self.keys.shape[2] == self.capacity
+        self.change_tensors(lambda states: self._cut_back(states, num_left))
+        self.seq_length, self.is_ring = num_left, self.streams[0].shape[2] == self.capacity
 
-    def rebase(self, offset: int) -> None:
-        """Rotates the window's keys, in place of the text's beginning, to count from token `offset`."""
-        if self.is_initialized:
-            window = self.rotation(self.keys[:, :, self.num_sinks :], [self.offset - offset])
-            self.keys = torch.cat([self.keys[:, :, : self.num_sinks], window], dim=2)
-        self.offset = offset
+    def moved_window(self, shifts: list[int]) -> Streams:
+        """All tensors, with the window moved on by `shifts` positions, and the sinks as they came."""
+        sinks = tuple(states[:, :, : self.num_sinks] for states in self.streams)
+        window = tuple(states[:, :, self.num_sinks :] for states in self.streams)
+        return join(sinks, self.rotated(window, shifts))
 
     def has_settled(self) -> bool:
         """Whether the sinks of every row stay from now on."""
@@ -179,7 +215,7 @@ class SinkLayer(KVLayer):
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.padding, self.offset, self.is_ring = [], 0, False
+        self.padding, self.is_ring = [], False
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch, in this order."""
@@ -201,7 +237,7 @@ class SinkLayer(KVLayer):
 
     def _start(self) -> int:
         """How many tokens had come when the layer last dropped one (`capacity` if it never has): what came is here."""
-        num_slots = self.keys.shape[2] if self.is_initialized else 0
+        num_slots = self.streams[0].shape[2] if self.is_initialized else 0
         return self.capacity + self.seq_length - num_slots
 
     def _first_sinks(self, seq_length: int) -> list[int]:
@@ -238,7 +274,7 @@ class SinkLayer(KVLayer):
         return [states.gather(2, slots), window]
 
     def _store(self, states: torch.Tensor, new_states: torch.Tensor) -> torch.Tensor:
-        """The tensor with one more token, which drops another; `new_states` `(batch, num_kv_heads, 1, head_dim)`."""
+        """The tensor with one more token, which drops another; `new_states` `(batch, num_heads, 1, head_dim)`."""
         total = self.seq_length + 1
         if self.record_past:
             return torch.cat([self._in_order(states), new_states], dim=2)
@@ -278,39 +314,20 @@ class SinkLayer(KVLayer):
         return torch.cat([states[:, :, : self.num_sinks], window], dim=2)
 
 
-class MovableRingLayer(RingLayer):
-    """A ring whose keys can be counted from a later token, like a [`SinkLayer`]'s."""
+class MovableRingLayer(Movable, RingLayer):
+    """A ring whose tokens can be counted from a later one, like a [`SinkLayer`]'s."""
 
     scalar_names = (*RingLayer.scalar_names, "offset")  # type: ignore[assignment]  # one more than the ring has
-
-    def __init__(self, window: int, rotation: KeyRotation) -> None:
-        super().__init__(window)
-        self.rotation, self.offset = rotation, 0
-
-    def rebase(self, offset: int) -> None:
-        """Rotates the keys, in place of the text's beginning, to count from token `offset`."""
-        if self.is_initialized:
-            self.keys = self.rotation(self.keys, [self.offset - offset])
-        self.offset = offset
-
-    def has_settled(self) -> bool:
-        """Whether all keys may be counted from a later token."""
-        return not self.record_past
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        super().reset()
-        self.offset = 0
 
 
 @CACHES.register("sink")
 class SinkKVCache(KVCache):
     """Keeps the first `num_sinks` and the last `window` tokens, at positions 0, 1, 2, ... of the cache.
 
-    Keys come rotated by their position in the text. Attention depends on differences of positions alone, so the
-    window can stay as it is, and the sinks are moved up to it whenever they are read, from the keys as they came:
-    errors do not add up. Beyond its size every token sees the sinks at other places, so tokens then go through the
-    model one at a time; what fits goes in at once.
+    Keys, and what else is rotated, come rotated by their position in the text. Attention depends on differences of
+    positions alone, so the window can stay as it is, and the sinks are moved up to it whenever they are read, from the
+    keys as they came: errors do not add up. Beyond its size every token sees the sinks at other places, so tokens then
+    go through the model one at a time; what fits goes in at once.
 
     Owners whose readers all have a window keep only that, as in the default cache: they hold no sinks. A reader with
     a window that shares an owner with one without sees those of the kept tokens that are in its window.
@@ -337,22 +354,17 @@ class SinkKVCache(KVCache):
         self.rotation = KeyRotation(config)
         super().__init__(config)
         _check_rope_type(config)
-        self.span = max(num_sinks + window, *(layer.get_max_length() for layer in self.owners().values()))
+        self.span = max(num_sinks + window, *(layer.get_max_length() for layer in self._movable()))
 
     def options(self) -> dict[str, Any]:
         """The arguments, beside `config`, that make an empty cache like this one."""
         return {"num_sinks": self.num_sinks, "window": self.window}
 
-    def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:
-        """Sinks and window, or a ring of the `window` tokens that the layer's readers see."""
-        if window is not None:
-            return MovableRingLayer(window, self.rotation)
-        return SinkLayer(self.num_sinks, self.window, self.rotation)
-
-    def planned_bytes(self, seq_length: int, batch_size: int, dtype: torch.dtype) -> int:
-        """Bytes that `num_bytes` will report once the cache has seen this much, by arithmetic."""
-        num_tokens = sum(min(seq_length, layer.get_max_length()) for layer in self.owners().values())
-        return num_tokens * batch_size * 2 * self.config.num_key_value_heads * self.config.head_dim * dtype.itemsize
+    def make_layer(self, store: Store) -> KVLayer:
+        """Sinks and window, or a ring of the tokens that the owner's readers see."""
+        if store.window is not None:
+            return MovableRingLayer(store, self.rotation)
+        return SinkLayer(store, self.num_sinks, self.window, self.rotation)
 
     @property
     def offset(self) -> int:
@@ -380,14 +392,12 @@ class SinkKVCache(KVCache):
                 layer.rebase(offset)
             self.rotation.forget_tables()
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> KeyValue:
-        """Adds the new tokens of a layer that computes KV, and returns what their queries may see."""
-        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if len({layer.seq_length for layer in self.owners().values()}) == 1:  # this was the last layer of the step
+    def write(self, streams: Streams, layer_idx: int) -> Streams:
+        """Adds the new tokens of an owner, and returns what their queries may see."""
+        seen = super().write(streams, layer_idx)
+        if len({layer.seq_length for layer in self._movable()}) == 1:  # this was the last layer of the step
             self.rotation.forget_tables()
-        return states
+        return seen
 
     def get_next_position(self) -> int:
         """The rotary position of the next token, below twice the size of the cache plus the tokens of one call."""
@@ -398,15 +408,15 @@ class SinkKVCache(KVCache):
         return num_new_tokens > 1 and any(layer.drops(num_new_tokens) for layer in self._sink_layers())
 
     def get_key_positions(self, num_new_tokens: int, layer_idx: int) -> torch.Tensor | None:
-        """Which tokens the keys belong to that `update` is about to return, `(batch or 1, kv_len)`."""
-        layer = self.storage(layer_idx) if layer_idx not in self.owners() else self.owners()[layer_idx]
+        """Which tokens `write` is about to return, `(batch or 1, kv_len)`."""
+        layer = self.owners().get(layer_idx) or self.storage(layer_idx)
         return layer.key_positions(num_new_tokens) if isinstance(layer, SinkLayer) else None
 
     def _sink_layers(self) -> list[SinkLayer]:
-        return [layer for layer in self.owners().values() if isinstance(layer, SinkLayer)]
+        return [layer for layer in self.layers if isinstance(layer, SinkLayer)]
 
-    def _movable(self) -> list[SinkLayer | MovableRingLayer]:
-        return [layer for layer in self.owners().values() if isinstance(layer, SinkLayer | MovableRingLayer)]
+    def _movable(self) -> list[Movable]:
+        return [layer for layer in self.layers if isinstance(layer, Movable)]
 
 
 def _count_padding(attention_mask: torch.Tensor) -> list[int]:

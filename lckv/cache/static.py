@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
 
 from lckv.cache.base import CACHES, KVCache
-from lckv.cache.layers import KVLayer, check_crop
+from lckv.cache.layers import KVLayer, check_crop, join
 from lckv.errors import UserError, check_whole_number
+from lckv.layout import Store
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.iteration import KeyValue
+from lckv.models.sharing_cache import Streams
 
 
 class StaticLayer(KVLayer):
-    """Keys and values in tensors `(batch, num_kv_heads, num_slots, head_dim)` whose addresses never change.
+    """Streams in tensors `(batch, num_heads, num_slots, head_dim)` whose addresses never change.
 
     How many tokens they hold is a tensor too: a compiled step reads and advances it without going back to Python. The
-    token at position *p* lies in slot *p*.
+    token at position *p* lies in slot *p*. All slots are returned, whatever they hold, as a compiled step needs equal
+    shapes every time; the mask hides those that have no token yet.
+
+    Args:
+        store: what the owner keeps.
+        num_slots: how many tokens fit.
 
     Attributes:
-        num_slots: how many tokens fit.
-        num_seen: tokens seen so far, a scalar `int64` tensor beside the keys.
+        num_seen: tokens seen so far, a scalar `int64` tensor beside the streams.
     """
 
     is_compileable = True
     scalar_names: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, num_slots: int, window: int | None = None) -> None:
-        super().__init__(window)
+    def __init__(self, store: Store, num_slots: int) -> None:
+        super().__init__(store)
+        self.window = None  # nothing is dropped before the slots are full
         self.num_slots = num_slots
         self.num_seen = torch.zeros((), dtype=torch.int64)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Makes the tensors, once and for all."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._adopt(self._slots_for(key_states), self._slots_for(value_states), self.num_seen)
+    def lazy_initialization(self, *streams: torch.Tensor) -> None:
+        """Makes the tensors, once and for all, for streams `(batch, num_heads, q_len, head_dim)`."""
+        self.dtype, self.device = streams[0].dtype, streams[0].device
+        self._adopt(tuple(map(self._slots_for, streams)), self.num_seen)
 
     def get_seq_length(self) -> int:
         """Tokens seen so far; a tensor as soon as there are any, as transformers' static caches have it."""
@@ -45,36 +52,31 @@ class StaticLayer(KVLayer):
         """The number of slots."""
         return self.num_slots
 
-    get_max_cache_shape = get_max_length
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All slots, from the first token on."""
         return self.num_slots, 0
 
     def key_positions(self, num_new_tokens: int) -> torch.Tensor | None:
-        """Which tokens the returned keys belong to, `(1, kv_len)`; `None` if they are consecutive."""
+        """Which tokens are returned, `(1, kv_len)`; `None` if they are consecutive."""
         return None
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
+    def write(self, streams: Streams) -> Streams:
         """Writes the new tokens into their slots, and returns all slots."""
-        key_states, value_states = self._make_ready(key_states, value_states)
-        positions = self._new_positions(key_states.shape[2])
-        self.num_seen.add_(key_states.shape[2])
-        self.keys.index_copy_(2, positions, key_states)
-        self.values.index_copy_(2, positions, value_states)
-        return self.keys, self.values
+        streams = self._make_ready(streams)
+        num_new = streams[0].shape[2]
+        positions = self._new_positions(num_new)
+        self.num_seen.add_(num_new)
+        return self._put(positions, streams)
 
-    def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
+    def peek(self, streams: Streams) -> Streams:
         """All slots, with the new tokens in theirs."""
-        key_states, value_states = self._make_ready(key_states, value_states)
-        positions = self._new_positions(key_states.shape[2])
-        if key_states.shape[2] == 1 and not torch.is_grad_enabled():
-            # Nobody looks at this slot before `update` fills it, and nobody compares what passes over a single token
+        streams = self._make_ready(streams)
+        positions = self._new_positions(streams[0].shape[2])
+        if streams[0].shape[2] == 1 and not torch.is_grad_enabled():
+            # Nobody looks at this slot before `write` fills it, and nobody compares what passes over a single token
             # return, as there is only one: a copy of all slots for every decoded token can be saved.
-            self.keys.index_copy_(2, positions, key_states)
-            self.values.index_copy_(2, positions, value_states)
-            return self.keys, self.values
-        return self.keys.index_copy(2, positions, key_states), self.values.index_copy(2, positions, value_states)
+            return self._put(positions, streams)
+        return self._with_put(positions, streams)
 
     def check_rollback(self, tokens_to_remove: int) -> None:
         """Refuses to take back more tokens than there are."""
@@ -91,6 +93,10 @@ class StaticLayer(KVLayer):
         """Bytes of the live tensors, the number of tokens included."""
         return super().num_bytes() + (self.num_seen.nbytes if self.is_initialized else 0)
 
+    def planned_bytes(self, seq_length: int, batch_size: int, itemsize: int) -> int:
+        """Those of all slots, used or not, and 8 for the number of tokens."""
+        return super().planned_bytes(self.num_slots, batch_size, itemsize) + self.num_seen.nbytes
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The used slots, and the number of tokens."""
         num_used = min(int(self.num_seen), self.num_slots)
@@ -100,9 +106,10 @@ class StaticLayer(KVLayer):
     def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
         """Takes on a saved state."""
         if tensors:
-            self.lazy_initialization(tensors["keys"], tensors["values"])
-            for name, tensor in tensors.items():
-                getattr(self, name)[:, :, : tensor.shape[2]] = tensor
+            used = [tensors[name] for name in self.names]
+            self.lazy_initialization(*used)
+            for slots, states in zip(self.streams, used, strict=True):
+                slots[:, :, : states.shape[2]] = states
         self.num_seen.fill_(scalars["seq_length"])
 
     def fork(self) -> Self:
@@ -110,70 +117,67 @@ class StaticLayer(KVLayer):
         forked = super().fork()
         forked.num_seen = self.num_seen.clone()
         if self.is_initialized:
-            forked._adopt(forked.keys, forked.values, forked.num_seen)
+            forked._adopt(forked.streams, forked.num_seen)
         return forked
 
     def reset(self) -> None:
         """Forgets everything; the tensors stay, and with them what has been compiled for their addresses."""
         self.record_past = False
         self.num_seen.zero_()
-        for tensor in self.tensors().values():
-            tensor.zero_()
+        for slots in self.streams:
+            slots.zero_()
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows, in this order; in place if there are as many as before."""
-        rows = {name: tensor[indices] for name, tensor in self.tensors().items()}
-        self._replace_rows(rows)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row `repeats` times."""
-        self._replace_rows({name: tensor.repeat_interleave(repeats, 0) for name, tensor in self.tensors().items()})
-
-    def _replace_rows(self, rows: dict[str, torch.Tensor]) -> None:
-        if not rows:
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Holds what `change` makes of each tensor; in place if there are as many rows as before."""
+        changed = tuple(map(change, self.streams))
+        if any(new.shape != slots.shape for new, slots in zip(changed, self.streams, strict=True)):
+            self._adopt(changed, self.num_seen)
             return
-        if rows["keys"].shape == self.keys.shape:
-            self.keys.copy_(rows["keys"])
-            self.values.copy_(rows["values"])
-        else:
-            self._adopt(rows["keys"], rows["values"], self.num_seen)
+        for slots, new in zip(self.streams, changed, strict=True):
+            slots.copy_(new)
 
-    def _make_ready(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
-        """Makes the tensors, anew if the batch has another size than before a `reset`.
+    def _put(self, slots: torch.Tensor, streams: Streams) -> Streams:
+        """The tensors themselves, with the new tokens in the given slots, `(q_len,)`."""
+        for held, new in zip(self.streams, streams, strict=True):
+            held.index_copy_(2, slots, new)
+        return self.streams
 
-        Returns:
-            The states in the tensors' types, which autocast may not give them.
-        """
+    def _with_put(self, slots: torch.Tensor, streams: Streams) -> Streams:
+        """The same as copies, which leave the tensors alone."""
+        return tuple(held.index_copy(2, slots, new) for held, new in zip(self.streams, streams, strict=True))
+
+    def _make_ready(self, streams: Streams) -> Streams:
+        """Makes tensors if there are none, and gives the new states their types, which autocast may not give them."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        elif self.keys.shape[0] != key_states.shape[0]:
+            self.lazy_initialization(*streams)
+        elif self.streams[0].shape[0] != streams[0].shape[0]:
             if int(self.num_seen) > 0:
-                raise ValueError(f"{key_states.shape[0]} sequences for a cache that holds {self.keys.shape[0]}")
-            self.lazy_initialization(key_states, value_states)
-        return key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+                raise ValueError(f"{streams[0].shape[0]} sequences for a cache that holds {self.streams[0].shape[0]}")
+            self.lazy_initialization(*streams)
+        return tuple(new.to(held.dtype) for held, new in zip(self.streams, streams, strict=True))
 
     def _slots_for(self, states: torch.Tensor) -> torch.Tensor:
-        """Empty slots for states `(batch, num_kv_heads, q_len, head_dim)`."""
+        """Empty slots for states `(batch, num_heads, q_len, head_dim)`."""
         batch_size, num_heads, _, head_dim = states.shape
         return states.new_zeros(batch_size, num_heads, self.num_slots, head_dim)
 
-    def _adopt(self, keys: torch.Tensor, values: torch.Tensor, num_seen: torch.Tensor) -> None:
+    def _adopt(self, streams: Streams, num_seen: torch.Tensor) -> None:
         """Uses these tensors from now on, at addresses that a CUDA graph may rely on."""
-        num_seen, self.is_initialized = num_seen.to(keys.device), True
+        num_seen = num_seen.to(streams[0].device)
         if torch.compiler.is_compiling():
-            self.keys, self.values, self.num_seen = keys, values, num_seen
+            self.streams, self.num_seen = streams, num_seen
             return
-        self.keys, self.values, self.num_seen = (_outside_inference_mode(each) for each in (keys, values, num_seen))
-        for tensor in (self.keys, self.values, self.num_seen):
+        self.streams, self.num_seen = tuple(map(_outside_inference_mode, streams)), _outside_inference_mode(num_seen)
+        for tensor in (*self.streams, self.num_seen):
             torch._dynamo.mark_static_address(tensor)
 
     def _new_positions(self, num_new_tokens: int) -> torch.Tensor:
-        return torch.arange(num_new_tokens, device=self.keys.device) + self.num_seen
+        return torch.arange(num_new_tokens, device=self.streams[0].device) + self.num_seen
 
     def _clear_unused(self) -> None:
         """Zeroes what has been taken back: masked slots still meet the attention weights, and 0 x NaN is NaN."""
-        self.keys[:, :, int(self.num_seen) :] = 0
-        self.values[:, :, int(self.num_seen) :] = 0
+        for slots in self.streams:
+            slots[:, :, int(self.num_seen) :] = 0
 
 
 def _outside_inference_mode(tensor: torch.Tensor) -> torch.Tensor:
@@ -187,47 +191,51 @@ def _outside_inference_mode(tensor: torch.Tensor) -> torch.Tensor:
 class StaticRingLayer(StaticLayer):
     """A fixed ring of `window` slots: the token at position *p* lies in slot `p % window`.
 
-    Keys are returned as they lie, and `key_positions` says which tokens they belong to: nothing is moved, whatever
-    the position. Of one new token all that is needed is in the ring; several are returned behind the older tokens.
+    Tokens are returned as they lie, and `key_positions` says which they are: nothing is moved, whatever the position,
+    and attention does not mind the order of its keys. Of one new token all that is needed is in the ring. Several are
+    returned behind the older tokens, since the first of them still see what the last of them overwrite.
+
+    Attributes:
+        high_water: the most tokens that had been seen at any rollback; what they overwrote is gone, however few
+            tokens are left now.
     """
 
     window: int
 
-    def __init__(self, window: int) -> None:
-        super().__init__(window, window)
+    def __init__(self, store: Store, window: int) -> None:
+        super().__init__(store, window)
+        self.window = window
         self.is_croppable = False
-        self.high_water = 0  # the most tokens that had been seen at any rollback; what they overwrote is gone
+        self.high_water = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The slots, and the new tokens if there are several."""
         return self.window + (query_length if query_length > 1 else 0), 0
 
     def key_positions(self, num_new_tokens: int) -> torch.Tensor:
-        """Which tokens the returned keys belong to, `(1, kv_len)`, negative for empty slots."""
+        """Which tokens are returned, `(1, kv_len)`, negative for empty slots."""
         num_seen = self.num_seen.clone()
         if num_new_tokens == 1:
             return self._slot_positions(num_seen + 1)[None]
         new = torch.arange(num_new_tokens, device=num_seen.device) + num_seen
         return torch.cat([self._slot_positions(num_seen), new])[None]
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValue:
+    def write(self, streams: Streams) -> Streams:
         """Writes the last new tokens over the oldest."""
-        key_states, value_states = self._make_ready(key_states, value_states)
-        num_new = key_states.shape[2]
+        streams = self._make_ready(streams)
+        num_new = streams[0].shape[2]
         slots = (self._new_positions(num_new) % self.window)[-self.window :]
-        states = None if num_new == 1 else self._with_new(key_states, value_states)
+        seen = None if num_new == 1 else join(self.streams, streams)
         self.num_seen.add_(num_new)
-        self.keys.index_copy_(2, slots, key_states[:, :, -self.window :])
-        self.values.index_copy_(2, slots, value_states[:, :, -self.window :])
-        return (self.keys, self.values) if states is None else states
+        written = self._put(slots, tuple(new[:, :, -self.window :] for new in streams))
+        return written if seen is None else seen
 
-    def peek(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
-        """What `update` would return."""
-        key_states, value_states = self._make_ready(key_states, value_states)
-        if key_states.shape[2] > 1:
-            return self._with_new(key_states, value_states)
-        slot = self._new_positions(1) % self.window
-        return self.keys.index_copy(2, slot, key_states), self.values.index_copy(2, slot, value_states)
+    def peek(self, streams: Streams) -> Streams:
+        """What `write` would return."""
+        streams = self._make_ready(streams)
+        if streams[0].shape[2] > 1:
+            return join(self.streams, streams)
+        return self._with_put(self._new_positions(1) % self.window, streams)
 
     def check_rollback(self, tokens_to_remove: int) -> None:
         """Refuses to go back to where the window needs a dropped token."""
@@ -273,20 +281,20 @@ class StaticRingLayer(StaticLayer):
         self.high_water = 0
 
     def _slot_positions(self, num_seen: torch.Tensor) -> torch.Tensor:
-        """The last token before `num_seen` that belongs into each slot, `(window,)`; negative if there is none."""
+        """The last token before `num_seen` that belongs into each slot, `(window,)`; negative if there is none.
+
+        The newest token, `last`, lies in slot `last % window`; going back from there, each slot's token is one older.
+        """
         last = num_seen - 1
         return last - (last - torch.arange(self.window, device=num_seen.device)) % self.window
-
-    def _with_new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValue:
-        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
 
     def _clear_unused(self) -> None:
         """Zeroes the slots whose tokens have been taken back, or that never had one."""
         positions = self._slot_positions(self.num_seen)
         first_kept = max(0, self.high_water - self.window)
         is_unused = (positions < first_kept)[None, None, :, None]
-        self.keys.masked_fill_(is_unused, 0)
-        self.values.masked_fill_(is_unused, 0)
+        for slots in self.streams:
+            slots.masked_fill_(is_unused, 0)
 
 
 @CACHES.register("static")
@@ -311,22 +319,15 @@ class StaticKVCache(KVCache):
         self.max_length = max_length
         super().__init__(config)
 
-    def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:
-        """A slot for every token, or a ring of `window` slots if that is less."""
-        if window is None or window >= self.max_length:
-            return StaticLayer(self.max_length)
-        return StaticRingLayer(window)
+    def make_layer(self, store: Store) -> KVLayer:
+        """A slot for every token, or a ring of the window's slots if these are fewer."""
+        if store.window is None or store.window >= self.max_length:
+            return StaticLayer(store, self.max_length)
+        return StaticRingLayer(store, store.window)
 
     def options(self) -> dict[str, Any]:
         """The length."""
         return {"max_length": self.max_length}
-
-    def planned_bytes(self, seq_length: int, batch_size: int, dtype: torch.dtype) -> int:
-        """The plan's figure for the whole length, and 8 bytes per owner for the number of its tokens."""
-        if seq_length == 0:
-            return 0
-        counters = torch.int64.itemsize * len(self.plan.kv_owners)
-        return super().planned_bytes(self.max_length, batch_size, dtype) + counters
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """The longest text, or the slots of one layer."""
@@ -342,7 +343,7 @@ class StaticKVCache(KVCache):
         """Refuses tokens that do not fit; a compiled step cannot look, so its caller has to (`check_length`)."""
         super().begin_forward(config, attention_mask, num_new_tokens)
         if not torch.compiler.is_compiling():
-            self.check_length(int(self.get_seq_length(self.plan.kv_owners[0])) + num_new_tokens)
+            self.check_length(int(self.get_seq_length(self.layout.stores[0].owner)) + num_new_tokens)
 
     def check_length(self, seq_length: int) -> None:
         """Refuses texts of more tokens than `max_length`."""

@@ -21,8 +21,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from lckv.cache.paged import PagedKVCache
-from lckv.cache.pages import OutOfPagesError, extend_hashes
+from lckv.cache.paged import OutOfPagesError, PagedKVCache, extend_hashes
 from lckv.engine.requests import BatchStatistics, OnToken, Request, make_request
 from lckv.errors import UserError, check_whole_number
 from lckv.logits import NOT_FINITE, are_finite

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lckv.cache import CACHES, build_cache
+from lckv.layout import Store, Stream
 from tests.reference import tiny_model, token_ids
 
 OPTIONS = {
@@ -30,6 +31,13 @@ WINDOWED = ["0s_1s_2_2", "0_1s_1s_0", "0_2s_2_2s", "1s_1s_3s_3s", "2_0s_2s_0"]
 MIXED = ["0_0_2_2", "0_3_3_3_4", "0s_1s_2_2", "0_2s_2_2s"]  # downward, upward, windows, both
 
 
+def plain_store(window=None, num_heads=2, head_dim=8):
+    """What an owner of keys and values keeps."""
+    return Store(
+        0, (Stream("keys", num_heads, head_dim, is_rotated=True), Stream("values", num_heads, head_dim)), window
+    )
+
+
 @pytest.fixture
 def no_grad():
     with torch.no_grad():
@@ -42,8 +50,26 @@ def name(request):
     return request.param
 
 
+def in_patterns(patterns, per_name=2, names=tuple(VARIANTS), first=0):
+    """Each cache in `per_name` of the patterns, and each pattern with some of the caches: not all pairs, for time.
+
+    Args:
+        patterns: `layer_types` strings; those that are alike stand side by side.
+        per_name: how many a cache gets, spread over the list.
+        names: keys of `VARIANTS` and `LOSSY`.
+        first: where the first cache begins, so that tests differ in their pairs.
+    """
+    stride = len(patterns) / per_name
+    pairs = [
+        (name, patterns[int(first + start + number * stride) % len(patterns)])
+        for start, name in enumerate(names)
+        for number in range(per_name)
+    ]
+    assert {layer_types for _, layer_types in pairs} == set(patterns)
+    return pytest.mark.parametrize(("name", "layer_types"), pairs, indirect=["name"])
+
+
 with_lossy = pytest.mark.parametrize("name", [*VARIANTS, *LOSSY], indirect=True)
-only_lossy = pytest.mark.parametrize("name", LOSSY, indirect=True)
 
 
 def exact_model(layer_types, **config):

@@ -9,6 +9,7 @@ from lckv.cache import load_cache, save_cache
 from lckv.errors import UserError
 from tests.contract.caches import (
     LENGTH,
+    LOSSY,
     MIXED,
     VARIANTS,
     WINDOWED,
@@ -19,9 +20,9 @@ from tests.contract.caches import (
     exact_model,
     feed,
     filled_cache,
+    in_patterns,
     live_bytes,
     new_cache,
-    only_lossy,
     with_lossy,
 )
 from tests.reference import token_ids
@@ -32,8 +33,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 # --- what transformers does to caches ---------------------------------------------------------------------------
 
 
-@only_lossy
-@pytest.mark.parametrize("layer_types", MIXED)
+@in_patterns(MIXED, 2, LOSSY)
 def test_what_is_lost_does_not_depend_on_what_happens_to_rows(name, layer_types):
     model, rows = exact_model(layer_types), token_ids(3, LENGTH)
     for change, indices in [
@@ -47,8 +47,7 @@ def test_what_is_lost_does_not_depend_on_what_happens_to_rows(name, layer_types)
         check_alike(model, changed, filled_cache(name, model, rows[indices]), len(indices))
 
 
-@only_lossy
-@pytest.mark.parametrize("layer_types", MIXED)
+@in_patterns(MIXED, 2, LOSSY, first=1)
 def test_forks_and_what_was_reset_or_offloaded_lose_the_same(name, layer_types):
     model, rows = exact_model(layer_types), token_ids(2, LENGTH)
     cache, twin = filled_cache(name, model, rows), filled_cache(name, model, rows)
@@ -64,7 +63,7 @@ def test_forks_and_what_was_reset_or_offloaded_lose_the_same(name, layer_types):
     check_alike(model, cache, filled_cache(name, model, rows), 2)
 
 
-@pytest.mark.parametrize("layer_types", MIXED)
+@in_patterns(MIXED)
 def test_rows_are_reordered_repeated_and_selected(name, layer_types):
     model = exact_model(layer_types)
     rows, cache = token_ids(3, 6), new_cache(name, model)
@@ -94,7 +93,7 @@ def test_a_removed_sequence_takes_its_bytes_along(name):
     assert cache.batch_size == 1
 
 
-@pytest.mark.parametrize("layer_types", MIXED)
+@in_patterns(MIXED, first=1)
 def test_forks_do_not_disturb_each_other(name, layer_types):
     model = exact_model(layer_types)
     rows, cache = token_ids(2, 5), new_cache(name, model)
@@ -113,7 +112,7 @@ def test_forks_do_not_disturb_each_other(name, layer_types):
     check_continuation(model, cache, torch.cat([rows, continuations[0]], dim=1), token_ids(2, 2, seed=4))
 
 
-@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4", "2_1_2_1"])
+@in_patterns(["0_0_2_2", "0_3_3_3_4", "2_1_2_1"], 1)
 def test_crop_takes_tokens_back(name, layer_types):
     model = exact_model(layer_types)
     rows, cache = token_ids(2, 8), new_cache(name, model)
@@ -128,7 +127,7 @@ def test_crop_takes_tokens_back(name, layer_types):
             cache.crop(wrong)
 
 
-@pytest.mark.parametrize("layer_types", WINDOWED)
+@in_patterns(WINDOWED, 2)
 def test_crop_refuses_what_a_window_has_dropped(name, layer_types):
     model = exact_model(layer_types)
     rows, cache = token_ids(2, 8), new_cache(name, model)
@@ -142,7 +141,7 @@ def test_crop_refuses_what_a_window_has_dropped(name, layer_types):
     check_continuation(model, cache, rows, token_ids(2, 4, seed=1))
 
 
-@pytest.mark.parametrize("layer_types", WINDOWED)
+@in_patterns(WINDOWED, 2, first=1)
 def test_recorded_tokens_come_back_again_and_again(name, layer_types):
     model = exact_model(layer_types)
     rows, cache = token_ids(2, 8), new_cache(name, model)
@@ -162,8 +161,7 @@ def test_recorded_tokens_come_back_again_and_again(name, layer_types):
     check_continuation(model, cache, rows, token_ids(2, 3, seed=4))
 
 
-@only_lossy
-@pytest.mark.parametrize("layer_types", MIXED)
+@in_patterns(MIXED, 2, LOSSY)
 def test_recorded_tokens_that_are_taken_back_leave_no_trace_where_something_is_lost(name, layer_types):
     model, rows = exact_model(layer_types), token_ids(2, LENGTH)
     cache, twin = filled_cache(name, model, rows), filled_cache(name, model, rows)
@@ -176,8 +174,7 @@ def test_recorded_tokens_that_are_taken_back_leave_no_trace_where_something_is_l
     check_alike(model, cache, twin, 2)
 
 
-@only_lossy
-@pytest.mark.parametrize("layer_types", MIXED)
+@in_patterns(MIXED, 2, LOSSY, first=1)
 def test_a_crop_where_something_is_lost_is_whole_or_refused(name, layer_types):
     model, rows = exact_model(layer_types), token_ids(2, LENGTH)
     cache, twin = filled_cache(name, model, rows), new_cache(name, model)
@@ -191,7 +188,7 @@ def test_a_crop_where_something_is_lost_is_whole_or_refused(name, layer_types):
     check_alike(model, cache, twin, 2)
 
 
-@pytest.mark.parametrize("layer_types", MIXED)
+@in_patterns(MIXED, 1)
 def test_reset_forgets_everything(name, layer_types):
     model = exact_model(layer_types)
     cache = new_cache(name, model)
@@ -203,7 +200,7 @@ def test_reset_forgets_everything(name, layer_types):
     check_continuation(model, cache, rows, token_ids(2, 3, seed=2))
 
 
-@pytest.mark.parametrize("layer_types", ["0s_1s_2_2", "0_2s_2_2s"])
+@in_patterns(["0s_1s_2_2", "0_2s_2_2s"], 1)
 def test_offload_and_prefetch_change_nothing(name, layer_types):
     model = exact_model(layer_types)
     rows, cache = token_ids(2, 6), new_cache(name, model)
@@ -233,9 +230,8 @@ def test_what_inference_mode_has_filled_can_be_continued_outside(name, mode):
 # --- saving -----------------------------------------------------------------------------------------------------
 
 
-@with_lossy
+@in_patterns(MIXED, 2, (*VARIANTS, *LOSSY))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layer_types", MIXED)
 def test_a_restored_cache_continues_bit_by_bit(name, layer_types, dtype, tmp_path):
     model = exact_model(layer_types).to(dtype)
     rows, cache = token_ids(2, 8), new_cache(name, model)
@@ -279,7 +275,7 @@ def test_a_restored_cache_is_refused_in_another_precision(name, tmp_path):
         feed(model.to(torch.float32), restored, token_ids(2, 1))
 
 
-@pytest.mark.parametrize("layer_types", WINDOWED)
+@in_patterns(WINDOWED, 1)
 def test_a_restored_cache_goes_on_recording_for_rollbacks(name, layer_types, tmp_path):
     model = exact_model(layer_types)
     rows, cache = token_ids(2, 8), new_cache(name, model)

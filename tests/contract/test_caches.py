@@ -10,6 +10,7 @@ from lckv.cache.layers import KVLayer, ReaderLayer
 from lckv.errors import UserError
 from tests.contract.caches import (
     LENGTH,
+    LOSSY,
     MIXED,
     VARIANTS,
     WINDOWED,
@@ -17,6 +18,7 @@ from tests.contract.caches import (
     assert_close,
     exact_model,
     feed,
+    in_patterns,
     live_bytes,
     new_cache,
     with_lossy,
@@ -29,8 +31,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 # --- one store per layer that computes KV -----------------------------------------------------------------------
 
 
-@with_lossy
-@pytest.mark.parametrize("layer_types", PATTERNS)
+@in_patterns(PATTERNS, 3, (*VARIANTS, *LOSSY))
 def test_readers_resolve_to_their_owners_storage_and_never_write(name, layer_types):
     model = exact_model(layer_types)
     cache = new_cache(name, model)
@@ -54,8 +55,7 @@ def test_readers_resolve_to_their_owners_storage_and_never_write(name, layer_typ
             assert addresses(store) == before
 
 
-@with_lossy
-@pytest.mark.parametrize("layer_types", PATTERNS)
+@in_patterns(PATTERNS, 4, (*VARIANTS, *LOSSY), first=1)
 def test_reported_bytes_are_those_of_live_tensors_and_of_the_plan(name, layer_types):
     model, batch_size = exact_model(layer_types), 3
     cache, empty = new_cache(name, model), new_cache(name, model)
@@ -86,13 +86,13 @@ def check_step_by_step(name, layer_types, chunks, batch_size=2, **config):
     assert_close(feed(model, new_cache(name, model), input_ids, chunks), model(input_ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("layer_types", PATTERNS)
+@in_patterns(PATTERNS, 6)
 def test_token_by_token_equals_one_forward_pass(name, layer_types):
     check_step_by_step(name, layer_types, [1] * LENGTH)
 
 
+@in_patterns(WINDOWED, 2)
 @pytest.mark.parametrize("window", [1, 5])
-@pytest.mark.parametrize("layer_types", WINDOWED)
 def test_windows_of_other_sizes(name, layer_types, window):
     check_step_by_step(name, layer_types, [4, 1, 1, 3, 1, 1], sliding_window=window)
 
@@ -114,14 +114,8 @@ def test_any_chunks_in_any_pattern(data):
         )
 
 
-@pytest.mark.parametrize(
-    ("layer_types", "attn_implementation"),
-    [
-        *[(each, "sdpa") for each in ("0_0_2_2", *WINDOWED, "0_3_3_3_4")],
-        ("0s_1s_2_2", "eager"),
-        ("0_2s_2_2s", "eager"),
-    ],
-)
+@in_patterns(["0_0_2_2", *WINDOWED, "0_3_3_3_4"], 2)
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_left_padding(name, layer_types, attn_implementation):
     model = exact_model(layer_types, attn_implementation=attn_implementation)
     rows = [token_ids(1, length, seed=length)[0] for length in (LENGTH, 7, 4)]
@@ -138,8 +132,8 @@ def test_left_padding(name, layer_types, attn_implementation):
         assert_close(torch.cat(logits, dim=1)[row, LENGTH - len(tokens) :], expected)
 
 
+@in_patterns(MIXED)
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
-@pytest.mark.parametrize("layer_types", MIXED)
 def test_half_precision(name, layer_types, precision):
     model, input_ids = exact_model(layer_types), token_ids(2, LENGTH)
     expected = model(input_ids, use_cache=False).logits
@@ -152,8 +146,8 @@ def test_half_precision(name, layer_types, precision):
     assert cache.num_bytes() == live_bytes(cache)
 
 
+@in_patterns(MIXED, first=1)
 @pytest.mark.parametrize("filled_with", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("layer_types", MIXED)
 def test_autocast_goes_on_in_the_types_that_the_cache_holds(name, layer_types, filled_with):
     model, input_ids = exact_model(layer_types), token_ids(2, LENGTH)
     expected = model(input_ids, use_cache=False).logits
@@ -178,7 +172,7 @@ def test_what_autocast_has_filled_is_not_promoted_outside(name):
     assert cache.num_bytes() == before
 
 
-@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0s_1s_2_2", "0_2s_2_2s"])
+@in_patterns(["0_0_2_2", "0s_1s_2_2", "0_2s_2_2s"], 2)
 def test_announced_sizes_are_those_of_the_returned_keys(name, layer_types):
     model = exact_model(layer_types)
     cache = new_cache(name, model)
@@ -190,7 +184,7 @@ def test_announced_sizes_are_those_of_the_returned_keys(name, layer_types):
         for owner in cache.owners():
             positions = cache.get_key_positions(num_new, owner)
             states = torch.randn(2, 2, num_new, 8)
-            peeked = cache.peek(states, states + 1, owner)
+            peeked = cache.peek((states, states + 1), owner)
             keys, values = cache.update(states, states + 1, owner)
             assert torch.equal(peeked[0], keys) and torch.equal(peeked[1], values)
             num_keys, offset = sizes[owner]

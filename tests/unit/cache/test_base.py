@@ -55,7 +55,7 @@ def test_a_reader_follows_its_owner_in_everything():
     model = tiny_model("0_1s_1s_0")
     cache = DynamicKVCache(model.config)
     reader, owner = cache.layers[2], cache.layers[1]
-    assert isinstance(reader, ReaderLayer) and reader.owner is owner and reader.owner_idx == 1
+    assert isinstance(reader, ReaderLayer) and reader.owner is owner and reader.sources[0].owner == 1
     assert reader.is_sliding and not cache.layers[3].is_sliding and not reader.is_initialized
     with torch.no_grad():
         model(token_ids(2, 5), past_key_values=cache)
@@ -139,7 +139,7 @@ def test_an_offloaded_cache_that_was_loaded_to_the_cpu_goes_where_it_is_used(tmp
     save_cache(cache, tmp_path / "cache.safetensors")
     restored = load_cache(tmp_path / "cache.safetensors", model.config)
     states = torch.empty(2, 2, 1, 8, device="meta")
-    keys, values = restored.peek(states, states, 0)
+    keys, values = restored.peek((states, states), 0)
     assert keys.device == values.device == states.device and keys.shape[2] == values.shape[2] == 7
 
 
@@ -153,7 +153,7 @@ def test_offloading_fetches_a_store_before_its_use_and_the_next_one_ahead(layer_
 
     def watch(owner, layer):
         nonlocal most
-        update, peek = layer.update, layer.peek
+        write, peek = layer.write, layer.peek
 
         def prefetch():
             nonlocal most
@@ -161,14 +161,14 @@ def test_offloading_fetches_a_store_before_its_use_and_the_next_one_ahead(layer_
             most = max(most, len(on_gpu))
 
         def checked(call):
-            def run(*states):
+            def run(streams):
                 assert owner in on_gpu
-                return call(*states)
+                return call(streams)
 
             return run
 
         layer.prefetch, layer.offload = prefetch, lambda: on_gpu.discard(owner)
-        layer.update, layer.peek = checked(update), checked(lambda *states: peek(*states))
+        layer.write, layer.peek = checked(write), checked(peek)
 
     for owner, layer in cache.owners().items():
         watch(owner, layer)

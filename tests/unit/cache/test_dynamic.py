@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from lckv.cache import DynamicKVCache
 from lckv.cache.dynamic import FullLayer, RingLayer
 from lckv.cache.layers import check_crop
+from tests.contract.caches import plain_store
 from tests.reference import PATTERNS, tiny_model, token_ids
 
 
@@ -28,7 +29,7 @@ def tokens_of(states):
 @settings(max_examples=150, deadline=None)
 def test_a_ring_returns_what_a_list_of_all_tokens_would(window, steps, records):
     """Positive steps are new tokens, others are rollbacks."""
-    ring, text = RingLayer(window), []
+    ring, text = RingLayer(plain_store(window, 1, 1)), []
     lost = 0  # tokens before this one have been dropped
     if records:
         ring.activate_past_recording()
@@ -37,7 +38,7 @@ def test_a_ring_returns_what_a_list_of_all_tokens_would(window, steps, records):
             new = numbered(len(text), len(text) + step)
             expected = [*text[max(0, len(text) - window + 1) :], *new[0][0, 0, :, 0].int().tolist()]
             assert ring.get_mask_sizes(step) == (len(expected), max(0, len(text) - window + 1))
-            assert tokens_of(ring.peek(*new)) == expected == tokens_of(ring.update(*new))
+            assert tokens_of(ring.peek(new)) == expected == tokens_of(ring.write(new))
             text = [*text, *range(len(text), len(text) + step)]
             lost = lost if records else max(lost, len(text) - window)
         elif -step <= len(text):
@@ -60,13 +61,13 @@ def test_a_ring_returns_what_a_list_of_all_tokens_would(window, steps, records):
 @given(st.lists(st.one_of(st.integers(1, 9), st.integers(-6, 0)), max_size=12))
 @settings(max_examples=50, deadline=None)
 def test_a_full_layer_returns_everything(steps):
-    layer, text = FullLayer(), []
+    layer, text = FullLayer(plain_store(None, 1, 1)), []
     for step in steps:
         if step > 0:
             new = numbered(len(text), len(text) + step)
             assert layer.get_mask_sizes(step) == (len(text) + step, 0)
             text = [*text, *range(len(text), len(text) + step)]
-            assert tokens_of(layer.peek(*new)) == text == tokens_of(layer.update(*new))
+            assert tokens_of(layer.peek(new)) == text == tokens_of(layer.write(new))
         elif -step <= len(text):
             layer.crop(step)
             text = text[: len(text) + step]
@@ -74,37 +75,37 @@ def test_a_full_layer_returns_everything(steps):
 
 
 def test_a_full_ring_is_written_in_place():
-    ring = RingLayer(4)
-    ring.update(*numbered(0, 5))
+    ring = RingLayer(plain_store(4, 1, 1))
+    ring.write(numbered(0, 5))
     address = ring.keys.data_ptr()
     for position in range(5, 12):
-        ring.update(*numbered(position, position + 1))
+        ring.write(numbered(position, position + 1))
     assert ring.keys.data_ptr() == address and ring.num_bytes() == 2 * 2 * 4 * 4
 
 
 def test_returned_states_do_not_change_when_the_ring_moves_on():
-    ring = RingLayer(3)
-    ring.update(*numbered(0, 3))
-    keys, _ = ring.update(*numbered(3, 4))
+    ring = RingLayer(plain_store(3, 1, 1))
+    ring.write(numbered(0, 3))
+    keys, _ = ring.write(numbered(3, 4))
     before = keys.clone()
-    ring.update(*numbered(4, 6))
+    ring.write(numbered(4, 6))
     assert torch.equal(keys, before)
 
 
 def test_recording_ends_when_it_is_switched_off():
     """What transformers does before it hands a cache back."""
-    ring = RingLayer(3)
+    ring = RingLayer(plain_store(3, 1, 1))
     ring.activate_past_recording()
-    ring.update(*numbered(0, 8))
+    ring.write(numbered(0, 8))
     assert ring.keys.shape[2] == 8
     ring.crop(-1)
     ring.record_past = False
-    assert tokens_of(ring.update(*numbered(7, 8))) == [5, 6, 7]
+    assert tokens_of(ring.write(numbered(7, 8))) == [5, 6, 7]
     assert ring.keys.shape[2] == 3
     ring.activate_past_recording()
-    ring.update(*numbered(8, 12))
+    ring.write(numbered(8, 12))
     ring.record_past = False  # without a crop in between
-    assert tokens_of(ring.update(*numbered(12, 13))) == [10, 11, 12]
+    assert tokens_of(ring.write(numbered(12, 13))) == [10, 11, 12]
     assert ring.keys.shape[2] == 3
 
 

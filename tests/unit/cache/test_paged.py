@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lckv.cache import PagedKVCache, load_cache, save_cache
-from lckv.cache.pages import OutOfPagesError, PageAllocator
+from lckv.cache.paged.pages import OutOfPagesError, PageAllocator
 from lckv.errors import UserError
 from tests.reference import PATTERNS, exact_logits, tiny_model, token_ids
 
@@ -272,7 +272,7 @@ def test_gathering_reads_what_a_loop_over_tokens_reads():
     rows = [book.named[name] for name in "ab"]
     texts.cache.select(["a", "b"])
     new = torch.randn(2, 2, 1, 8)
-    keys, _ = layer.peek(new, new)
+    keys, _ = layer.peek((new, new))
     for row, sequence in enumerate(rows):
         for position in range(sequence.length):
             page = sequence.tables[0].pages[position // 4]

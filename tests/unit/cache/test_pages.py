@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lckv.cache.pages import BlockTable, PageAllocator, PagedSequence, PageGroup, capacity_for, extend_hashes
+from lckv.cache.paged.pages import BlockTable, PageAllocator, PagedSequence, PageGroup, capacity_for, extend_hashes
 
 
 def test_pages_are_freed_with_their_last_holder_and_reused():

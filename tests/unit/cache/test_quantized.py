@@ -7,6 +7,7 @@ from lckv.cache import QuantizedKVCache, build_cache, load_cache, save_cache
 from lckv.cache.quantization import GroupCodec
 from lckv.cache.quantized import QuantizedLayer
 from lckv.errors import UserError
+from tests.contract.caches import plain_store
 from tests.reference import PATTERNS, tiny_config, tiny_model, token_ids
 
 HEAD_DIM = 8
@@ -50,14 +51,14 @@ def expected_past(text, length, window, residual_length, group_size):
 
 def fill(layer, text, length, chunk=3):
     for start in range(layer.seq_length, length, chunk):
-        layer.update(*(states[:, :, start : min(start + chunk, length)] for states in text))
+        layer.write(tuple(states[:, :, start : min(start + chunk, length)] for states in text))
     return layer
 
 
 def read(layer, num_heads=2):
     """All that the next token sees of the past."""
     nothing = torch.zeros(2, num_heads, 0, HEAD_DIM)
-    return layer.peek(nothing, nothing)
+    return layer.peek((nothing, nothing))
 
 
 def num_bytes(layer):
@@ -75,60 +76,63 @@ def num_bytes(layer):
 @settings(max_examples=150, deadline=None)
 def test_old_groups_are_rounded_once_whatever_the_chunks(chunks, window, residual_length):
     text, length = random_text(sum(chunks)), 0
-    layer = QuantizedLayer(window, CODECS, 4, residual_length)
+    layer = QuantizedLayer(plain_store(window), CODECS, 4, residual_length)
     for chunk in chunks:
         num_keys, offset = layer.get_mask_sizes(chunk)
         new = [states[:, :, length : length + chunk] for states in text]
         past = expected_past(text, length, window, residual_length, 4)
-        for given_back in (layer.peek(*new), layer.update(*new)):
+        for given_back in (layer.peek(new), layer.write(new)):
             for states, old, fresh in zip(given_back, past, new, strict=True):
                 assert torch.equal(states, torch.cat([old, fresh], dim=2))
                 assert states.shape[2] == num_keys and offset == length - old.shape[2]
         length += chunk
-        assert num_bytes(layer) == layer.num_bytes() == 2 * 2 * layer.planned_bytes(length, HEAD_DIM, 4)
+        assert num_bytes(layer) == layer.num_bytes() == layer.planned_bytes(length, 2, 4)
         assert layer.get_seq_length() == length
 
 
 def test_the_recent_window_has_its_length_and_less_than_a_group_more():
-    text, layer = random_text(60), QuantizedLayer(None, CODECS, 4, 6)
+    text, layer = random_text(60), QuantizedLayer(plain_store(None), CODECS, 4, 6)
     lengths = set()
     for length in range(1, 61):
         fill(layer, text, length)
-        assert layer.key_codes.shape[2] % 4 == 0 and layer.key_codes.shape[2] + layer.keys.shape[2] == length
+        assert (
+            layer.encoded[0].codes.shape[2] % 4 == 0
+            and layer.encoded[0].codes.shape[2] + layer.keys.shape[2] == length
+        )
         if length >= 6:
             lengths.add(layer.keys.shape[2])
     assert lengths == {6, 7, 8, 9}
 
 
 def test_codes_never_change_as_the_text_grows():
-    text, layer = random_text(200), QuantizedLayer(None, CODECS, 4, 2)
+    text, layer = random_text(200), QuantizedLayer(plain_store(None), CODECS, 4, 2)
     fill(layer, text, 50)
     before = {name: tensor.clone() for name, tensor in layer.tensors().items() if name.endswith(("codes", "zeros"))}
     fill(layer, text, 200, chunk=1)
     for name, tensor in before.items():
-        assert torch.equal(getattr(layer, name)[:, :, : tensor.shape[2]], tensor)
+        assert torch.equal(layer.tensors()[name][:, :, : tensor.shape[2]], tensor)
 
 
 @pytest.mark.parametrize("window", [5, 12, 17])
 def test_a_sliding_layer_keeps_whole_groups_and_no_more(window):
-    text, layer = random_text(80), QuantizedLayer(window, CODECS, 4, 3)
+    text, layer = random_text(80), QuantizedLayer(plain_store(window), CODECS, 4, 3)
     for length in range(1, 81):
         fill(layer, text, length)
-        num_kept = layer.key_codes.shape[2] + layer.keys.shape[2]
+        num_kept = layer.encoded[0].codes.shape[2] + layer.keys.shape[2]
         assert min(length, window) <= num_kept <= layer.get_max_length() == window + 3
-    long_prompt = fill(QuantizedLayer(window, CODECS, 4, 3), text, 80, chunk=80)
+    long_prompt = fill(QuantizedLayer(plain_store(window), CODECS, 4, 3), text, 80, chunk=80)
     for name, tensor in layer.tensors().items():
-        assert torch.equal(getattr(long_prompt, name), tensor)
+        assert torch.equal(long_prompt.tensors()[name], tensor)
 
 
 def test_a_short_window_is_never_encoded():
-    layer = fill(QuantizedLayer(6, CODECS, 4, 6), random_text(50), 50)
-    assert layer.keys.shape[2] == layer.get_max_length() == 6 and not layer.key_codes.numel()
+    layer = fill(QuantizedLayer(plain_store(6), CODECS, 4, 6), random_text(50), 50)
+    assert layer.keys.shape[2] == layer.get_max_length() == 6 and not layer.encoded[0].codes.numel()
 
 
 @pytest.mark.parametrize("num_removed", [0, 1, 5, 6, 9, 14, 31, 40])
 def test_taking_tokens_back_cuts_the_last_group_only(num_removed):
-    text, layer = random_text(60), QuantizedLayer(None, CODECS, 4, 5)
+    text, layer = random_text(60), QuantizedLayer(plain_store(None), CODECS, 4, 5)
     fill(layer, text, 40)
     whole = {name: tensor.clone() for name, tensor in layer.tensors().items()}
     expected = [states[:, :, : 40 - num_removed] for states in read(layer)]
@@ -137,19 +141,19 @@ def test_taking_tokens_back_cuts_the_last_group_only(num_removed):
         assert torch.equal(states, wanted)
     assert layer.get_seq_length() == 40 - num_removed and num_bytes(layer) == layer.num_bytes()
     num_groups = min(32, 40 - num_removed) // 4
-    assert torch.equal(layer.key_codes, whole["key_codes"][:, :, : num_groups * 4])
-    assert torch.equal(layer.key_scales, whole["key_scales"][:, :, :num_groups])
+    assert torch.equal(layer.encoded[0].codes, whole["key_codes"][:, :, : num_groups * 4])
+    assert torch.equal(layer.encoded[0].scales, whole["key_scales"][:, :, :num_groups])
     fill(layer, text, 60)
-    assert layer.key_codes.shape[2] == 52 and torch.equal(layer.keys, text[0][:, :, 52:])
+    assert layer.encoded[0].codes.shape[2] == 52 and torch.equal(layer.keys, text[0][:, :, 52:])
 
 
 def test_taking_back_no_more_than_the_recent_window_leaves_no_trace():
     text, other = random_text(60), random_text(60, seed=1)
-    straight, winding = (QuantizedLayer(None, CODECS, 4, 5) for _ in range(2))
+    straight, winding = (QuantizedLayer(plain_store(None), CODECS, 4, 5) for _ in range(2))
     for length in range(6, 61, 2):
         fill(straight, text, length)
         fill(winding, text, length)
-        winding.update(*(states[:, :, :2] for states in other))
+        winding.write(tuple(states[:, :, :2] for states in other))
         winding.crop(-2)
     for states, wanted in zip(read(winding), read(straight), strict=True):
         torch.testing.assert_close(states, wanted, atol=0.3, rtol=0)
@@ -159,7 +163,7 @@ def test_taking_back_no_more_than_the_recent_window_leaves_no_trace():
 
 def test_a_window_brings_recorded_tokens_back():
     text, other = random_text(60), random_text(60, seed=1)
-    layer = fill(QuantizedLayer(11, CODECS, 4, 3), text, 30)
+    layer = fill(QuantizedLayer(plain_store(11), CODECS, 4, 3), text, 30)
     expected = read(layer)
     layer.activate_past_recording()
     fill(layer, other, 45)
@@ -170,7 +174,7 @@ def test_a_window_brings_recorded_tokens_back():
 
 
 def test_a_window_refuses_to_bring_back_what_it_has_dropped():
-    layer = fill(QuantizedLayer(11, CODECS, 4, 3), random_text(60), 30)
+    layer = fill(QuantizedLayer(plain_store(11), CODECS, 4, 3), random_text(60), 30)
     before = read(layer)
     with pytest.raises(RuntimeError, match="window of 11 tokens has dropped"):
         layer.crop(-9)
@@ -181,14 +185,14 @@ def test_a_window_refuses_to_bring_back_what_it_has_dropped():
 
 def test_rows_move_with_their_codes():
     text = random_text(30, batch_size=3)
-    layer = fill(QuantizedLayer(None, CODECS, 4, 5), text, 30)
+    layer = fill(QuantizedLayer(plain_store(None), CODECS, 4, 5), text, 30)
     order = torch.tensor([2, 0])
     layer.batch_select_indices(order)
-    alone = fill(QuantizedLayer(None, CODECS, 4, 5), [states[order] for states in text], 30)
+    alone = fill(QuantizedLayer(plain_store(None), CODECS, 4, 5), [states[order] for states in text], 30)
     for name, tensor in layer.tensors().items():
-        assert torch.equal(tensor, getattr(alone, name))
+        assert torch.equal(tensor, alone.tensors()[name])
     layer.batch_repeat_interleave(2)
-    assert layer.key_codes.shape[0] == layer.value_scales.shape[0] == 4
+    assert layer.encoded[0].codes.shape[0] == layer.encoded[1].scales.shape[0] == 4
 
 
 # --- whole caches --------------------------------------------------------------------------------------------------
@@ -268,9 +272,9 @@ def test_half_precision_stays_half_precision(dtype):
     cache = QuantizedKVCache(model.config, bits=4, group_size=4, residual_length=4)
     feed(model, cache, token_ids(2, 30), [20, 1, 9])
     layer = cache.owners()[2]
-    assert layer.keys.dtype == layer.key_scales.dtype == layer.value_zeros.dtype == dtype
+    assert layer.keys.dtype == layer.encoded[0].scales.dtype == layer.encoded[1].zeros.dtype == dtype
     assert cache.num_bytes() == cache.planned_bytes(30, 2, dtype)
-    assert layer.peek(layer.keys, layer.values)[0].dtype == dtype
+    assert layer.peek(layer.streams)[0].dtype == dtype
 
 
 @pytest.mark.parametrize(("bits", "goal"), [(8, 0.30), (4, 0.18)])
@@ -308,7 +312,7 @@ def test_generate(way):
     model.generation_config.pad_token_id = 0
     cache = QuantizedKVCache(model.config, group_size=4, residual_length=4)
     tokens = model.generate(token_ids(2, 20), past_key_values=cache, max_new_tokens=20, min_new_tokens=20, **way)
-    assert tokens.shape == (2, 40) and cache.owners()[2].key_codes.shape[2] == 32
+    assert tokens.shape == (2, 40) and cache.owners()[2].encoded[0].codes.shape[2] == 32
 
 
 def test_assisted_decoding_takes_candidates_back():
@@ -319,7 +323,7 @@ def test_assisted_decoding_takes_candidates_back():
     cache = QuantizedKVCache(model.config, bits=8, group_size=4, residual_length=8)
     options = {"past_key_values": cache, "max_new_tokens": 20, "do_sample": False}
     assert model.generate(token_ids(1, 12), assistant_model=draft, **options).shape == (1, 32)
-    assert cache.owners()[2].key_codes.shape[2] > 0
+    assert cache.owners()[2].encoded[0].codes.shape[2] > 0
 
 
 # --- wrong use -----------------------------------------------------------------------------------------------------

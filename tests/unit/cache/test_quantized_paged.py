@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lckv.cache import build_cache, load_cache, save_cache
-from lckv.cache.quantized_paged import QuantizedPagedKVCache
+from lckv.cache.paged.quantized import QuantizedPagedKVCache
 from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
 from tests.contract.caches import live_bytes, no_grad  # noqa: F401

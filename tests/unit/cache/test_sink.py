@@ -9,6 +9,7 @@ from lckv.cache import CACHES, DynamicKVCache, build_cache
 from lckv.cache.saving import load_cache, save_cache
 from lckv.cache.sink import SinkKVCache, SinkLayer
 from lckv.errors import UserError
+from tests.contract.caches import plain_store
 from tests.reference import PATTERNS, tiny_config, tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -217,7 +218,7 @@ def test_other_rotary_embeddings(rope_type):
     cache = new_cache(model, window=400)
     input_ids = token_ids(1, LENGTH)
     near = model(input_ids, past_key_values=cache).logits
-    moved = cache.owners()[0].rotation(cache.owners()[0].keys, [37])
+    moved = cache.rotation(cache.owners()[0].keys, [37])
     positions = torch.arange(37, 37 + LENGTH)[None]
     shifted = new_cache(model, window=400)
     assert_close(model(input_ids, past_key_values=shifted, position_ids=positions).logits, near)
@@ -344,7 +345,7 @@ def test_rows_keep_their_padding_when_the_batch_changes():
         padding = int(num_padding[source])
         expected = streaming_logits(model, input_ids[source, padding:], SINKS, WINDOW)
         assert_close(logits[row], expected[stop - padding :])
-    fresh = SinkLayer(1, 1, cache.rotation)
+    fresh = SinkLayer(plain_store(), 1, 1, cache.rotation)
     fresh.padding = [0, 4]
     fresh.batch_select_indices(torch.tensor([1]))
     assert fresh.padding == [4]

@@ -8,6 +8,7 @@ from transformers import CompileConfig
 from lckv.cache import StaticKVCache, build_cache
 from lckv.cache.static import StaticLayer, StaticRingLayer
 from lckv.errors import UserError
+from tests.contract.caches import plain_store
 from tests.reference import tiny_model, token_ids
 
 PATTERNS = ["0_0_2_2", "0_3_3_3_4", "0s_1s_2_2", "0_2s_2_2s", "1s_1s_3s_3s"]
@@ -20,9 +21,7 @@ def exact_model(layer_types, **config):
 
 
 def buffer_addresses(cache):
-    return [
-        tensor.data_ptr() for layer in cache.owners().values() for tensor in (layer.keys, layer.values, layer.num_seen)
-    ]
+    return [tensor.data_ptr() for layer in cache.owners().values() for tensor in (*layer.streams, layer.num_seen)]
 
 
 @pytest.mark.parametrize("layer_types", PATTERNS)
@@ -150,7 +149,7 @@ def test_another_batch_size_needs_a_reset():
 
 @torch.no_grad()
 def test_a_ring_takes_back_exactly_what_it_has_not_overwritten():
-    ring = StaticRingLayer(4)
+    ring = StaticRingLayer(plain_store(4), 4)
     states = torch.arange(12.0).view(1, 1, 12, 1).expand(-1, 2, -1, 8)
 
     def feed(first, stop):

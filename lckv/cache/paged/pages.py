@@ -176,6 +176,8 @@ class PageGroup:
         """The first of the new tokens that is worth writing, with those that fill its page, for others to find."""
         if self.record_past:
             return length
+        # A long piece passes a window's worth of itself by: what the window has left when the piece ends is not
+        # written, but for the rest of the page in which the window begins, as only full pages can be found again.
         return max(length, self.first_kept_after(length + num_new) // self.page_size * self.page_size)
 
     def written_indices(self, length: int, num_new: int) -> range:
@@ -211,12 +213,12 @@ class PageGroup:
             page = table.pages.get(index)
             if page is None:
                 table.pages[index] = self.allocator.allocate()
-            elif self.allocator.count_holders(page) > 1:
+            elif self.allocator.count_holders(page) > 1:  # others hold what is there: write to a copy
                 table.pages[index] = self.allocator.allocate()
                 self.allocator.release(page)
                 copies.append((page, table.pages[index]))
             else:
-                self.allocator.forget(page)
+                self.allocator.forget(page)  # its hash is about to be wrong
         return copies
 
     def cut(self, table: BlockTable, length: int) -> None:

@@ -1,12 +1,18 @@
 """A cache in pages (PagedAttention, Kwon et al., SOSP 2023): no room is kept for tokens that may never come.
 
-Each layer that computes keys and values (KV) has two pools of pages `(num_pages, num_kv_heads, page_size, head_dim)`.
-Layers that keep everything share one set of block tables; those whose readers all have a window share another, in
-which pages that the window has passed are free again. See `lckv.cache.pages` for who holds which page.
+Each owner has a pool of pages for each of its streams, `(num_pages, num_heads, page_size, head_dim)`. Owners that keep
+everything share one set of block tables; those whose readers all have a window share another, in which pages that the
+window has passed are free again. See `lckv.cache.paged.pages` for who holds which page.
 
 What the model gets is a gather of each row's pages, aligned to the right: rows of different lengths look like a batch
 with padding on the left, and all of the model's masks hold as they are. The padding itself is stored nowhere. The
-count of columns of that batch, padding included, is called the frame here.
+count of columns of that batch before the new ones, padding included, is called the frame here. With a frame of 5 and
+two new columns, and a row *b* that takes only one token:
+
+    column   0 1 2 3 4   5 6
+    row a    a a a a a   A A     five tokens, two new ones
+    row b    . . . b b   b B     three tokens, one new one: its past reaches into the new columns, the call is "ragged"
+    row c    . . . . .   . C     a sequence that begins
 """
 
 from __future__ import annotations
@@ -19,10 +25,11 @@ import torch
 
 from lckv.cache.base import CACHES, KVCache
 from lckv.cache.layers import KVLayer, check_crop
-from lckv.cache.page_book import PageBook
-from lckv.cache.paged_layer import PagedLayer
-from lckv.cache.pages import PagedSequence, capacity_for, extend_hashes
+from lckv.cache.paged.book import PageBook
+from lckv.cache.paged.layer import PagedLayer
+from lckv.cache.paged.pages import PagedSequence, extend_hashes
 from lckv.errors import UserError, check_whole_number
+from lckv.layout import Store
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 
 
@@ -56,13 +63,13 @@ class PagedKVCache(KVCache):
         self.book = PageBook(page_size, num_pages)
         super().__init__(config)
 
-    def make_layer(self, layer_idx: int, window: int | None) -> KVLayer:
-        """Makes the store of one owner, in the group of those with an equal window."""
-        return self.new_store(self.book.group_for(window))
+    def make_layer(self, store: Store) -> KVLayer:
+        """Makes the empty store of one owner, in the group of those with an equal window."""
+        return self.new_store(store, self.book.group_for(store.window))
 
-    def new_store(self, group_idx: int) -> PagedLayer:
-        """Makes the empty store of a layer in this group of the book."""
-        return PagedLayer(self.book, group_idx)
+    def new_store(self, store: Store, group_idx: int) -> PagedLayer:
+        """Makes the empty store of an owner in this group of the book."""
+        return PagedLayer(store, self.book, group_idx)
 
     def options(self) -> dict[str, Any]:
         """The arguments, beside `config`, that make an empty cache like this one."""
@@ -72,22 +79,6 @@ class PagedKVCache(KVCache):
     def batch_size(self) -> int:
         """Rows of the batch; -1 while the cache is empty."""
         return len(self.book.rows) or -1
-
-    def planned_bytes(self, seq_length: int, batch_size: int, dtype: torch.dtype) -> int:
-        """Bytes that `num_bytes` will report once the cache has seen this much, by arithmetic.
-
-        Args:
-            seq_length: tokens of each sequence, none of them padding.
-            batch_size: number of sequences.
-            dtype: type of the keys and values that the model computes.
-        """
-        if seq_length == 0:
-            return 0
-        page_bytes = 2 * self.config.num_key_value_heads * self.page_size * self.config.head_dim * dtype.itemsize
-        return sum(
-            len(layers) * page_bytes * (self.num_pages or capacity_for(batch_size * group.count_pages(seq_length)))
-            for group, layers in zip(self.book.groups, self.book.layers, strict=True)
-        )
 
     def max_sequences(self, seq_length: int) -> int | None:
         """How many sequences pools of fixed size hold while these grow token by token; `None` for pools that grow.
@@ -109,11 +100,7 @@ class PagedKVCache(KVCache):
 
     def num_used_bytes(self) -> int:
         """Bytes of the pages that some sequence holds, each counted once; `num_bytes` is those of the whole pools."""
-        return sum(
-            layer.num_bytes() // max(1, layer.group.allocator.capacity) * layer.group.allocator.num_used
-            for layer in self.owners().values()
-            if isinstance(layer, PagedLayer)
-        )
+        return sum(layer.num_used_bytes() for layer in self.layers if isinstance(layer, PagedLayer))
 
     def num_used_pages(self) -> int:
         """Pages that some sequence holds, of all pools."""
@@ -295,4 +282,5 @@ class PagedKVCache(KVCache):
     def fork(self) -> Self:
         """A cache with the same content; what is done to one from now on does not disturb the other."""
         with torch.inference_mode(False):  # so that the copies can be written to in and outside of that mode
-            return copy.deepcopy(self, {id(self.config): self.config, id(self.plan): self.plan})
+            shared = (self.config, self.plan, self.layout)
+            return copy.deepcopy(self, {id(each): each for each in shared})

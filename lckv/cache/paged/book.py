@@ -1,6 +1,6 @@
 """What all layers of a cache in pages share: who takes part in a forward call, and which page each token goes to.
 
-See `lckv.cache.pages` for who holds which page, and `lckv.cache.paged` for what a frame is.
+See `lckv.cache.paged.pages` for who holds which page, and `lckv.cache.paged.cache` for what a frame is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from lckv.cache.pages import BlockTable, OutOfPagesError, PagedSequence, PageGroup, capacity_for
+from lckv.cache.paged.pages import BlockTable, OutOfPagesError, PagedSequence, PageGroup, capacity_for
 
 T = TypeVar("T")
 
@@ -187,7 +187,7 @@ class PageBook:
 
     def _reserve(self, num_new: list[int]) -> None:
         """Gives every row the pages it needs, or none of them any."""
-        self.check_room(self.rows, num_new)
+        self.check_room(self.rows, num_new)  # for all groups before the first takes any
         for index, group in enumerate(self.groups):
             calls = _calls(index, self.rows, num_new)
             copies = [pair for call in calls for pair in group.reserve(*call)]
@@ -228,7 +228,7 @@ class PageBook:
         step = self.step
         assert step is not None
         if any(layer.seq_length == step.frame for layer in self.all_layers()):
-            return
+            return  # until the last layer has written, the call may still break off, and then nothing has happened
         self.step = self.announced = None
         self.set_frame(step.frame + step.num_columns)
         for row, num_new in zip(self.rows, step.num_new, strict=True):
@@ -344,6 +344,7 @@ class PageBook:
         assert self.step is not None
         page_size = self.page_size
         starts = self.step.starts
+        # Token t of a row lies in column start + t. Columns without one are sent to the nearest token, low or high.
         highs = [max(0, stop - 1) for stop in num_tokens]
         lows = [
             min(high, max(low, columns.start - start)) for low, high, start in zip(lows, highs, starts, strict=True)
@@ -352,6 +353,7 @@ class PageBook:
             [row.tables[group_idx].pages.get(index, 0) for index in range(low // page_size, high // page_size + 1)]
             for row, low, high in zip(self.rows, lows, highs, strict=True)
         ]
+        # All that the device needs goes there in one piece: three numbers and the pages of each row.
         width = max(map(len, tables))
         rows = [
             [start, low, high] + table + [0] * (width - len(table))
@@ -361,7 +363,7 @@ class PageBook:
         start, low, high, table = packed[:, 0:1], packed[:, 1:2], packed[:, 2:3], packed[:, 3:]
         positions = torch.arange(columns.start, columns.stop, device=device)[None] - start
         positions = positions.maximum(low).minimum(high)  # (batch, num_columns)
-        pages = table.gather(1, positions // page_size - low // page_size)
+        pages = table.gather(1, positions // page_size - low // page_size)  # tables begin with the page of `low`
         return pages, positions % page_size
 
 

@@ -1,5 +1,0 @@
-"""Keys and values of one owner."""
-
-import torch
-
-KeyValue = tuple[torch.Tensor, torch.Tensor]
