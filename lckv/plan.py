@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lckv import cli
-from lckv.config import PlanConfig
+from lckv.config import PlanConfig, validate
+from lckv.config.keys import CONVERGE
 from lckv.costs import Costs, Iteration, ModelSizes, count_costs, llama_plan
 from lckv.drawing import describe_layer, draw_in_terminal, save_drawing
 from lckv.errors import UserError
-from lckv.model_arguments import CONVERGE, model_arguments
+from lckv.model_arguments import model_arguments
 from lckv.patterns import SharingPlan, parse_layer_types
 
 
@@ -34,6 +35,7 @@ class PlanReport:
 
 def main(cfg: PlanConfig) -> None:
     """Prints the report that `cfg` asks for, and draws it into a file if asked."""
+    validate(cfg)
     report = build_report(cfg)
     if cfg.draw is not None:
         save_drawing(report.plan, cfg.draw)

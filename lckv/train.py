@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lckv import cli
-from lckv.config import TeacherConfig, TokenizerConfig, TrainConfig
-from lckv.errors import UserError, check_choice, near_miss
-from lckv.evaluation.checks import check_lengths, check_training_evaluation
-from lckv.model_arguments import check_model, model_arguments, resolve_layer_types
-from lckv.patterns import parse_layer_types
+from lckv.config import TeacherConfig, TokenizerConfig, TrainConfig, validate
+from lckv.config.names import TRAINED
+from lckv.errors import UserError, near_miss
+from lckv.model_arguments import model_arguments, resolve_plan
 from lckv.training.failures import recorded_failure
 from lckv.training.launch import launch_missing_processes
 from lckv.training.run_folder import RunFolder
@@ -43,6 +42,7 @@ def main(cfg: TrainConfig, folder: RunFolder | None = None) -> float | None:
     folder = folder or RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
     try:
         with recorded_failure(folder, cfg, cli.task_overrides()):
+            validate(cfg)
             results = _finished_in_a_sweep(cfg, folder) or _train(cfg, folder)
     finally:
         folder.release()
@@ -63,9 +63,8 @@ def _finished_in_a_sweep(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] 
 
 def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     """Builds everything that the configuration names, trains, and shows and returns the results."""
-    check_training_evaluation(cfg)
     if cfg.init.source is None:
-        check_model(cfg.model, parse_layer_types(resolve_layer_types(cfg)))
+        resolve_plan(cfg)
 
     # Behind the checks: importing torch and transformers takes seconds.
     from transformers import set_seed
@@ -127,7 +126,7 @@ def evaluations_of(
     from lckv.evaluation.evaluations import Subject
     from lckv.evaluation.running import run_evaluations
 
-    check_lengths(cfg.evaluation, model.config.max_position_embeddings, cfg.data.block_size, "evaluation.")
+    cfg.evaluation.check_lengths(model.config.max_position_embeddings, cfg.data.block_size, "evaluation.")
     if "harness" in cfg.evaluation.evals:
         from lckv.evaluation.harness import check_installed
         from lckv.evaluation.harness_tasks import check_tasks
@@ -154,11 +153,9 @@ def _adopt_source(cfg: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, Sou
     name, revision = cfg.init.source, cfg.init.revision
     if name is None:
         return cfg, None
-    from lckv.conversion import METHODS, TRAINED, Source, adopt_source, check_calibration, source_config_of
+    from lckv.conversion import Source, adopt_source, source_config_of
     from lckv.data.tokenizer import check_tokenizer
 
-    check_choice("init.method", cfg.init.method, METHODS)
-    check_calibration(cfg.init)
     if cfg.init.method in TRAINED and cfg.teacher.source is None:
         cfg = replace(cfg, teacher=replace(cfg.teacher, source=name, revision=revision))
     if folder.holds_a_run() and folder.init.is_dir():

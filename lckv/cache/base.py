@@ -49,6 +49,16 @@ def build_cache(name: str, config: Any, **options: Any) -> KVCache:
     return cache_class.class_for(options)(config, **options)
 
 
+def check_offloading(offloading: bool | None) -> None:
+    """Refuses to offload where there is nothing to offload from.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if offloading and not torch.cuda.is_available():
+        raise UserError("cache.offloading=True: allowed is False, as there is no CUDA device to offload from")
+
+
 class KVCache(SharingCache, ABC):
     """A transformers cache with one [`KVLayer`] per layer that computes KV.
 
@@ -66,8 +76,7 @@ class KVCache(SharingCache, ABC):
     name: ClassVar[str]
 
     def __init__(self, config: Any, offloading: bool = False) -> None:
-        if offloading and not torch.cuda.is_available():
-            raise UserError("cache.offloading=True: allowed is False, as there is no CUDA device to offload from")
+        check_offloading(offloading)
         plan = plan_of(config)
         self.plan: SharingPlan = plan
         self.config = config

@@ -1,9 +1,10 @@
 """From pretrained models to models that share keys and values."""
 
+from lckv.config.names import CALIBRATED, TRAINED
 from lckv.conversion.converted import RECORD, source_config_of, write_trained
 from lckv.conversion.converting import convert
-from lckv.conversion.methods import CALIBRATED, METHODS, TRAINED
-from lckv.conversion.settings import adopt_source, check_calibration, model_settings, plan_of
+from lckv.conversion.methods import METHODS
+from lckv.conversion.settings import adopt_source, model_settings, plan_of
 from lckv.conversion.source import Source
 from lckv.conversion.writing import appearing, check_output
 
@@ -15,7 +16,6 @@ __all__ = [
     "Source",
     "adopt_source",
     "appearing",
-    "check_calibration",
     "check_output",
     "convert",
     "model_settings",

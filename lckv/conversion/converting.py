@@ -7,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from lckv.config import TrainConfig
+from lckv.config.names import CALIBRATED
 from lckv.conversion.calibration import calibrate
 from lckv.conversion.converted import converted_config, write_converted
-from lckv.conversion.methods import CALIBRATED, groups_of
+from lckv.conversion.methods import groups_of
 from lckv.conversion.moments import InputMoments
 from lckv.conversion.progress import showing_progress
-from lckv.conversion.settings import check_block_size, check_calibration, model_settings, plan_of
+from lckv.conversion.settings import check_block_size, model_settings, plan_of
 from lckv.conversion.source import Source
 from lckv.data import build_dataset
 from lckv.data.tokenizer import check_tokenizer
@@ -42,7 +43,6 @@ def convert(
     Raises:
         UserError: for wrong settings, text or weights.
     """
-    check_calibration(cfg.init)
     find_device(device)
     plan, method = plan_of(cfg), cfg.init.method
     config = converted_config(source.config, plan, **model_settings(cfg))

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lckv.checkpoint import Checkpoint, find_checkpoint
+from lckv.config.names import DTYPES
 from lckv.errors import UserError, near_miss
-from lckv.model_arguments import DTYPES
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 logger = logging.getLogger(__name__)

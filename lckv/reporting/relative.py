@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from statistics import median
 
+from lckv.config.keys import CONVERGE
 from lckv.costs import Iteration, ModelSizes, count_flops, llama_plan
-from lckv.model_arguments import CONVERGE, DEFAULT_SLIDING_WINDOW
+from lckv.model_arguments import DEFAULT_SLIDING_WINDOW
 from lckv.patterns import SharingPlan
 from lckv.reporting.collecting import Run
 from lckv.reporting.grouping import Group
