@@ -92,9 +92,13 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _unless(is_used: Callable[[Any], Any], reason: str) -> Reason:
-    """The reason, filled in from the configuration, unless something holds."""
-    return lambda cfg, key: None if is_used(cfg) else reason.format(cfg=cfg)
+def _unless(keys: str, is_used: Callable[[Any], Any], reason: str, *, is_preset: bool = False) -> Unused:
+    """A row of settings that have an effect where something holds; else the reason is filled in from `cfg`."""
+
+    def why(cfg: Any, key: str) -> str | None:
+        return None if is_used(cfg) else reason.format(cfg=cfg)
+
+    return Unused(tuple(keys.split()), why, is_preset=is_preset)
 
 
 def _source(cfg: TrainConfig | ConvertConfig) -> str | None:
@@ -164,9 +168,7 @@ def _evaluations(prefix: str, settings_of: Callable[[Any], EvaluationConfig]) ->
 
 
 _CACHE = Unused(("cache",), _not_of_this_cache)
-_PAGES = Unused(
-    ("cache.num_pages",), _unless(lambda cfg: cfg.cache.has_pages, "without cache.layout=paged; leave it out")
-)
+_PAGES = _unless("cache.num_pages", lambda cfg: cfg.cache.has_pages, "without cache.layout=paged; leave it out")
 _MODEL = (
     Unused(
         ("sharing",),
@@ -186,47 +188,47 @@ _MODEL = (
     ),
 )
 _TEXT = (
-    Unused(
-        ("data.files", "data.validation_files", "data.document_separator"),
-        _unless(lambda cfg: cfg.data.name == "files", "with data={cfg.data.name}; choose data=files"),
+    _unless(
+        "data.files data.validation_files data.document_separator",
+        lambda cfg: cfg.data.name == "files",
+        "with data={cfg.data.name}; choose data=files",
     ),
-    Unused(
-        ("data.dataset", "data.subset", "data.revision", "data.validation_split", "data.streaming"),
-        _unless(lambda cfg: cfg.data.name == "hub", "with data={cfg.data.name}; choose data=hub"),
+    _unless(
+        "data.dataset data.subset data.revision data.validation_split data.streaming",
+        lambda cfg: cfg.data.name == "hub",
+        "with data={cfg.data.name}; choose data=hub",
     ),
 )
 _LOOP = (
-    Unused(
-        ("teacher",),
-        _unless(
-            lambda cfg: cfg.teacher.source is not None or (_source(cfg) is not None and _method(cfg) in TRAINED),
-            "without teacher.source; give one, or leave it out",
-        ),
+    _unless(
+        "teacher",
+        lambda cfg: cfg.teacher.source is not None or (_source(cfg) is not None and _method(cfg) in TRAINED),
+        "without teacher.source; give one, or leave it out",
     ),
-    Unused(
-        ("trainer.torch_compile_backend", "trainer.torch_compile_mode"),
-        _unless(lambda cfg: cfg.trainer.torch_compile, "without trainer.torch_compile=true; leave it out"),
+    _unless(
+        "trainer.torch_compile_backend trainer.torch_compile_mode",
+        lambda cfg: cfg.trainer.torch_compile,
+        "without trainer.torch_compile=true; leave it out",
     ),
-    Unused(
-        ("trainer.evaluation_steps",),
-        _unless(
-            lambda cfg: cfg.evaluation.evals,
-            "without evaluation.evals, such as evaluation.evals=[perplexity]; leave it out, or give some",
-        ),
+    _unless(
+        "trainer.evaluation_steps",
+        lambda cfg: cfg.evaluation.evals,
+        "without evaluation.evals, such as evaluation.evals=[perplexity]; leave it out, or give some",
     ),
-    Unused(
-        ("optim.min_learning_rate",),
-        _unless(lambda cfg: cfg.optim.schedule != "constant", "with optim.schedule=constant; leave it out"),
+    _unless(
+        "optim.min_learning_rate",
+        lambda cfg: cfg.optim.schedule != "constant",
+        "with optim.schedule=constant; leave it out",
     ),
-    Unused(
-        ("optim.decay_steps",),
-        _unless(lambda cfg: cfg.optim.schedule == "wsd", "with optim.schedule={cfg.optim.schedule}; leave it out"),
+    _unless(
+        "optim.decay_steps",
+        lambda cfg: cfg.optim.schedule == "wsd",
+        "with optim.schedule={cfg.optim.schedule}; leave it out",
     ),
-    Unused(
-        ("optim.momentum",),
-        _unless(
-            lambda cfg: cfg.optim.name == "muon", "with optim.name={cfg.optim.name}, only with muon; leave it out"
-        ),
+    _unless(
+        "optim.momentum",
+        lambda cfg: cfg.optim.name == "muon",
+        "with optim.name={cfg.optim.name}, only with muon; leave it out",
     ),
     Unused(("evaluation.perplexity.cache_chunk",), lambda cfg, key: "in training; leave it out"),
     *_evaluations("evaluation.", lambda cfg: cfg.evaluation),
@@ -235,20 +237,19 @@ _LOOP = (
 TABLE: dict[type, tuple[Unused, ...]] = {
     TrainConfig: (
         *_MODEL,
-        Unused(
-            ("tokenizer.vocab_size",),
-            _unless(lambda cfg: cfg.tokenizer.name == "bpe", "with tokenizer.name={cfg.tokenizer.name}; leave it out"),
+        _unless(
+            "tokenizer.vocab_size",
+            lambda cfg: cfg.tokenizer.name == "bpe",
+            "with tokenizer.name={cfg.tokenizer.name}; leave it out",
             is_preset=True,
         ),
-        Unused(("init",), _unless(lambda cfg: cfg.init.source, "without init.source; give one, or leave it out")),
-        Unused(
-            ("iso",),
-            _unless(
-                lambda cfg: cfg.init.source is None,
-                "on the model {cfg.init.source}, which brings its own sizes; leave it out",
-            ),
+        _unless("init", lambda cfg: cfg.init.source, "without init.source; give one, or leave it out"),
+        _unless(
+            "iso",
+            lambda cfg: cfg.init.source is None,
+            "on the model {cfg.init.source}, which brings its own sizes; leave it out",
         ),
-        Unused(("iso_multiple",), _unless(lambda cfg: cfg.iso == "params", "without iso=params; leave it out")),
+        _unless("iso_multiple", lambda cfg: cfg.iso == "params", "without iso=params; leave it out"),
         *_LOOP,
         *_TEXT,
     ),
@@ -264,12 +265,10 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             but=("trainer.num_threads",),
             is_preset=True,
         ),
-        Unused(
-            ("device",),
-            _unless(
-                lambda cfg: cfg.method not in TRAINED,
-                "with method={cfg.method}, which calibrates where it trains; leave it out",
-            ),
+        _unless(
+            "device",
+            lambda cfg: cfg.method not in TRAINED,
+            "with method={cfg.method}, which calibrates where it trains; leave it out",
         ),
         *_LOOP,
         *_TEXT,
@@ -277,44 +276,33 @@ TABLE: dict[type, tuple[Unused, ...]] = {
     SearchConfig: (Unused(("calibration_tokens", "ridge"), _calibration_only), *_TEXT),
     EvaluateConfig: (
         *_evaluations("", lambda cfg: cfg),
-        Unused(
-            ("perplexity.cache_chunk",),
-            _unless(lambda cfg: cfg.cache.name != NO_CACHE, "with cache=none; choose a cache, or leave it out"),
+        _unless(
+            "perplexity.cache_chunk",
+            lambda cfg: cfg.cache.name != NO_CACHE,
+            "with cache=none; choose a cache, or leave it out",
         ),
         _CACHE,
         _PAGES,
         *_TEXT,
     ),
     GenerateConfig: (
-        Unused(
-            ("batching", "batch_size"),
-            _unless(lambda cfg: cfg.prompts_file is not None, "without prompts_file; leave it out"),
-        ),
-        Unused(
-            ("compile",),
-            _unless(lambda cfg: cfg.cache.name == "static", "with cache={cfg.cache.name}; choose cache=static"),
-        ),
+        _unless("batching batch_size", lambda cfg: cfg.prompts_file is not None, "without prompts_file; leave it out"),
+        _unless("compile", lambda cfg: cfg.cache.name == "static", "with cache={cfg.cache.name}; choose cache=static"),
         _CACHE,
         _PAGES,
     ),
     BenchmarkConfig: (
         Unused(("model.layer_types",), lambda cfg, key: "here; give patterns=[...]"),
-        Unused(
-            ("model",),
-            _unless(
-                lambda cfg: cfg.patterns or not cfg.checkpoints,
-                "on checkpoints; leave it out, or give patterns=[...]",
-            ),
+        _unless(
+            "model",
+            lambda cfg: cfg.patterns or not cfg.checkpoints,
+            "on checkpoints; leave it out, or give patterns=[...]",
             is_preset=True,
         ),
-        Unused(("cache.name",), _unless(lambda cfg: not cfg.caches, "beside caches=[...]; leave one of them out")),
-        Unused(
-            ("max_batch_size",),
-            _unless(lambda cfg: cfg.kv_budget is not None, "with kv_budget=null; leave it out"),
-        ),
-        Unused(
-            ("overwrite",),
-            _unless(lambda cfg: cfg.output_dir is not None, "without output_dir; name the folder, or leave it out"),
+        _unless("cache.name", lambda cfg: not cfg.caches, "beside caches=[...]; leave one of them out"),
+        _unless("max_batch_size", lambda cfg: cfg.kv_budget is not None, "with kv_budget=null; leave it out"),
+        _unless(
+            "overwrite", lambda cfg: cfg.output_dir is not None, "without output_dir; name the folder, or leave it out"
         ),
         Unused(("cache",), _of_none_of_these_caches, but=("cache.name",)),
     ),
