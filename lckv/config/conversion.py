@@ -19,6 +19,7 @@ from lckv.config.training import (
     TeacherConfig,
     TrainConfig,
     TrainerConfig,
+    a_method,
     seed_of_32_bits,
 )
 from lckv.errors import UserError
@@ -44,7 +45,7 @@ class ConvertConfig(Group):
 
     source: str | None = literal(required=_GIVE_BOTH)
     revision: str | None = None
-    method: str = key("average", one_of(*METHODS))
+    method: str = key("average", a_method)
     out: str | None = literal(required=_GIVE_BOTH)
     max_shard_size: str = key("5GB", lambda name, value: parse_bytes(value, name))
     device: str = "auto"
@@ -115,7 +116,7 @@ class SearchConfig(Group):
     source: str | None = literal(required="give one: python -m lckv.search source=MODEL budget=0.5")
     revision: str | None = None
     budget: Any = None
-    method: str = key("subspace", one_of(*METHODS))
+    method: str = key("subspace", a_method)
     directions: str = key("down", one_of(*DIRECTIONS))
     beam: int = key(1, at_least())
     shortlist: int = key(4, at_least())

@@ -13,7 +13,13 @@ from lckv.config.model import ModelConfig, SharingConfig
 from lckv.config.names import DTYPES, ISO, METHODS, OPTIMIZERS, PRECISIONS, SCHEDULES, TRACKERS, TRAINABLE
 from lckv.config.pass_through import no_key_of_ours
 from lckv.costs import DTYPE_BYTES
-from lckv.errors import UserError
+from lckv.errors import UserError, check_choice
+
+
+def a_method(name: str, value: object) -> None:
+    """The name of a conversion method, those that were declared since included."""
+    check_choice(name, value, METHODS)
+
 
 seed_of_32_bits = such_that(lambda value: 0 <= value < 2**32, f"allowed is a whole number, 0 to {2**32 - 1}")
 
@@ -193,7 +199,7 @@ class InitConfig(CalibrationConfig):
 
     source: str | None = None
     revision: str | None = None
-    method: str = key("average", one_of(*METHODS))
+    method: str = key("average", a_method)
 
 
 @dataclass
