@@ -8,8 +8,8 @@ from typing import Any
 
 from lckv import cli
 from lckv.benchmarking.folder import OutputFolder
-from lckv.benchmarking.settings import build_workload, cache_entries, check_dtype, check_iteration, random_models
-from lckv.config import BenchmarkConfig
+from lckv.benchmarking.settings import build_workload, cache_entries, check_iteration, random_models
+from lckv.config import BenchmarkConfig, validate
 from lckv.console import new_console
 from lckv.errors import UserError
 
@@ -22,9 +22,9 @@ def main(cfg: BenchmarkConfig) -> None:
 
     Ctrl-C ends it with the figures of the rounds that were over.
     """
+    validate(cfg)
     workload = build_workload(cfg)
     arguments = random_models(cfg)
-    check_dtype(cfg.dtype)
     folder = OutputFolder(cfg.output_dir, overwrite=cfg.overwrite, plot_format=cfg.plot_format)
 
     # Behind the checks: importing torch and transformers takes seconds.

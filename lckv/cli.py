@@ -27,8 +27,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from lckv import config, hydra_store, overrides
+from lckv.config import validate
 from lckv.errors import UserError, near_miss
-from lckv.override_checks import check_overrides
 from lckv.run_names import default_run_name, file_name
 from lckv.storage import CANNOT_WRITE
 from lckv.sweeps import FailedJob, missing_extra
@@ -124,7 +124,7 @@ class _Job:
             cfg = _to_dataclass(composed, hydra_cfg)
             is_run = type(cfg) is config.TrainConfig and hydra_cfg.mode == RunMode.MULTIRUN
             with recorded_failure(RunFolder(cfg.run_dir), cfg, task_overrides()) if is_run else nullcontext():
-                check_overrides(cfg, task_overrides())
+                validate(cfg, task_overrides())
             return self.main(cfg)
         return FailedJob(self.mistakes.last)
 
@@ -222,11 +222,11 @@ def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
     """Turns what Hydra composed into the root dataclass, with mistakes found that Hydra lets pass.
 
     Raises:
-        UserError: if a key was added that nothing reads or a value refers to a key that does not exist; in a training
-            configuration, if `layer_types` came in as a number or is contradicted by the sharing group.
+        UserError: if a key was added that nothing reads or a value refers to a key that does not exist, if
+            `layer_types` came in as a number, and for what `lckv.config.validate` refuses.
     """
     cfg = _to_dataclass(composed, hydra_cfg)
-    check_overrides(cfg, list(hydra_cfg.overrides.task))
+    validate(cfg, list(hydra_cfg.overrides.task))
     return cfg
 
 
@@ -237,8 +237,8 @@ def _to_dataclass(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
         cfg: Any = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:  # such as an interpolation of a key that does not exist
         raise UserError(describe(error, schema)) from error
-    if isinstance(cfg, config.TrainConfig):
-        overrides.check_is_text(cfg.model.layer_types, "model.layer_types", _config_files(hydra_cfg))
+    if isinstance(model := getattr(cfg, "model", None), config.ModelConfig):
+        overrides.check_is_text(model.layer_types, "model.layer_types", _config_files(hydra_cfg))
     _check_keys(composed, schema)
     for key in literal_keys(schema):
         group, _, name = key.rpartition(".")
@@ -303,6 +303,8 @@ def describe(error: Exception, schema: type) -> str:
             options.remove("none")  # generation cannot do without
         allowed = f"; allowed are {', '.join(options)}" if options else ""
         return f"{group or 'config'}={option}: there is no such option{allowed}{near_miss(option, options)}"
+    if found := re.match(r"Could not override '([^'.]+)'", str(error)):  # one that other commands have
+        return f"unknown key {found[1]!r}{_hint(found[1], schema)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _describe_unknown_key(cause, error, schema)
     if isinstance(cause, OmegaConfBaseException) and "is not a ListConfig, list or tuple" in str(cause):
@@ -326,7 +328,7 @@ def _describe_unknown_key(cause: OmegaConfBaseException, error: Exception, schem
 def _hint(key: str, schema: type, prefix: str = "") -> str:
     """The known key most like `key`: one of (nearly) the same last part anywhere, else one like it in its group."""
     parent, _, name = key.rpartition(".")
-    keys = [*_keys(schema, prefix), *(_GROUPS_WITHOUT_KEY if issubclass(schema, config.TrainConfig) else ())]
+    keys = [*_keys(schema, prefix), *(_GROUPS_WITHOUT_KEY if "trainer" in typing.get_type_hints(schema) else ())]
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
     anywhere = {known.rpartition(".")[2]: known for known in reversed(keys)} | siblings
     for names, cutoff in (anywhere, 1.0), (siblings, 0.7), (anywhere, 0.8), (siblings, 0.6):
@@ -363,7 +365,7 @@ def literal_keys(schema: type, prefix: str = "") -> Iterator[str]:
     """The keys of a root dataclass whose values the command line gives as they stand; see `lckv.config.literal`."""
     types = typing.get_type_hints(schema)
     for item in fields(schema):
-        if item.metadata.get("literal"):
+        if item.metadata.get("is_literal"):
             yield prefix + item.name
         elif is_dataclass(types[item.name]):
             yield from literal_keys(typing.cast(type, types[item.name]), f"{prefix}{item.name}.")

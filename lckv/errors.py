@@ -42,12 +42,13 @@ def check_positive(key: str, value: float) -> None:
         raise UserError(f"{key}={value!r}: allowed is a number above 0")
 
 
-def check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
+def check_choice(key: str, value: object, allowed: Iterable[object]) -> None:
     """Refuses what is none of the `allowed` names.
 
     Raises:
         UserError: naming the key, as the user writes it, and the nearest name.
     """
-    names = list(allowed)
-    if value not in names:
+    choices = list(allowed)
+    if value not in choices:
+        names = [str(choice) for choice in choices]
         raise UserError(f"{key}={value!r}: allowed are {', '.join(names)}{near_miss(str(value), names)}")

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lckv import cli
-from lckv.config import EvaluateConfig
+from lckv.config import EvaluateConfig, validate
+from lckv.config.names import NO_CACHE
 from lckv.console import new_console
-from lckv.errors import UserError, check_choice, check_whole_number
-from lckv.evaluation import MODULES
-from lckv.evaluation.checks import check_evaluation, window_sizes
-from lckv.generation.checks import check_cache
-from lckv.model_arguments import ATTENTIONS
+from lckv.errors import UserError
 from lckv.run_names import file_name
 
 if TYPE_CHECKING:
@@ -29,9 +26,6 @@ if TYPE_CHECKING:
     from lckv.models import LCKVLlamaForCausalLM
     from lckv.training.run_folder import RunFolder
 
-NO_CACHE = "none"
-"""The name in place of a cache's: each forward pass has its own keys and values."""
-
 # Read once, when torch is loaded: its profiler, which counts memory, would write lines of its own to stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
@@ -42,15 +36,17 @@ def main(cfg: EvaluateConfig) -> None:
     Raises:
         UserError: behind all others, for evaluations that could not be done.
     """
-    _check_config(cfg)
+    validate(cfg)
     assert cfg.model is not None  # checked
 
     # Behind the checks: importing torch and transformers takes seconds.
     import torch
 
+    from lckv.cache.base import check_offloading
     from lckv.evaluation.evaluations import Subject
     from lckv.loading import find_checkpoint, find_run, load_model, set_attention
 
+    check_offloading(cfg.cache.offloading)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     checkpoint = find_checkpoint(cfg.model, revision=cfg.revision)
@@ -85,23 +81,6 @@ def _evaluate(cfg: EvaluateConfig, subject: Subject, file: ResultsFile) -> None:
         _show(results, file, as_json=cfg.json)
     if failures:
         raise UserError("; ".join(failures))
-
-
-def _check_config(cfg: EvaluateConfig) -> None:
-    """Finds mistakes that need no model."""
-    if cfg.model is None:
-        raise UserError("model: give one: model=FOLDER (a run folder or a checkpoint), or a name on the Hub")
-    if not cfg.evals:
-        raise UserError(f"evals=[]: allowed are one or more of {', '.join(MODULES)}")
-    check_evaluation(cfg)
-    if cfg.num_threads is not None:
-        check_whole_number("num_threads", cfg.num_threads)
-    if cfg.attn_implementation is not None:
-        check_choice("attn_implementation", cfg.attn_implementation, ATTENTIONS)
-    if cfg.cache.name != NO_CACHE:
-        check_cache(cfg.cache)
-    for name, value in cfg.cache.options().items() if cfg.cache.name == NO_CACHE else ():
-        raise UserError(f"cache.{name}={value}: has no effect with cache={NO_CACHE}; choose a cache, or leave it out")
 
 
 def _results_file(cfg: EvaluateConfig, checkpoint: Checkpoint, run: RunFolder | None) -> ResultsFile:
@@ -154,7 +133,7 @@ def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dic
 
     model, config = subject.model, {} if run is None else run.stored_config()
     limit = model.config.max_position_embeddings
-    context_length, _ = window_sizes(cfg.perplexity, limit, subject.trained_length, "perplexity.")
+    context_length, _ = cfg.perplexity.window_sizes(limit, subject.trained_length, "perplexity.")
     return {
         "layer_types": sharing_plan_of(model).layer_types,
         "costs": {

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 from lckv import cli
-from lckv.config import GenerateConfig
+from lckv.config import GenerateConfig, validate
+from lckv.config.names import ENDLESS, TOKENS
 from lckv.console import new_console
 from lckv.errors import UserError, is_out_of_memory
-from lckv.generation.checks import ENDLESS, TOKENS, check_cache, check_config, check_passes
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prompts import encode_prompts, read_prompts
 
 
 def main(cfg: GenerateConfig) -> None:
     """Reads the prompts, loads the model, and prints what it makes of them."""
-    stream = check_config(cfg)
+    validate(cfg)
+    assert cfg.model is not None  # checked
     decoding = DecodingOptions.from_config(cfg)
     prompts = read_prompts(cfg.prompt, cfg.prompt_file, cfg.prompts_file)
 
     # Behind the checks: importing torch and transformers takes seconds.
     import torch
 
+    from lckv.cache.base import check_offloading
     from lckv.generation.generator import TextGenerator
     from lckv.loading import load_model
 
-    check_cache(cfg.cache)
+    check_offloading(cfg.cache.offloading)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
-    assert cfg.model is not None  # checked
     model, tokenizer = load_model(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device)
-    check_passes(cfg, model)
     encoded = encode_prompts(prompts, tokenizer, chat=cfg.chat, system=cfg.system)
     generator = TextGenerator(cfg, decoding, model, tokenizer, new_console(to_stderr=True))
     try:
+        stream = cfg.chosen_stream()
         if stream == ENDLESS:
             generator.stream_endlessly(encoded[0])
         else:

@@ -14,9 +14,6 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lckv.config import (
-    CACHE_NAMES,
-    OPTIMIZER_NAMES,
-    SOURCE_NAMES,
     BenchmarkConfig,
     ConvertConfig,
     EvaluateConfig,
@@ -25,6 +22,7 @@ from lckv.config import (
     ReportConfig,
     SearchConfig,
     TrainConfig,
+    names,
 )
 from lckv.errors import UserError
 from lckv.patterns import PATTERNS
@@ -43,9 +41,9 @@ SCHEMAS: dict[str, type] = {
 
 NAMED_OPTIONS: dict[str, Iterable[str]] = {
     "sharing": PATTERNS,
-    "cache": CACHE_NAMES,
-    "data": SOURCE_NAMES,
-    "optim": OPTIMIZER_NAMES,
+    "cache": (*names.CACHES, names.NO_CACHE),
+    "data": names.SOURCES,
+    "optim": names.OPTIMIZERS,
 }
 """The options of a group that choose a name and nothing else, so that they need no YAML file."""
 
@@ -62,8 +60,8 @@ def register_schemas() -> None:
     OmegaConf.register_new_resolver("lckv.groups", _list_groups, replace=True)
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema, provider="lckv")
-    for group, names in NAMED_OPTIONS.items():
-        for name in names:
+    for group, options in NAMED_OPTIONS.items():
+        for name in options:
             ConfigStore.instance().store(group=group, name=name, node={"name": name}, provider="lckv")
     register_literals({})
 

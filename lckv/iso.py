@@ -6,24 +6,9 @@ import logging
 from dataclasses import replace
 
 from lckv.costs import ModelSizes, count_kv_bytes, count_parameters, llama_plan
-from lckv.errors import check_choice, check_whole_number
 from lckv.patterns import SharingPlan
 
 logger = logging.getLogger(__name__)
-
-ISO = ("params", "kv")
-"""What a configuration's `iso` may keep equal."""
-
-
-def check_iso(iso: str | None, multiple: int) -> None:
-    """Refuses what `match_llama` cannot keep equal.
-
-    Raises:
-        UserError: naming the key, as the user writes it.
-    """
-    if iso is not None:
-        check_choice("iso", iso, ISO)
-    check_whole_number("iso_multiple", multiple)
 
 
 def match_llama(iso: str, plan: SharingPlan, sizes: ModelSizes, multiple: int) -> ModelSizes:

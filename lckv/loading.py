@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lckv.config.names import DTYPES
 from lckv.errors import UserError, near_miss
-from lckv.model_arguments import DTYPES
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.models.families import read_config
 from lckv.training.run_folder import RunFolder

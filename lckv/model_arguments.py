@@ -5,24 +5,15 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from lckv.config import ModelConfig, TrainConfig
+from lckv.config import TrainConfig
 from lckv.costs import ModelSizes
-from lckv.errors import UserError, check_choice, check_positive, check_whole_number, near_miss
-from lckv.iso import check_iso, match_llama
+from lckv.errors import UserError
+from lckv.iso import match_llama
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
-CONVERGE = "converge"
 DEFAULT_SLIDING_WINDOW = 4096
 ITERATION = ("forward_passes", "backward_passes", "converge_tolerance", "use_sequential", "force_nodiag")
 """Names of the settings that say how layers which read upward are run."""
-KEPT_WITH_SOURCE = (
-    *("name", "layer_types", "sliding_window"),
-    *ITERATION,
-    *("attention_dropout", "attn_implementation", "dtype"),
-)
-"""The keys of the `model` group that a pretrained model leaves to the user."""
-DTYPES = ("float32", "bfloat16", "float16")
-ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
 def resolve_layer_types(cfg: TrainConfig) -> str:
@@ -50,6 +41,21 @@ def resolve_layer_types(cfg: TrainConfig) -> str:
         raise UserError(f"{group}{error}") from None
 
 
+def resolve_plan(cfg: TrainConfig) -> SharingPlan:
+    """The sharing pattern that the configuration asks for, and can be trained as it says.
+
+    Raises:
+        UserError: for the reasons of `resolve_layer_types`, and for too few passes over a cycle.
+    """
+    plan = parse_layer_types(resolve_layer_types(cfg))
+    if plan.has_cycles and cfg.model.backward_passes < 2:
+        raise UserError(
+            f"model.backward_passes={cfg.model.backward_passes}: with layers that read upward, 2 or more is needed; "
+            "at 1 the owners' K/V projections would get no gradient through the iteration"
+        )
+    return plan
+
+
 def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
     """The keyword arguments of `LCKVLlamaConfig` for this configuration.
 
@@ -60,10 +66,7 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
     Raises:
         UserError: if the sizes do not fit together; the message names the key.
     """
-    check_iso(cfg.iso, cfg.iso_multiple)
-    layer_types = resolve_layer_types(cfg)
-    plan = parse_layer_types(layer_types)
-    check_model(cfg.model, plan)
+    plan = resolve_plan(cfg)
     if cfg.model.vocab_size is not None and cfg.model.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size={cfg.model.vocab_size}: is smaller than the tokenizer's {vocab_size}; "
@@ -72,7 +75,7 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
     left_out = ("name", "default_num_hidden_layers")
     arguments = {item.name: getattr(cfg.model, item.name) for item in fields(cfg.model) if item.name not in left_out}
     arguments.update(
-        layer_types=layer_types,
+        layer_types=plan.layer_types,
         num_hidden_layers=plan.num_hidden_layers,
         vocab_size=cfg.model.vocab_size or vocab_size,
         num_key_value_heads=cfg.model.num_key_value_heads or cfg.model.num_attention_heads,
@@ -88,62 +91,3 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
 def iteration_settings(cfg: Any) -> dict[str, Any]:
     """Those of [`ITERATION`] that a group of a configuration has: arguments of `LCKVLlamaConfig`."""
     return {name: getattr(cfg, name) for name in ITERATION if hasattr(cfg, name)}
-
-
-def check_model(model: ModelConfig, plan: SharingPlan) -> None:
-    """Checks what can be checked of a model before it is built.
-
-    Raises:
-        UserError: with the first mistake found; the message names the key, what was given and what is allowed.
-    """
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
-        check_whole_number(f"model.{name}", getattr(model, name))
-    for name in ("num_key_value_heads", "head_dim", "vocab_size", "sliding_window"):
-        if getattr(model, name) is not None:
-            check_whole_number(f"model.{name}", getattr(model, name))
-    _check_heads(model)
-    _check_passes(model, plan)
-    for name, allowed in ("dtype", DTYPES), ("attn_implementation", ATTENTIONS):
-        check_choice(f"model.{name}", getattr(model, name), allowed)
-    if not 0 <= model.attention_dropout < 1:
-        raise UserError(f"model.attention_dropout={model.attention_dropout}: allowed is 0 up to, but without, 1")
-
-
-def check_passes_value(key: str, value: object) -> None:
-    """Refuses what is no number of passes over a cycle.
-
-    Raises:
-        UserError: naming the key, as the user writes it.
-    """
-    if value == CONVERGE or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
-        return
-    hint = near_miss(value, [CONVERGE]) if isinstance(value, str) else ""
-    raise UserError(f"{key}={value!r}: allowed is a whole number, 0 or more, or {CONVERGE!r}{hint}")
-
-
-def _check_heads(model: ModelConfig) -> None:
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    if model.hidden_size % heads:
-        raise UserError(
-            f"model.hidden_size={model.hidden_size}: is not divisible by model.num_attention_heads={heads}; "
-            f"nearest allowed is {max(1, round(model.hidden_size / heads)) * heads}"
-        )
-    if (model.head_dim or model.hidden_size // heads) % 2:
-        key = "model.head_dim" if model.head_dim else "model.hidden_size / model.num_attention_heads"
-        raise UserError(f"{key}={model.head_dim or model.hidden_size // heads}: rotary positions need an even size")
-    if kv_heads is not None and heads % kv_heads:
-        raise UserError(
-            f"model.num_attention_heads={heads}: is not divisible by model.num_key_value_heads={kv_heads}; "
-            f"allowed are {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}"
-        )
-
-
-def _check_passes(model: ModelConfig, plan: SharingPlan) -> None:
-    check_passes_value("model.forward_passes", model.forward_passes)
-    check_whole_number("model.backward_passes", model.backward_passes)
-    if plan.has_cycles and model.backward_passes < 2:
-        raise UserError(
-            f"model.backward_passes={model.backward_passes}: with layers that read upward, 2 or more is needed; "
-            "at 1 the owners' K/V projections would get no gradient through the iteration"
-        )
-    check_positive("model.converge_tolerance", model.converge_tolerance)

@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lckv import cli
-from lckv.config import PlanConfig
+from lckv.config import PlanConfig, validate
 from lckv.console import new_console
-from lckv.costs import Costs, Iteration, ModelSizes, count_costs, llama_plan
+from lckv.costs import Costs, ModelSizes, count_costs, llama_plan
 from lckv.drawing import describe_layer, draw_in_terminal, save_drawing
 from lckv.errors import UserError
-from lckv.model_arguments import CONVERGE, model_arguments
+from lckv.iteration import CONVERGE, Iteration
+from lckv.model_arguments import model_arguments
 from lckv.patterns import SharingPlan, parse_layer_types
 
 
@@ -35,6 +36,7 @@ class PlanReport:
 
 def main(cfg: PlanConfig) -> None:
     """Prints the report that `cfg` asks for, and draws it into a file if asked."""
+    validate(cfg)
     report = build_report(cfg)
     if cfg.draw is not None:
         save_drawing(report.plan, cfg.draw)
@@ -133,7 +135,7 @@ def _describe_iteration(report: PlanReport) -> list[str]:
     if iteration.use_sequential:
         return [*lines, "Cycles run token by token, which is exact and needs no iteration."]
     ungraded = "until the KV stops changing"
-    if iteration.forward_passes is not None:
+    if isinstance(iteration.forward_passes, int):
         ungraded = f"{_times(iteration.forward_passes)} without gradient"
     return [
         *lines,

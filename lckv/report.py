@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 
 from lckv import cli
-from lckv.config import ReportConfig
-from lckv.errors import UserError
+from lckv.config import ReportConfig, validate
 from lckv.overrides import name_the_first
 
 
 def main(cfg: ReportConfig) -> None:
     """Reads the runs, writes the report and prints its main figures."""
-    if cfg.folder is None:
-        raise UserError("folder: give the one that holds the runs: python -m lckv.report runs/sweep")
+    validate(cfg)
+    assert cfg.folder is not None  # checked
 
     # Behind the check: importing matplotlib and scipy takes a second.
     from rich.console import Console

@@ -5,24 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from lckv import cli
-from lckv.config import SearchConfig
+from lckv.config import SearchConfig, validate
 from lckv.console import new_console
-from lckv.errors import UserError
 from lckv.storage import check_new_folder
 
 
 def main(cfg: SearchConfig) -> None:
     """Searches, prints the frontier and writes it."""
-    if cfg.source is None:
-        raise UserError("source: give one: python -m lckv.search source=MODEL budget=0.5")
+    validate(cfg)
+    assert cfg.source is not None  # checked
 
     # Behind the check: importing torch and transformers takes seconds.
     from lckv.conversion import Source
     from lckv.conversion.search_report import write_report
-    from lckv.conversion.search_session import SearchSession, check_search
+    from lckv.conversion.search_session import SearchSession
     from lckv.processes import set_num_threads
 
-    check_search(cfg)
     out = None if cfg.out is None else Path(cfg.out).expanduser()
     if out is not None:
         check_new_folder(out)

@@ -6,11 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from lckv import cli
-from lckv.config import TokenizerConfig, TrainConfig
+from lckv.config import TokenizerConfig, TrainConfig, validate
 from lckv.console import new_console
-from lckv.evaluation.checks import check_training_evaluation
-from lckv.model_arguments import check_model, resolve_layer_types
-from lckv.patterns import parse_layer_types
+from lckv.model_arguments import resolve_plan
 from lckv.training.failures import recorded_failure
 from lckv.training.launch import check_launch
 from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder
@@ -30,6 +28,7 @@ def main(cfg: TrainConfig, folder: RunFolder | None = None) -> float | None:
     assert cfg.run_dir is not None  # filled in with the run's name
     folder = folder or RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
     with folder, recorded_failure(folder, cfg, cli.task_overrides()):
+        validate(cfg)
         results = _finished_in_a_sweep(cfg, folder) or _train(cfg, folder)
     return None if results is None else float(results["eval_loss"])
 
@@ -51,9 +50,8 @@ def _finished_in_a_sweep(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] 
 
 def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     """Builds everything that the configuration names, trains, and shows and returns the results."""
-    check_training_evaluation(cfg)
     if cfg.init.source is None:
-        check_model(cfg.model, parse_layer_types(resolve_layer_types(cfg)))
+        resolve_plan(cfg)
 
     # Behind the checks: importing torch and transformers takes seconds.
     from transformers import set_seed

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lckv.cache import CACHES, KVCache, build_cache
-from lckv.errors import UserError, near_miss
+from lckv.config.keys import once
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 
@@ -88,33 +88,18 @@ def choose_caches(given: Sequence[Any], common: dict[str, Any]) -> list[CacheCho
         common: options for every cache that has them and does not say otherwise.
 
     Raises:
-        UserError: for an unknown cache or option, an option that no cache has, and a cache given twice.
+        UserError: for an unknown cache, and one that is given twice.
     """
-    choices = [_choose(entry, f"caches[{index}]", common) for index, entry in enumerate(given)]
-    known = {option for choice in choices for option in option_names(choice.name)}
-    for option in common:
-        if option not in known:
-            raise UserError(
-                f"cache.{option}: no cache of {', '.join(choice.name for choice in choices)} has such an option; "
-                f"allowed are {', '.join(sorted(known)) or 'none'}{near_miss(option, known)}"
-            )
-    _check_unique([choice.label for choice in choices], "caches")
+    choices = [_choose(entry, common) for entry in given]
+    once("caches", [choice.label for choice in choices])
     return choices
 
 
-def _choose(entry: Any, key: str, common: dict[str, Any]) -> CacheChoice:
+def _choose(entry: Any, common: dict[str, Any]) -> CacheChoice:
     if isinstance(entry, str):
         entry = {"name": entry}
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise UserError(f"{key}={entry!r}: allowed is a cache's name, or {{name: NAME, OPTION: VALUE, ...}}")
     options = {name: value for name, value in entry.items() if name != "name"}
     known = option_names(entry["name"])
-    for option in options:
-        if option not in known:
-            raise UserError(
-                f"{key}: cache {entry['name']!r} has no option {option!r}: "
-                f"allowed are {', '.join(known) or 'none'}{near_miss(option, known)}"
-            )
     return CacheChoice(entry["name"], {name: value for name, value in common.items() if name in known} | options)
 
 
@@ -149,20 +134,10 @@ def checkpoint_labels(paths: Sequence[str], taken: Sequence[str]) -> dict[str, s
     Args:
         paths: of the checkpoints.
         taken: names that are not free.
-
-    Raises:
-        UserError: if a checkpoint is there twice.
     """
-    _check_unique(list(paths), "checkpoints")
     labels: dict[str, str] = {}
     for path in paths:
         parts = path.rstrip("/").split("/")
         names = ["/".join(parts[start:]) for start in reversed(range(len(parts)))]
         labels[next(name for name in [*names, f"{path} "] if name not in labels and name not in taken)] = path
     return labels
-
-
-def _check_unique(labels: Sequence[str], key: str) -> None:
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(f"{key}: {label!r} is there twice; leave one of them out")

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lckv.errors import UserError, check_choice
+from lckv.errors import UserError
 
-PLOT_FORMATS = ("png", "svg", "pdf")
 _DEFAULT = Path("runs") / "benchmark"
 _RESULTS = "benchmark.json"
 
@@ -33,9 +32,6 @@ class OutputFolder:
     """
 
     def __init__(self, path: str | None, *, overwrite: bool, plot_format: str) -> None:
-        check_choice("plot_format", plot_format, PLOT_FORMATS)
-        if path is None and overwrite:
-            raise UserError("overwrite=true: has no effect without output_dir; name the folder, or leave it out")
         self.path = _DEFAULT if path is None else Path(path)
         self._is_named, self._overwrite, self._plot_format = path is not None, overwrite, plot_format
         if path is not None and self.path.exists() and not self.path.is_dir():

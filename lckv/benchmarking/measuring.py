@@ -16,9 +16,10 @@ from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Work
 from lckv.benchmarking.memory import peak_bytes
 from lckv.benchmarking.recording import RecordsTraffic, record_reads
 from lckv.cache import KVCache, PagedKVCache
-from lckv.costs import FlopsPerToken, Iteration, KVBytes, ModelSizes, count_flops, count_kv_bytes
+from lckv.costs import FlopsPerToken, KVBytes, ModelSizes, count_flops, count_kv_bytes
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.prefill import PrefillReport, prefill
+from lckv.iteration import Iteration
 from lckv.logits import check_logits
 
 FAILURES = (UserError, RuntimeError, ValueError, NotImplementedError, ImportError, MemoryError)
@@ -56,8 +57,7 @@ class Bench:
     def _count_flops(self) -> FlopsPerToken:
         """Decoding as the last token, prefill on the average of the prompt's tokens."""
         config, passes = self.contender.config, self.workload.prefill_passes
-        passes = config.forward_passes if passes is None else passes
-        iteration = Iteration(passes if isinstance(passes, int) else None, config.backward_passes)
+        iteration = Iteration(config.forward_passes if passes is None else passes, config.backward_passes)
         prompt = count_flops(self._plan, self._sizes, self.workload.prompt_length, iteration)
         return replace(prompt, decode=count_flops(self._plan, self._sizes, self.workload.length).decode)
 

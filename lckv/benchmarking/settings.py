@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from lckv.benchmarking.measurements import Workload
 from lckv.byte_sizes import parse_bytes
 from lckv.config import BenchmarkConfig, ModelConfig, SharingConfig, TokenizerConfig, TrainConfig
-from lckv.errors import UserError, check_choice, check_positive, check_whole_number, near_miss
-from lckv.hydra_store import config_dir
-from lckv.model_arguments import CONVERGE, DTYPES, check_passes_value, model_arguments
+from lckv.errors import UserError, near_miss
+from lckv.iteration import CONVERGE
+from lckv.model_arguments import model_arguments
 from lckv.patterns import PATTERNS
 
 if TYPE_CHECKING:  # importing it takes seconds, and most mistakes are found without
@@ -23,24 +21,7 @@ DEFAULT_PATTERNS = ("llama", "cla", "yoco", "lckv", "sandwich_middle")
 
 
 def build_workload(cfg: BenchmarkConfig) -> Workload:
-    """What every contender has to do.
-
-    Raises:
-        UserError: for a value out of range; the message names the key.
-    """
-    for name in ("prompt_length", "new_tokens", "rounds", "max_batch_size"):
-        check_whole_number(name, getattr(cfg, name))
-    for name in ("prefill_chunk", "num_threads"):
-        if getattr(cfg, name) is not None:
-            check_whole_number(name, getattr(cfg, name))
-    for size in cfg.batch_sizes:
-        check_whole_number("batch_sizes", size)
-    if cfg.prefill_passes is not None:
-        check_passes_value("prefill_passes", cfg.prefill_passes)
-    if cfg.prefill_tolerance is not None:
-        check_positive("prefill_tolerance", cfg.prefill_tolerance)
-    if cfg.kv_budget is None and cfg.max_batch_size != BenchmarkConfig.max_batch_size:
-        raise UserError(f"max_batch_size={cfg.max_batch_size}: has no effect with kv_budget=null; leave it out")
+    """What every contender has to do."""
     return Workload(
         prompt_length=cfg.prompt_length,
         new_tokens=cfg.new_tokens,
@@ -59,35 +40,15 @@ def random_models(cfg: BenchmarkConfig) -> dict[str, dict[str, Any]]:
     """The arguments of `LCKVLlamaConfig` for every pattern, by its label.
 
     Raises:
-        UserError: for a wrong pattern or wrong sizes, and for models that are too short for the workload.
+        UserError: for a wrong pattern.
     """
-    if cfg.model.layer_types is not None:
-        raise UserError(f"model.layer_types={cfg.model.layer_types}: has no effect; give patterns=[...]")
     patterns = cfg.patterns if cfg.patterns or cfg.checkpoints else DEFAULT_PATTERNS
-    if not patterns:
-        _check_no_sizes(cfg.model)
     arguments = {}
     for index, pattern in enumerate(patterns):
         if pattern in arguments:
             raise UserError(f"patterns[{index}]={pattern}: is there twice; leave one of them out")
         arguments[pattern] = _arguments(cfg.model, pattern, f"patterns[{index}]")
-    length = cfg.prompt_length + cfg.new_tokens
-    if arguments and length > cfg.model.max_position_embeddings:
-        raise UserError(
-            f"prompt_length={cfg.prompt_length} and new_tokens={cfg.new_tokens}: make {length} tokens, but "
-            f"model.max_position_embeddings={cfg.model.max_position_embeddings}; raise it, or lower them"
-        )
     return arguments
-
-
-def _check_no_sizes(model: ModelConfig) -> None:
-    """Refuses sizes where there are only checkpoints, which have their own."""
-    file = config_dir() / "model" / "tiny.yaml"
-    default = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(file)))
-    for name, value in vars(model).items():
-        if value != getattr(default, name):
-            key = "model" if name == "name" else f"model.{name}"
-            raise UserError(f"{key}={value}: has no effect on checkpoints; leave it out, or give patterns=[...]")
 
 
 def check_iteration(passes: Any, tolerance: float | None, configs: Mapping[str, LCKVLlamaConfig]) -> None:
@@ -114,26 +75,8 @@ def check_iteration(passes: Any, tolerance: float | None, configs: Mapping[str, 
 
 
 def cache_entries(cfg: BenchmarkConfig) -> tuple[list[Any], dict[str, Any]]:
-    """The caches to compare, and options for all that have them.
-
-    Raises:
-        UserError: if `cache=NAME` is contradicted by `caches`.
-    """
-    if not cfg.caches:
-        return [cfg.cache.name], cfg.cache.options()
-    default = type(cfg.cache)().name
-    if cfg.cache.name != default:
-        raise UserError(f"cache={cfg.cache.name}: has no effect beside caches=[...]; leave one of them out")
-    return cfg.caches, cfg.cache.options()
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuses an unknown type.
-
-    Raises:
-        UserError: naming what is allowed.
-    """
-    check_choice("dtype", dtype, ("auto", *DTYPES))
+    """The caches to compare, and options for all that have them."""
+    return cfg.caches or [cfg.cache.name], cfg.cache.options()
 
 
 def _arguments(model: ModelConfig, pattern: Any, key: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from lckv.cache import KVCache
 from lckv.config import EvaluationConfig
 from lckv.console import track
 from lckv.errors import UserError
-from lckv.evaluation.checks import check_speed
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
 from lckv.models import LCKVLlamaForCausalLM
 
@@ -27,7 +26,7 @@ def evaluate_speed(subject: Subject, config: EvaluationConfig) -> dict[str, Any]
     """
     settings, model = config.speed, subject.model
     assert isinstance(model, LCKVLlamaForCausalLM)
-    check_speed(settings, model.config.max_position_embeddings, f"{subject.key_prefix}speed.")
+    settings.check_length(model.config.max_position_embeddings, f"{subject.key_prefix}speed.")
     workload = Workload(
         prompt_length=settings.prompt_length,
         new_tokens=settings.new_tokens,

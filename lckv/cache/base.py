@@ -49,6 +49,16 @@ def build_cache(name: str, config: Any, **options: Any) -> KVCache:
     return cache_class.class_for(options)(config, **options)
 
 
+def check_offloading(offloading: bool | None) -> None:
+    """Refuses to offload where there is nothing to offload from.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if offloading and not torch.cuda.is_available():
+        raise UserError("cache.offloading=True: allowed is False, as there is no CUDA device to offload from")
+
+
 class KVCache(SharingCache, ABC):
     """A transformers cache with one [`KVLayer`] per owner of the model's `kv_layout`.
 
@@ -68,8 +78,7 @@ class KVCache(SharingCache, ABC):
     name: ClassVar[str]
 
     def __init__(self, config: Any, offloading: bool = False) -> None:
-        if offloading and not torch.cuda.is_available():
-            raise UserError("cache.offloading=True: allowed is False, as there is no CUDA device to offload from")
+        check_offloading(offloading)
         self.plan, self.config = plan_of(config), config
         self.layout: KVLayout = config.kv_layout
         stores = {store.owner: self.make_layer(store) for store in self.layout.stores}

@@ -4,7 +4,9 @@ The YAML files under `conf/` only choose among these values; `lckv.cli` composes
 to an entry point as a root dataclass, see `lckv.hydra_store`. No torch here, so that mistakes are reported at once.
 """
 
+from lckv.config.cache import CacheConfig
 from lckv.config.conversion import ConvertConfig, SearchConfig
+from lckv.config.data import DataConfig, TokenizerConfig
 from lckv.config.evaluate import EvaluateConfig
 from lckv.config.evaluation import (
     EvaluationConfig,
@@ -14,42 +16,38 @@ from lckv.config.evaluation import (
     RecallConfig,
     SpeedConfig,
 )
-from lckv.config.generation import CACHE_NAMES, DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, CacheConfig, GenerateConfig
-from lckv.config.literals import literal
+from lckv.config.generation import DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, GenerateConfig
+from lckv.config.keys import Group, key, literal
+from lckv.config.model import ModelConfig, SharingConfig
 from lckv.config.reporting import ReportConfig
 from lckv.config.training import (
-    OPTIMIZER_NAMES,
-    SOURCE_NAMES,
-    DataConfig,
+    CalibrationConfig,
     InitConfig,
     LoggerConfig,
-    ModelConfig,
     OptimConfig,
     PlanConfig,
-    SharingConfig,
     TeacherConfig,
-    TokenizerConfig,
     TrainConfig,
     TrainerConfig,
 )
+from lckv.config.unused import validate
 
 __all__ = [
     "BenchmarkConfig",
-    "CACHE_NAMES",
     "CacheConfig",
+    "CalibrationConfig",
     "ConvertConfig",
-    "SOURCE_NAMES",
     "DEFAULT_MAX_NEW_TOKENS",
     "DataConfig",
     "EvaluateConfig",
     "EvaluationConfig",
     "GenerateConfig",
+    "Group",
     "HarnessConfig",
     "InitConfig",
     "LoggerConfig",
     "ModelConfig",
     "NeedleConfig",
-    "OPTIMIZER_NAMES",
     "OptimConfig",
     "PerplexityConfig",
     "PlanConfig",
@@ -62,5 +60,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "TrainerConfig",
+    "key",
     "literal",
+    "validate",
 ]

@@ -5,13 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lckv.config.literals import literal
-from lckv.config.training import DataConfig, TrainConfig
+from lckv.byte_sizes import parse_budget, parse_bytes
+from lckv.config.data import DataConfig
+from lckv.config.evaluation import EvaluationConfig
+from lckv.config.keys import Group, above_zero, at_least, key, literal, one_of, passes
+from lckv.config.model import ModelConfig, SharingConfig
+from lckv.config.names import DIRECTIONS, METHODS, TRAINED
+from lckv.config.training import (
+    CalibrationConfig,
+    InitConfig,
+    LoggerConfig,
+    OptimConfig,
+    TeacherConfig,
+    TrainConfig,
+    TrainerConfig,
+    a_method,
+    seed_of_32_bits,
+)
+from lckv.errors import UserError
+
+_GIVE_BOTH = "give one: python -m lckv.convert source=MODEL model.layer_types=... out=FOLDER"
 
 
 @dataclass
-class ConvertConfig(TrainConfig):
-    """Everything that `python -m lckv.convert` needs; of the training, what the method `distill` does.
+class ConvertConfig(Group):
+    """Everything that `python -m lckv.convert` needs, and what the method `distill` trains with.
 
     Attributes:
         source: the pretrained model: a run folder, a folder, a GGUF file, or a name on the Hub.
@@ -20,18 +38,52 @@ class ConvertConfig(TrainConfig):
         out: the folder to write; it must not be there yet.
         max_shard_size: bytes of a file of weights, such as `5GB`.
         device: where calibration text runs: "cpu", "cuda" or "cuda:1"; "auto": an accelerator, if there is one.
+        model: how cycles are iterated, and with `distill` the type of the weights; sizes are the source's.
+        init: what methods that look at text do with it.
+        run_name: with `distill`, what trackers call the run.
     """
 
-    source: str | None = literal()
+    source: str | None = literal(required=_GIVE_BOTH)
     revision: str | None = None
-    method: str = "average"
-    out: str | None = literal()
-    max_shard_size: str = "5GB"
+    method: str = key("average", a_method)
+    out: str | None = literal(required=_GIVE_BOTH)
+    max_shard_size: str = key("5GB", lambda name, value: parse_bytes(value, name))
     device: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: CalibrationConfig = field(default_factory=CalibrationConfig)
+    sharing: SharingConfig = field(default_factory=SharingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = key(0, seed_of_32_bits)
+    run_name: str | None = None
+
+    def training(self) -> TrainConfig:
+        """What `lckv.train` is asked for by the methods that train; the others read the model and the text of it."""
+        return TrainConfig(
+            model=self.model,
+            init=InitConfig(**vars(self.init), source=self.source, revision=self.revision, method=self.method),
+            sharing=self.sharing,
+            data=self.data,
+            trainer=self.trainer,
+            optim=self.optim,
+            teacher=self.teacher,
+            logger=self.logger,
+            evaluation=self.evaluation,
+            seed=self.seed,
+            run_name=self.run_name,
+        )
+
+    def check(self, prefix: str) -> None:
+        """Refuses what the training would."""
+        self.training().check(prefix)
 
 
 @dataclass
-class SearchConfig:
+class SearchConfig(Group):
     """Everything that `python -m lckv.search` needs.
 
     Attributes:
@@ -61,22 +113,30 @@ class SearchConfig:
         num_threads: torch's threads on a CPU; None: $OMP_NUM_THREADS, or the physical cores.
     """
 
-    source: str | None = literal()
+    source: str | None = literal(required="give one: python -m lckv.search source=MODEL budget=0.5")
     revision: str | None = None
     budget: Any = None
-    method: str = "subspace"
-    directions: str = "down"
-    beam: int = 1
-    shortlist: int = 4
-    max_distance: int | None = None
-    calibration_tokens: int = 32768
-    ridge: float = 1e-2
-    eval_tokens: int = 1024
-    validation_tokens: int = 4096
-    forward_passes: Any = "converge"
-    converge_tolerance: float = 1e-3
+    method: str = key("subspace", a_method)
+    directions: str = key("down", one_of(*DIRECTIONS))
+    beam: int = key(1, at_least())
+    shortlist: int = key(4, at_least())
+    max_distance: int | None = key(None, at_least())
+    calibration_tokens: int = key(32768, at_least())
+    ridge: float = key(1e-2, above_zero)
+    eval_tokens: int = key(1024, at_least())
+    validation_tokens: int = key(4096, at_least())
+    forward_passes: Any = key("converge", passes)
+    converge_tolerance: float = key(1e-3, above_zero)
     baselines: bool = True
     data: DataConfig = field(default_factory=DataConfig)
     out: str | None = literal()
     device: str = "auto"
-    num_threads: int | None = None
+    num_threads: int | None = key(None, at_least())
+
+    def check(self, prefix: str) -> None:
+        """Refuses a budget that is none, and methods that are no way to try many patterns."""
+        parse_budget(self.budget)
+        if self.method in TRAINED:
+            untrained = ", ".join(name for name in METHODS if name not in TRAINED)
+            given = f"{prefix}method={self.method}"
+            raise UserError(f"{given}: would train every pattern that is tried; allowed are {untrained}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lckv.config.evaluation import EvaluationConfig
-from lckv.config.generation import CacheConfig
-from lckv.config.literals import literal
-from lckv.config.training import DataConfig
+from lckv.config.cache import CacheConfig
+from lckv.config.data import DataConfig
+from lckv.config.evaluation import EVALUATIONS, EvaluationConfig, an_evaluation
+from lckv.config.keys import MODEL_REQUIRED, at_least, each, key, literal, once, one_of
+from lckv.config.names import ATTENTIONS, DTYPES, NO_CACHE
+from lckv.errors import UserError
 
 
 @dataclass
@@ -30,15 +32,22 @@ class EvaluateConfig(EvaluationConfig):
         json: whether to print one JSON object instead of the tables.
     """
 
-    evals: list[str] = field(default_factory=lambda: ["perplexity"])
-    model: str | None = literal()
+    evals: list[str] = key(["perplexity"], each(an_evaluation), once)
+    model: str | None = literal(required=MODEL_REQUIRED)
     revision: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
-    cache: CacheConfig = field(default_factory=lambda: CacheConfig(name="none"))
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig(name=NO_CACHE))
     out: str | None = literal()
-    attn_implementation: str | None = None
+    attn_implementation: str | None = key(None, one_of(*ATTENTIONS))
     device: str = "auto"
-    dtype: str = "auto"
-    num_threads: int | None = None
+    dtype: str = key("auto", one_of("auto", *DTYPES))
+    num_threads: int | None = key(None, at_least())
     seed: int = 0
     json: bool = False
+
+    def check(self, prefix: str) -> None:
+        """Refuses to evaluate nothing, and a cache of a length that nothing says."""
+        if not self.evals:
+            raise UserError(f"{prefix}evals=[]: allowed are one or more of {', '.join(EVALUATIONS)}")
+        if self.cache.name == "static" and self.cache.max_length is None:
+            raise UserError(f"{prefix}cache=static: needs {prefix}cache.max_length, the tokens to make room for")

@@ -8,11 +8,46 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lckv.config.literals import literal
+from lckv.config.keys import Group, Rule, at_least, each, key, literal, once, such_that
+from lckv.errors import UserError, check_choice, check_whole_number
+
+EVALUATIONS = ("perplexity", "harness", "needle", "recall", "speed")
+"""Each has a group of settings of its name in [`EvaluationConfig`]."""
+
+DEFAULT_CONTEXT_LENGTH = 2048
+"""Tokens that a model sees at once where neither its training nor the user says how many."""
+
+_MADE_FOR = "what the model was made for"
+
+
+def default_context_length(limit: int, trained_length: int | None) -> int:
+    """Tokens that a model sees at once where nothing else is asked for: no positions that are new to it."""
+    return min(limit, trained_length or DEFAULT_CONTEXT_LENGTH)
+
+
+def an_evaluation(name: str, value: object) -> None:
+    """The name of one."""
+    check_choice(name, value, EVALUATIONS)
+
+
+def _batch_size(name: str, value: object) -> None:
+    if isinstance(value, str) and value != "auto":
+        raise UserError(f"{name}={value!r}: allowed is a whole number, 1 or more, or 'auto'")
+    if value != "auto":
+        check_whole_number(name, value)
+
+
+_distinct: Rule = such_that(
+    lambda values: values and len(set(values)) == len(values), "allowed are one or more numbers, each of them once"
+)
+_limit = such_that(
+    lambda value: 0 < value < 1 or (value >= 1 and float(value).is_integer()),
+    "allowed is a whole number, 1 or more, or a part between 0 and 1",
+)
 
 
 @dataclass
-class PerplexityConfig:
+class PerplexityConfig(Group):
     """Sliding evaluation of held-out text: every token is scored once, with as much text before it as there is room.
 
     Attributes:
@@ -23,14 +58,35 @@ class PerplexityConfig:
         cache_chunk: with a cache, how many tokens a forward pass adds to it; 1: as decoding would. None: 32.
     """
 
-    context_length: int | None = None
-    stride: int | None = None
-    max_documents: int | None = None
-    cache_chunk: int | None = None
+    context_length: int | None = key(None, at_least())
+    stride: int | None = key(None, at_least())
+    max_documents: int | None = key(None, at_least())
+    cache_chunk: int | None = key(None, at_least())
+
+    def check(self, prefix: str) -> None:
+        """Refuses a window that jumps over tokens, where its length is known."""
+        if self.context_length is not None:
+            self.window_sizes(self.context_length, None, prefix)
+
+    def window_sizes(self, limit: int, trained_length: int | None, prefix: str) -> tuple[int, int]:
+        """Length and stride of the window; the arguments are those of `EvaluationConfig.check_lengths`.
+
+        Raises:
+            UserError: for a window that is longer than that, or would jump over tokens.
+        """
+        context_length = self.context_length or default_context_length(limit, trained_length)
+        if context_length > limit:
+            raise UserError(f"{prefix}context_length={context_length}: allowed is {limit} or less, {_MADE_FOR}")
+        if self.stride is not None and self.stride > context_length:
+            raise UserError(
+                f"{prefix}stride={self.stride}: allowed is {prefix}context_length={context_length} or less, so that "
+                "no token is left out"
+            )
+        return context_length, self.stride or max(1, context_length // 2)
 
 
 @dataclass
-class HarnessConfig:
+class HarnessConfig(Group):
     """LM-Harness (lm-eval): its own options, under its own names.
 
     Attributes:
@@ -49,20 +105,29 @@ class HarnessConfig:
         bootstrap_iters: how often lm-eval draws anew for standard errors; 0: none.
     """
 
-    tasks: list[str] = field(default_factory=lambda: ["lckv_local"])
+    tasks: list[str] = key(["lckv_local"], such_that(bool, "name at least one task or group, such as lckv_local"))
     include_path: str | None = literal()
-    num_fewshot: int | None = None
-    limit: float | None = None
-    batch_size: Any = 8
-    max_length: int | None = None
+    num_fewshot: int | None = key(None, at_least(0))
+    limit: float | None = key(None, _limit)
+    batch_size: Any = key(8, _batch_size)
+    max_length: int | None = key(None, at_least())
     apply_chat_template: bool = False
     log_samples: bool = False
     output_path: str | None = literal()
-    bootstrap_iters: int = 100000
+    bootstrap_iters: int = key(100000, at_least(0))
+
+    def check_length(self, limit: int, prefix: str) -> None:
+        """Refuses more tokens at once than the `limit` that the model was made for.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if self.max_length is not None and self.max_length > limit:
+            raise UserError(f"{prefix}max_length={self.max_length}: allowed is {limit} or less, {_MADE_FOR}")
 
 
 @dataclass
-class NeedleConfig:
+class NeedleConfig(Group):
     """Needle in a haystack: a sentence to be found again in a long text, at every length and depth.
 
     Attributes:
@@ -72,13 +137,17 @@ class NeedleConfig:
         num_samples: prompts for each length and depth.
     """
 
-    lengths: list[int] | None = None
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    num_samples: int = 10
+    lengths: list[int] | None = key(None, _distinct, each(at_least()))
+    depths: list[float] = key(
+        [0.0, 0.25, 0.5, 0.75, 1.0],
+        _distinct,
+        each(such_that(lambda value: 0 <= value <= 1, "allowed are numbers from 0 (first) to 1 (last)")),
+    )
+    num_samples: int = key(10, at_least())
 
 
 @dataclass
-class RecallConfig:
+class RecallConfig(Group):
     """Multi-query associative recall: pairs of keys and values, then keys whose values are asked for (MQAR).
 
     Attributes:
@@ -87,13 +156,19 @@ class RecallConfig:
         num_samples: sequences for each number of pairs.
     """
 
-    num_pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
-    num_queries: int = 4
-    num_samples: int = 50
+    num_pairs: list[int] = key([4, 8, 16, 32], _distinct, each(at_least()))
+    num_queries: int = key(4, at_least())
+    num_samples: int = key(50, at_least())
+
+    def check(self, prefix: str) -> None:
+        """Refuses more queries than pairs."""
+        if self.num_queries > (fewest := min(self.num_pairs)):
+            least = f"the least of {prefix}num_pairs"
+            raise UserError(f"{prefix}num_queries={self.num_queries}: allowed is at most {fewest}, {least}")
 
 
 @dataclass
-class SpeedConfig:
+class SpeedConfig(Group):
     """What generation costs in time, for one model; see `lckv.benchmark` for several side by side.
 
     Attributes:
@@ -103,14 +178,27 @@ class SpeedConfig:
         rounds: how often everything is timed.
     """
 
-    prompt_length: int = 512
-    new_tokens: int = 32
-    batch_size: int = 1
-    rounds: int = 3
+    prompt_length: int = key(512, at_least())
+    new_tokens: int = key(32, at_least())
+    batch_size: int = key(1, at_least())
+    rounds: int = key(3, at_least())
+
+    def check_length(self, limit: int, prefix: str) -> None:
+        """Refuses sequences that are longer than the `limit` tokens that the model was made for.
+
+        Raises:
+            UserError: naming the keys.
+        """
+        length = self.prompt_length + self.new_tokens
+        if length > limit:
+            raise UserError(
+                f"{prefix}prompt_length={self.prompt_length} and {prefix}new_tokens={self.new_tokens}: make "
+                f"{length} tokens, and the model was made for {limit}; lower them"
+            )
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Group):
     """Which evaluations to run, and their settings.
 
     Attributes:
@@ -119,10 +207,37 @@ class EvaluationConfig:
             cache rounds padding and text together.
     """
 
-    evals: list[str] = field(default_factory=list)
-    batch_size: int = 8
+    evals: list[str] = key([], each(an_evaluation), once)
+    batch_size: int = key(8, at_least())
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     recall: RecallConfig = field(default_factory=RecallConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+
+    def check_lengths(self, limit: int, trained_length: int | None, prefix: str) -> None:
+        """Finds texts that are too long for a model, before it is trained.
+
+        Args:
+            limit: how many tokens the model was made for.
+            trained_length: tokens of the sequences that it is trained on, where that is known.
+            prefix: what stands before the settings' names in messages.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        if "perplexity" in self.evals:
+            self.perplexity.window_sizes(limit, trained_length, f"{prefix}perplexity.")
+        if "speed" in self.evals:
+            self.speed.check_length(limit, f"{prefix}speed.")
+        if "harness" in self.evals:
+            self.harness.check_length(limit, f"{prefix}harness.")
+        longest, num_pairs = max(self.needle.lengths or [0]), max(self.recall.num_pairs)
+        if "needle" in self.evals and longest > limit:
+            raise UserError(f"{prefix}needle.lengths={longest}: allowed is {limit} or less, {_MADE_FOR}")
+        num_tokens = 2 * (num_pairs + self.recall.num_queries) - 1
+        if "recall" in self.evals and num_tokens > limit:
+            raise UserError(
+                f"{prefix}recall.num_pairs={num_pairs}: makes {num_tokens} tokens with its queries; allowed are "
+                f"{limit} or less, {_MADE_FOR}"
+            )

@@ -1,62 +1,22 @@
-"""What can be configured of generation, its caches and its benchmark."""
+"""What can be configured of generation and its benchmark."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from lckv.config.literals import literal
-from lckv.config.training import ModelConfig
-
-CACHE_NAMES = ("dynamic", "static", "sink", "paged", "quantized", "none")
-"""What `cache=` allows; the classes are in `lckv.cache`, but for "none": evaluations may go without."""
-
-
-@dataclass
-class CacheConfig:
-    """How keys and values are kept while text is generated; None leaves an option at the cache's own default.
-
-    Attributes:
-        name: "dynamic", "static", "sink", "paged" or "quantized"; for evaluations also "none".
-        max_length: cache "static": for how many tokens to make room, the prompt's among them; None: just enough.
-        num_sinks: cache "sink": how many of the first tokens are kept for good.
-        window: cache "sink": how many of the last tokens are kept beside them.
-        page_size: caches of pages: tokens per page.
-        num_pages: caches of pages: pages per layer that computes KV; None: as many as are needed.
-        bits: cache "quantized": bits per number, 2, 4 or 8.
-        group_size: cache "quantized": how many numbers share a scale and a zero point.
-        residual_length: cache "quantized": how many of the last tokens stay in full precision.
-        key_axis: cache "quantized": what the numbers of a group of keys have in common, "channel" or "token".
-        value_axis: cache "quantized": the same for values.
-        layout: cache "quantized": "dynamic" or "paged".
-        offloading: whether to keep everything in the CPU's memory, and on the GPU only what is in use.
-    """
-
-    name: str = "dynamic"
-    max_length: int | None = None
-    num_sinks: int | None = None
-    window: int | None = None
-    page_size: int | None = None
-    num_pages: int | None = None
-    bits: int | None = None
-    group_size: int | None = None
-    residual_length: int | None = None
-    key_axis: str | None = None
-    value_axis: str | None = None
-    layout: str | None = None
-    offloading: bool | None = None
-
-    def options(self) -> dict[str, Any]:
-        """The options that are given."""
-        options = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "name"}
-        return {name: value for name, value in options.items() if value is not None}
-
+from lckv.byte_sizes import parse_bytes
+from lckv.config.cache import CacheConfig, one_of_several
+from lckv.config.keys import MODEL_REQUIRED, Group, above_zero, at_least, each, key, literal, once, one_of, passes
+from lckv.config.model import ModelConfig
+from lckv.config.names import BATCHINGS, CONTINUOUS, DTYPES, ENDLESS, OFF, PLOT_FORMATS, STATIC, STREAMS, TOKENS
+from lckv.errors import UserError
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(Group):
     """Everything that `python -m lckv.generate` needs.
 
     Attributes:
@@ -97,38 +57,75 @@ class GenerateConfig:
         json: whether to print one JSON object, with the texts and what was measured, and nothing else.
     """
 
-    model: str | None = literal()
+    model: str | None = literal(required=MODEL_REQUIRED)
     revision: str | None = None
     prompt: str | None = literal()
     prompt_file: str | None = literal()
     prompts_file: str | None = literal()
-    batching: str | None = None
-    batch_size: int | None = None
+    batching: str | None = key(None, one_of(*BATCHINGS))
+    batch_size: int | None = key(None, at_least())
     chat: bool | None = None
     system: str | None = literal()
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = key(None, at_least())
     greedy: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
     repetition_penalty: float = 1.0
-    num_beams: int = 1
-    stream: str | None = None
-    prefill_chunk: int | None = None
+    num_beams: int = key(1, at_least())
+    stream: str | None = key(None, one_of(*STREAMS))
+    prefill_chunk: int | None = key(None, at_least())
     # Not `int | str | None`, which OmegaConf does not know.
-    prefill_passes: Any = None
-    prefill_tolerance: float | None = None
+    prefill_passes: Any = key(None, passes)
+    prefill_tolerance: float | None = key(None, above_zero)
     cache: CacheConfig = field(default_factory=CacheConfig)
     compile: bool = False
     device: str = "auto"
-    dtype: str = "auto"
-    num_threads: int | None = None
+    dtype: str = key("auto", one_of("auto", *DTYPES))
+    num_threads: int | None = key(None, at_least())
     json: bool = False
+
+    def check(self, prefix: str) -> None:
+        """Refuses ways to batch and to print that cannot be had."""
+        self.cache.check_is_one(prefix)
+        if self.batching == CONTINUOUS and not self.cache.has_pages:
+            raise UserError(
+                f"batching=continuous: cannot be had with cache={self.cache.name}; "
+                "choose cache=paged, or cache=quantized with cache.layout=paged"
+            )
+        if self.batching == CONTINUOUS and self.num_beams > 1:
+            raise UserError(
+                f"batching=continuous: cannot be had with num_beams={self.num_beams}; leave one of them out"
+            )
+        if self.stream not in (None, OFF) and (reasons := self._unstreamed()):
+            raise UserError(f"stream={self.stream}: cannot be had with {reasons[0]}; leave one of them out")
+        if self.stream == ENDLESS and self.cache.name != "sink":
+            raise UserError(
+                f"stream=endless: cannot be had with cache={self.cache.name}, which grows; choose cache=sink"
+            )
+
+    def _unstreamed(self) -> list[str]:
+        """Settings with which no text can be printed as it comes."""
+        holds = {
+            "json=true": self.json,
+            f"num_beams={self.num_beams}": self.num_beams > 1,
+            f"prompts_file={self.prompts_file}": self.prompts_file is not None,
+        }
+        return [setting for setting, is_set in holds.items() if is_set]
+
+    def chosen_stream(self) -> str:
+        """What `stream` stands for: tokens as they come wherever it can be had, unless the user wants otherwise."""
+        return self.stream or (OFF if self._unstreamed() else TOKENS)
+
+    def chosen_batching(self) -> str:
+        """What `batching` stands for: continuous wherever it can be had, unless the user wants otherwise."""
+        can_be_had = self.prompts_file is not None and self.cache.has_pages and self.num_beams == 1
+        return self.batching or (CONTINUOUS if can_be_had else STATIC)
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(Group):
     """Everything that `python -m lckv.benchmark` needs.
 
     Attributes:
@@ -160,23 +157,34 @@ class BenchmarkConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     patterns: list[Any] = field(default_factory=list)
-    checkpoints: list[str] = field(default_factory=list)
+    checkpoints: list[str] = key([], once)
     cache: CacheConfig = field(default_factory=CacheConfig)
-    caches: list[Any] = field(default_factory=list)
-    prompt_length: int = 512
-    new_tokens: int = 32
-    batch_sizes: list[int] = field(default_factory=lambda: [1])
-    kv_budget: Any = "64MB"
-    max_batch_size: int = 4096
-    rounds: int = 5
-    prefill_chunk: int | None = None
-    prefill_passes: Any = None
-    prefill_tolerance: float | None = None
+    caches: list[Any] = key([], each(one_of_several))
+    prompt_length: int = key(512, at_least())
+    new_tokens: int = key(32, at_least())
+    batch_sizes: list[int] = key([1], each(at_least()))
+    kv_budget: Any = key("64MB", lambda name, value: value is None or parse_bytes(value, name))
+    max_batch_size: int = key(4096, at_least())
+    rounds: int = key(5, at_least())
+    prefill_chunk: int | None = key(None, at_least())
+    prefill_passes: Any = key(None, passes)
+    prefill_tolerance: float | None = key(None, above_zero)
     device: str = "auto"
-    dtype: str = "auto"
-    num_threads: int | None = None
+    dtype: str = key("auto", one_of("auto", *DTYPES))
+    num_threads: int | None = key(None, at_least())
     seed: int = 0
     output_dir: str | None = None
     overwrite: bool = False
-    plot_format: str = "png"
+    plot_format: str = key("png", one_of(*PLOT_FORMATS))
     json: bool = False
+
+    def check(self, prefix: str) -> None:
+        """Refuses sequences that are longer than the models with random weights are made for."""
+        if not self.caches:
+            self.cache.check_is_one(prefix)
+        length = self.prompt_length + self.new_tokens
+        if (self.patterns or not self.checkpoints) and length > self.model.max_position_embeddings:
+            raise UserError(
+                f"prompt_length={self.prompt_length} and new_tokens={self.new_tokens}: make {length} tokens, but "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}; raise it, or lower them"
+            )

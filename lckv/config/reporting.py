@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lckv.config.literals import literal
+from lckv.config.keys import Group, literal
 
 
 @dataclass
-class ReportConfig:
+class ReportConfig(Group):
     """Everything that `python -m lckv.report` needs.
 
     Attributes:
@@ -18,6 +18,6 @@ class ReportConfig:
             such as `harness:arc_easy.acc`; None: bits per byte where runs have it.
     """
 
-    folder: str | None = literal()
+    folder: str | None = literal(required="give the one that holds the runs: python -m lckv.report runs/sweep")
     out: str | None = literal()
     metric: str | None = literal()

@@ -1,143 +1,31 @@
-"""What can be configured of a model and its training, and of what is counted before it runs."""
+"""What can be configured of a training, and of what is counted before it runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lckv.config.data import DataConfig, TokenizerConfig
 from lckv.config.evaluation import EvaluationConfig
+from lckv.config.keys import Group, above_zero, at_least, each, key, not_negative, one_of, such_that
+from lckv.config.model import ModelConfig, SharingConfig
+from lckv.config.names import DTYPES, ISO, METHODS, OPTIMIZERS, PRECISIONS, SCHEDULES, TRACKERS, TRAINABLE
+from lckv.config.pass_through import no_key_of_ours
+from lckv.costs import DTYPE_BYTES
+from lckv.errors import UserError, check_choice
+
+
+def a_method(name: str, value: object) -> None:
+    """The name of a conversion method, those that were declared since included."""
+    check_choice(name, value, METHODS)
+
+
+seed_of_32_bits = such_that(lambda value: 0 <= value < 2**32, f"allowed is a whole number, 0 to {2**32 - 1}")
 
 
 @dataclass
-class ModelConfig:
-    """The decoder: Llama's own names, then how layers share keys and values and how cycles are iterated.
-
-    Attributes:
-        name: what run folders call this size; every preset sets it.
-        layer_types: whose keys and values each layer reads, such as `0_0_2_2`; wins over the `sharing` group.
-        num_hidden_layers: number of layers; follows `layer_types` unless it is given too, and then both must agree.
-        default_num_hidden_layers: the preset's depth, used where neither of the two is given.
-        vocab_size: None takes the tokenizer's.
-        rope_parameters: such as `{rope_type: linear, factor: 2.0, rope_theta: 10000.0}`; empty: transformers' default.
-        attention_output_bias: whether the output projection has a bias; None: as `attention_bias` says.
-        use_qk_norm: whether each head's queries and keys are normalised, as in Qwen3.
-        sliding_window: tokens that an entry with the suffix `s` sees, the query's own among them; None: 4096, or what
-            the pretrained model has.
-        forward_passes: passes over a cycle without gradient, or `converge`.
-        backward_passes: passes over a cycle with gradient.
-        converge_tolerance: with `converge`, the relative change of the KV at which the iteration stops.
-        use_sequential: whether cycles run token by token, which is exact and slow.
-        force_nodiag: whether every layer hides a token's own key from it, not only those that read upward.
-    """
-
-    name: str = "custom"
-    # Not `str | None`: OmegaConf would silently turn YAML's number 222 into the text "222"; see `overrides`.
-    layer_types: Any = None
-    num_hidden_layers: int | None = None
-    default_num_hidden_layers: int = 8
-    vocab_size: int | None = None
-    hidden_size: int = 256
-    intermediate_size: int = 704
-    num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_parameters: dict[str, Any] = field(default_factory=dict)
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    attention_output_bias: bool | None = None
-    use_qk_norm: bool = False
-    mlp_bias: bool = False
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.02
-    sliding_window: int | None = None
-    forward_passes: Any = 7
-    backward_passes: int = 2
-    converge_tolerance: float = 1e-3
-    use_sequential: bool = False
-    force_nodiag: bool = False
-    attn_implementation: str = "sdpa"
-    dtype: str = "float32"
-
-
-@dataclass
-class SharingConfig:
-    """A named sharing pattern and its parameters; None leaves a parameter at the pattern's own default."""
-
-    name: str = "llama"
-    num_kv_layers: int | None = None
-    group_size: int | None = None
-    warmup_layers: int | None = None
-    num_self_layers: int | None = None
-
-
-SOURCE_NAMES = ("bible", "files", "hub")
-"""What `data=` allows; the functions are in `lckv.data.sources`."""
-
-
-@dataclass
-class DataConfig:
-    """Where the text comes from and how it becomes blocks of tokens.
-
-    Attributes:
-        name: the source: "bible" (embedded), "files" or "hub".
-        files: source "files": a path, a glob or a list of these; txt, jsonl (also compressed) and parquet.
-        validation_files: source "files": the same for the validation split; `files` is then training text only.
-        document_separator: source "files": what stands between the documents of one txt file (None: one document).
-        dataset: source "hub": name of the data set on the Hub, or a local folder of one.
-        subset: source "hub": its configuration, such as "en".
-        revision: source "hub": branch, tag or commit; a commit makes the text certain.
-        split: source "hub": the split with the training text.
-        validation_split: source "hub": the split with the validation text (None: a part of `split`, by document).
-        streaming: source "hub": read without downloading everything first; needs `max_documents`.
-        text_field: sources "files" (jsonl, parquet) and "hub": the field that holds the text.
-        validation_fraction: sources "files" and "hub", where no validation text is named: the part of the documents
-            that is held out, chosen by a hash of each document's text.
-        max_documents: read at most so many documents of each split (None: all).
-        block_size: tokens per block.
-        document_mask: whether position ids restart at each document, so that no token attends to another document;
-            else each block is one sequence (the predicted tokens stay the same).
-        cache_dir: where tokenised blocks and trained tokenizers are kept (None: $LCKV_CACHE, or ~/.cache/lckv).
-    """
-
-    name: str = "bible"
-    files: Any = None
-    validation_files: Any = None
-    document_separator: str | None = None
-    dataset: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    split: str = "train"
-    validation_split: str | None = None
-    streaming: bool = False
-    text_field: str = "text"
-    validation_fraction: float = 0.05
-    max_documents: int | None = None
-    block_size: int = 256
-    document_mask: bool = True
-    cache_dir: str | None = None
-
-
-@dataclass
-class TokenizerConfig:
-    """What turns text into tokens.
-
-    Attributes:
-        name: "bpe" (a byte-level BPE trained on the training documents, cached), a tokenizer's name on the Hub, or a
-            local folder.
-        vocab_size: only for "bpe": number of tokens, the 256 bytes and the special tokens included.
-        revision: only for the Hub: branch, tag or commit.
-    """
-
-    name: str = "bpe"
-    vocab_size: int = 4096
-    revision: str | None = None
-
-
-@dataclass
-class TrainerConfig:
+class TrainerConfig(Group):
     """The training loop.
 
     The global batch is what the result depends on; how it is cut up is not: any micro batch and any number of
@@ -171,38 +59,42 @@ class TrainerConfig:
             `trainer.hf.deepspeed=zero2.json` or `trainer.hf.ddp_timeout=3600`.
     """
 
-    max_steps: int = 1000
-    global_batch_size: int = 16
-    micro_batch_size: int | None = None
-    eval_batch_size: int | None = None
-    eval_steps: int | None = 200
-    save_steps: int | None = 200
-    save_total_limit: int | None = 2
-    logging_steps: int = 10
-    sample_steps: int | None = 200
+    max_steps: int = key(1000, at_least())
+    global_batch_size: int = key(16, at_least())
+    micro_batch_size: int | None = key(None, at_least())
+    eval_batch_size: int | None = key(None, at_least())
+    eval_steps: int | None = key(200, at_least(or_null=True))
+    save_steps: int | None = key(200, at_least(or_null=True))
+    save_total_limit: int | None = key(2, at_least(or_null=True))
+    logging_steps: int = key(10, at_least())
+    sample_steps: int | None = key(200, at_least(or_null=True))
     sample_prompt: str = "In the beginning"
-    sample_tokens: int = 40
-    evaluation_steps: int | None = None
+    sample_tokens: int = key(40, at_least(0))
+    evaluation_steps: int | None = key(None, at_least(or_null=True))
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
     torch_compile_mode: str | None = None
     use_liger_kernel: bool = False
-    precision: str = "fp32"
-    trainable: str = "all"
-    max_grad_norm: float = 1.0
-    dataloader_num_workers: int = 0
-    num_threads: int | None = None
+    precision: str = key("fp32", one_of(*PRECISIONS))
+    trainable: str = key("all", one_of(*TRAINABLE))
+    max_grad_norm: float = key(
+        1.0, such_that(lambda value: 0 <= value < math.inf, "allowed is a number, 0 (no clipping) or more")
+    )
+    dataloader_num_workers: int = key(0, at_least(0))
+    num_threads: int | None = key(None, at_least())
     resume: bool = True
-    hf: dict[str, Any] = field(default_factory=dict)
+    hf: dict[str, Any] = key({}, no_key_of_ours)
 
-
-OPTIMIZER_NAMES = ("adamw", "muon")
-"""What `optim=` allows, beside YAML files; the functions are in `lckv.training.optim`."""
+    def check(self, prefix: str) -> None:
+        """Refuses fields of transformers' that are keys of this group."""
+        for item in fields(self):
+            if item.name in self.hf:
+                raise UserError(f"{prefix}hf.{item.name}: set {prefix}{item.name} instead")
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(Group):
     """Optimizer and learning rate schedule.
 
     Attributes:
@@ -219,21 +111,55 @@ class OptimConfig:
         fused: AdamW's one-kernel step; None: where torch has it.
     """
 
-    name: str = "adamw"
-    learning_rate: float = 1e-3
+    name: str = key("adamw", one_of(*OPTIMIZERS))
+    learning_rate: float = key(1e-3, above_zero)
     min_learning_rate: float | None = None
-    schedule: str = "cosine"
+    schedule: str = key("cosine", one_of(*SCHEDULES))
     warmup_steps: int | None = None
     decay_steps: int | None = None
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = key(0.1, not_negative)
+    betas: tuple[float, float] = key(
+        (0.9, 0.95),
+        such_that(
+            lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+            "allowed are two numbers, 0 up to, but without, 1",
+        ),
+    )
     eps: float = 1e-8
     momentum: float = 0.95
     fused: bool | None = None
 
+    def check(self, prefix: str) -> None:
+        """Refuses a learning rate that would grow where it is to decay."""
+        if self.min_learning_rate is not None and not 0 <= self.min_learning_rate < self.learning_rate:
+            raise UserError(
+                f"{prefix}min_learning_rate={self.min_learning_rate}: must be 0 or more and below "
+                f"{prefix}learning_rate={self.learning_rate}"
+            )
+
+    def num_warmup_steps(self, max_steps: int) -> int:
+        """For how many of `max_steps` the learning rate grows."""
+        return round(0.05 * max_steps) if self.warmup_steps is None else self.warmup_steps
+
+    def num_decay_steps(self, max_steps: int) -> int:
+        """For how many of `max_steps` the learning rate falls, with the schedule "wsd"."""
+        return round(0.2 * max_steps) if self.decay_steps is None else self.decay_steps
+
+    def check_steps(self, max_steps: int, prefix: str) -> None:
+        """Refuses parts of a schedule that are longer than the `max_steps` of the whole."""
+        warmup_steps, decay_steps = self.num_warmup_steps(max_steps), self.num_decay_steps(max_steps)
+        for name, steps in ("warmup_steps", warmup_steps), ("decay_steps", decay_steps):
+            if not 0 <= steps <= max_steps:
+                raise UserError(f"{prefix}{name}={steps}: allowed is 0 to trainer.max_steps={max_steps}")
+        if self.schedule == "wsd" and warmup_steps + decay_steps > max_steps:
+            raise UserError(
+                f"{prefix}decay_steps={decay_steps}: with {prefix}warmup_steps={warmup_steps} these are "
+                f"more than trainer.max_steps={max_steps}"
+            )
+
 
 @dataclass
-class LoggerConfig:
+class LoggerConfig(Group):
     """Where the training curves go beside `metrics.jsonl`, which is always written.
 
     Attributes:
@@ -242,13 +168,26 @@ class LoggerConfig:
         mode: wandb's mode, "online" or "offline" (`wandb sync` uploads later).
     """
 
-    names: list[str] = field(default_factory=list)
+    names: list[str] = key([], each(one_of(*TRACKERS)))
     project: str = "lckv"
-    mode: str = "offline"
+    mode: str = key("offline", one_of("online", "offline"))
 
 
 @dataclass
-class InitConfig:
+class CalibrationConfig(Group):
+    """What conversion methods that look at text do with it.
+
+    Attributes:
+        calibration_tokens: so many tokens of the training split.
+        ridge: the penalty on large weights, relative to the mean square of what they multiply.
+    """
+
+    calibration_tokens: int = key(32768, at_least())
+    ridge: float = key(1e-2, above_zero)
+
+
+@dataclass
+class InitConfig(CalibrationConfig):
     """What a model's weights are before training; without a source, random.
 
     Attributes:
@@ -256,19 +195,15 @@ class InitConfig:
             name on the Hub.
         revision: only for the Hub: branch, tag or commit.
         method: how keys and values that layers are to share come from those that each computes in the source.
-        calibration_tokens: for methods that look at text: so many tokens of the training split.
-        ridge: for these, too: the penalty on large weights, relative to the mean square of what they multiply.
     """
 
     source: str | None = None
     revision: str | None = None
-    method: str = "average"
-    calibration_tokens: int = 32768
-    ridge: float = 1e-2
+    method: str = key("average", a_method)
 
 
 @dataclass
-class TeacherConfig:
+class TeacherConfig(Group):
     """A model to learn from. The loss is the weighted sum of three parts, each a mean over the predicted tokens.
 
     Attributes:
@@ -286,15 +221,22 @@ class TeacherConfig:
 
     source: str | None = None
     revision: str | None = None
-    logits_weight: float = 1.0
-    attention_weight: float = 1.0
-    labels_weight: float = 0.0
-    temperature: float = 1.0
-    dtype: str = "auto"
+    logits_weight: float = key(1.0, not_negative)
+    attention_weight: float = key(1.0, not_negative)
+    labels_weight: float = key(0.0, not_negative)
+    temperature: float = key(1.0, above_zero)
+    dtype: str = key("auto", one_of("auto", *DTYPES))
+
+    def check(self, prefix: str) -> None:
+        """Refuses a loss of which nothing is left."""
+        names = ("logits_weight", "attention_weight", "labels_weight")
+        if not any(getattr(self, name) for name in names):
+            keys = ", ".join(prefix + name for name in names)
+            raise UserError(f"{keys}: are all 0, so there is nothing to train for")
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Group):
     """Everything that `python -m lckv.train` needs.
 
     Attributes:
@@ -316,11 +258,54 @@ class TrainConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
+    seed: int = key(0, seed_of_32_bits)
     run_name: str | None = None
     run_dir: str | None = None
-    iso: str | None = None
-    iso_multiple: int = 8
+    iso: str | None = key(None, one_of(*ISO))
+    iso_multiple: int = key(8, at_least())
+
+    def check(self, prefix: str) -> None:
+        """Refuses settings of the model, the text, the loop and the teacher that do not go together."""
+        model, trainer = self.model, self.trainer
+        self.optim.check_steps(trainer.max_steps, f"{prefix}optim.")
+        if model.dtype == "float16" and trainer.precision == "fp16":
+            raise UserError(
+                "model.dtype=float16: cannot be trained with trainer.precision=fp16, whose loss scaling needs "
+                "gradients in float32; leave model.dtype out"
+            )
+        if model.use_sequential and trainer.gradient_checkpointing:
+            raise UserError("model.use_sequential=true: cannot be trained with trainer.gradient_checkpointing=true")
+        if self.teacher.source is not None and self.teacher.attention_weight:
+            self._check_outputs_can_be_seen()
+        if self.init.source is None:  # else the sizes are the source's
+            self.check_sizes()
+
+    def check_sizes(self) -> None:
+        """Refuses sizes of the model for which it could not be trained so.
+
+        Raises:
+            UserError: naming the keys.
+        """
+        model = self.model
+        if self.data.block_size > model.max_position_embeddings:
+            raise UserError(
+                f"data.block_size={self.data.block_size}: longer than model.max_position_embeddings="
+                f"{model.max_position_embeddings}; lower the one or raise the other"
+            )
+        if self.trainer.use_liger_kernel and (model.hidden_act not in ("silu", "swish") or model.mlp_bias):
+            given = "model.mlp_bias=true" if model.mlp_bias else f"model.hidden_act={model.hidden_act}"
+            raise UserError(f"trainer.use_liger_kernel=true: Liger has no MLP for {given}, only for silu without bias")
+
+    def _check_outputs_can_be_seen(self) -> None:
+        """Refuses what would hide the attention's outputs, or their gradients, from the hooks of the distillation."""
+        given = f"teacher.attention_weight={self.teacher.attention_weight}"
+        if self.trainer.torch_compile:
+            way_out = "set one to 0, or the other to false"
+            raise UserError(f"{given}: cannot be had with trainer.torch_compile=true; {way_out}")
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if (self.trainer.hf.get(name) or {}).get("use_reentrant"):
+                needed = f"trainer.hf.{name}.use_reentrant=false"
+                raise UserError(f"{given}: needs {needed}, or no gradient would get through")
 
 
 @dataclass
@@ -335,8 +320,8 @@ class PlanConfig(TrainConfig):
         json: whether to print one JSON object and nothing else.
     """
 
-    context_length: int | None = None
-    kv_dtype: str = "bfloat16"
-    converge_passes: int | None = None
+    context_length: int | None = key(None, at_least())
+    kv_dtype: str = key("bfloat16", one_of(*DTYPE_BYTES))
+    converge_passes: int | None = key(None, at_least(0))
     draw: str | None = None
     json: bool = False

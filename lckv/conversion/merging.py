@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from lckv.byte_sizes import parse_bytes
 from lckv.errors import UserError
 from lckv.patterns import join_layer_types
-
-DIRECTIONS = ("down", "both")
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ class Reach:
 
     @classmethod
     def of(cls, directions: str, max_distance: int) -> Reach:
-        """The reach for one of `DIRECTIONS`."""
+        """The reach for `directions`, "down" or "both"."""
         return cls(max_distance, max_distance if directions == "both" else 0)
 
     def merges(self, spans: Spans) -> list[Merge]:
@@ -149,31 +144,11 @@ class Surrogate:
         return sum(self._costs[step] for step in (*down, *up))
 
 
-def parse_budget(value: Any) -> float | int:
-    """Reads `budget`: a fraction of the KV as a float, or bytes per token as an int.
-
-    Raises:
-        UserError: if it is neither a number above 0 and below 1 nor a number of bytes.
-    """
-    text = str(value).strip()
-    if value is None or isinstance(value, bool) or not re.match(r"\d|\.\d", text):
-        raise UserError(
-            f"budget={'null' if value is None else text}: allowed is a fraction of the model's KV above 0 and below "
-            "1, such as 0.5, or bytes of KV per token, such as 12KiB"
-        )
-    is_number = re.fullmatch(r"\d*\.?\d*(e-?\d+)?", text) is not None
-    if is_number and (float(text) <= 1 or not text.isdigit()):  # no one means one byte and a half
-        if not 0 < float(text) < 1:
-            raise UserError(f"budget={text}: allowed is a fraction above 0 and below 1, or bytes, such as 12KiB")
-        return float(text)
-    return parse_bytes(text, "budget")
-
-
 def owners_in(budget: float | int, bytes_per_owner: int, num_layers: int) -> int:
     """How many layers' keys and values fit a budget.
 
     Args:
-        budget: see [`parse_budget`].
+        budget: see `lckv.byte_sizes.parse_budget`.
         bytes_per_owner: of the keys and values that one layer makes of a token.
         num_layers: of the model.
 

@@ -56,23 +56,12 @@ Method = Callable[[Group], dict[str, Tensor]]
 """Gives the tensors that change, under their full names: the owner's KV, and what its readers read them with."""
 
 METHODS: Registry[Method] = Registry("conversion method")
-CALIBRATED: set[str] = set()
-"""The methods that look at calibration text."""
-
-TRAINED: set[str] = set()
-"""The methods whose result is only where a training begins, with the source as the teacher."""
-
+"""By the names in `lckv.config.names.METHODS`; those that are calibrated there get `Group.moments`."""
 # Of the mean size of an input norm's entries: what is smaller stands for an input that the layer does not look at.
 _NO_SCALE = 1e-3
 
 
-def register(name: str, *, is_calibrated: bool = False, is_trained: bool = False) -> Callable[[Method], Method]:
-    """Registers a method; one that `is_calibrated` gets `Group.moments`."""
-    if is_calibrated:
-        CALIBRATED.add(name)
-    if is_trained:
-        TRAINED.add(name)
-    return METHODS.register(name)
+register = METHODS.register
 
 
 def make_tensors(method: str, group: Group) -> dict[str, Tensor]:
@@ -132,7 +121,7 @@ def aligned(group: Group) -> dict[str, Tensor]:
     return _tensors(group, merged.key, merged.value, turned)
 
 
-@register("activation", is_calibrated=True)
+@register("activation")
 def activation(group: Group) -> dict[str, Tensor]:
     """Keys and values that come closest, in the mean square, to what all readers computed on calibration text."""
     assert group.moments is not None
@@ -141,7 +130,7 @@ def activation(group: Group) -> dict[str, Tensor]:
     return _tensors(group, key, value, {})
 
 
-@register("subspace", is_calibrated=True)
+@register("subspace")
 def subspace(group: Group) -> dict[str, Tensor]:
     """Alignment and fit in one: the shared keys and values from which all readers' own can best be made.
 
@@ -153,7 +142,7 @@ def subspace(group: Group) -> dict[str, Tensor]:
     return _tensors(group, key, value, changed)
 
 
-@register("distill", is_calibrated=True, is_trained=True)
+@register("distill")
 def distill(group: Group) -> dict[str, Tensor]:
     """What `subspace` makes, which then learns from the source; see [`lckv.training.distillation`]."""
     return subspace(group)
@@ -205,4 +194,4 @@ def _scaled(heads: AttentionHeads, scale: Tensor) -> AttentionHeads:
     return replace(heads, key=heads.key * scale, value=heads.value * scale)
 
 
-__all__ = ["CALIBRATED", "METHODS", "TRAINED", "Group", "groups_of", "make_tensors", "needed_pairs", "register"]
+__all__ = ["METHODS", "Group", "groups_of", "make_tensors", "needed_pairs", "register"]

@@ -10,16 +10,16 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from lckv.config import TrainConfig
+from lckv.config.names import CALIBRATED, TRAINED
 from lckv.console import Bar
 from lckv.conversion.calibration import calibrate
-from lckv.conversion.methods import CALIBRATED, METHODS, TRAINED, groups_of
+from lckv.conversion.methods import groups_of
 from lckv.conversion.moments import InputMoments
-from lckv.conversion.settings import adopt_source, check_block_size, check_calibration, model_settings, plan_of
+from lckv.conversion.settings import adopt_source, check_block_size, model_settings, plan_of
 from lckv.conversion.source import Source
 from lckv.conversion.target import converted_config, source_config_of, write_converted
 from lckv.data import build_dataset
 from lckv.data.tokenizer import check_tokenizer
-from lckv.errors import check_choice
 from lckv.loading import find_device
 from lckv.patterns import SharingPlan
 from lckv.processes import is_main_process
@@ -48,7 +48,6 @@ def convert(
     Raises:
         UserError: for wrong settings, text or weights.
     """
-    check_calibration(cfg.init)
     find_device(device)
     plan, method = plan_of(cfg), cfg.init.method
     config = converted_config(source.config, plan, **model_settings(cfg))
@@ -94,8 +93,6 @@ def adopt_init(cfg: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, Source
     name, revision = cfg.init.source, cfg.init.revision
     if name is None:
         return cfg, None
-    check_choice("init.method", cfg.init.method, METHODS)
-    check_calibration(cfg.init)
     if cfg.init.method in TRAINED and cfg.teacher.source is None:
         cfg = replace(cfg, teacher=replace(cfg.teacher, source=name, revision=revision))
     if folder.holds_a_run() and folder.init.is_dir():

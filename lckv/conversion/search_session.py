@@ -10,11 +10,13 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Subset
 
+from lckv.byte_sizes import parse_budget
 from lckv.config import SearchConfig
+from lckv.config.names import CALIBRATED
 from lckv.console import Bar
 from lckv.conversion.calibration import batches_of, choose_blocks
-from lckv.conversion.merging import DIRECTIONS, Reach, owners_in, parse_budget, resolve_reach
-from lckv.conversion.methods import CALIBRATED, METHODS, TRAINED, needed_pairs
+from lckv.conversion.merging import Reach, owners_in, resolve_reach
+from lckv.conversion.methods import needed_pairs
 from lckv.conversion.moments import InputMoments, Pair, collect_moments
 from lckv.conversion.pattern_search import PatternSearch, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
@@ -23,9 +25,8 @@ from lckv.conversion.settings import check_block_size
 from lckv.conversion.source import Source
 from lckv.data import BlockDataset, build_dataset, collate
 from lckv.data.tokenizer import check_tokenizer
-from lckv.errors import UserError, check_choice, check_positive, check_whole_number
 from lckv.evaluation.perplexity import evaluate_perplexity
-from lckv.model_arguments import check_passes_value, iteration_settings
+from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan, build_layer_types, join_layer_types, parse_layer_types
 
@@ -35,33 +36,11 @@ _VALIDATION_BATCH = 8
 logger = logging.getLogger(__name__)
 
 
-def check_search(cfg: SearchConfig) -> None:
-    """Refuses what is wrong whatever the model.
-
-    Raises:
-        UserError: naming the key.
-    """
-    parse_budget(cfg.budget)
-    METHODS[cfg.method]
-    if cfg.method in TRAINED:
-        untrained = ", ".join(name for name in METHODS if name not in TRAINED)
-        raise UserError(f"method={cfg.method}: would train every pattern that is tried; allowed are {untrained}")
-    check_choice("directions", cfg.directions, DIRECTIONS)
-    for name in ("beam", "shortlist", "calibration_tokens", "eval_tokens", "validation_tokens"):
-        check_whole_number(name, getattr(cfg, name))
-    for name in ("max_distance", "num_threads"):
-        if getattr(cfg, name) is not None:
-            check_whole_number(name, getattr(cfg, name))
-    for name in ("ridge", "converge_tolerance"):
-        check_positive(name, getattr(cfg, name))
-    check_passes_value("forward_passes", cfg.forward_passes)
-
-
 class SearchSession:
     """A search as the configuration says.
 
     Args:
-        cfg: checked by [`check_search`].
+        cfg: what to search for, checked.
         source: the pretrained model.
         console: where to show progress.
 

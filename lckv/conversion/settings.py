@@ -6,9 +6,10 @@ import logging
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from lckv.config import DataConfig, InitConfig, ModelConfig, TrainConfig
-from lckv.errors import UserError, check_positive, check_whole_number
-from lckv.model_arguments import KEPT_WITH_SOURCE, check_model, iteration_settings, resolve_layer_types
+from lckv.config import DataConfig, ModelConfig, TrainConfig
+from lckv.config.model import KEPT_WITH_SOURCE
+from lckv.errors import UserError
+from lckv.model_arguments import iteration_settings, resolve_layer_types, resolve_plan
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
 
@@ -40,21 +41,10 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
     if model.layer_types is None and cfg.sharing.name == "llama":
         model.layer_types = source.kv_sharing
     _check_num_layers(model)
+    model.validate("model.")
     cfg = replace(cfg, model=model)
-    plan = plan_of(cfg)
-    check_model(cfg.model, plan)
-    _warn_of_lost_windows(plan, source)
+    _warn_of_lost_windows(resolve_plan(cfg), source)
     return cfg
-
-
-def check_calibration(cfg: InitConfig) -> None:
-    """Checks the settings of methods that look at text.
-
-    Raises:
-        UserError: for the first that is out of range.
-    """
-    check_whole_number("init.calibration_tokens", cfg.calibration_tokens)
-    check_positive("init.ridge", cfg.ridge)
 
 
 def check_block_size(data: DataConfig, source: LCKVLlamaConfig) -> None:

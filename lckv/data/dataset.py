@@ -19,7 +19,7 @@ from lckv.data.packing import TOKEN, Packer, labels_of, position_ids_of
 from lckv.data.sources import TextSource, build_source
 from lckv.data.tokenizer import DocumentEncoder
 from lckv.data.unigram import bits_per_byte, count_tokens, unigram_loss, unigram_perplexity
-from lckv.errors import UserError, check_whole_number
+from lckv.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -165,7 +165,6 @@ def build_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Tok
         UserError: if the text cannot be read, is empty, has no validation documents or fills no block, or the cache
             cannot be written.
     """
-    check_whole_number("data.block_size", config.block_size, minimum=2)
     source = build_source(config)
     encoder = DocumentEncoder(tokenizer)
     key = fingerprint(_VERSION, source.fingerprint, encoder.fingerprint, config.block_size)

@@ -43,12 +43,6 @@ another book, such as Kings and Chronicles, or Matthew, Mark and Luke: these wou
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
-# The fields that only one source reads, by source: set for another one, they would silently do nothing.
-_OWN_FIELDS = {
-    "files": ("files", "validation_files", "document_separator"),
-    "hub": ("dataset", "subset", "revision", "validation_split", "streaming"),
-}
-
 
 @dataclass(frozen=True)
 class TextSource:
@@ -114,22 +108,10 @@ def build_source(config: DataConfig) -> TextSource:
     """Opens the source that `config.name` chooses; its text is read later.
 
     Raises:
-        UserError: if there is no such source, it cannot be opened, or a setting is out of range or of another source.
+        UserError: if there is no such source, it cannot be opened, or a setting is out of range.
     """
+    config.validate("data.")
     source = SOURCES[config.name]
-    for owner, fields in _OWN_FIELDS.items():
-        for field in fields if owner != config.name else ():
-            if getattr(config, field):
-                raise UserError(
-                    f"data.{field}={getattr(config, field)!r}: has no effect on the source {config.name!r}; "
-                    f"choose data={owner}"
-                )
-    if config.max_documents is not None and config.max_documents < 1:
-        raise UserError(
-            f"data.max_documents={config.max_documents!r}: allowed is 1 or more, or null for all documents"
-        )
-    if not 0 < config.validation_fraction < 1:
-        raise UserError(f"data.validation_fraction={config.validation_fraction!r}: must lie between 0 and 1")
     opened = source(config)
     num_documents, limit = opened.num_documents, config.max_documents
     if limit is not None and num_documents is not None:
@@ -182,8 +164,6 @@ def _join_verses(raw: bytes) -> Iterator[tuple[str, str]]:
 @SOURCES.register("files")
 def local_files(config: DataConfig) -> TextSource:
     """Local txt, jsonl and parquet files; validation by `validation_files`, or by a hash of each document's text."""
-    if not config.files:
-        raise UserError("data.files: is not set; give a path, a glob or a list, such as data.files='texts/*.jsonl'")
     training = find_files(config.files, "data.files")
     validation = find_files(config.validation_files, "data.validation_files") if config.validation_files else []
     if both := set(training) & set(validation):
@@ -224,16 +204,6 @@ def hub(config: DataConfig) -> TextSource:
     Streaming reads the first `max_documents` documents of each split once, into the cache of tokenised blocks. So
     every run, and every resumed run, trains on the same blocks whatever the connection does later.
     """
-    if not config.dataset:
-        raise UserError(
-            "data.dataset: is not set; give the name of a data set, such as data.dataset=roneneldan/TinyStories"
-        )
-    if config.streaming and config.max_documents is None:
-        raise UserError(
-            "data.streaming=true: needs data.max_documents, the number of documents to read from the stream"
-        )
-    if config.split == config.validation_split:
-        raise UserError(f"data.validation_split={config.split!r}: is the training split too; name another, or null")
     with _explain_hub_errors(config):
         import datasets
 

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lckv.config.data import BPE, SPECIAL_TOKENS
 from lckv.console import track
 from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
 from lckv.data.packing import mark_document
@@ -28,12 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BPE = "bpe"
-
 _BPE_VERSION = 1  # part of the cache's key: raise it when the training below changes
-_BOS, _EOS, _PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-_SPECIAL_TOKENS = [_BOS, _EOS, _PAD]
-_MIN_BPE_VOCAB_SIZE = len(pre_tokenizers.ByteLevel.alphabet()) + len(_SPECIAL_TOKENS)
+_BOS, _EOS, _PAD = SPECIAL_TOKENS
 
 # Merges hardly change with more text, but the memory for its distinct words keeps growing.
 _MAX_BPE_TRAINING_CHARACTERS = 200_000_000
@@ -45,13 +42,9 @@ def build_tokenizer(config: TokenizerConfig, data_config: DataConfig) -> PreTrai
     Raises:
         UserError: if there is no such tokenizer, it cannot be used here, or `vocab_size` is too small for `"bpe"`.
     """
+    config.validate("tokenizer.")
     if config.name != BPE:
         return _load_tokenizer(config)
-    if config.vocab_size < _MIN_BPE_VOCAB_SIZE:
-        raise UserError(
-            f"tokenizer.vocab_size={config.vocab_size!r}: allowed is {_MIN_BPE_VOCAB_SIZE} or more "
-            f"(256 bytes and {len(_SPECIAL_TOKENS)} special tokens)"
-        )
     source = build_source(data_config)
     key = fingerprint(_BPE_VERSION, source.fingerprint, config.vocab_size, _MAX_BPE_TRAINING_CHARACTERS)
     tokenizer = load_or_build(
@@ -115,7 +108,7 @@ def _train_bpe(source: TextSource, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=_SPECIAL_TOKENS,
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

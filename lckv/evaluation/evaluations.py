@@ -11,8 +11,8 @@ from typing import Any
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lckv.config import DataConfig, EvaluationConfig
+from lckv.config.evaluation import default_context_length
 from lckv.evaluation import MODULES
-from lckv.evaluation.checks import default_context_length
 from lckv.registry import Registry
 
 

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from lckv.config import EvaluationConfig, HarnessConfig
 from lckv.errors import UserError, is_out_of_memory
-from lckv.evaluation.checks import check_harness, check_max_length
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
 from lckv.evaluation.harness_model import make_language_model
 from lckv.evaluation.harness_tasks import LoadedTasks, first_line, join_errors, load_tasks
@@ -61,8 +60,7 @@ def model_length(subject: Subject, options: HarnessConfig) -> int:
 
 def _check_options(options: HarnessConfig, subject: Subject, prefix: str) -> None:
     """Refuses what lm-eval would ignore, or fail on after the model has run."""
-    check_harness(options, prefix)
-    check_max_length(options, subject.model.config.max_position_embeddings, prefix)
+    options.check_length(subject.model.config.max_position_embeddings, prefix)
     if options.apply_chat_template and subject.tokenizer.chat_template is None:
         raise UserError(f"{prefix}apply_chat_template=True: the tokenizer has no chat template; allowed is False")
     _check_output(options, subject, prefix)

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lckv.costs import Costs, Iteration, ModelSizes, count_costs, count_kv_bytes, llama_plan
+from lckv.costs import Costs, ModelSizes, count_costs, count_kv_bytes, llama_plan
+from lckv.iteration import Iteration
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 
@@ -21,9 +22,8 @@ def sharing_plan_of(model: PreTrainedModel) -> SharingPlan:
 def costs_of(model: PreTrainedModel, context_length: int) -> Costs:
     """KV bytes (16-bit), parameters and FLOPs per token of a model."""
     config = model.config
-    passes = getattr(config, "forward_passes", 0)
     iteration = Iteration(
-        forward_passes=passes if isinstance(passes, int) else None,
+        forward_passes=getattr(config, "forward_passes", 0),
         backward_passes=getattr(config, "backward_passes", 1),
         use_sequential=getattr(config, "use_sequential", False),
     )

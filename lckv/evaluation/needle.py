@@ -11,7 +11,6 @@ import torch
 from lckv.config import EvaluationConfig, NeedleConfig
 from lckv.console import track
 from lckv.errors import UserError
-from lckv.evaluation.checks import check_needle
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
 from lckv.evaluation.haystack import NUM_CANDIDATES, Haystack, NeedlePrompt
 from lckv.evaluation.heatmap import draw_needle
@@ -52,7 +51,6 @@ def needle(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
         UserError: for settings out of range, and for text too short or too poor in words.
     """
     settings = cfg.needle
-    check_needle(settings, f"{subject.key_prefix}needle.")
     texts = validation_documents(subject.data)
     haystack = Haystack(
         subject.tokenizer, texts, max(settings.lengths or [subject.default_context_length]), subject.key_prefix

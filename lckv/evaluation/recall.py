@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from lckv.config import EvaluationConfig, RecallConfig
 from lckv.console import track
 from lckv.errors import UserError
-from lckv.evaluation.checks import check_recall
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
 from lckv.evaluation.log_probabilities import last_log_probabilities
 from lckv.evaluation.perplexity import in_eval_mode
@@ -76,7 +75,6 @@ def recall(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
         UserError: for settings out of range, of the model or the vocabulary.
     """
     settings = cfg.recall
-    check_recall(settings, f"{subject.key_prefix}recall.")
     batches = [
         (num_pairs, sequences[start : start + cfg.batch_size])
         for num_pairs, sequences in _sequences(subject, settings).items()

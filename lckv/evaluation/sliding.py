@@ -23,7 +23,6 @@ from lckv.console import track
 from lckv.data import build_source
 from lckv.data.tokenizer import DocumentEncoder, check_tokenizer
 from lckv.errors import UserError
-from lckv.evaluation.checks import window_sizes
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
 from lckv.evaluation.perplexity import IGNORE_INDEX, Perplexity, in_eval_mode
 from lckv.models.padding import positions
@@ -91,9 +90,7 @@ def evaluate_sliding(subject: Subject, config: EvaluationConfig) -> dict[str, An
     """
     settings, prefix = config.perplexity, f"{subject.key_prefix}perplexity."
     limit = subject.model.config.max_position_embeddings
-    context_length, stride = window_sizes(settings, limit, subject.trained_length, prefix)
-    if settings.cache_chunk is not None and subject.new_cache is None:
-        raise UserError(f"{prefix}cache_chunk={settings.cache_chunk}: has no effect without a cache; leave it out")
+    context_length, stride = settings.window_sizes(limit, subject.trained_length, prefix)
     text = _cut_documents(subject, settings.max_documents, context_length, stride)
     total = score_windows(
         subject.model,

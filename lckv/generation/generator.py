@@ -20,16 +20,17 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from lckv.cache import KVCache, PagedKVCache, SinkKVCache, build_cache
 from lckv.config import DEFAULT_MAX_NEW_TOKENS, GenerateConfig
+from lckv.config.names import CONTINUOUS
 from lckv.console import Bar
 from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
 from lckv.generation.answers import Answer, Part, batch_part, count_tokens, requests_part
 from lckv.generation.batch import Generation, generate, pad_token_id
-from lckv.generation.checks import CONTINUOUS, choose_batching
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prefill import PrefillOptions
 from lckv.generation.printing import Printer
 from lckv.generation.streaming import stream_text
+from lckv.iteration import CONVERGE
 from lckv.models import LCKVLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ class TextGenerator:
         model: the model, in evaluation mode.
         tokenizer: the model's.
         console: for what is no text: figures and progress.
+
+    Raises:
+        UserError: for settings that mean nothing to this model.
     """
 
     cfg: GenerateConfig
@@ -52,6 +56,9 @@ class TextGenerator:
     model: LCKVLlamaForCausalLM
     tokenizer: PreTrainedTokenizerBase
     console: Console
+
+    def __post_init__(self) -> None:
+        self._check_passes()
 
     @property
     def prefill(self) -> PrefillOptions:
@@ -74,7 +81,7 @@ class TextGenerator:
         Raises:
             UserError: at the end, if some prompts have failed alone.
         """
-        is_continuous = choose_batching(self.cfg) == CONTINUOUS
+        is_continuous = self.cfg.chosen_batching() == CONTINUOUS
         parts = self._requests(encoded) if is_continuous else self._batches(encoded, is_streamed=is_streamed)
         texts: list[dict[str, Any]] = []
         figures: list[dict[str, Any]] = []
@@ -241,6 +248,21 @@ class TextGenerator:
             )
         return build_cache(self.cfg.cache.name, self.model.config, **options)
 
+    def _check_passes(self) -> None:
+        """Refuses settings for iterating over the prompt where nothing iterates, or not until it converges."""
+        plan, config, cfg = self.model.config.sharing_plan, self.model.config, self.cfg
+        for name in ("prefill_passes", "prefill_tolerance"):
+            value = getattr(cfg, name)
+            if value is None:
+                continue
+            if not plan.has_cycles or config.use_sequential:
+                reason = "its layers run token by token" if plan.has_cycles else "none of its layers reads upward"
+                raise UserError(f"{name}={value}: has no effect on model={cfg.model}: {reason}; leave it out")
+            default = CONVERGE if cfg.chosen_batching() == CONTINUOUS else config.forward_passes
+            passes = default if cfg.prefill_passes is None else cfg.prefill_passes
+            if name == "prefill_tolerance" and passes != CONVERGE:
+                raise UserError(f"{name}={value}: has no effect without prefill_passes={CONVERGE}")
+
     def _check_length(self, prompt_length: int) -> None:
         """Warns of positions that the model was not made for."""
         limit, length = self.model.config.max_position_embeddings, prompt_length + self.max_new_tokens
@@ -295,7 +317,7 @@ class TextGenerator:
             "cache": {"name": self.cfg.cache.name, **self.cfg.cache.options()},
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
-            "batching": choose_batching(self.cfg),
+            "batching": self.cfg.chosen_batching(),
         }
 
 

@@ -12,8 +12,8 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from lckv.config import GenerateConfig
+from lckv.config.keys import passes
 from lckv.errors import UserError, check_positive, check_whole_number
-from lckv.model_arguments import check_passes_value
 from lckv.models.padding import positions
 from lckv.models.sharing_cache import SharingCache
 
@@ -151,6 +151,6 @@ def _check_options(
     if chunk_size is not None:
         check_whole_number("prefill chunk", chunk_size)
     if forward_passes is not None:
-        check_passes_value("prefill passes", forward_passes)
+        passes("prefill passes", forward_passes)
     if tolerance is not None:
         check_positive("prefill tolerance", tolerance)

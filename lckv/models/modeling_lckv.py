@@ -157,8 +157,9 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
         # All outputs are wanted for 0, for positions in a tensor, and where each layer's are returned.
-        is_cut = isinstance(logits_to_keep, int) and 0 < logits_to_keep < num_tokens and not trace.wants_each_layer
-        num_outputs = logits_to_keep if is_cut else None
+        num_outputs = None
+        if isinstance(logits_to_keep, int) and 0 < logits_to_keep < num_tokens and not trace.wants_each_layer:
+            num_outputs = logits_to_keep
         visible_keys: list[VisibleKeys | None] = []
         if not is_sequential:
             visible_keys = build_visible_keys(

@@ -83,7 +83,8 @@ class CacheWriter:
         """Adds the new tokens of layer `layer_idx`, and returns what their queries may see."""
         if isinstance(self.cache, SharingCache):
             return self.cache.write(streams, layer_idx)
-        return self.cache.update(*_as_pair(self.cache, streams), layer_idx)[: len(streams)]
+        first, second = _as_pair(self.cache, streams)
+        return self.cache.update(first, second, layer_idx)[: len(streams)]
 
 
 class CachePeeker(CacheWriter):
@@ -102,10 +103,11 @@ class CachePeeker(CacheWriter):
         return layer.update(*_as_pair(self.cache, streams))[: len(streams)]
 
 
-def _as_pair(cache: Cache, streams: Streams) -> Streams:
-    if len(streams) > 2:
+def _as_pair(cache: Cache, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
+    first, *others = streams
+    if len(others) > 1:
         raise ValueError(f"{type(cache).__name__} keeps 2 streams of a layer, not {len(streams)}: use lckv.cache")
-    return streams if len(streams) == 2 else (streams[0], streams[0][..., :0])
+    return first, others[0] if others else first[..., :0]
 
 
 def _copy_to_write(layer: Any) -> Any:

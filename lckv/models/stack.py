@@ -78,8 +78,9 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         if written is not None:
             own = zip(self.own_indices, sources, strict=True)
             sources = tuple(source if index is None else written[index] for index, source in own)
-        streams = None if any(source is None for source in sources) else sources
-        output = self.read(hidden_states, normed, streams, visible_keys, position_embeddings, attentions, **kwargs)
+        streams = tuple(source for source in sources if source is not None)
+        whole = streams if len(streams) == len(sources) else None
+        output = self.read(hidden_states, normed, whole, visible_keys, position_embeddings, attentions, **kwargs)
         return output, written
 
     def write(

@@ -8,8 +8,9 @@ from typing import Any
 
 from pandas import DataFrame
 
-from lckv.costs import Iteration, ModelSizes, count_flops, llama_plan
-from lckv.model_arguments import CONVERGE, DEFAULT_SLIDING_WINDOW
+from lckv.costs import ModelSizes, count_flops, llama_plan
+from lckv.iteration import Iteration
+from lckv.model_arguments import DEFAULT_SLIDING_WINDOW
 from lckv.patterns import SharingPlan, parse_layer_types
 from lckv.reporting.grouping import Row
 
@@ -51,9 +52,8 @@ def llama_flops(run: Row) -> float | None:
 
 def _count(run: Row, plan: SharingPlan, sizes: ModelSizes) -> Any:
     default = Iteration()
-    passes = run.config.get("model.forward_passes", default.forward_passes)
     iteration = Iteration(
-        forward_passes=None if passes == CONVERGE else passes,
+        forward_passes=run.config.get("model.forward_passes", default.forward_passes),
         backward_passes=run.config.get("model.backward_passes", default.backward_passes),
         use_sequential=run.config.get("model.use_sequential", False),
     )

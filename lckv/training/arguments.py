@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import os
 import shutil
 from pathlib import Path
@@ -14,49 +13,9 @@ import torch
 from transformers import TrainingArguments
 
 from lckv.config import TrainConfig, TrainerConfig
-from lckv.errors import UserError, check_choice, check_whole_number, near_miss
+from lckv.errors import UserError, check_choice, near_miss
 from lckv.processes import num_processes
 from lckv.training.optim import schedule_arguments
-from lckv.training.teacher import check_teacher_settings
-from lckv.training.trainable import TRAINABLE
-
-_OURS = {
-    "output_dir": "run_dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "run_name": "run_name",
-    "report_to": "logger.names",
-    "per_device_train_batch_size": "trainer.micro_batch_size",
-    "per_device_eval_batch_size": "trainer.eval_batch_size",
-    "gradient_accumulation_steps": "trainer.global_batch_size",
-    "num_train_epochs": "trainer.max_steps",
-    "activation_checkpointing": "trainer.gradient_checkpointing",
-    "bf16": "trainer.precision",
-    "fp16": "trainer.precision",
-    "resume_from_checkpoint": "trainer.resume",
-    "optim": "optim.name",
-    "lr_scheduler_type": "optim.schedule",
-    "lr_scheduler_kwargs": "optim.schedule",
-    "learning_rate": "optim.learning_rate",
-    "warmup_steps": "optim.warmup_steps",
-    "warmup_ratio": "optim.warmup_steps",
-    "weight_decay": "optim.weight_decay",
-    "adam_beta1": "optim.betas",
-    "adam_beta2": "optim.betas",
-    "adam_epsilon": "optim.eps",
-    "use_cpu": "the environment variable ACCELERATE_USE_CPU",
-}
-"""Fields of `TrainingArguments` that have a key of their own here, which `trainer.hf` must not contradict."""
-
-# What the loop does in a way of its own, so that the field would have no effect or an undoing one.
-_FIXED = {
-    "eval_strategy", "save_strategy", "logging_strategy", "average_tokens_across_devices", "train_sampling_strategy",
-    "dataloader_drop_last", "disable_tqdm", "logging_nan_inf_filter", "remove_unused_columns", "do_train", "do_eval",
-    "do_predict", "load_best_model_at_end", "ignore_data_skip", "auto_find_batch_size", "save_only_model",
-    "label_smoothing_factor", "n_gpu", "optim_args", "optim_target_modules", "liger_kernel_config", "bf16_full_eval",
-    "fp16_full_eval", "prediction_loss_only", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
-    "eval_do_concat_batches", "eval_use_gather_object", "metric_for_best_model", "greater_is_better",
-}  # fmt: skip
 
 
 def gradient_accumulation_steps(cfg: TrainerConfig, num_processes: int) -> tuple[int, int]:
@@ -65,9 +24,6 @@ def gradient_accumulation_steps(cfg: TrainerConfig, num_processes: int) -> tuple
     Raises:
         UserError: if the global batch does not divide.
     """
-    for name in ("global_batch_size", "micro_batch_size", "eval_batch_size"):
-        if getattr(cfg, name) is not None:
-            check_whole_number(f"trainer.{name}", getattr(cfg, name))
     if cfg.micro_batch_size is None and cfg.global_batch_size % num_processes == 0:
         return cfg.global_batch_size // num_processes, 1
     micro_batch_size = cfg.micro_batch_size or 1
@@ -86,21 +42,18 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     """Builds transformers' arguments for a run.
 
     Raises:
-        UserError: if a number is out of range, a switch cannot work on this machine, or `trainer.hf` has an unknown
-            field, or one that has a key of its own.
+        UserError: if the sizes do not go together, a switch cannot work on this machine, or `trainer.hf` has an
+            unknown field.
     """
     trainer = cfg.trainer
-    if not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed={cfg.seed}: allowed is a whole number, 0 to {2**32 - 1}")
-    _check_numbers(trainer)
-    _check_combinations(cfg)
+    cfg.check_sizes()
     _check_switches(trainer)
-    check_teacher_settings(cfg)
-    _check_pass_through(trainer.hf)
+    _check_fields(trainer.hf)
     if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else processes under torchrun do not find each other
+    fields = _fields_set_here(cfg) | trainer.hf
     try:
-        args = TrainingArguments(**{**_fields_set_here(cfg), **trainer.hf})
+        args = TrainingArguments(**fields)
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"transformers refuses these training arguments: {error}") from error
     if args.world_size != num_processes():
@@ -160,20 +113,7 @@ def _fields() -> set[str]:
     return {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
-def _check_numbers(cfg: TrainerConfig) -> None:
-    for name, minimum in (("max_steps", 1), ("logging_steps", 1), ("sample_tokens", 0), ("dataloader_num_workers", 0)):
-        check_whole_number(f"trainer.{name}", getattr(cfg, name), minimum)
-    for name in ("eval_steps", "save_steps", "save_total_limit", "sample_steps", "evaluation_steps"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise UserError(f"trainer.{name}={value}: allowed is a whole number, 1 or more, or null")
-    if not 0 <= cfg.max_grad_norm < math.inf:
-        raise UserError(f"trainer.max_grad_norm={cfg.max_grad_norm}: allowed is a number, 0 (no clipping) or more")
-
-
 def _check_switches(cfg: TrainerConfig) -> None:
-    check_choice("trainer.precision", cfg.precision, ("fp32", "bf16", "fp16"))
-    check_choice("trainer.trainable", cfg.trainable, TRAINABLE)
     if cfg.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision='fp16': needs a GPU, which torch does not see; use bf16 or fp32")
     if cfg.use_liger_kernel:
@@ -186,30 +126,6 @@ def _check_switches(cfg: TrainerConfig) -> None:
                 raise UserError(f"trainer.use_liger_kernel=true: needs {fault}")
     if cfg.torch_compile:
         _check_can_compile(cfg.torch_compile_backend)
-
-
-def _check_combinations(cfg: TrainConfig) -> None:
-    """Refuses settings of the model and of the loop that do not go together."""
-    model, trainer = cfg.model, cfg.trainer
-    if model.dtype == "float16" and trainer.precision == "fp16":
-        raise UserError(
-            "model.dtype=float16: cannot be trained with trainer.precision=fp16, whose loss scaling needs gradients "
-            "in float32; leave model.dtype out"
-        )
-    if cfg.data.block_size > model.max_position_embeddings:
-        raise UserError(
-            f"data.block_size={cfg.data.block_size}: longer than model.max_position_embeddings="
-            f"{model.max_position_embeddings}; lower the one or raise the other"
-        )
-    if model.use_sequential and trainer.gradient_checkpointing:
-        raise UserError("model.use_sequential=true: cannot be trained with trainer.gradient_checkpointing=true")
-    if trainer.use_liger_kernel and (model.hidden_act not in ("silu", "swish") or model.mlp_bias):
-        given = "model.mlp_bias=true" if model.mlp_bias else f"model.hidden_act={model.hidden_act}"
-        raise UserError(f"trainer.use_liger_kernel=true: Liger has no MLP for {given}, only for silu without bias")
-    for name in ("torch_compile_backend", "torch_compile_mode"):
-        value = getattr(trainer, name)
-        if not trainer.torch_compile and value != getattr(TrainerConfig, name):
-            raise UserError(f"trainer.{name}={value}: has no effect without trainer.torch_compile=true")
 
 
 def _check_can_compile(backend: str) -> None:
@@ -225,14 +141,10 @@ def _check_can_compile(backend: str) -> None:
         )
 
 
-def _check_pass_through(given: dict[str, Any]) -> None:
+def _check_fields(given: dict[str, Any]) -> None:
+    """Refuses what is no field of transformers', as far as this version knows."""
     allowed = _fields()
-    ours = dict(_OURS, **{item.name: f"trainer.{item.name}" for item in dataclasses.fields(TrainerConfig)})
     for name in given:
-        if name in ours:
-            raise UserError(f"trainer.hf.{name}: set {ours[name]} instead")
-        if name in _FIXED:
-            raise UserError(f"trainer.hf.{name}: is decided by the training loop and cannot be changed")
         if name not in allowed:
             raise UserError(
                 f"trainer.hf.{name}: transformers' TrainingArguments has no such field{near_miss(name, allowed)}"

@@ -20,7 +20,6 @@ from transformers import TrainingArguments as Arguments
 
 from lckv.config import TrainConfig
 from lckv.errors import UserError
-from lckv.evaluation.checks import check_lengths
 from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.running import Outcome, run_evaluations, scalar_figures
 from lckv.training.callbacks import is_due
@@ -42,7 +41,7 @@ def build_evaluate(
     """
     if not cfg.evaluation.evals:
         return None
-    check_lengths(cfg.evaluation, model.config.max_position_embeddings, cfg.data.block_size, "evaluation.")
+    cfg.evaluation.check_lengths(model.config.max_position_embeddings, cfg.data.block_size, "evaluation.")
     if "harness" in cfg.evaluation.evals:
         from lckv.evaluation.harness import check_installed
         from lckv.evaluation.harness_tasks import check_tasks

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lckv.config import OptimConfig
-from lckv.errors import UserError, check_choice, check_positive
+from lckv.errors import UserError
 from lckv.registry import Registry
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -135,15 +135,8 @@ class JointOptimizer(Optimizer):
 
 
 def schedule_arguments(cfg: OptimConfig, max_steps: int) -> tuple[str, dict[str, Any], int]:
-    """Says a schedule in transformers' terms: its name there, its own arguments, and the warm-up steps.
-
-    Raises:
-        UserError: if the name is unknown, a number is out of range, or a setting has no effect in this schedule.
-    """
-    check_choice("optim.schedule", cfg.schedule, SCHEDULES)
-    _check_optim(cfg)
+    """Says a schedule in transformers' terms: its name there, its own arguments, and the warm-up steps."""
     minimum = cfg.min_learning_rate if cfg.min_learning_rate is not None else cfg.learning_rate / 10
-    warmup_steps = _steps("warmup_steps", cfg.warmup_steps, 0.05, max_steps)
     kwargs: dict[str, Any] = {
         "cosine": {"min_lr_rate": minimum / cfg.learning_rate},
         "linear": {"lr_end": minimum, "power": 1.0},
@@ -151,38 +144,5 @@ def schedule_arguments(cfg: OptimConfig, max_steps: int) -> tuple[str, dict[str,
         "constant": {},
     }[cfg.schedule]
     if cfg.schedule == "wsd":
-        kwargs["num_decay_steps"] = _steps("decay_steps", cfg.decay_steps, 0.2, max_steps)
-        if warmup_steps + kwargs["num_decay_steps"] > max_steps:
-            raise UserError(
-                f"optim.decay_steps={kwargs['num_decay_steps']}: with optim.warmup_steps={warmup_steps} these are "
-                f"more than trainer.max_steps={max_steps}"
-            )
-    return SCHEDULES[cfg.schedule], kwargs, warmup_steps
-
-
-def _check_optim(cfg: OptimConfig) -> None:
-    check_positive("optim.learning_rate", cfg.learning_rate)
-    if cfg.min_learning_rate is not None:
-        if cfg.schedule == "constant":
-            raise UserError("optim.min_learning_rate: has no effect with optim.schedule='constant'; leave it out")
-        if not 0 <= cfg.min_learning_rate < cfg.learning_rate:
-            raise UserError(
-                f"optim.min_learning_rate={cfg.min_learning_rate}: must be 0 or more and below "
-                f"optim.learning_rate={cfg.learning_rate}"
-            )
-    if cfg.decay_steps is not None and cfg.schedule != "wsd":
-        raise UserError(f"optim.decay_steps: has no effect with optim.schedule={cfg.schedule!r}; leave it out")
-    if cfg.name == "adamw" and cfg.momentum != OptimConfig.momentum:
-        raise UserError(f"optim.momentum={cfg.momentum}: has no effect with optim.name='adamw', only with 'muon'")
-    if cfg.weight_decay < 0:
-        raise UserError(f"optim.weight_decay={cfg.weight_decay}: must be 0 or more")
-    if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
-        raise UserError(f"optim.betas={list(cfg.betas)}: allowed are two numbers, 0 up to, but without, 1")
-
-
-def _steps(name: str, given: int | None, fraction: float, max_steps: int) -> int:
-    if given is None:
-        return round(fraction * max_steps)
-    if not 0 <= given <= max_steps:
-        raise UserError(f"optim.{name}={given}: allowed is 0 to trainer.max_steps={max_steps}")
-    return given
+        kwargs["num_decay_steps"] = cfg.num_decay_steps(max_steps)
+    return SCHEDULES[cfg.schedule], kwargs, cfg.num_warmup_steps(max_steps)

@@ -2,49 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import fields
-
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lckv.config import TeacherConfig, TrainConfig
-from lckv.errors import UserError, check_choice, check_positive
-from lckv.model_arguments import DTYPES
-
-_WEIGHTS = ("logits_weight", "attention_weight", "labels_weight")
-
-
-def check_teacher_settings(cfg: TrainConfig) -> None:
-    """Checks what can be checked before the teacher is loaded.
-
-    Raises:
-        UserError: if a number or name is not allowed, has no effect, or goes with nothing else that is asked for.
-    """
-    teacher = cfg.teacher
-    if teacher.source is None:
-        for item in fields(teacher):
-            if (value := getattr(teacher, item.name)) != item.default:
-                raise UserError(f"teacher.{item.name}={value}: has no effect without teacher.source=...")
-        return
-    check_choice("teacher.dtype", teacher.dtype, ("auto", *DTYPES))
-    check_positive("teacher.temperature", teacher.temperature)
-    for name in _WEIGHTS:
-        if not 0 <= getattr(teacher, name) < math.inf:
-            raise UserError(f"teacher.{name}={getattr(teacher, name)}: allowed is a number, 0 or more")
-    if not any(getattr(teacher, name) for name in _WEIGHTS):
-        raise UserError(f"teacher.{', teacher.'.join(_WEIGHTS)}: are all 0, so there is nothing to train for")
-    if teacher.attention_weight:
-        _check_outputs_can_be_seen(cfg)
-
-
-def _check_outputs_can_be_seen(cfg: TrainConfig) -> None:
-    """Refuses what would hide the attention's outputs, or their gradients, from hooks."""
-    given = f"teacher.attention_weight={cfg.teacher.attention_weight}"
-    if cfg.trainer.torch_compile:
-        raise UserError(f"{given}: cannot be had with trainer.torch_compile=true; set one to 0, or the other to false")
-    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        if (cfg.trainer.hf.get(name) or {}).get("use_reentrant"):
-            raise UserError(f"{given}: needs trainer.hf.{name}.use_reentrant=false, or no gradient would get through")
+from lckv.config import TeacherConfig
+from lckv.errors import UserError
 
 
 def check_tokenizers(

@@ -32,6 +32,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from lckv import cli, convert
+from lckv.config import names
 from lckv.conversion.methods import register
 
 @register("slow")
@@ -39,6 +40,7 @@ def slow(group):
     Path("is_slow").touch()
     time.sleep(100)
 
+names.METHODS["slow"] = names.MethodTraits()
 cli.run(convert.main, "convert")
 """
 

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, MixtralConfig, Qwen2MoeConfig
 
-from lckv import cli, convert
 from lckv.errors import UserError
 from tests.tiny import byte_tokenizer
 from tests.unit.conversion.sources import random_source, run_convert, save_source
@@ -38,55 +37,16 @@ def message_of(source, out, *arguments):
 MISTAKES = [
     (["model.layer_types=0_0"], "model.layer_types='0_0': has 2 entries"),
     (["model.layer_types=0_0_3"], "there is no layer 3"),
-    (["method=avrage"], "method='avrage': allowed are inherit, average, aligned, "),
-    (["method=avrage"], "did you mean 'average'?"),
-    (["model.hidden_size=64"], "model.hidden_size=64: has no effect on the model"),
-    (["model.rope_parameters={rope_theta: 1}"], "has no effect on the model"),
-    (["model=nano"], "model=nano: has no effect on the model"),
-    (["tokenizer=bpe"], "tokenizer=bpe: has no effect on the model"),
-    (["tokenizer.vocab_size=99"], "tokenizer.vocab_size=99: has no effect on"),
-    (["sharing=cla", "model.layer_types=0_0_2"], "sharing=cla: has no effect beside model.layer_types=0_0_2"),
-    (["method=activation", "init.calibration_tokens=0"], "init.calibration_tokens=0: allowed is a whole number, 1 or"),
-    (["method=activation", "init.ridge=0"], "init.ridge=0.0: allowed is a number above 0"),
-    (["method=activation", "init.ridge=nan"], "init.ridge=nan: allowed is a number above 0"),
     (["device=gpu"], "device='gpu': there is no such device here"),
-    (["max_shard_size=abc"], "max_shard_size=abc: allowed are bytes, with or without a unit"),
-    (["max_shard_size=0"], "max_shard_size=0: allowed are bytes"),
-    (["init.source=x"], "init.source=x: has no effect here; give source=x"),
-    (["init.method=aligned"], "init.method=aligned: has no effect here; give method=aligned"),
-    (["init.revision=main"], "init.revision=main: has no effect here; give revision=main"),
     (["revision=main"], "revision='main': has no effect on source="),
     (["model.layer_types=2_2_2", "model.backward_passes=1"], "model.backward_passes=1: with layers that read upward"),
-    (["model.sliding_window=0"], "model.sliding_window=0: allowed is a whole number, 1 or more"),
-    (["trainer.max_steps=3"], "trainer.max_steps=3: has no effect with method=average, which does not train (distill"),
-    (["trainer=default"], "trainer=default: has no effect with method=average"),
-    (["optim.learning_rate=1"], "optim.learning_rate=1: has no effect with method=average"),
-    (["teacher.temperature=2", "method=subspace"], "teacher.temperature=2: has no effect with method=subspace"),
-    (["logger=wandb"], "logger=wandb: has no effect with method=average"),
-    (["seed=3"], "seed=3: has no effect with method=average"),
-    (["run_dir=runs/x"], "run_dir=runs/x: has no effect with method=average"),
-    (["run_name=x"], "run_name=x: has no effect with method=average"),
-    (["model.dtype=float32"], "model.dtype=float32: has no effect with method=average"),
-    (["model.attention_dropout=0.1"], "model.attention_dropout=0.1: has no effect with method=average"),
-    (["model.attn_implementation=eager"], "model.attn_implementation=eager: has no effect with method=average"),
-    (["method=distill", "run_dir=x"], "run_dir=x: has no effect with method=distill, which trains in a folder beside"),
-    (["method=distill", "device=cpu"], "device=cpu: has no effect with method=distill, which calibrates where it tra"),
-    (["init.ridge=1"], "init.ridge=1: has no effect with method=average, which looks at no text (activation, "),
-    (["data.block_size=64"], "data.block_size=64: has no effect with method=average, which looks at no text"),
     (["method=activation", "sharing=cla", "data.block_size=4096"], "data.block_size=4096: allowed is "),
-    (["methd=average"], "unknown key 'methd'; did you mean 'method'?"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_mistakes(whole, tmp_path, arguments, message):
     assert message in message_of(whole, tmp_path / "out", *arguments)
-
-
-def test_source_and_out_are_asked_for(whole, tmp_path):
-    for arguments, key in [([f"source={whole}"], "out"), ([f"out={tmp_path}/out"], "source")]:
-        with pytest.raises(UserError, match=f"^{key}: give one: python -m lckv.convert source=MODEL .* out=FOLDER$"):
-            convert.main(cli.compose(arguments, "convert"))
 
 
 def test_outputs(whole, tmp_path):
@@ -217,10 +177,3 @@ def test_the_last_line_says_what_was_made(whole, tmp_path, capsys):
         f"{tmp_path}/other: 0_1_2 from {whole} by average; nothing is shared: give model.layer_types or sharing",
     ]
     assert captured.out == "" and captured.err.splitlines() == lines
-
-
-def test_what_every_method_or_training_alone_reads_is_accepted(tmp_path):
-    given = ["source=x", "out=y"]
-    assert cli.compose([*given, "trainer.num_threads=1", "device=cpu"], "convert").trainer.num_threads == 1
-    settings = ["method=distill", "trainer.max_steps=3", "seed=1", "model.dtype=bfloat16", "max_shard_size=1GB"]
-    assert cli.compose([*given, *settings], "convert").trainer.max_steps == 3

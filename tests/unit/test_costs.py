@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lckv.costs import Iteration, ModelSizes, count_costs, count_flops, count_kv_bytes, count_parameters, llama_plan
+from lckv.costs import ModelSizes, count_costs, count_flops, count_kv_bytes, count_parameters, llama_plan
 from lckv.errors import UserError
+from lckv.iteration import Iteration
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
 from tests.strategies import layer_types

@@ -121,16 +121,6 @@ def test_results_of_other_weights_are_refused(run, tmp_path: Path):
 
 
 MISTAKES = {
-    "evals=[]": "^evals=..: allowed are one or more of perplexity, harness",
-    "cache.bits=4": "^cache.bits=4: has no effect with cache=none",
-    "cache=sink cache.bits=4": "has no option 'bits'",
-    "cache=static": "cache 'static' needs 'max_length'",
-    "attn_implementation=eagr": "^attn_implementation='eagr': allowed are .*did you mean 'eager'",
-    "evals=perplexity": r"^evals: is a list; write evals=\[...\], in brackets",
-    "evals=[speed] batch_size=64": "^batch_size=64: has no effect on speed; give speed.batch_size",
-    "evals=[harness] harness.limit=-3": "^harness.limit=-3.*: allowed is",
-    "num_threads=0": "^num_threads=0: allowed",
-    "dtype=float3": "^dtype='float3': allowed are .*did you mean",
     "perplexity.context_length=1000": "^perplexity.context_length=1000: allowed is 128 or less",
 }
 
@@ -139,15 +129,6 @@ MISTAKES = {
 def test_mistakes_are_named(run, arguments: str, message: str):
     with pytest.raises(UserError, match=message):
         run(*arguments.split())
-
-
-@pytest.mark.parametrize("command", ["generate", "benchmark"])
-def test_other_commands_refuse_to_go_without_a_cache(run_module, folder: str, command: str):
-    arguments = [f"model={folder}", "prompt=a"] if command == "generate" else []
-    done = run_module(f"lckv.{command}", *arguments, "cache=none")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"lckv.{command}: error: unknown cache 'none': allowed are dynamic")
-    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("iso", "expected"), [("kv", 1), (None, None)])

@@ -7,7 +7,6 @@ import pytest
 
 from lckv import cli, plan
 from lckv.costs import ModelSizes, count_kv_bytes, count_parameters, llama_plan
-from lckv.errors import UserError
 from lckv.iso import match_llama, matching_intermediate_size, matching_kv_heads
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
@@ -95,22 +94,6 @@ def test_plan_compares_with_the_llama_that_was_asked_for():
     assert report.costs.kv_bytes.written == report.llama_costs.kv_bytes.written
     report = plan.build_report(cli.compose(["model=nano", "sharing=cla"], "plan"))
     assert report.costs.kv_bytes.written * 2 == report.llama_costs.kv_bytes.written
-
-
-@pytest.mark.parametrize(
-    ("arguments", "config_name", "message"),
-    [
-        (["iso=parms"], "train", "iso='parms': allowed are params, kv; did you mean 'params'"),
-        (["iso=params", "iso_multiple=0"], "plan", "iso_multiple=0: allowed is a whole number, 1 or more"),
-        (["iso_multiple=4"], "train", "iso_multiple=4: has no effect without iso=params"),
-        (["iso=kv", "iso_multiple=4"], "train", "iso_multiple=4: has no effect without iso=params"),
-        (["iso=kv", "init.source=x"], "train", "iso=kv: has no effect on the model x, which brings its own sizes"),
-        (["iso=kv", "source=x"], "convert", "iso=kv: has no effect on the model x, which brings its own sizes"),
-    ],
-)
-def test_what_cannot_be_kept_equal_is_refused(arguments, config_name, message):
-    with pytest.raises(UserError, match=message):
-        cli.compose(arguments, config_name)
 
 
 def test_runs_with_and_without_have_folders_of_their_own():

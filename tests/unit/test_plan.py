@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from lckv import cli
-from lckv.costs import Iteration, ModelSizes, count_costs
+from lckv.costs import ModelSizes, count_costs
 from lckv.errors import UserError
+from lckv.iteration import Iteration
 from lckv.patterns import parse_layer_types
 from lckv.plan import as_dict, build_report, main, print_report
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from lckv.byte_sizes import parse_budget
 from lckv.conversion.merging import (
     Reach,
     Span,
@@ -11,7 +12,6 @@ from lckv.conversion.merging import (
     layer_types_of,
     own_spans,
     owners_in,
-    parse_budget,
     resolve_reach,
 )
 from lckv.errors import UserError

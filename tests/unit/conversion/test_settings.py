@@ -32,8 +32,9 @@ TEXT = "\n\n".join(
 
 
 def adopted(source, *arguments, config_name="convert"):
-    given = ["source=x", *arguments] if config_name == "convert" else ["init.source=x", *arguments]
-    return adopt_source(cli.compose(given, config_name), source)
+    if config_name == "convert":
+        return adopt_source(cli.compose(["source=x", "out=y", *arguments], config_name).training(), source)
+    return adopt_source(cli.compose(["init.source=x", *arguments], config_name), source)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -141,12 +141,6 @@ def test_a_model_can_learn_it():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_pairs": []}, r"x\.recall\.num_pairs=\[\]: allowed are one or more"),
-        ({"num_pairs": [4, 4]}, r"x\.recall\.num_pairs=\[4, 4\]: .* each of them once"),
-        ({"num_pairs": [4, 0]}, r"x\.recall\.num_pairs=0: allowed is a whole number"),
-        ({"num_queries": 0}, r"x\.recall\.num_queries=0: allowed is a whole number"),
-        ({"num_queries": 5}, r"x\.recall\.num_queries=5: allowed is at most 4, the least of x\.recall\.num_pairs"),
-        ({"num_samples": 0}, r"x\.recall\.num_samples=0"),
         ({"num_pairs": [129]}, r"x\.recall\.num_pairs=129: allowed is at most 128, half of the vocabulary's tokens"),
         ({"num_pairs": [30]}, r"x\.recall\.num_pairs=30: allowed with 3 queries is at most 29, by the positions"),
     ],

@@ -230,8 +230,6 @@ def test_settings_that_do_not_fit_are_named(data: DataConfig):
         evaluate(model, data, context_length=129)
     with pytest.raises(UserError, match="^perplexity.stride=200: allowed is perplexity.context_length=128 or less"):
         evaluate(model, data, stride=200)
-    with pytest.raises(UserError, match="^perplexity.cache_chunk=4: has no effect without a cache"):
-        evaluate(model, data, cache_chunk=4)
     Path(data.validation_files).write_text('{"text": " "}\n')
     with pytest.raises(UserError, match="no validation document"):
         evaluate(model, data)

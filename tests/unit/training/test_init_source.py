@@ -117,18 +117,3 @@ def test_the_plan_of_a_source_has_its_sizes(source: Path):
     config = random_source(4).config
     assert (report.sizes.vocab_size, report.sizes.hidden_size) == (config.vocab_size, config.hidden_size)
     assert report.plan.layer_types == "0_1_2_2"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["init.method=inherit"], "init.method"),
-        (["init.ridge=0.5"], "init.ridge"),
-        (["init.source={source}", "tokenizer.vocab_size=300"], "tokenizer.vocab_size"),
-        (["init.source={source}", "tokenizer=gpt2"], "tokenizer=gpt2: has no effect"),
-        (["init.source={source}", "model.hidden_size=32"], "model.hidden_size"),
-    ],
-)
-def test_settings_without_effect_are_refused(source: Path, arguments: list[str], message: str):
-    with pytest.raises(UserError, match=message):
-        cli.compose([item.format(source=source) for item in arguments], "train")

@@ -4,7 +4,6 @@ from torch import nn
 from transformers import get_scheduler
 
 from lckv.config import OptimConfig
-from lckv.errors import UserError
 from lckv.training.optim import OPTIMIZERS, JointOptimizer, build_optimizer, schedule_arguments
 
 
@@ -126,28 +125,3 @@ def test_lengths_follow_the_run_where_they_are_not_given():
         {"min_lr_ratio": pytest.approx(0.1), "num_decay_steps": 200},
         50,
     )
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"schedule": "cosin"}, "did you mean 'cosine'"),
-        ({"schedule": "constant", "min_learning_rate": 1e-5}, "has no effect"),
-        ({"schedule": "linear", "decay_steps": 5}, "has no effect"),
-        ({"schedule": "wsd", "warmup_steps": 60, "decay_steps": 50}, "more than trainer.max_steps=100"),
-        ({"warmup_steps": 101}, "allowed is 0 to trainer.max_steps=100"),
-        ({"learning_rate": 0.0}, "optim.learning_rate=0.0: allowed is a number above 0"),
-        ({"min_learning_rate": 1.0}, "below optim.learning_rate"),
-        ({"betas": (0.9, 1.0)}, "optim.betas"),
-        ({"weight_decay": -1.0}, "optim.weight_decay"),
-    ],
-)
-def test_mistakes_name_the_key(settings: dict, message: str):
-    with pytest.raises(UserError, match="optim") as raised:
-        schedule_arguments(OptimConfig(**settings), 100)
-    assert message in str(raised.value)
-
-
-def test_unknown_optimizer_names_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'adamw'"):
-        build_optimizer(Toy(), OptimConfig(name="adam"))

@@ -4,51 +4,16 @@ from collections.abc import Callable
 
 import pytest
 
-from lckv.config import TeacherConfig, TrainConfig
+from lckv.config import TeacherConfig, TrainConfig, validate
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.training.arguments import build_training_arguments
 from lckv.training.teacher import check_teacher_fits, check_tokenizers
 from tests.tiny import byte_tokenizer
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"trainer__trainable": "vk"}, "trainer.trainable='vk': allowed are all, kv, qkv; did you mean 'kv'?"),
-        ({"teacher__logits_weight": 2.0}, "teacher.logits_weight=2.0: has no effect without teacher.source"),
-        ({"teacher__dtype": "float32"}, "teacher.dtype=float32: has no effect without teacher.source"),
-        ({"teacher__source": "x", "teacher__dtype": "fp32"}, "teacher.dtype='fp32': allowed are auto, float32"),
-        ({"teacher__source": "x", "teacher__labels_weight": -1.0}, "teacher.labels_weight=-1.0: allowed is a number"),
-        ({"teacher__source": "x", "teacher__temperature": 0.0}, "teacher.temperature=0.0: allowed is a number above"),
-        (
-            {"teacher__source": "x", "teacher__logits_weight": 0.0, "teacher__attention_weight": 0.0},
-            "teacher.logits_weight, teacher.attention_weight, teacher.labels_weight: are all 0",
-        ),
-        (
-            {
-                "teacher__source": "x",
-                "trainer__torch_compile": True,
-                "trainer__torch_compile_backend": "aot_eager",
-            },
-            "teacher.attention_weight=1.0: cannot be had with trainer.torch_compile=true",
-        ),
-        (
-            {"teacher__source": "x", "trainer__hf": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}},
-            "trainer.hf.gradient_checkpointing_kwargs.use_reentrant=false",
-        ),
-    ],
-)
-def test_mistakes_name_the_key(make_config: Callable[..., TrainConfig], settings: dict, message: str):
-    with pytest.raises(UserError) as raised:
-        build_training_arguments(make_config(**settings))
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
 def test_compiled_students_learn_from_logits(make_config: Callable[..., TrainConfig]):
     compiled = {"trainer__torch_compile": True, "trainer__torch_compile_backend": "aot_eager"}
-    build_training_arguments(make_config(teacher__source="x", teacher__attention_weight=0.0, **compiled))
+    validate(make_config(teacher__source="x", teacher__attention_weight=0.0, **compiled))
 
 
 def build_model(layer_types: str = "0_0", **settings) -> LCKVLlamaForCausalLM:

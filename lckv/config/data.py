@@ -1,0 +1,96 @@
+"""What can be configured of text, and of what makes tokens of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lckv.config.keys import Group, at_least, key, one_of, such_that
+from lckv.config.names import SOURCES
+from lckv.errors import UserError
+
+BPE = "bpe"
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
+SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
+
+
+@dataclass
+class DataConfig(Group):
+    """Where the text comes from and how it becomes blocks of tokens.
+
+    Attributes:
+        name: the source: "bible" (embedded), "files" or "hub".
+        files: source "files": a path, a glob or a list of these; txt, jsonl (also compressed) and parquet.
+        validation_files: source "files": the same for the validation split; `files` is then training text only.
+        document_separator: source "files": what stands between the documents of one txt file (None: one document).
+        dataset: source "hub": name of the data set on the Hub, or a local folder of one.
+        subset: source "hub": its configuration, such as "en".
+        revision: source "hub": branch, tag or commit; a commit makes the text certain.
+        split: source "hub": the split with the training text.
+        validation_split: source "hub": the split with the validation text (None: a part of `split`, by document).
+        streaming: source "hub": read without downloading everything first; needs `max_documents`.
+        text_field: sources "files" (jsonl, parquet) and "hub": the field that holds the text.
+        validation_fraction: sources "files" and "hub", where no validation text is named: the part of the documents
+            that is held out, chosen by a hash of each document's text.
+        max_documents: read at most so many documents of each split (None: all).
+        block_size: tokens per block.
+        document_mask: whether position ids restart at each document, so that no token attends to another document;
+            else each block is one sequence (the predicted tokens stay the same).
+        cache_dir: where tokenised blocks and trained tokenizers are kept (None: $LCKV_CACHE, or ~/.cache/lckv).
+    """
+
+    name: str = key("bible", one_of(*SOURCES))
+    files: Any = None
+    validation_files: Any = None
+    document_separator: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    streaming: bool = False
+    text_field: str = "text"
+    validation_fraction: float = key(0.05, such_that(lambda value: 0 < value < 1, "must lie between 0 and 1"))
+    max_documents: int | None = key(None, at_least(or_null=True))
+    block_size: int = key(256, at_least(2))
+    document_mask: bool = True
+    cache_dir: str | None = None
+
+    def check(self, prefix: str) -> None:
+        """Refuses a source that lacks what it needs."""
+        if self.name == "files" and not self.files:
+            example = f"such as {prefix}files='texts/*.jsonl'"
+            raise UserError(f"{prefix}files: is not set; give a path, a glob or a list, {example}")
+        if self.name != "hub":
+            return
+        if not self.dataset:
+            example = f"such as {prefix}dataset=roneneldan/TinyStories"
+            raise UserError(f"{prefix}dataset: is not set; give the name of a data set, {example}")
+        if self.streaming and self.max_documents is None:
+            number = "the number of documents to read from the stream"
+            raise UserError(f"{prefix}streaming=true: needs {prefix}max_documents, {number}")
+        if self.split == self.validation_split:
+            given = f"{prefix}validation_split={self.split!r}"
+            raise UserError(f"{given}: is the training split too; name another, or null")
+
+
+@dataclass
+class TokenizerConfig(Group):
+    """What turns text into tokens.
+
+    Attributes:
+        name: "bpe" (a byte-level BPE trained on the training documents, cached), a tokenizer's name on the Hub, or a
+            local folder.
+        vocab_size: only for "bpe": number of tokens, the 256 bytes and the special tokens included.
+        revision: only for the Hub: branch, tag or commit.
+    """
+
+    name: str = BPE
+    vocab_size: int = 4096
+    revision: str | None = None
+
+    def check(self, prefix: str) -> None:
+        """Refuses fewer tokens than a byte-level BPE begins with."""
+        if self.name == BPE and self.vocab_size < SMALLEST_BPE:
+            begins_with = f"256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+            raise UserError(f"{prefix}vocab_size={self.vocab_size}: allowed is {SMALLEST_BPE} or more ({begins_with})")

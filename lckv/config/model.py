@@ -1,0 +1,108 @@
+"""What can be configured of a model: its sizes, and how its layers share keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lckv.config.keys import Group, above_zero, at_least, fraction, key, one_of, passes
+from lckv.config.names import ATTENTIONS, DTYPES
+from lckv.errors import UserError, check_choice
+from lckv.patterns import PATTERNS
+
+KEPT_WITH_SOURCE = (
+    "name",
+    "layer_types",
+    "sliding_window",
+    "forward_passes",
+    "backward_passes",
+    "converge_tolerance",
+    "use_sequential",
+    "force_nodiag",
+    "attention_dropout",
+    "attn_implementation",
+    "dtype",
+)
+"""The keys of the `model` group that a pretrained model leaves to the user."""
+
+
+@dataclass
+class ModelConfig(Group):
+    """The decoder: Llama's own names, then how layers share keys and values and how cycles are iterated.
+
+    Attributes:
+        name: what run folders call this size; every preset sets it.
+        layer_types: whose keys and values each layer reads, such as `0_0_2_2`; wins over the `sharing` group.
+        num_hidden_layers: number of layers; follows `layer_types` unless it is given too, and then both must agree.
+        default_num_hidden_layers: the preset's depth, used where neither of the two is given.
+        vocab_size: None takes the tokenizer's.
+        rope_parameters: such as `{rope_type: linear, factor: 2.0, rope_theta: 10000.0}`; empty: transformers' default.
+        attention_output_bias: whether the output projection has a bias; None: as `attention_bias` says.
+        use_qk_norm: whether each head's queries and keys are normalised, as in Qwen3.
+        sliding_window: tokens that an entry with the suffix `s` sees, the query's own among them; None: 4096, or what
+            the pretrained model has.
+        forward_passes: passes over a cycle without gradient, or `converge`.
+        backward_passes: passes over a cycle with gradient.
+        converge_tolerance: with `converge`, the relative change of the KV at which the iteration stops.
+        use_sequential: whether cycles run token by token, which is exact and slow.
+        force_nodiag: whether every layer hides a token's own key from it, not only those that read upward.
+    """
+
+    name: str = "custom"
+    # Not `str | None`: OmegaConf would silently turn YAML's number 222 into the text "222"; see `overrides`.
+    layer_types: Any = None
+    num_hidden_layers: int | None = None
+    default_num_hidden_layers: int = 8
+    vocab_size: int | None = key(None, at_least())
+    hidden_size: int = key(256, at_least())
+    intermediate_size: int = key(704, at_least())
+    num_attention_heads: int = key(4, at_least())
+    num_key_value_heads: int | None = key(None, at_least())
+    head_dim: int | None = key(None, at_least())
+    hidden_act: str = "silu"
+    max_position_embeddings: int = key(2048, at_least())
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    use_qk_norm: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = key(0.0, fraction)
+    initializer_range: float = 0.02
+    sliding_window: int | None = key(None, at_least())
+    forward_passes: Any = key(7, passes)
+    backward_passes: int = key(2, at_least())
+    converge_tolerance: float = key(1e-3, above_zero)
+    use_sequential: bool = False
+    force_nodiag: bool = False
+    attn_implementation: str = key("sdpa", one_of(*ATTENTIONS))
+    dtype: str = key("float32", one_of(*DTYPES))
+
+    def check(self, prefix: str) -> None:
+        """Refuses sizes that do not fit together."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads:
+            raise UserError(
+                f"{prefix}hidden_size={self.hidden_size}: is not divisible by {prefix}num_attention_heads={heads}; "
+                f"nearest allowed is {max(1, round(self.hidden_size / heads)) * heads}"
+            )
+        if (self.head_dim or self.hidden_size // heads) % 2:
+            name = f"{prefix}head_dim" if self.head_dim else f"{prefix}hidden_size / {prefix}num_attention_heads"
+            raise UserError(f"{name}={self.head_dim or self.hidden_size // heads}: rotary positions need an even size")
+        if kv_heads is not None and heads % kv_heads:
+            raise UserError(
+                f"{prefix}num_attention_heads={heads}: is not divisible by {prefix}num_key_value_heads={kv_heads}; "
+                f"allowed are {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}"
+            )
+
+
+@dataclass
+class SharingConfig(Group):
+    """A named sharing pattern and its parameters; None leaves a parameter at the pattern's own default."""
+
+    name: str = key("llama", lambda name, value: check_choice(name, value, PATTERNS))
+    num_kv_layers: int | None = None
+    group_size: int | None = None
+    warmup_layers: int | None = None
+    num_self_layers: int | None = None

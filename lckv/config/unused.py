@@ -1,0 +1,310 @@
+"""What is said in vain: settings that do nothing unless something else is set, as one table.
+
+Each row names settings and says of a configuration why they would have no effect in it. A setting counts as given if
+it is on the command line, or has another value than its default; where the YAML of this package gives it too, only
+the command line counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from lckv.config.cache import cache_options
+from lckv.config.conversion import ConvertConfig, SearchConfig
+from lckv.config.evaluate import EvaluateConfig
+from lckv.config.evaluation import EVALUATIONS, EvaluationConfig
+from lckv.config.generation import BenchmarkConfig, GenerateConfig
+from lckv.config.keys import Group
+from lckv.config.model import KEPT_WITH_SOURCE
+from lckv.config.names import CALIBRATED, NO_CACHE, TRAINED
+from lckv.config.training import TrainConfig
+from lckv.errors import UserError
+
+Reason = Callable[[Any, str], str | None]
+"""Of a configuration and the full name of a key: why the key has no effect there; None if it has one."""
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A row of the table.
+
+    Attributes:
+        keys: the settings; the name of a group stands for all of its keys.
+        reason: why they have no effect, if so.
+        but: keys of these groups that are not meant.
+        is_preset: whether YAML gives them too, so that only the command line counts.
+    """
+
+    keys: tuple[str, ...]
+    reason: Reason
+    but: tuple[str, ...] = ()
+    is_preset: bool = False
+
+    def covers(self, key: str) -> bool:
+        """Whether a key is one of those that are meant."""
+        return key not in self.but and any(key == name or key.startswith(f"{name}.") for name in self.keys)
+
+
+def validate(cfg: Group, given: Sequence[str] = ()) -> None:
+    """Checks a whole configuration, whoever made it.
+
+    Args:
+        cfg: a root dataclass.
+        given: what the command line says of it, in a sweep of this job's.
+
+    Raises:
+        UserError: for the first mistake; the message names the key.
+    """
+    check_unused(cfg, given)
+    cfg.validate()
+
+
+def check_unused(cfg: Group, given: Sequence[str] = ()) -> None:
+    """Refuses what is said in vain; the arguments are those of [`validate`].
+
+    Raises:
+        UserError: naming the first of them, and why.
+    """
+    rows = [row for schema, its_rows in TABLE.items() if isinstance(cfg, schema) for row in its_rows]
+    typed = [(override.lstrip("+~").partition("=")[0].partition("@")[0], override) for override in given]
+    # The name in a group is what `group=option` chooses.
+    changed = [(key, f"{key.removesuffix('.name')}={_shown(value)}") for key, value in _changed(cfg, type(cfg)())]
+    for row in rows:
+        for key, shown in typed if row.is_preset else typed + changed:
+            if row.covers(key) and (reason := row.reason(cfg, key)) is not None:
+                raise UserError(f"{shown}: has no effect {reason}")
+
+
+def _changed(group: Group, default: Group, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The full name and the value of every key that is not at its default."""
+    for item in fields(cast(Any, group)):
+        value, others = getattr(group, item.name), getattr(default, item.name)
+        if isinstance(value, Group):
+            yield from _changed(value, others, f"{prefix}{item.name}.")
+        elif value != others:
+            yield prefix + item.name, value
+
+
+def _shown(value: Any) -> str:
+    """A value as one types it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _unless(keys: str, is_used: Callable[[Any], Any], reason: str, *, is_preset: bool = False) -> Unused:
+    """A row of settings that have an effect where something holds; else the reason is filled in from `cfg`."""
+
+    def why(cfg: Any, key: str) -> str | None:
+        return None if is_used(cfg) else reason.format(cfg=cfg)
+
+    return Unused(tuple(keys.split()), why, is_preset=is_preset)
+
+
+def _source(cfg: TrainConfig | ConvertConfig) -> str | None:
+    return cfg.source if isinstance(cfg, ConvertConfig) else cfg.init.source
+
+
+def _method(cfg: TrainConfig | ConvertConfig) -> str:
+    return cfg.method if isinstance(cfg, ConvertConfig) else cfg.init.method
+
+
+def _brings_its_own(cfg: Any, key: str) -> str | None:
+    is_kept = key == "model.force_nodiag" and cfg.model.force_nodiag
+    return (
+        None if _source(cfg) is None or is_kept else f"on the model {_source(cfg)}, which brings its own; leave it out"
+    )
+
+
+def _training_only(cfg: ConvertConfig, key: str) -> str | None:
+    does = f"which does not train ({', '.join(sorted(TRAINED))} does)"
+    return None if cfg.method in TRAINED else f"with method={cfg.method}, {does}; leave it out"
+
+
+def _calibration_only(cfg: ConvertConfig | SearchConfig, key: str) -> str | None:
+    looks = f"which looks at no text ({', '.join(sorted(CALIBRATED))} do)"
+    return None if cfg.method in CALIBRATED else f"with method={cfg.method}, {looks}; leave it out"
+
+
+def _not_of_this_cache(cfg: Any, key: str) -> str | None:
+    name, option = cfg.cache.name, key.removeprefix("cache.")
+    if "." not in key or option == "name" or option in cache_options(name):
+        return None
+    if name == NO_CACHE:
+        return f"with cache={name}; choose a cache, or leave it out"
+    return f"with cache={name}, which takes {', '.join(cache_options(name))}; leave it out"
+
+
+def _of_none_of_these_caches(cfg: BenchmarkConfig, key: str) -> str | None:
+    if not cfg.caches:
+        return _not_of_this_cache(cfg, key)
+    names = [each if isinstance(each, str) else each.get("name", "") for each in cfg.caches if each]
+    options = {option for name in names for option in cache_options(name)}
+    is_known = "." not in key or key.removeprefix("cache.") in options
+    return (
+        None if is_known else f"on caches of {', '.join(names)}, which take {', '.join(sorted(options))}; leave it out"
+    )
+
+
+def _evaluations(prefix: str, settings_of: Callable[[Any], EvaluationConfig]) -> tuple[Unused, ...]:
+    """Settings of evaluations that are not asked for, and the batch size for all where each has its own."""
+
+    def not_asked_for(cfg: Any, key: str) -> str | None:
+        name, evals = key.removeprefix(prefix).partition(".")[0], settings_of(cfg).evals
+        if name in evals:
+            return None
+        return f"without {name} in {prefix}evals=[{','.join(evals)}]; leave it out, or add {name}"
+
+    def all_have_their_own(cfg: Any, key: str) -> str | None:
+        settings = settings_of(cfg)
+        own = [name for name in settings.evals if hasattr(getattr(settings, name, None), "batch_size")]
+        keys = " and ".join(f"{prefix}{name}.batch_size" for name in own)
+        return f"on {', '.join(own)}; give {keys}" if own and own == settings.evals else None
+
+    return (
+        Unused(tuple(f"{prefix}{name}" for name in EVALUATIONS), not_asked_for),
+        Unused((f"{prefix}batch_size",), all_have_their_own),
+    )
+
+
+_CACHE = Unused(("cache",), _not_of_this_cache)
+_PAGES = _unless("cache.num_pages", lambda cfg: cfg.cache.has_pages, "without cache.layout=paged; leave it out")
+_MODEL = (
+    Unused(
+        ("sharing",),
+        lambda cfg, key: (
+            None
+            if cfg.model.layer_types is None
+            else f"beside model.layer_types={cfg.model.layer_types}; leave one of them out "
+            "(model.layer_types=null lets the sharing group decide)"
+        ),
+        is_preset=True,
+    ),
+    Unused(
+        ("model", "tokenizer"),
+        _brings_its_own,
+        but=tuple(f"model.{name}" for name in KEPT_WITH_SOURCE if name != "force_nodiag"),
+        is_preset=True,
+    ),
+)
+_TEXT = (
+    _unless(
+        "data.files data.validation_files data.document_separator",
+        lambda cfg: cfg.data.name == "files",
+        "with data={cfg.data.name}; choose data=files",
+    ),
+    _unless(
+        "data.dataset data.subset data.revision data.validation_split data.streaming",
+        lambda cfg: cfg.data.name == "hub",
+        "with data={cfg.data.name}; choose data=hub",
+    ),
+)
+_LOOP = (
+    _unless(
+        "teacher",
+        lambda cfg: cfg.teacher.source is not None or (_source(cfg) is not None and _method(cfg) in TRAINED),
+        "without teacher.source; give one, or leave it out",
+    ),
+    _unless(
+        "trainer.torch_compile_backend trainer.torch_compile_mode",
+        lambda cfg: cfg.trainer.torch_compile,
+        "without trainer.torch_compile=true; leave it out",
+    ),
+    _unless(
+        "trainer.evaluation_steps",
+        lambda cfg: cfg.evaluation.evals,
+        "without evaluation.evals, such as evaluation.evals=[perplexity]; leave it out, or give some",
+    ),
+    _unless(
+        "optim.min_learning_rate",
+        lambda cfg: cfg.optim.schedule != "constant",
+        "with optim.schedule=constant; leave it out",
+    ),
+    _unless(
+        "optim.decay_steps",
+        lambda cfg: cfg.optim.schedule == "wsd",
+        "with optim.schedule={cfg.optim.schedule}; leave it out",
+    ),
+    _unless(
+        "optim.momentum",
+        lambda cfg: cfg.optim.name == "muon",
+        "with optim.name={cfg.optim.name}, only with muon; leave it out",
+    ),
+    Unused(("evaluation.perplexity.cache_chunk",), lambda cfg, key: "in training; leave it out"),
+    *_evaluations("evaluation.", lambda cfg: cfg.evaluation),
+)
+
+TABLE: dict[type, tuple[Unused, ...]] = {
+    TrainConfig: (
+        *_MODEL,
+        _unless(
+            "tokenizer.vocab_size",
+            lambda cfg: cfg.tokenizer.name == "bpe",
+            "with tokenizer.name={cfg.tokenizer.name}; leave it out",
+            is_preset=True,
+        ),
+        _unless("init", lambda cfg: cfg.init.source, "without init.source; give one, or leave it out"),
+        _unless(
+            "iso",
+            lambda cfg: cfg.init.source is None,
+            "on the model {cfg.init.source}, which brings its own sizes; leave it out",
+        ),
+        _unless("iso_multiple", lambda cfg: cfg.iso == "params", "without iso=params; leave it out"),
+        *_LOOP,
+        *_TEXT,
+    ),
+    ConvertConfig: (
+        *_MODEL,
+        Unused(("init", "data"), _calibration_only, is_preset=True),
+        Unused(
+            (
+                *("trainer", "optim", "teacher", "logger", "evaluation", "seed", "run_name"),
+                *("model.dtype", "model.attention_dropout", "model.attn_implementation"),
+            ),
+            _training_only,
+            but=("trainer.num_threads",),
+            is_preset=True,
+        ),
+        _unless(
+            "device",
+            lambda cfg: cfg.method not in TRAINED,
+            "with method={cfg.method}, which calibrates where it trains; leave it out",
+        ),
+        *_LOOP,
+        *_TEXT,
+    ),
+    SearchConfig: (Unused(("calibration_tokens", "ridge"), _calibration_only), *_TEXT),
+    EvaluateConfig: (
+        *_evaluations("", lambda cfg: cfg),
+        _unless(
+            "perplexity.cache_chunk",
+            lambda cfg: cfg.cache.name != NO_CACHE,
+            "with cache=none; choose a cache, or leave it out",
+        ),
+        _CACHE,
+        _PAGES,
+        *_TEXT,
+    ),
+    GenerateConfig: (
+        _unless("batching batch_size", lambda cfg: cfg.prompts_file is not None, "without prompts_file; leave it out"),
+        _unless("compile", lambda cfg: cfg.cache.name == "static", "with cache={cfg.cache.name}; choose cache=static"),
+        _CACHE,
+        _PAGES,
+    ),
+    BenchmarkConfig: (
+        Unused(("model.layer_types",), lambda cfg, key: "here; give patterns=[...]"),
+        _unless(
+            "model",
+            lambda cfg: cfg.patterns or not cfg.checkpoints,
+            "on checkpoints; leave it out, or give patterns=[...]",
+            is_preset=True,
+        ),
+        _unless("cache.name", lambda cfg: not cfg.caches, "beside caches=[...]; leave one of them out"),
+        _unless("max_batch_size", lambda cfg: cfg.kv_budget is not None, "with kv_budget=null; leave it out"),
+        _unless(
+            "overwrite", lambda cfg: cfg.output_dir is not None, "without output_dir; name the folder, or leave it out"
+        ),
+        Unused(("cache",), _of_none_of_these_caches, but=("cache.name",)),
+    ),
+}
+"""For each root dataclass, and those that derive from it, what may have no effect there."""

@@ -1,0 +1,116 @@
+"""What entry points answer to mistakes on their command lines, many in one process: `python -m tests.answers COMMAND`.
+
+Hydra takes a quarter of a second to compose a configuration from its groups, so that is done once for each choice of
+groups; single values are then set by the function with which Hydra sets them.
+"""
+
+import copy
+import io
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, flag_override
+
+from lckv import cli, hydra_store, overrides
+from lckv.errors import UserError
+
+FILE = Path(__file__).with_name("mistakes.txt")
+
+
+class Mistake(NamedTuple):
+    """A command line that is answered in one line."""
+
+    command: str
+    arguments: str
+    answer: str
+
+    def __str__(self) -> str:
+        return f"{self.command} {self.arguments} => {self.answer}"
+
+
+def read_mistakes() -> Iterator[Mistake]:
+    """The table: a line each, `COMMAND ARGUMENTS... => ANSWER`."""
+    for line in FILE.read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            given, _, answer = line.partition(" => ")
+            command, _, arguments = given.partition(" ")
+            yield Mistake(command, arguments, answer)
+
+
+def answer_to(command: str, arguments: str) -> str:
+    """The line that `python -m lckv.COMMAND ARGUMENTS` would print."""
+    main, given = import_module(f"lckv.{command}").main, shlex.split(arguments)
+    if any(argument.startswith("-") for argument in given):  # Hydra's own flags
+        return _answer_of_the_command_line(command, given)
+    schema = hydra_store.SCHEMAS[command]
+    try:
+        main(_prepared(command, schema, given))
+    except UserError as error:
+        return " ".join(str(error).split())
+    except cli._CONFIG_ERRORS as error:
+        return cli.describe(error, schema)
+    return ""
+
+
+def _answer_of_the_command_line(command: str, given: Sequence[str]) -> str:
+    stderr = io.StringIO()
+    sys.argv = [f"lckv.{command}", *given]
+    try:
+        with redirect_stderr(stderr):
+            cli.run(lambda cfg: None, command)
+    except SystemExit:
+        pass
+    begin = f"lckv.{command}: error: "
+    return next((line[len(begin) :] for line in stderr.getvalue().splitlines() if line.startswith(begin)), "")
+
+
+def _prepared(command: str, schema: type, given: Sequence[str]):
+    others, literals = overrides.take_literals(given, cli.literal_keys(schema))
+    quoted = overrides.quote_overrides(others, list(cli.open_keys(schema)))
+    parsed = OverridesParser.create().parse_overrides(quoted)
+    groups = [each.input_line for each in parsed if (hydra_store.config_dir() / each.key_or_group).is_dir()]
+    values = [each for each in parsed if each.input_line not in groups]
+    composed = copy.deepcopy(_composed(command, tuple(map(str, groups))))
+    for key, text in literals.items():
+        OmegaConf.update(composed, key, overrides.escape(text))
+    ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+    hydra_cfg = composed.hydra
+    with flag_override(composed, ["struct", "readonly"], False):
+        del composed["hydra"]
+    with flag_override(hydra_cfg, ["struct", "readonly"], False):
+        hydra_cfg.overrides.task = quoted
+    return cli.prepare(composed, hydra_cfg)
+
+
+@cache
+def _composed(command: str, groups: tuple[str, ...]) -> DictConfig:
+    hydra_store.register_schemas()
+    with initialize_config_dir(str(hydra_store.config_dir()), version_base="1.3"):
+        return compose(command, list(groups), return_hydra_config=True)
+
+
+class _Absent:
+    """Makes the import of what is slow fail."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name in ("torch", "transformers"):
+            raise ImportError(f"{name} is imported")
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
+    os.chdir(tempfile.mkdtemp())
+    mistakes = [each for each in read_mistakes() if each.command == sys.argv[1]]
+    print(json.dumps([str(each._replace(answer=answer_to(each.command, each.arguments))) for each in mistakes]))
