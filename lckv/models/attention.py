@@ -118,8 +118,8 @@ class LCKVAttention(nn.Module):
 
 def apply_rotary(states: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
     """Rotates queries or keys `(batch, num_heads, q_len, head_dim)` by the positions of their tokens."""
-    cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # (batch, 1, q_len, head_dim)
-    return states * cos + rotate_half(states) * sin
+    cos, sin = position_embeddings
+    return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)  # tables: (batch, 1, q_len, head_dim)
 
 
 def last_positions(position_embeddings: PositionEmbeddings, num_tokens: int) -> PositionEmbeddings:

@@ -75,13 +75,19 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         written = self.write(normed, position_embeddings, cache) if writes else None
         if visible_keys is None:
             return None, written
-        if written is not None:
-            own = zip(self.own_indices, sources, strict=True)
-            sources = tuple(source if index is None else written[index] for index, source in own)
-        streams = tuple(source for source in sources if source is not None)
-        whole = streams if len(streams) == len(sources) else None
-        output = self.read(hidden_states, normed, whole, visible_keys, position_embeddings, attentions, **kwargs)
+        streams = self._gather(sources, written)
+        output = self.read(hidden_states, normed, streams, visible_keys, position_embeddings, attentions, **kwargs)
         return output, written
+
+    def _gather(self, sources: tuple[torch.Tensor | None, ...], written: Streams | None) -> Streams | None:
+        """What the layer reads: its own streams among those of others; `None` if one of them is still zero."""
+        streams = []
+        for index, source in zip(self.own_indices, sources, strict=True):
+            stream = source if index is None or written is None else written[index]
+            if stream is None:
+                return None
+            streams.append(stream)
+        return tuple(streams)
 
     def write(
         self, normed: torch.Tensor, position_embeddings: PositionEmbeddings, cache: CacheWriter | None
