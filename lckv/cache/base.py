@@ -218,14 +218,19 @@ class KVCache(SharingCache, ABC):
         layer = self.layers[layer_idx]
         if not isinstance(layer, KVLayer) or not layer.is_initialized:
             return streams
-        dtypes = [held.dtype for held in layer.streams]
-        for dtype, new in zip(dtypes, streams, strict=True):
-            if dtype != new.dtype and not torch.is_autocast_enabled(new.device.type):
+        differ = False
+        for held, new in zip(layer.streams, streams, strict=True):
+            if held.dtype == new.dtype:
+                continue
+            if not torch.is_autocast_enabled(new.device.type):
                 raise UserError(
-                    f"layer {layer_idx} of the cache holds {_name(dtype)}, and the model gives it "
-                    f"{_name(new.dtype)}: allowed is {_name(dtype)}, the type with which the cache was filled"
+                    f"layer {layer_idx} of the cache holds {_name(held.dtype)}, and the model gives it "
+                    f"{_name(new.dtype)}: allowed is {_name(held.dtype)}, the type with which the cache was filled"
                 )
-        return tuple(new.to(dtype) for dtype, new in zip(dtypes, streams, strict=True))
+            differ = True
+        if not differ:
+            return streams
+        return tuple(new.to(held.dtype) for held, new in zip(layer.streams, streams, strict=True))
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Begins to bring the next store at or after `layer_idx` to the GPU; after the last comes the first."""

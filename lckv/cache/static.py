@@ -62,7 +62,7 @@ class StaticLayer(KVLayer):
 
     def write(self, streams: Streams) -> Streams:
         """Writes the new tokens into their slots, and returns all slots."""
-        streams = self._make_ready(streams)
+        self._make_ready(streams)
         num_new = streams[0].shape[2]
         positions = self._new_positions(num_new)
         self.num_seen.add_(num_new)
@@ -70,7 +70,7 @@ class StaticLayer(KVLayer):
 
     def peek(self, streams: Streams) -> Streams:
         """All slots, with the new tokens in theirs."""
-        streams = self._make_ready(streams)
+        self._make_ready(streams)
         positions = self._new_positions(streams[0].shape[2])
         if streams[0].shape[2] == 1 and not torch.is_grad_enabled():
             # Nobody looks at this slot before `write` fills it, and nobody compares what passes over a single token
@@ -146,15 +146,16 @@ class StaticLayer(KVLayer):
         """The same as copies, which leave the tensors alone."""
         return tuple(held.index_copy(2, slots, new) for held, new in zip(self.streams, streams, strict=True))
 
-    def _make_ready(self, streams: Streams) -> Streams:
-        """Makes tensors if there are none, and gives the new states their types, which autocast may not give them."""
-        if not self.is_initialized:
-            self.lazy_initialization(*streams)
-        elif self.streams[0].shape[0] != streams[0].shape[0]:
+    def _make_ready(self, streams: Streams) -> None:
+        """Makes tensors if there are none for a batch like this one."""
+        num_rows = streams[0].shape[0]
+        if self.is_initialized:
+            num_held = self.streams[0].shape[0]
+            if num_rows == num_held:
+                return
             if int(self.num_seen) > 0:
-                raise ValueError(f"{streams[0].shape[0]} sequences for a cache that holds {self.streams[0].shape[0]}")
-            self.lazy_initialization(*streams)
-        return tuple(new.to(held.dtype) for held, new in zip(self.streams, streams, strict=True))
+                raise ValueError(f"{num_rows} sequences for a cache that holds {num_held}")
+        self.lazy_initialization(*streams)
 
     def _slots_for(self, states: torch.Tensor) -> torch.Tensor:
         """Empty slots for states `(batch, num_heads, q_len, head_dim)`."""
@@ -222,7 +223,7 @@ class StaticRingLayer(StaticLayer):
 
     def write(self, streams: Streams) -> Streams:
         """Writes the last new tokens over the oldest."""
-        streams = self._make_ready(streams)
+        self._make_ready(streams)
         num_new = streams[0].shape[2]
         slots = (self._new_positions(num_new) % self.window)[-self.window :]
         seen = None if num_new == 1 else join(self.streams, streams)
@@ -232,7 +233,7 @@ class StaticRingLayer(StaticLayer):
 
     def peek(self, streams: Streams) -> Streams:
         """What `write` would return."""
-        streams = self._make_ready(streams)
+        self._make_ready(streams)
         if streams[0].shape[2] > 1:
             return join(self.streams, streams)
         return self._with_put(self._new_positions(1) % self.window, streams)

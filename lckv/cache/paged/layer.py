@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -194,16 +193,15 @@ class PagedLayer(KVLayer):
     def gather(self, pools: Streams, slots: list[torch.Tensor], num_tokens: list[int]) -> Streams:
         """What `read` returns, from any pools.
 
-        All go to one piece of memory: two large pieces that come and go together are handed back to the system each
-        time, and to get them anew takes far longer than the gather.
+        Streams of one shape go to one piece of memory: two large pieces that come and go together are handed back to
+        the system each time, and to get them anew takes far longer than the gather.
         """
         shapes = [(*rows.shape, pool.shape[3]) for pool, rows in zip(pools, slots, strict=True)]
-        sizes = [math.prod(shape) for shape in shapes]
-        if len({pool.dtype for pool in pools}) == 1:
-            parts = pools[0].new_empty(sum(sizes)).split(sizes)
-        else:  # autocast rounds values, but not keys once they are rotated
-            parts = tuple(pool.new_empty(size) for pool, size in zip(pools, sizes, strict=True))
-        gathered = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        gathered: Streams
+        if all(shape == shapes[0] and pool.dtype == pools[0].dtype for shape, pool in zip(shapes, pools, strict=True)):
+            gathered = pools[0].new_empty(len(pools), *shapes[0]).unbind()
+        else:  # of other widths, or under autocast, which rounds values but not keys once they are rotated
+            gathered = tuple(pool.new_empty(shape) for pool, shape in zip(pools, shapes, strict=True))
         empty = [row for row, count in enumerate(num_tokens) if count == 0]
         for pool, rows, states in zip(pools, slots, gathered, strict=True):
             width = pool.shape[3]

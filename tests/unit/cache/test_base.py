@@ -19,7 +19,7 @@ from tests.strategies import layer_types as any_layer_types
 
 
 @given(any_layer_types(max_layers=5), st.integers(1, 5), st.integers(1, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_bytes_are_the_plans_for_any_pattern(layer_types, window, seq_length):
     model = tiny_model(layer_types, sliding_window=window)
     cache = DynamicKVCache(model.config)

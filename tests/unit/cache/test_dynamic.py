@@ -26,7 +26,7 @@ def tokens_of(states):
 
 
 @given(st.integers(1, 6), st.lists(st.one_of(st.integers(1, 9), st.integers(-6, 0)), max_size=12), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_ring_returns_what_a_list_of_all_tokens_would(window, steps, records):
     """Positive steps are new tokens, others are rollbacks."""
     ring, text = RingLayer(plain_store(window, 1, 1)), []

@@ -63,7 +63,7 @@ def test_no_number_moves_by_more_than_half_its_scale(bits, axis, dtype):
     numbers=st.lists(st.floats(-60000, 60000, width=32), min_size=16, max_size=16),
     dtype=st.sampled_from(DTYPES),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_error_is_bounded_for_any_numbers(bits, axis, numbers, dtype):
     states = torch.tensor(numbers).view(1, 1, 2, 8).to(dtype)
     codec = GroupCodec.along(axis, bits, 2 if axis == "channel" else 4, 8)
@@ -156,9 +156,8 @@ def test_keys_lose_less_with_a_scale_per_channel():
     assert errors[0] * 10 < errors[1]
 
 
-@pytest.mark.parametrize("bits", ALLOWED_BITS)
-def test_one_step_is_much_faster_than_a_loop_over_tokens(bits):
-    codec, states = GroupCodec.along("token", bits, 16, 16), random_states(num_tokens=1000)
+def test_one_step_is_much_faster_than_a_loop_over_tokens():
+    codec, states = GroupCodec.along("token", 4, 16, 16), random_states(num_tokens=1000)
 
     def seconds(function):
         times = []

@@ -69,11 +69,11 @@ def num_bytes(layer):
 
 
 @given(
-    chunks=st.lists(st.integers(1, 11), min_size=1, max_size=8),
+    chunks=st.lists(st.integers(1, 11), min_size=1, max_size=6),
     window=st.one_of(st.none(), st.integers(1, 30)),
     residual_length=st.integers(0, 9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_old_groups_are_rounded_once_whatever_the_chunks(chunks, window, residual_length):
     text, length = random_text(sum(chunks)), 0
     layer = QuantizedLayer(plain_store(window), CODECS, 4, residual_length)
@@ -215,7 +215,7 @@ def exact_model(layer_types, **config):
     return tiny_model(layer_types, forward_passes="converge", converge_tolerance=1e-9, **config)
 
 
-@pytest.mark.parametrize("layer_types", PATTERNS)
+@pytest.mark.parametrize("layer_types", PATTERNS[1::3])
 def test_logits_are_near_those_without_a_cache(layer_types):
     model, input_ids = exact_model(layer_types, sliding_window=11), token_ids(2, 40)
     expected = model(input_ids, use_cache=False).logits
@@ -226,7 +226,7 @@ def test_logits_are_near_those_without_a_cache(layer_types):
 
 
 def test_more_bits_lose_less():
-    model, input_ids = exact_model("0_0_2_2"), token_ids(2, 60)
+    model, input_ids = exact_model("0_0_2_2"), token_ids(2, 40)
     expected = model(input_ids, use_cache=False).logits
     errors = [
         error(
@@ -234,7 +234,7 @@ def test_more_bits_lose_less():
                 model,
                 build_cache("quantized", model.config, bits=bits, residual_length=4, group_size=8),
                 input_ids,
-                [1] * 60,
+                [20] + [1] * 20,
             ),
             expected,
         )
@@ -290,7 +290,7 @@ def test_bytes_with_everything_counted_meet_the_goal(bits, goal, length):
     assert caches[0].num_bytes() <= goal * caches[1].num_bytes()
 
 
-@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0s_1s_2_2", "0_2s_2_2s"])
+@pytest.mark.parametrize("layer_types", ["0s_1s_2_2", "0_2s_2_2s"])
 def test_forks_reordering_and_saving_keep_every_bit(layer_types, tmp_path):
     model, rows = exact_model(layer_types, sliding_window=9), token_ids(3, 30)
     cache = QuantizedKVCache(model.config, bits=2, group_size=4, residual_length=3)
