@@ -395,7 +395,16 @@ def build_rule(
     documents: torch.Tensor | None,
     allowed: torch.Tensor | None,
 ) -> MaskFunction:
-    """Who sees whom: causality, the window, and what padding, documents and a 4D mask leave."""
+    """Who sees whom: causality, the window, and what padding, documents and a 4D mask leave.
+
+    Args:
+        at: where keys and queries lie.
+        hides_own_token: queries see `k < q` instead of `k <= q`.
+        window: tokens that queries see, their own among them; `None` for all.
+        padding: which tokens are none, false there, `(batch, kv_offset + kv_len)`; `None` if all are.
+        documents: of every token, `(batch, kv_offset + kv_len)`; `None` for one.
+        allowed: which pairs a 4D mask leaves, `(batch, q_len, kv_len)`; `None` for all.
+    """
     kv_offset, q_offset, key_positions = at.kv_offset, at.q_offset, at.key_positions
 
     def sees(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:

@@ -62,7 +62,8 @@ class LCKVPreTrainedModel(PreTrainedModel):
     ) -> torch.Tensor | None:
         """Leaves the 2D mask to the model, whose kinds of masks transformers does not know.
 
-        It gets the width of the static cache, so that a compiled decoding step sees the same shapes every time.
+        It gets the width of the static cache, `(batch, max_length)`, so that a compiled decoding step sees the same
+        shapes every time.
         """
         if attention_mask is None or past_key_values is None:
             return attention_mask

@@ -53,7 +53,7 @@ class SharingCache(Cache):
         """Is told whether the caller says at which positions the coming tokens are, before `get_next_position`."""
 
     def get_next_position(self) -> int | torch.Tensor:
-        """The rotary position of the next token, where the caller gives the model none."""
+        """The rotary position of the next token, a scalar, where the caller gives the model none."""
         return self.get_seq_length()
 
     def write(self, streams: Streams, layer_idx: int) -> Streams:
@@ -66,7 +66,7 @@ class SharingCache(Cache):
         raise NotImplementedError
 
     def peek(self, streams: Streams, layer_idx: int) -> Streams:
-        """What `write` would return, but without keeping anything: for passes before the last one."""
+        """What `write` would return, each `(batch, num_heads, kv_len, head_dim)`, but keeps nothing: for drafts."""
         raise NotImplementedError
 
 

@@ -92,7 +92,16 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
     def write(
         self, normed: torch.Tensor, position_embeddings: PositionEmbeddings, cache: CacheWriter | None
     ) -> Streams:
-        """Computes the streams of the new tokens, and adds them to those of earlier ones."""
+        """Computes the streams of the new tokens, and adds them to those of earlier ones.
+
+        Args:
+            normed: `(batch, q_len, hidden_size)`, behind the layer's first norm.
+            position_embeddings: cosines and sines for these tokens.
+            cache: where they go; `None` if nothing is kept.
+
+        Returns:
+            The streams, each `(batch, num_heads, kv_len, head_dim)`.
+        """
         streams = self.self_attn.write(normed, position_embeddings)
         return streams if cache is None else cache(streams, self.layer_idx)
 
