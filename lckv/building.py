@@ -8,22 +8,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from lckv.config import ModelConfig, TeacherConfig, TrainConfig
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, check_choice
 from lckv.loading import load_model
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.training.teacher import check_tokenizers
 
 
 def check_activation(model: ModelConfig) -> None:
-    """Refuses an activation function that transformers does not have.
-
-    Raises:
-        UserError: naming those that it has.
-    """
-    if model.hidden_act not in ACT2FN:
-        hint = near_miss(model.hidden_act, ACT2FN)
-        raise UserError(f"model.hidden_act={model.hidden_act!r}: allowed are {', '.join(ACT2FN)}{hint}")
+    """Raises a UserError for an activation function that transformers does not have, naming those that it has."""
+    check_choice("model.hidden_act", model.hidden_act, ACT2FN)
 
 
 def build_model(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, init: Path | None) -> PreTrainedModel:
@@ -64,3 +57,18 @@ def build_teacher(cfg: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     )
     check_tokenizers(cfg.source, tokenizer, its_tokenizer)
     return model
+
+
+def check_tokenizers(
+    source: str, tokenizer: PreTrainedTokenizerBase, teachers_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises a UserError if two models do not mean the same by a token, naming one; special tokens may differ."""
+    own, theirs = (
+        {token: number for token, number in each.get_vocab().items() if token not in each.get_added_vocab()}
+        for each in (tokenizer, teachers_tokenizer)
+    )
+    if different := sorted(token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token)):
+        raise UserError(
+            f"teacher.source={source}: its tokenizer has other tokens, {len(different):,} of them, such as "
+            f"{different[0]!r}; give tokenizer.name={source}"
+        )

@@ -32,8 +32,7 @@ from lckv.errors import UserError, near_miss
 from lckv.run_names import default_run_name, file_name
 from lckv.storage import CANNOT_WRITE
 from lckv.sweeps import FailedJob, missing_extra
-from lckv.training.failures import recorded_failure
-from lckv.training.run_folder import RunFolder
+from lckv.training.run_folder import RunFolder, recorded_failure
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from lckv.byte_sizes import parse_bytes
 from lckv.config import ConvertConfig, TrainConfig, validate
 from lckv.config.names import TRAINED
 from lckv.console import new_console
+from lckv.processes import check_launch, is_main_process, set_num_threads
 from lckv.run_names import default_run_name
 from lckv.storage import check_new_folder
-from lckv.training.launch import check_launch
 
 
 def main(cfg: ConvertConfig) -> None:
@@ -26,7 +26,6 @@ def main(cfg: ConvertConfig) -> None:
 
     # Behind the checks: importing torch and transformers takes seconds.
     from lckv.conversion import Source, adopt_source, convert
-    from lckv.processes import is_main_process, set_num_threads
 
     check_new_folder(given)
     set_num_threads(cfg.trainer.num_threads)
@@ -59,7 +58,6 @@ def _train(cfg: TrainConfig, out: Path, max_shard_size: int) -> None:
     the training is interrupted the same command goes on from there.
     """
     from lckv.conversion import write_trained
-    from lckv.processes import is_main_process
     from lckv.training.run_folder import RunFolder
 
     path = out.with_name(f"{out.name}-training")

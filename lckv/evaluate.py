@@ -18,8 +18,6 @@ from lckv.errors import UserError
 from lckv.run_names import file_name
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from lckv.evaluation.evaluations import Subject
     from lckv.evaluation.results_file import ResultsFile
     from lckv.loading import Checkpoint
@@ -43,7 +41,8 @@ def main(cfg: EvaluateConfig) -> None:
     import torch
 
     from lckv.cache.base import check_offloading
-    from lckv.evaluation.evaluations import Subject
+    from lckv.evaluation.evaluations import Subject, run_evaluations
+    from lckv.evaluation.table import show_results
     from lckv.loading import find_checkpoint, find_run, load_model, set_attention
 
     check_offloading(cfg.cache.offloading)
@@ -64,21 +63,25 @@ def main(cfg: EvaluateConfig) -> None:
         folder=file.path.parent,
     )
     file.common.update(_common(cfg, subject, run))
-    _evaluate(cfg, subject, file)
-
-
-def _evaluate(cfg: EvaluateConfig, subject: Subject, file: ResultsFile) -> None:
-    from lckv.evaluation.running import run_evaluations
-
-    results, failures, is_new = file.touch(), [], False
-    for name, outcome in run_evaluations(subject, cfg, _settings(cfg, subject.model)):
+    # What the figures depend on beside each evaluation's own settings.
+    settings = {
+        "cache": {"name": cfg.cache.name, **cfg.cache.options()},
+        "attn_implementation": model.config._attn_implementation,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "num_threads": torch.get_num_threads(),
+    }
+    results, failures, is_new = file.write({}), [], False
+    for name, outcome in run_evaluations(subject, cfg, settings):
         if isinstance(outcome, UserError):
             failures.append(f"{name}: {outcome}")
         else:
-            results, is_new = file.add(name, outcome), True
+            results, is_new = file.write({name: outcome}), True
             failures += [f"{name}: {part}: {line}" for part, line in outcome.get("errors", {}).items()]
-    if is_new:
-        _show(results, file, as_json=cfg.json)
+    if is_new and cfg.json:
+        new_console(is_wide=True).print_json(json.dumps(results))
+    elif is_new:
+        show_results(results, file.path, new_console(is_wide=True))
     if failures:
         raise UserError("; ".join(failures))
 
@@ -112,19 +115,6 @@ def _cache_maker(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> Callable[[
     return new_cache
 
 
-def _settings(cfg: EvaluateConfig, model: PreTrainedModel) -> dict[str, Any]:
-    """What the figures depend on beside each evaluation's own settings."""
-    import torch
-
-    return {
-        "cache": {"name": cfg.cache.name, **cfg.cache.options()},
-        "attn_implementation": model.config._attn_implementation,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "num_threads": torch.get_num_threads(),
-    }
-
-
 def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dict[str, Any]:
     """What `results.json` holds beside the evaluations."""
     from lckv.environment import versions
@@ -144,17 +134,6 @@ def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dic
         "settings": asdict(cfg),
         "versions": versions(),
     }
-
-
-def _show(results: dict[str, Any], file: ResultsFile, *, as_json: bool) -> None:
-    from lckv.evaluation.table import show_results
-
-    console = new_console(is_wide=True)
-    if as_json:
-        console.print_json(json.dumps(results))
-    else:
-        show_results(results, console)
-        console.print(f"written: {file.path}")
 
 
 if __name__ == "__main__":

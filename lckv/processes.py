@@ -1,15 +1,41 @@
-"""The processes that work together: how many they are, which one speaks, and how many threads each has."""
+"""The processes that work together: how many they are, which one speaks, and how many threads each has.
+
+Importing it brings no torch: whoever was launched in vain is told at once.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 
 import psutil  # type: ignore[import-untyped]
-import torch
-from transformers.utils.logging import disable_progress_bar
 
-from lckv.errors import check_whole_number
+from lckv.errors import UserError, check_whole_number
+
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""What launchers say how many processes there are in: torchrun's and accelerate's, and those of MPI."""
+
+
+def check_launch(module: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuses a process that accelerate prepared for company and then started alone.
+
+    Without several GPUs, accelerate leaves other processes to MPI. It tells the one that it starts where the first of
+    them listens, as it does if there are to be several, but nobody says how many there are.
+
+    Args:
+        module: what this process runs, e.g. `"lckv.train"`.
+        environment: what its launcher told it.
+
+    Raises:
+        UserError: naming a launcher that starts them.
+    """
+    is_from_accelerate = "ACCELERATE_DYNAMO_USE_FULLGRAPH" in environment  # which nothing but its launchers sets
+    if is_from_accelerate and "MASTER_ADDR" in environment and not any(name in environment for name in _SIZES):
+        raise UserError(
+            "accelerate launch was asked for several processes, but starts a single one here: "
+            f"use torchrun --nproc-per-node N -m {module} ..., or start them by MPI"
+        )
 
 
 def num_processes() -> int:
@@ -24,6 +50,8 @@ def is_main_process() -> bool:
 
 def prepare_process(num_threads: int | None) -> None:
     """Gets this process ready for work: its threads, and silence from whoever is not the first to speak."""
+    from transformers.utils.logging import disable_progress_bar
+
     set_num_threads(num_threads)
     disable_progress_bar()  # transformers' own, for every file that it reads or writes
     if not is_main_process():
@@ -36,6 +64,8 @@ def set_num_threads(num_threads: int | None) -> int:
     Raises:
         UserError: if the number is below 1.
     """
+    import torch
+
     if num_threads is not None:
         check_whole_number("trainer.num_threads", num_threads)
     if num_threads is None and "OMP_NUM_THREADS" not in os.environ:

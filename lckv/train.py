@@ -9,9 +9,8 @@ from lckv import cli
 from lckv.config import TokenizerConfig, TrainConfig, validate
 from lckv.console import new_console
 from lckv.model_arguments import resolve_plan
-from lckv.training.failures import recorded_failure
-from lckv.training.launch import check_launch
-from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder
+from lckv.processes import check_launch, is_main_process, prepare_process
+from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder, recorded_failure
 
 
 def main(cfg: TrainConfig, folder: RunFolder | None = None) -> float | None:
@@ -59,7 +58,6 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     from lckv.building import build_model, build_teacher, check_activation
     from lckv.conversion.pipeline import adopt_init, convert_init
     from lckv.data import build_dataset, build_tokenizer
-    from lckv.processes import is_main_process, prepare_process
     from lckv.training.arguments import build_training_arguments
     from lckv.training.callbacks import check_sample_prompt
     from lckv.training.evaluation_callback import build_evaluate

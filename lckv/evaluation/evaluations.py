@@ -1,18 +1,22 @@
-"""What every evaluation gets and gives; each is one function, registered under the name that `evals` lists."""
+"""What every evaluation gets and gives, and how they are run; each is one function, registered under its name."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lckv.config import DataConfig, EvaluationConfig
 from lckv.config.evaluation import default_context_length
+from lckv.errors import UserError, is_out_of_memory
 from lckv.evaluation import MODULES
+from lckv.evaluation.perplexity import in_eval_mode
 from lckv.registry import Registry
 
 
@@ -46,9 +50,33 @@ class Subject:
         """Tokens that the model sees at once where nothing else is asked for."""
         return default_context_length(self.model.config.max_position_embeddings, self.trained_length)
 
+    @torch.no_grad()
+    def last_log_probabilities(self, input_ids: Tensor, *, num_kept: int, num_cached: int) -> Tensor:
+        """What the model expects behind each of the last tokens.
+
+        Args:
+            input_ids: `(batch, q_len)`, without padding.
+            num_kept: for how many of the last tokens; logits of no others are computed.
+            num_cached: with a cache, how many of the first tokens are written to it before the others are scored.
+
+        Returns:
+            `(batch, num_kept, vocab_size)` in float32, on the CPU.
+        """
+        input_ids = input_ids.to(self.model.device)
+        options: dict[str, Any] = {"use_cache": False}
+        if self.new_cache is not None:
+            options = {"past_key_values": self.new_cache(), "use_cache": True}
+            self.model(input_ids[:, :num_cached], **options, logits_to_keep=1)
+            input_ids = input_ids[:, num_cached:]
+        outputs = self.model(input_ids, **options, logits_to_keep=num_kept)
+        return outputs.logits.float().log_softmax(dim=-1).cpu()
+
 
 Evaluation = Callable[[Subject, EvaluationConfig], dict[str, Any]]
 """Gives figures that JSON can hold, shows a progress bar of its own, and leaves model and random state alone."""
+
+Outcome = dict[str, Any] | UserError
+"""The figures of an evaluation, or why there are none."""
 
 EVALUATIONS: Registry[Evaluation] = Registry("evaluation")
 
@@ -57,3 +85,40 @@ def find_evaluation(name: str) -> Evaluation:
     """The evaluation of this name, imported now."""
     importlib.import_module(MODULES[name])
     return EVALUATIONS[name]
+
+
+def run_evaluations(
+    subject: Subject, config: EvaluationConfig, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, Outcome]]:
+    """Yields the name and the outcome of each evaluation as soon as it is done.
+
+    Args:
+        subject: what is evaluated; its model's mode and the random state stay as they are.
+        config: which evaluations, and their settings.
+        settings: further settings on which the figures depend, noted with them.
+    """
+    common = {"batch_size": config.batch_size, "seed": subject.seed, "data": asdict(subject.data), **settings}
+    if subject.folder is not None:
+        subject.folder.mkdir(parents=True, exist_ok=True)
+    for name in config.evals:
+        try:
+            with in_eval_mode(subject.model):
+                figures = find_evaluation(name)(subject, config)
+        except UserError as error:
+            yield name, error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            yield name, UserError("out of memory; give a smaller batch_size")
+        else:
+            # Some have a batch size of their own.
+            yield name, figures | {"settings": common | asdict(getattr(config, name))}
+
+
+def scalar_figures(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yields the numbers among an evaluation's figures, those of nested mappings with their path as the name."""
+    for name, value in figures.items():
+        if isinstance(value, Mapping) and name != "settings":
+            yield from scalar_figures(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value

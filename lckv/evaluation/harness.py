@@ -36,12 +36,20 @@ def harness(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
         UserError: if lm-eval is not installed, for settings out of range, unknown tasks, and if no task can be done.
     """
     options, prefix = cfg.harness, f"{subject.key_prefix}harness."
-    _check_options(options, subject, prefix)
+    limit = subject.model.config.max_position_embeddings
+    # What lm-eval would ignore, or fail on after the model has run.
+    options.check_length(limit, prefix)
+    if options.apply_chat_template and subject.tokenizer.chat_template is None:
+        raise UserError(f"{prefix}apply_chat_template=True: the tokenizer has no chat template; allowed is False")
+    _check_output(options, subject, prefix)
     with _undisturbed(subject.model):
         check_installed()
-        loaded = load_tasks(options, model_length(subject, options), prefix)
+        loaded = load_tasks(options, options.max_length or limit, prefix)
         results = _evaluate_all(subject, options, loaded, prefix)
-    _warn_of_fixed_examples(results["n-shot"], options, prefix)
+    # Some tasks are made for no examples, and lm-eval leaves them so.
+    fixed = [name for name, number in results["n-shot"].items() if number != options.num_fewshot]
+    if options.num_fewshot is not None and fixed:
+        logger.warning("%snum_fewshot=%d: not so for %s", prefix, options.num_fewshot, ", ".join(fixed))
     return _summary(results, loaded, options)
 
 
@@ -51,19 +59,6 @@ def check_installed() -> None:
         import lm_eval.evaluator  # noqa: F401
     except ImportError as error:
         raise UserError(f"needs lm-eval ({error}); pip install lckv[eval]") from error
-
-
-def model_length(subject: Subject, options: HarnessConfig) -> int:
-    """Tokens that the model sees at once."""
-    return options.max_length or subject.model.config.max_position_embeddings
-
-
-def _check_options(options: HarnessConfig, subject: Subject, prefix: str) -> None:
-    """Refuses what lm-eval would ignore, or fail on after the model has run."""
-    options.check_length(subject.model.config.max_position_embeddings, prefix)
-    if options.apply_chat_template and subject.tokenizer.chat_template is None:
-        raise UserError(f"{prefix}apply_chat_template=True: the tokenizer has no chat template; allowed is False")
-    _check_output(options, subject, prefix)
 
 
 def _output_path(options: HarnessConfig, subject: Subject) -> str | None:
@@ -107,11 +102,7 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _evaluate_all(subject: Subject, options: HarnessConfig, loaded: LoadedTasks, prefix: str) -> dict[str, Any]:
-    """All tasks together; where one cannot be done, each alone, so that it keeps no other from its figures.
-
-    Raises:
-        UserError: if none can be done.
-    """
+    """All tasks together; where one cannot be done, each alone, so that it keeps no other from its figures."""
     try:
         return _evaluate(subject, options, loaded.specs, loaded.manager)
     except Exception as error:  # whatever is wrong in the documents or the code of a task
@@ -160,23 +151,11 @@ def _evaluate(subject: Subject, options: HarnessConfig, specs: list[Any], manage
         fewshot_random_seed=subject.seed,
     )
     if output_path is not None:
-        _write(tracker, results)
+        samples = results.pop("samples", {})
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for name, rows in samples.items():
+            tracker.save_results_samples(task_name=name, samples=rows)
     return results
-
-
-def _write(tracker: Any, results: dict[str, Any]) -> None:
-    samples = results.pop("samples", {})
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for name, rows in samples.items():
-        tracker.save_results_samples(task_name=name, samples=rows)
-
-
-def _warn_of_fixed_examples(num_fewshot: dict[str, int], options: HarnessConfig, prefix: str) -> None:
-    """Some tasks are made for no examples, and lm-eval leaves them so."""
-    if options.num_fewshot is not None:
-        fixed = [name for name, number in num_fewshot.items() if number != options.num_fewshot]
-        if fixed:
-            logger.warning("%snum_fewshot=%d: not so for %s", prefix, options.num_fewshot, ", ".join(fixed))
 
 
 def _summary(results: dict[str, Any], loaded: LoadedTasks, options: HarnessConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -21,42 +20,30 @@ _FLOATS_PER_LOGIT = 3
 
 
 def make_language_model(subject: Subject, options: HarnessConfig) -> Any:
-    """The `lm_eval.api.model.LM` for a subject."""
-    return _language_model_class()(subject, max_length=options.max_length, batch_size=options.batch_size)
-
-
-@cache
-def _language_model_class() -> Any:
-    """Made when it is needed, because lm-eval is optional."""
+    """The `lm_eval.api.model.LM` for a subject; its class is made here, because lm-eval is optional."""
     from lm_eval.models.huggingface import HFLM
 
     class SubjectLM(HFLM):
-        """Scores and continues by the subject's model and cache; all else is lm-eval's own.
-
-        Args:
-            subject: what is evaluated.
-            options: those of lm-eval's `hf` model.
-        """
-
-        def __init__(self, subject: Subject, **options: Any) -> None:
-            # A copy, because lm-eval gives padding to a tokenizer that has none.
-            tokenizer = copy.deepcopy(subject.tokenizer)
-            super().__init__(subject.model, tokenizer=tokenizer, backend="causal", **options)
-            self.new_cache = subject.new_cache
+        """Scores and continues by the subject's model and cache; all else is lm-eval's own."""
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            check_answers([len(answer) for _, _, answer in requests], self.max_length)
+            longest = max((len(answer) for _, _, answer in requests), default=0)
+            if longest > self.max_length:
+                raise UserError(
+                    f"an answer of {longest} tokens does not fit the {self.max_length} that the model sees at once"
+                )
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         def _model_call(
             self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
         ) -> torch.Tensor:
-            return score(self.model, inps, self.new_cache)
+            # Without the mask: padding is on the right, where no token that counts can see it.
+            return score(self.model, inps, subject.new_cache)
 
         def _model_generate(
             self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
         ) -> torch.Tensor:
-            past = build_cache("dynamic", self.model.config) if self.new_cache is None else self.new_cache()
+            past = build_cache("dynamic", self.model.config) if subject.new_cache is None else subject.new_cache()
             # transformers would compile the steps of a static cache by itself.
             own = {"past_key_values": past, "disable_compile": True}
             return super()._model_generate(context, max_length, stop, **own, **generation_kwargs)
@@ -68,14 +55,13 @@ def _language_model_class() -> Any:
             num_tokens = self.max_length if requests is None else len(requests[pos][1] + requests[pos][2])
             return num_rows_that_fit(self.model, min(num_tokens, self.max_length), self.max_batch_size)
 
-    return SubjectLM
-
-
-def check_answers(lengths: list[int], max_length: int) -> None:
-    """Refuses answers that the model cannot see as a whole: lengths in tokens, and how many it sees at once."""
-    longest = max(lengths, default=0)
-    if longest > max_length:
-        raise UserError(f"an answer of {longest} tokens does not fit the {max_length} that the model sees at once")
+    return SubjectLM(
+        subject.model,
+        tokenizer=copy.deepcopy(subject.tokenizer),  # lm-eval gives padding to one that has none
+        backend="causal",
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+    )
 
 
 @torch.no_grad()
@@ -88,14 +74,10 @@ def score(model: PreTrainedModel, input_ids: torch.Tensor, new_cache: Callable[[
     if new_cache is None:
         return model(input_ids, use_cache=False).logits
     past = new_cache()
-    pieces = input_ids.split(_num_exact(past) or input_ids.shape[1], dim=1)
-    return torch.cat([model(piece, past_key_values=past, use_cache=True).logits for piece in pieces], dim=1)
-
-
-def _num_exact(past: Cache) -> int | None:
-    """How many of the last tokens a cache that rounds keeps as they are; `None` if it keeps all."""
+    # How many of the last tokens a cache that rounds keeps as they are; `None` if it keeps all.
     num_exact = past.options().get("residual_length") if isinstance(past, KVCache) else None
-    return None if num_exact is None else max(1, num_exact)
+    pieces = input_ids.split(input_ids.shape[1] if num_exact is None else max(1, num_exact), dim=1)
+    return torch.cat([model(piece, past_key_values=past, use_cache=True).logits for piece in pieces], dim=1)
 
 
 def num_rows_that_fit(model: PreTrainedModel, num_tokens: int, max_rows: int) -> int:

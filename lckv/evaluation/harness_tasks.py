@@ -40,12 +40,8 @@ class LoadedTasks:
 
 
 def check_tasks(options: HarnessConfig, prefix: str) -> None:
-    """Finds unknown tasks and folders, without loading any data.
-
-    Raises:
-        UserError: for the first one.
-    """
-    _find_names(options.tasks, _task_manager(options.tasks, [TASKS, *_own_folder(options, prefix)]), prefix)
+    """Raises a UserError for the first unknown task or folder, without loading any data."""
+    _find_names(options.tasks, _task_manager(options, prefix), prefix)
 
 
 def load_tasks(options: HarnessConfig, max_length: int, prefix: str) -> LoadedTasks:
@@ -59,12 +55,11 @@ def load_tasks(options: HarnessConfig, max_length: int, prefix: str) -> LoadedTa
     Raises:
         UserError: for an unknown task or folder, a task that is asked for twice, and if no task can be loaded.
     """
-    folders = [TASKS, *_own_folder(options, prefix)]
-    manager = _task_manager(options.tasks, folders)
-    loader = _Loader(manager, max_length)
+    manager = _task_manager(options, prefix)
+    loaded = LoadedTasks(manager)
+    loader = _Loader(loaded, max_length)
     for name in _find_names(options.tasks, manager, prefix):
         loader.load(name)
-    loaded = loader.loaded
     if not loaded.specs:
         raise UserError(f"{prefix}tasks={options.tasks}: none can be loaded; {join_errors(loaded.errors)}")
     try:
@@ -74,23 +69,19 @@ def load_tasks(options: HarnessConfig, max_length: int, prefix: str) -> LoadedTa
     return loaded
 
 
-def _own_folder(options: HarnessConfig, prefix: str) -> list[Path]:
-    if options.include_path is None:
-        return []
-    folder = Path(options.include_path).expanduser()
-    if not any(folder.glob("**/*.yaml")):
-        reason = "holds no YAML file" if folder.is_dir() else "is no folder"
-        raise UserError(f"{prefix}include_path={options.include_path!r}: {reason}; allowed is a folder with tasks")
-    return [folder]
-
-
-def _task_manager(names: list[str], folders: list[Path]) -> Any:
+def _task_manager(options: HarnessConfig, prefix: str) -> Any:
     """lm-eval's index of tasks; without its own thousands, which take seconds to read, where none is needed."""
     from lm_eval.tasks import TaskManager
 
+    folders = [TASKS]
+    if options.include_path is not None:
+        folders.append(Path(options.include_path).expanduser())
+        if not any(folders[-1].glob("**/*.yaml")):
+            reason = "holds no YAML file" if folders[-1].is_dir() else "is no folder"
+            raise UserError(f"{prefix}include_path={options.include_path!r}: {reason}; allowed is a folder with tasks")
     manager = TaskManager(include_path=folders, include_defaults=False)
     known = manager.task_index
-    if all(name in known and all(leaf in known for leaf in _leaves(manager, name)) for name in names):
+    if all(name in known and all(leaf in known for leaf in _leaves(manager, name)) for name in options.tasks):
         return manager
     return _full_task_manager(tuple(folders))
 
@@ -137,18 +128,15 @@ def _leaves(manager: Any, name: str) -> Iterator[str]:
         yield name
 
 
+@dataclass
 class _Loader:
-    """Loads one name after the other.
+    """Adds one name after the other to what is loaded, for a model that sees `max_length` tokens at once."""
 
-    Args:
-        manager: lm-eval's `TaskManager`.
-        max_length: tokens that the model sees at once.
-    """
+    loaded: LoadedTasks
+    max_length: int
 
-    def __init__(self, manager: Any, max_length: int) -> None:
-        self.manager = manager
-        self.max_length = max_length
-        self.loaded = LoadedTasks(manager)
+    def __post_init__(self) -> None:
+        self.manager = self.loaded.manager
 
     def load(self, name: str) -> None:
         """Loads a task or a group; of a group that has a gap, the tasks that are there, without the group's mean."""
@@ -164,7 +152,7 @@ class _Loader:
             for member in members:
                 self.load(member)
             if not members:
-                self.loaded.errors[name] = self._explain(name, error)
+                self.loaded.errors[name] = first_line(error) + self._hint(name, error)
         else:
             self.loaded.specs += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
 
@@ -204,15 +192,14 @@ class _Loader:
             if num_new >= self.max_length:
                 raise UserError(f"it generates {num_new} tokens, but the model sees {self.max_length} at once")
 
-    def _explain(self, name: str, error: Exception) -> str:
-        """One line about a task that could not be loaded."""
-        reason = first_line(error)
+    def _hint(self, name: str, error: Exception) -> str:
+        """Why a data set may not be there."""
         path = self._dataset_path(name)
         if not path or not isinstance(error, OSError):
-            return reason
+            return ""
         known = _datasets_of_lm_eval()
         hint = "" if path in known else near_miss(path, known)
-        return f"{reason}: is this machine offline (or HF_HUB_OFFLINE set), or the name misspelt{hint or '?'}"
+        return f": is this machine offline (or HF_HUB_OFFLINE set), or the name misspelt{hint or '?'}"
 
 
 @cache

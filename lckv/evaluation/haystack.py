@@ -106,6 +106,7 @@ class Haystack:
         Raises:
             UserError: if too few words are left that are not in the haystack.
         """
+        # The depth is drawn from nothing: text, words and answer are the same wherever the needle lies.
         generator = random.Random(seed)
         num_tokens = length - self.overhead
         stop = generator.choice(self._boundaries[bisect_left(self._boundaries, num_tokens) :])

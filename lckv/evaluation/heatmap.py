@@ -42,7 +42,7 @@ def needle_figure(figures: Mapping[str, Any], title: str) -> Figure:
     FigureCanvasAgg(figure)  # draws without a display, and leaves a notebook's own figures alone
     all_axes = figure.subplots(1, len(panels), sharey=True)
     for axes, (name, subtitle) in zip(all_axes, panels.items(), strict=True):
-        image = _draw_grid(axes, np.array(figures[name]))
+        image = _draw_cells(axes, np.array(figures[name]))
         axes.set_title(subtitle, loc="left", fontsize=10)
         axes.set_xticks(range(len(figures["lengths"])), [f"{length:,}" for length in figures["lengths"]])
         axes.set_yticks(range(len(figures["depths"])), [f"{depth:.0%}" for depth in figures["depths"]])
@@ -53,13 +53,8 @@ def needle_figure(figures: Mapping[str, Any], title: str) -> Figure:
     return figure
 
 
-def _draw_grid(axes: Axes, values: np.ndarray) -> AxesImage:
-    """Cells with their numbers; the first row, the beginning of the text, on top.
-
-    Args:
-        axes: where to draw.
-        values: `(num_depths, num_lengths)`.
-    """
+def _draw_cells(axes: Axes, values: np.ndarray) -> AxesImage:
+    """Cells with their numbers, `(num_depths, num_lengths)`; the first row, the beginning of the text, on top."""
     image = axes.imshow(values, cmap=_COLORS, vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         color = "white" if value < _DARK_BELOW else "black"

@@ -14,7 +14,6 @@ from lckv.errors import UserError
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
 from lckv.evaluation.haystack import NUM_CANDIDATES, Haystack, NeedlePrompt
 from lckv.evaluation.heatmap import draw_needle
-from lckv.evaluation.log_probabilities import last_log_probabilities
 from lckv.evaluation.perplexity import in_eval_mode
 from lckv.evaluation.sliding import validation_documents
 
@@ -58,74 +57,51 @@ def needle(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
     lengths = _lengths(settings, haystack, subject)
     grid = [(depth, length) for depth in settings.depths for length in lengths]
     with in_eval_mode(subject.model):
-        scores = [
-            _score_prompts(subject, _prompts(haystack, length, depth, settings, subject), cfg.batch_size)
-            for depth, length in track(grid, "needle in a haystack", len(grid))
-        ]
-    figures = _figures(scores, lengths, settings) | {"seed": subject.seed}
-    if subject.folder is not None:
-        draw_needle(figures, subject.folder / "needle.png", title="needle in a haystack")
-    return figures
-
-
-def _figures(scores: Sequence[Scores], lengths: list[int], settings: NeedleConfig) -> dict[str, Any]:
-    """What is reported; `scores` are in the order of depths, then lengths."""
+        scores = []
+        for depth, length in track(grid, "needle in a haystack", len(grid)):
+            seeds = [f"needle {subject.seed} {length} {number}" for number in range(settings.num_samples)]
+            prompts = [haystack.hide(length, depth, seed) for seed in seeds]
+            scores.append(_score_prompts(subject, prompts, cfg.batch_size))
     means = Scores(*(fmean(values) for values in zip(*scores, strict=True)))
     rows = [scores[start : start + len(lengths)] for start in range(0, len(scores), len(lengths))]
-    return {
+    figures = {
         "lengths": lengths,
         "depths": list(settings.depths),
         **{name: [[getattr(cell, name) for cell in row] for row in rows] for name in Scores._fields},
         **{f"mean_{name}": value for name, value in means._asdict().items()},
         "chance": 1 / NUM_CANDIDATES,
         "num_samples": settings.num_samples,
+        "seed": subject.seed,
     }
+    if subject.folder is not None:
+        draw_needle(figures, subject.folder / "needle.png", title="needle in a haystack")
+    return figures
 
 
 def _lengths(settings: NeedleConfig, haystack: Haystack, subject: Subject) -> list[int]:
-    """The lengths asked for, or quarters of the longest.
-
-    Raises:
-        UserError: for lengths that hold no text, or more than there is or the model was made for.
-    """
-    begun = haystack.answer_length - 1
-    longest = subject.model.config.max_position_embeddings - begun
-    if settings.lengths is None:
-        return _default_lengths(min(longest, subject.default_context_length), haystack, subject)
-    for length in settings.lengths:
-        given = f"{subject.key_prefix}needle.lengths={length}: allowed is"
-        if length <= haystack.overhead:
-            raise UserError(f"{given} more than {haystack.overhead}, the tokens of needle and question")
+    """The lengths asked for, checked; or quarters of the longest, as far as they hold text and there is as much."""
+    # The tokens of the answer but its last one stand behind the prompt.
+    longest = subject.model.config.max_position_embeddings - (haystack.answer_length - 1)
+    overhead, key = haystack.overhead, f"{subject.key_prefix}needle.lengths"
+    most = len(haystack) + overhead
+    for length in settings.lengths or ():
+        given = f"{key}={length}: allowed is"
+        if length <= overhead:
+            raise UserError(f"{given} more than {overhead}, the tokens of needle and question")
         if length > longest:
             raise UserError(f"{given} at most {longest}, the positions that the model was made for")
-        if length > len(haystack) + haystack.overhead:
-            raise UserError(
-                f"{given} at most {len(haystack) + haystack.overhead}, as there is no more validation text"
-            )
-    return list(settings.lengths)
-
-
-def _default_lengths(longest: int, haystack: Haystack, subject: Subject) -> list[int]:
-    """Quarters of `longest`, as far as they hold text and there is as much.
-
-    Raises:
-        UserError: if none does.
-    """
-    allowed = range(haystack.overhead + 1, len(haystack) + haystack.overhead + 1)
-    lengths = [length for part in (1, 2, 3, 4) if (length := longest * part // 4) in allowed]
+        if length > most:
+            raise UserError(f"{given} at most {most}, as there is no more validation text")
+    if settings.lengths is not None:
+        return list(settings.lengths)
+    longest = min(longest, subject.default_context_length)
+    lengths = [length for part in (1, 2, 3, 4) if overhead < (length := longest * part // 4) <= most]
     if not lengths:
         raise UserError(
-            f"{subject.key_prefix}needle.lengths: give some; needle and question are {haystack.overhead} tokens, the "
-            f"validation text is {len(haystack)}, and the model was made for, or trained on, {longest} at once"
+            f"{key}: give some; needle and question are {overhead} tokens, the validation text is {len(haystack)}, "
+            f"and the model was made for, or trained on, {longest} at once"
         )
     return lengths
-
-
-def _prompts(
-    haystack: Haystack, length: int, depth: float, settings: NeedleConfig, subject: Subject
-) -> list[NeedlePrompt]:
-    seeds = [f"needle {subject.seed} {length} {number}" for number in range(settings.num_samples)]
-    return [haystack.hide(length, depth, seed) for seed in seeds]
 
 
 def _score_prompts(subject: Subject, prompts: Sequence[NeedlePrompt], batch_size: int) -> Scores:
@@ -168,6 +144,6 @@ def _score_rows(
         input_ids = torch.tensor([[*prompts[number].input_ids, *begun] for number, begun in batch])
         yield from zip(
             batch,
-            last_log_probabilities(subject, input_ids, num_kept=num_kept, num_cached=num_cached),
+            subject.last_log_probabilities(input_ids, num_kept=num_kept, num_cached=num_cached),
             strict=True,
         )

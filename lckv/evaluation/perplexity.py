@@ -87,6 +87,7 @@ def evaluate_perplexity(
     totals = torch.zeros(2, dtype=torch.float64)  # summed loss, predicted tokens
     with in_eval_mode(model):
         for number in range(num_rounds):
+            # Processes take turns batch by batch: in the last round, those behind the end have none.
             start = (number * world_size + rank) * batch_size
             items = [blocks[index] for index in range(start, min(start + batch_size, len(blocks)))]
             batch = default_collate(items or [blocks[0]])
@@ -119,6 +120,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and the random states kept: training goes on as if nothing had been in between."""
     was_training = model.training
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    # Only the GPU in use: asking for the state of the others would take memory on each.
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         model.eval()

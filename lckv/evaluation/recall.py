@@ -16,7 +16,6 @@ from lckv.config import EvaluationConfig, RecallConfig
 from lckv.console import track
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import EVALUATIONS, Subject
-from lckv.evaluation.log_probabilities import last_log_probabilities
 from lckv.evaluation.perplexity import in_eval_mode
 
 
@@ -84,7 +83,16 @@ def recall(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
     with in_eval_mode(subject.model):
         for num_pairs, batch in track(batches, "associative recall", len(batches)):
             hits[num_pairs] += _answer(subject, batch)
-    return _figures(hits) | {
+    exact, chosen = (  # by the number of pairs, which JSON wants as text
+        {str(num_pairs): fmean(hit[which] for hit in of_these) for num_pairs, of_these in hits.items()}
+        for which in (0, 1)
+    )
+    return {
+        "accuracy": fmean(exact.values()),
+        "choice_accuracy": fmean(chosen.values()),
+        "by_num_pairs": exact,
+        "choice_by_num_pairs": chosen,
+        "chance_by_num_pairs": {str(num_pairs): 1 / num_pairs for num_pairs in hits},
         "num_queries": settings.num_queries,
         "num_samples": settings.num_samples,
         "seed": subject.seed,
@@ -92,12 +100,20 @@ def recall(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
 
 
 def _sequences(subject: Subject, settings: RecallConfig) -> dict[int, list[RecallSequence]]:
-    """Sequences by the number of their pairs; none depends on what else is asked for."""
+    """Sequences by the number of their pairs, which is checked; none depends on what else is asked for."""
     tokenizer, config = subject.tokenizer, subject.model.config
     tokens = ordinary_tokens(tokenizer, config.vocab_size)
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    num_positions, key = config.max_position_embeddings - len(prefix), f"{subject.key_prefix}recall.num_pairs"
-    _check_length(max(settings.num_pairs), settings.num_queries, len(tokens), num_positions, key)
+    most_pairs = max(settings.num_pairs)
+    given = f"{subject.key_prefix}recall.num_pairs={most_pairs}: allowed"
+    if 2 * most_pairs > len(tokens):
+        raise UserError(f"{given} is at most {len(tokens) // 2}, half of the vocabulary's tokens")
+    longest = (config.max_position_embeddings - len(prefix) + 1) // 2 - settings.num_queries
+    if most_pairs > longest:
+        raise UserError(
+            f"{given} with {settings.num_queries} queries is at most {longest}, "
+            "by the positions that the model was made for"
+        )
     return {
         num_pairs: [
             recall_sequence(tokens, num_pairs, settings.num_queries, f"recall {subject.seed} {num_pairs} {n}", prefix)
@@ -113,24 +129,12 @@ def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list
     return sorted(token for token in set(tokenizer.get_vocab().values()) - special if token < vocab_size)
 
 
-def _check_length(num_pairs: int, num_queries: int, num_tokens: int, num_positions: int, key: str) -> None:
-    """Refuses more pairs than there are tokens to tell them apart, or than the model was made for."""
-    if 2 * num_pairs > num_tokens:
-        raise UserError(f"{key}={num_pairs}: allowed is at most {num_tokens // 2}, half of the vocabulary's tokens")
-    longest = (num_positions + 1) // 2 - num_queries
-    if num_pairs > longest:
-        raise UserError(
-            f"{key}={num_pairs}: allowed with {num_queries} queries is at most {longest}, "
-            "by the positions that the model was made for"
-        )
-
-
 def _answer(subject: Subject, sequences: list[RecallSequence]) -> list[tuple[bool, bool]]:
     """Whether each query of each sequence gets its value as the likeliest of all tokens, and of the values."""
     input_ids = torch.tensor([sequence.input_ids for sequence in sequences])
     num_kept = 2 * len(sequences[0].asked) - 1
-    log_probabilities = last_log_probabilities(
-        subject, input_ids, num_kept=num_kept, num_cached=input_ids.shape[1] - num_kept
+    log_probabilities = subject.last_log_probabilities(
+        input_ids, num_kept=num_kept, num_cached=input_ids.shape[1] - num_kept
     )[:, ::2]  # (batch, num_queries, vocab_size): the tokens between two queries are answers
     values = torch.tensor([sequence.values for sequence in sequences])[:, None]
     of_values = log_probabilities.gather(2, values.expand(-1, log_probabilities.shape[1], -1))
@@ -138,18 +142,3 @@ def _answer(subject: Subject, sequences: list[RecallSequence]) -> list[tuple[boo
     answers = torch.tensor([sequence.answers for sequence in sequences])
     is_exact, is_chosen = log_probabilities.argmax(dim=2) == answers, of_values.argmax(dim=2) == asked
     return list(zip(is_exact.flatten().tolist(), is_chosen.flatten().tolist(), strict=True))
-
-
-def _figures(hits: dict[int, list[tuple[bool, bool]]]) -> dict[str, Any]:
-    """Means over queries by the number of pairs, which JSON wants as text, and over these."""
-    exact, chosen = (
-        {str(num_pairs): fmean(hit[which] for hit in of_these) for num_pairs, of_these in hits.items()}
-        for which in (0, 1)
-    )
-    return {
-        "accuracy": fmean(exact.values()),
-        "choice_accuracy": fmean(chosen.values()),
-        "by_num_pairs": exact,
-        "choice_by_num_pairs": chosen,
-        "chance_by_num_pairs": {str(num_pairs): 1 / num_pairs for num_pairs in hits},
-    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,19 @@ from lckv.errors import UserError
 from lckv.storage import locked, write_json
 
 
+@dataclass
 class ResultsFile:
     """Gathers the figures of one model, those of several calls, too.
 
-    Args:
+    Attributes:
         path: the file.
         identity: `name`, what the user calls the model, and `fingerprint`, a short name for its weights.
-
-    Attributes:
         common: what every call writes anew, beside the evaluations.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
-        self.identity = identity
-        self.common: dict[str, Any] = {}
+    path: Path
+    identity: Mapping[str, Any]
+    common: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Finds out whether the file can be written, and is this model's if it is there.
@@ -44,24 +43,17 @@ class ResultsFile:
         except OSError as error:
             raise UserError(f"out={self.path.parent}: cannot be made ({error.strerror}); give another out=") from error
 
-    def add(self, name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the figures of an evaluation beside those of others, whole or not at all.
+    def write(self, figures: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """Writes the figures of evaluations, by their names, beside those of others, whole or not at all.
 
         Returns:
             Everything that the file then holds.
         """
-        return self._write(name, figures)
-
-    def touch(self) -> dict[str, Any]:
-        """Writes what does not come from evaluations, and returns everything that the file then holds."""
-        return self._write()
-
-    def _write(self, name: str | None = None, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:
         # Read again: another process may have added something, and must not add anything meanwhile.
         with locked(self.path.with_name(f".{self.path.name}.lock")):
             evaluations, others = self._read()
-            if name is not None and figures is not None:
-                _add(evaluations, others, name, dict(figures))
+            for name, new in figures.items():
+                _add(evaluations, others, name, new)
             kept = {"with_other_settings": others} if others else {}
             results = {"model": dict(self.identity), "evaluations": evaluations, **kept, **self.common}
             write_json(self.path, _finite(results), allow_nan=False)
@@ -91,17 +83,15 @@ def _add(evaluations: dict[str, Any], others: dict[str, list[Any]], name: str, f
 
     They do if the settings are the same, and not only the earlier ones are whole.
     """
-    kept = [*others.get(name, []), *([evaluations[name]] if name in evaluations else [])]
-    kept = [
+    earlier = [*others.pop(name, []), *([evaluations[name]] if name in evaluations else [])]
+    others[name] = [
         each
-        for each in kept
+        for each in earlier
         if each.get("settings") != figures.get("settings") or (figures.get("errors") and not each.get("errors"))
     ]
     evaluations[name] = figures
-    if kept:
-        others[name] = kept
-    else:
-        others.pop(name, None)
+    if not others[name]:
+        del others[name]
 
 
 def _finite(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
@@ -43,43 +43,6 @@ class Window:
     num_scored: int
 
 
-@dataclass
-class Text:
-    """Documents as windows.
-
-    Attributes:
-        windows: of all of them.
-        num_documents: how many they are.
-        num_words: what white space separates in them.
-        num_bytes: UTF-8 bytes of the text that the scored tokens stand for.
-    """
-
-    windows: list[Window] = field(default_factory=list)
-    num_documents: int = 0
-    num_words: int = 0
-    num_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows side by side.
-
-    Attributes:
-        input_ids: `(batch, q_len)`.
-        attention_mask: `(batch, q_len)`, zero at padding; `None` if there is none.
-        targets: `(batch, q_len)`, the token behind each position, `IGNORE_INDEX` where it is not scored.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    targets: Tensor
-
-    @property
-    def num_unscored(self) -> int:
-        """Columns before the first in which some row is scored."""
-        return int((self.targets != IGNORE_INDEX).any(dim=0).nonzero()[0])
-
-
 @EVALUATIONS.register("perplexity")
 def evaluate_sliding(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
     """Perplexity of the validation documents per token, word and byte, and bits per byte.
@@ -91,34 +54,17 @@ def evaluate_sliding(subject: Subject, config: EvaluationConfig) -> dict[str, An
     settings, prefix = config.perplexity, f"{subject.key_prefix}perplexity."
     limit = subject.model.config.max_position_embeddings
     context_length, stride = settings.window_sizes(limit, subject.trained_length, prefix)
-    text = _cut_documents(subject, settings.max_documents, context_length, stride)
+    windows, counts = _cut_documents(subject, settings.max_documents, context_length, stride)
     total = score_windows(
         subject.model,
-        text.windows,
+        windows,
         batch_size=config.batch_size,
         new_cache=subject.new_cache,
         cache_chunk=settings.cache_chunk or DEFAULT_CACHE_CHUNK,
     )
-    return _figures(total, text) | {"context_length": context_length, "stride": stride}
-
-
-def _cut_documents(subject: Subject, max_documents: int | None, context_length: int, stride: int) -> Text:
-    encoder = DocumentEncoder(check_tokenizer(subject.tokenizer, "the tokenizer"))
-    text = Text()
-    for document in track(validation_documents(subject.data, max_documents), "tokenising"):
-        tokens = encoder.encode([document], with_bytes=True)
-        text.windows += cut_windows(tokens["id"].astype(np.int64), context_length, stride)
-        text.num_documents += 1
-        text.num_words += len(document.split())
-        text.num_bytes += int(tokens["num_bytes"][1:].sum())
-    return text
-
-
-def _figures(total: float, text: Text) -> dict[str, Any]:
-    """The negative log-likelihood of a text, in nats, per token, word and byte."""
-    num_tokens = sum(window.num_scored for window in text.windows)
+    # The negative log-likelihood, in nats, per token, word and byte.
     per_token, per_word, per_byte = (
-        Perplexity(total / count, count) for count in (num_tokens, text.num_words, text.num_bytes)
+        Perplexity(total / counts[unit], counts[unit]) for unit in ("num_tokens", "num_words", "num_bytes")
     )
     return {
         "loss": per_token.loss,
@@ -126,11 +72,27 @@ def _figures(total: float, text: Text) -> dict[str, Any]:
         "word_perplexity": per_word.perplexity,
         "byte_perplexity": per_byte.perplexity,
         "bits_per_byte": per_byte.loss / math.log(2),
-        "num_tokens": num_tokens,
-        "num_words": text.num_words,
-        "num_bytes": text.num_bytes,
-        "num_documents": text.num_documents,
+        **counts,
+        "context_length": context_length,
+        "stride": stride,
     }
+
+
+def _cut_documents(
+    subject: Subject, max_documents: int | None, context_length: int, stride: int
+) -> tuple[list[Window], dict[str, int]]:
+    """The windows of all documents, and how much text they score; the bytes are those of the scored tokens."""
+    encoder = DocumentEncoder(check_tokenizer(subject.tokenizer, "the tokenizer"))
+    windows: list[Window] = []
+    counts = {"num_tokens": 0, "num_words": 0, "num_bytes": 0, "num_documents": 0}
+    for document in track(validation_documents(subject.data, max_documents), "tokenising"):
+        tokens = encoder.encode([document], with_bytes=True)
+        windows += cut_windows(tokens["id"].astype(np.int64), context_length, stride)
+        counts["num_words"] += len(document.split())
+        counts["num_bytes"] += int(tokens["num_bytes"][1:].sum())
+        counts["num_documents"] += 1
+    counts["num_tokens"] = sum(window.num_scored for window in windows)
+    return windows, counts
 
 
 def validation_documents(config: DataConfig, max_documents: int | None = None) -> Iterator[str]:
@@ -172,7 +134,6 @@ def score_windows(
     batch_size: int,
     new_cache: Callable[[], Cache] | None = None,
     cache_chunk: int = DEFAULT_CACHE_CHUNK,
-    padding_side: str = "left",
 ) -> float:
     """Negative log-likelihood, in nats, of all scored tokens together.
 
@@ -183,7 +144,6 @@ def score_windows(
         new_cache: makes an empty cache, which gets the unscored tokens first and then the others in chunks; without,
             everything goes through the model at once.
         cache_chunk: tokens of such a chunk.
-        padding_side: where shorter windows are filled up.
     """
     # The longest first: what does not fit into memory is known at once, and alike lengths need little padding.
     ordered = sorted(windows, key=lambda window: len(window.tokens), reverse=True)
@@ -192,59 +152,54 @@ def score_windows(
     total = 0.0
     with in_eval_mode(model):
         for start in track(starts, "perplexity", len(starts)):
-            batch = collate_windows(ordered[start : start + batch_size], device, padding_side)
+            batch = collate_windows(ordered[start : start + batch_size], device)
             cache = None if new_cache is None else new_cache()
-            for logits, targets in _run(model, batch, cache, cache_chunk):
-                total += _loss_sum(logits, targets)
+            for logits, targets in _run(model, *batch, cache, cache_chunk):
+                losses = F.cross_entropy(
+                    logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+                )
+                total += math.fsum(losses.tolist())  # on the CPU: not every device has float64
     return total
 
 
-def collate_windows(windows: Sequence[Window], device: torch.device, padding_side: str = "left") -> Batch:
-    """Puts windows of different lengths into one batch."""
+def collate_windows(windows: Sequence[Window], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Puts windows of different lengths into one batch.
+
+    They are filled up on the left, so that the scored tokens, which are last, share columns: in all the others no
+    logits are computed.
+
+    Returns:
+        Tokens, attention mask (`None` where there is no padding) and targets, `(batch, q_len)` each; a target is the
+        token behind the position, or `IGNORE_INDEX` where that is not scored.
+    """
     width = max(len(window.tokens) for window in windows) - 1
-    input_ids, is_token = np.zeros((len(windows), width), np.int64), np.zeros((len(windows), width), np.int64)
+    input_ids, is_token = np.zeros((2, len(windows), width), np.int64)
     targets = np.full_like(input_ids, IGNORE_INDEX)
     for row, window in enumerate(windows):
-        length = len(window.tokens) - 1
-        start = width - length if padding_side == "left" else 0
-        input_ids[row, start : start + length] = window.tokens[:-1]
-        is_token[row, start : start + length] = 1
-        targets[row, start + length - window.num_scored : start + length] = window.tokens[-window.num_scored :]
-    mask = None if is_token.all() else torch.from_numpy(is_token).to(device)
-    return Batch(torch.from_numpy(input_ids).to(device), mask, torch.from_numpy(targets).to(device))
+        start = width - len(window.tokens) + 1
+        input_ids[row, start:] = window.tokens[:-1]
+        is_token[row, start:] = 1
+        targets[row, -window.num_scored :] = window.tokens[-window.num_scored :]
+    ids, mask, labels = (torch.from_numpy(array).to(device) for array in (input_ids, is_token, targets))
+    return ids, None if is_token.all() else mask, labels
 
 
-def _run(model: nn.Module, batch: Batch, cache: Cache | None, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _run(
+    model: nn.Module, input_ids: Tensor, mask: Tensor | None, targets: Tensor, cache: Cache | None, chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields logits `(batch, num_columns, vocab_size)` of the scored columns, and their targets."""
-    mask, first, width = batch.attention_mask, batch.num_unscored, batch.input_ids.shape[1]
-    if cache is None:
-        position_ids = None if mask is None else positions(mask)
-        outputs = model(
-            batch.input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=False,
-            logits_to_keep=width - first,
-        )
-        yield outputs.logits, batch.targets[:, first:]
-        return
-    edges = [*([0] if first else []), *range(first, width, chunk), width]
+    width = input_ids.shape[1]
+    first = int((targets != IGNORE_INDEX).any(dim=0).nonzero()[0])  # column in which some row is scored
+    # Into a cache, the unscored columns go first, in one piece; what is scored then reads it, as decoding does.
+    edges = [0, width] if cache is None else [*([0] if first else []), *range(first, width, chunk), width]
     for start, stop in pairwise(edges):
         outputs = model(
-            batch.input_ids[:, start:stop],
+            input_ids[:, start:stop],
             attention_mask=None if mask is None else mask[:, :stop],
             position_ids=None if mask is None else positions(mask)[:, start:stop],
             past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1 if stop <= first else 0,
+            use_cache=cache is not None,
+            logits_to_keep=max(1, stop - max(start, first)),  # 0 would mean all
         )
-        if start >= first:
-            yield outputs.logits, batch.targets[:, start:stop]
-
-
-def _loss_sum(logits: Tensor, targets: Tensor) -> float:
-    """Negative log-likelihood of all `targets`, `(batch, num_columns)`; on the CPU: not every device has float64."""
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return math.fsum(losses.tolist())
+        if stop > first:
+            yield outputs.logits, targets[:, max(start, first) : stop]

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lckv.evaluation.running import scalar_figures
+from lckv.evaluation.evaluations import scalar_figures
 
 
-def show_results(results: Mapping[str, Any], console: Console) -> None:
-    """Prints the costs, and the numbers among the figures of every evaluation."""
+def show_results(results: Mapping[str, Any], path: Path, console: Console) -> None:
+    """Prints the numbers among the figures of every evaluation, the costs, and where all of it is written."""
     title = f"{results['model']['name']}  {results['layer_types']}"
     table = Table(title=title, title_justify="left")
     for heading, justify in ("evaluation", "left"), ("figure", "left"), ("value", "right"):
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for section, rows in _sections(results):
-        for number, (name, value) in enumerate(rows):
-            table.add_row("" if number else section, name, value, end_section=number == len(rows) - 1)
+    sections = {name: map(_show, scalar_figures(figures)) for name, figures in results["evaluations"].items()}
+    for section, rows in {**sections, "costs": _costs(results["costs"])}.items():
+        shown = list(rows)
+        for number, (name, value) in enumerate(shown):
+            table.add_row("" if number else section, name, value, end_section=number == len(shown) - 1)
     console.print(table)
     others = results.get("with_other_settings", {})
     if others:
         told = ", ".join(f"{name} ({len(figures)})" for name, figures in others.items())
         console.print(f"the file also holds figures with other settings: {told}")
-
-
-def _sections(results: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    for name, figures in results["evaluations"].items():
-        yield name, [(figure, _show(value)) for figure, value in scalar_figures(figures)]
-    yield "costs", list(_costs(results["costs"]))
+    console.print(f"written: {path}")
 
 
 def _costs(costs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -49,5 +47,6 @@ def _costs(costs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "training tokens/s", f"{speed:,.0f}"
 
 
-def _show(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+def _show(figure: tuple[str, float]) -> tuple[str, str]:
+    name, value = figure
+    return name, f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"

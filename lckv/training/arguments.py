@@ -48,7 +48,11 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     trainer = cfg.trainer
     cfg.check_sizes()
     _check_switches(trainer)
-    _check_fields(trainer.hf)
+    for name in trainer.hf:
+        if name not in (allowed := _fields()):
+            raise UserError(
+                f"trainer.hf.{name}: transformers' TrainingArguments has no such field{near_miss(name, allowed)}"
+            )
     if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else processes under torchrun do not find each other
     fields = _fields_set_here(cfg) | trainer.hf
@@ -114,6 +118,7 @@ def _fields() -> set[str]:
 
 
 def _check_switches(cfg: TrainerConfig) -> None:
+    """Refuses what cannot work on this machine."""
     if cfg.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision='fp16': needs a GPU, which torch does not see; use bf16 or fp32")
     if cfg.use_liger_kernel:
@@ -124,28 +129,15 @@ def _check_switches(cfg: TrainerConfig) -> None:
         ):
             if not is_there:
                 raise UserError(f"trainer.use_liger_kernel=true: needs {fault}")
-    if cfg.torch_compile:
-        _check_can_compile(cfg.torch_compile_backend)
-
-
-def _check_can_compile(backend: str) -> None:
-    check_choice("trainer.torch_compile_backend", backend, torch.compiler.list_backends(exclude_tags=()))
-    if backend != "inductor":
+    if not cfg.torch_compile:
         return
-    if torch.cuda.is_available():
+    backends = torch.compiler.list_backends(exclude_tags=())
+    check_choice("trainer.torch_compile_backend", cfg.torch_compile_backend, backends)
+    if cfg.torch_compile_backend == "inductor" and torch.cuda.is_available():
         if importlib.util.find_spec("triton") is None:
             raise UserError("trainer.torch_compile=true: needs Triton, which is not installed")
-    elif shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
-        raise UserError(
-            "trainer.torch_compile=true: needs a C++ compiler on a CPU, and there is no g++ or clang++ on the PATH"
-        )
-
-
-def _check_fields(given: dict[str, Any]) -> None:
-    """Refuses what is no field of transformers', as far as this version knows."""
-    allowed = _fields()
-    for name in given:
-        if name not in allowed:
+    elif cfg.torch_compile_backend == "inductor":
+        if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
             raise UserError(
-                f"trainer.hf.{name}: transformers' TrainingArguments has no such field{near_miss(name, allowed)}"
+                "trainer.torch_compile=true: needs a C++ compiler on a CPU, and there is no g++ or clang++ on the PATH"
             )

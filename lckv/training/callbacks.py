@@ -1,7 +1,7 @@
 """What a run measures, shows and writes down while it trains, one callback for each thing.
 
 Callbacks see `logs` in the order in which they were added: those that measure add their values to it, those behind
-them write it out.
+them write it out. They are told apart by what they are, not by what they hold: hence `eq=False`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class RhythmCallback(TrainerCallback):
 
     def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Turns on what is due."""
+        # Behind transformers' own callback, which has set what its periods ask for; nothing is ever turned off here.
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
         if control.should_save or control.should_evaluate or any(is_due(state, period) for period in self.periods):
@@ -50,6 +52,7 @@ def is_due(state: TrainerState, every: int | None) -> bool:
     return state.global_step >= state.max_steps or (every is not None and state.global_step % every == 0)
 
 
+@dataclass(eq=False, kw_only=True)
 class ThroughputCallback(TrainerCallback):
     """Adds tokens so far, tokens per second, MFU where the device's peak is known, seconds so far and ETA.
 
@@ -65,21 +68,12 @@ class ThroughputCallback(TrainerCallback):
         seconds_before: how long earlier sessions of this run took.
     """
 
-    def __init__(
-        self,
-        *,
-        tokens_per_step: int,
-        num_blocks: int,
-        global_batch_size: int,
-        flops_per_token: float | None,
-        precision: str,
-        seconds_before: float = 0.0,
-    ) -> None:
-        self.tokens_per_step = tokens_per_step
-        self.epochs_per_step = global_batch_size / num_blocks
-        self.flops_per_token = flops_per_token
-        self.precision = precision
-        self.seconds_before = seconds_before
+    tokens_per_step: int
+    num_blocks: int
+    global_batch_size: int
+    flops_per_token: float | None
+    precision: str
+    seconds_before: float = 0.0
 
     def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Starts the clocks."""
@@ -103,9 +97,10 @@ class ThroughputCallback(TrainerCallback):
 
     def _add_speed(self, args: Arguments, state: TrainerState, logs: dict[str, Any]) -> None:
         num_steps, self._logged_step = state.global_step - self._logged_step, state.global_step
-        logs["epoch"] = round(state.global_step * self.epochs_per_step, 4)
+        logs["epoch"] = round(state.global_step * (self.global_batch_size / self.num_blocks), 4)
         logs["tokens_per_second"] = round(num_steps * self.tokens_per_step / self._training_seconds, 1)
         self._training_seconds = 0.0
+        # Model FLOPs utilisation: what the formula says training takes, over what all devices could do at best.
         peak = peak_flops(args.device, self.precision)
         if peak and self.flops_per_token:
             logs["mfu"] = logs["tokens_per_second"] * self.flops_per_token / (peak * args.world_size)
@@ -114,13 +109,11 @@ class ThroughputCallback(TrainerCallback):
         steps_left = state.max_steps - state.global_step
         logs["eta_seconds"] = round(seconds / (state.global_step - self._first_step) * steps_left, 1)
 
-    def on_evaluate(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leaves the evaluation out of the speed."""
+    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves what has just been done, a checkpoint or an evaluation, out of the speed."""
         self._mark = time.perf_counter()
 
-    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leaves the checkpoint out of the speed."""
-        self._mark = time.perf_counter()
+    on_evaluate = on_save
 
 
 def text_loss(logs: dict[str, Any]) -> float:
@@ -128,8 +121,9 @@ def text_loss(logs: dict[str, Any]) -> float:
     return float(logs.get("loss_labels", logs["loss"]))
 
 
-class PerplexityCallback(TrainerCallback):
-    """Adds the perplexity of the training loss, and its bits per byte.
+@dataclass(eq=False)
+class FiguresCallback(TrainerCallback):
+    """Adds the perplexity of the training loss, its bits per byte, and the first process's peak memory.
 
     The bytes of the training text are not counted: its bits per byte take the validation text's bytes per token, and
     are exact as far as the two texts are alike.
@@ -138,8 +132,7 @@ class PerplexityCallback(TrainerCallback):
         bytes_per_token: UTF-8 bytes that a predicted token of the validation text stands for, on average.
     """
 
-    def __init__(self, bytes_per_token: float | None) -> None:
-        self.bytes_per_token = bytes_per_token
+    bytes_per_token: float | None
 
     def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the values to the training metrics; evaluation brings its own."""
@@ -150,18 +143,10 @@ class PerplexityCallback(TrainerCallback):
         logs["perplexity"] = math.exp(min(loss, 700.0))
         if self.bytes_per_token:
             logs["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        logs["peak_memory_bytes"] = peak_memory_bytes(args.device)
 
 
-class MemoryCallback(TrainerCallback):
-    """Adds the peak memory of the first process: of its GPU, or of the process itself on a CPU."""
-
-    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds the value to the training metrics."""
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            logs["peak_memory_bytes"] = peak_memory_bytes(args.device)
-
-
+@dataclass(eq=False)
 class SampleCallback(TrainerCallback):
     """Adds a text that the model writes, at every `sample_steps` steps and at the end.
 
@@ -171,12 +156,9 @@ class SampleCallback(TrainerCallback):
         on_every_process: whether all processes must call the model together, because it is sharded.
     """
 
-    def __init__(
-        self, generate: Callable[[PreTrainedModel], str], sample_steps: int | None, on_every_process: bool
-    ) -> None:
-        self.generate = generate
-        self.sample_steps = sample_steps
-        self.on_every_process = on_every_process
+    generate: Callable[[PreTrainedModel], str]
+    sample_steps: int | None
+    on_every_process: bool
 
     def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the sample to the training metrics of the steps that are due."""
@@ -187,11 +169,7 @@ class SampleCallback(TrainerCallback):
 
 
 def check_sample_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-    """Checks that there is something to continue.
-
-    Raises:
-        UserError: if the prompt has no token.
-    """
+    """Raises a UserError if the prompt has no token to be continued."""
     if not tokenizer(prompt)["input_ids"]:
         raise UserError(
             f"trainer.sample_prompt={prompt!r}: encodes to no token with this tokenizer, which adds none of its own; "
@@ -218,11 +196,11 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
+@dataclass(eq=False)
 class MetricsFileCallback(TrainerCallback):
     """Writes every log as a line of `metrics.jsonl`."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    folder: RunFolder
 
     def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the line; transformers' own summary at the end of training is left out."""
@@ -274,7 +252,9 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
-            self._print(state, _describe_evaluation(logs))
+            bits = logs.get("eval_bits_per_byte")
+            shown = f"validation: loss {logs['eval_loss']:.3f}  perplexity {logs['eval_perplexity']:,.2f}"
+            self._print(state, shown if bits is None else f"{shown}  bits per byte {bits:.3f}")
         elif "loss" in logs:
             shown = _describe_training(logs)
             self._progress.update(self._training, shown=shown)
@@ -318,12 +298,6 @@ def describe_loss_parts(values: dict[str, Any]) -> str:
     """The parts of a loss against a teacher that are among `values`."""
     names = [name for name in ("logits", "attention", "labels") if f"loss_{name}" in values]
     return ", ".join(f"{name} {values[f'loss_{name}']:.4f}" for name in names)
-
-
-def _describe_evaluation(logs: dict[str, Any]) -> str:
-    text = f"validation: loss {logs['eval_loss']:.3f}  perplexity {logs['eval_perplexity']:,.2f}"
-    bits = logs.get("eval_bits_per_byte")
-    return text if bits is None else f"{text}  bits per byte {bits:.3f}"
 
 
 def format_duration(seconds: float) -> str:

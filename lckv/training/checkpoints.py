@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGING = ".saving-"
 
 
+@dataclass(frozen=True)
 class CheckpointFolder:
     """The folder of a run's checkpoints, `checkpoint-<step>` each.
 
@@ -35,9 +37,8 @@ class CheckpointFolder:
         keep: how many checkpoints rotation leaves, `None` for all. The newest whole one is never deleted.
     """
 
-    def __init__(self, path: Path, keep: int | None = None) -> None:
-        self.path = path
-        self.keep = keep
+    path: Path
+    keep: int | None = None
 
     def staging(self, step: int) -> Path:
         """Where all processes write the checkpoint of `step` until it is whole."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ IGNORE_INDEX = -100
 _NUM_BLOCKS_FOR_SCALES = 8
 
 
-class AttentionOutputs:
+class AttentionOutputs(ExitStack):
     """A context in which a model's calls leave behind what their attention layers put out, projection included.
 
     Of the passes over a cycle the last one counts. Models that run token by token have each token's output kept.
@@ -35,22 +35,16 @@ class AttentionOutputs:
     """
 
     def __init__(self, model: nn.Module, num_tokens: int) -> None:
+        super().__init__()
         self.modules = [layer.self_attn for layer in cast(Any, model).model.layers]
         self.num_tokens = num_tokens
         self._parts: list[list[Tensor]] = [[] for _ in self.modules]
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> AttentionOutputs:
+    def __enter__(self) -> Self:
+        # Gone again before the backward pass, in which checkpointed layers are called once more.
         for layer_idx, module in enumerate(self.modules):
-            self._hooks.append(module.register_forward_hook(partial(self._keep, layer_idx)))
+            self.enter_context(module.register_forward_hook(partial(self._keep, layer_idx)))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        # Before the backward pass, in which checkpointed layers are called once more.
-        for hook in self._hooks:
-            hook.remove()
 
     def _keep(self, layer_idx: int, module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
         parts = self._parts[layer_idx]
@@ -166,6 +160,28 @@ class DistillationLoss:
         return torch.stack(terms).sum()
 
 
+def check_teacher_fits(
+    teacher: PreTrainedModel, student: PreTrainedModel, cfg: TeacherConfig, block_size: int
+) -> None:
+    """Raises a UserError if the outputs of two models, on blocks of `block_size` tokens, cannot be compared."""
+    compared = ["vocab_size"]
+    if cfg.attention_weight:
+        compared += ["num_hidden_layers", "hidden_size"]
+    for name in compared:
+        own, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        if own != theirs:
+            ways_out = " or set teacher.attention_weight=0" if name != "vocab_size" else ""
+            raise UserError(
+                f"teacher.source={cfg.source}: its {name} is {theirs}, the trained model's {own}; they must be "
+                f"equal: give another teacher{ways_out}"
+            )
+    if block_size > teacher.config.max_position_embeddings:
+        raise UserError(
+            f"data.block_size={block_size}: longer than the teacher's max_position_embeddings="
+            f"{teacher.config.max_position_embeddings}; lower it"
+        )
+
+
 class DistillationTrainer(LCKVTrainer):
     """Trains a model against a teacher, which sees the same tokens, positions and documents.
 
@@ -199,13 +215,8 @@ class DistillationTrainer(LCKVTrainer):
 
     @torch.no_grad()
     def _measure_scales(self) -> list[float]:
-        """The mean square of the teacher's attention outputs, layer by layer, over blocks from all of the data.
-
-        It is measured once: within a batch it would depend on how the batch is cut up.
-
-        Raises:
-            UserError: if there is nothing to measure.
-        """
+        """The mean square of the teacher's attention outputs, layer by layer, over blocks from all of the data."""
+        # Measured once: within a batch it would depend on how the batch is cut up.
         dataset = cast(Any, self.train_dataset)
         num_blocks = min(_NUM_BLOCKS_FOR_SCALES, len(dataset))
         squares, num_tokens = [], 0

@@ -5,23 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
 from lckv.config import TrainConfig
 from lckv.errors import UserError
-from lckv.evaluation.evaluations import Subject
-from lckv.evaluation.running import Outcome, run_evaluations, scalar_figures
+from lckv.evaluation.evaluations import Outcome, Subject, run_evaluations, scalar_figures
 from lckv.training.callbacks import is_due
 from lckv.training.run_folder import RunFolder
 
@@ -60,33 +54,25 @@ def build_evaluate(
     return partial(run_evaluations, subject, cfg.evaluation, {"cache": {"name": "none"}})
 
 
+@dataclass(eq=False)
 class EvaluationsCallback(TrainerCallback):
     """Adds the numbers among the figures of evaluations, every so many steps and at the end.
 
     One process evaluates, and the others wait. An evaluation that cannot be done says why, and the training goes on.
 
-    Args:
+    Attributes:
         evaluate: runs the evaluations.
         every: how often; `None`: at the end.
         wait: makes the processes wait for each other.
         pause: takes the training's own bar away meanwhile.
-
-    Attributes:
         figures: what the last evaluations came to, by their names; `None`: there were none yet.
     """
 
-    def __init__(
-        self,
-        evaluate: Evaluate,
-        every: int | None,
-        wait: Callable[[], None],
-        pause: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self.evaluate = evaluate
-        self.every = every
-        self.wait = wait
-        self.pause = pause
-        self.figures: dict[str, dict[str, Any]] | None = None
+    evaluate: Evaluate
+    every: int | None
+    wait: Callable[[], None]
+    pause: Callable[[], AbstractContextManager[None]]
+    figures: dict[str, dict[str, Any]] | None = None
 
     def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the numbers to the training metrics of the steps that are due, as `perplexity/word_perplexity`."""
@@ -111,16 +97,3 @@ class EvaluationsCallback(TrainerCallback):
                     for part, line in outcome.get("errors", {}).items():
                         logger.warning("%s: %s: %s", name, part, line)
         return self.figures
-
-
-def check_not_sharded(cfg: TrainConfig, *, is_sharded: bool) -> None:
-    """Refuses evaluations of a model that no process has as a whole.
-
-    Raises:
-        UserError: saying what to do instead.
-    """
-    if is_sharded and cfg.evaluation.evals:
-        raise UserError(
-            f"evaluation.evals={cfg.evaluation.evals}: cannot be had while FSDP or DeepSpeed shards the model; leave "
-            "it out, and run lckv.evaluate on the trained model"
-        )

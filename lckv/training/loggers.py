@@ -24,11 +24,7 @@ register_logger = LOGGERS.register
 
 
 def check_loggers(cfg: LoggerConfig) -> None:
-    """Refuses a tracker that is not installed.
-
-    Raises:
-        UserError: naming what to install.
-    """
+    """Raises a UserError that says what to install, where a tracker is missing."""
     for name in cfg.names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"logger.names={name}: is not installed; pip install 'lckv[track]'")

@@ -1,8 +1,8 @@
-"""Optimizers by name, and the learning rate schedules in transformers' terms."""
+"""What is trained, by which optimizer, and the learning rate schedules in transformers' terms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,28 @@ SCHEDULES = {
 """Our names of the schedules, and transformers' names of what they are made from."""
 
 
+TRAINABLE = {"all": (), "kv": ("stream_modules",), "qkv": ("stream_modules", "query_modules")}
+"""For each value of `trainer.trainable`, which submodules of attention are trained, as it names them; () for all."""
+
+
+def freeze_all_but(model: nn.Module, trainable: str) -> None:
+    """Takes the gradients away from the parameters that are not trained.
+
+    Args:
+        model: a Llama-shaped model, changed in place.
+        trainable: a key of [`TRAINABLE`].
+    """
+    parts = TRAINABLE[trainable]
+    if not parts:
+        return
+    model.requires_grad_(False)
+    for attention in model.modules():
+        for part in parts:
+            for name in getattr(attention, part, ()):  # only an attention has any
+                if hasattr(attention, name):
+                    getattr(attention, name).requires_grad_(True)
+
+
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """Builds the optimizer that `cfg` names for the trainable parameters of `model`.
 
@@ -42,12 +64,20 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
 def adamw(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
     """AdamW (Loshchilov and Hutter, ICLR 2019), all parameters in one kernel where torch can."""
     parameters = [parameter for _, parameter in named_parameters]
+    kinds = {parameter.device.type for parameter in parameters}
+    can_fuse = kinds <= {"cpu", "cuda", "xpu", "mps"} and all(map(torch.is_floating_point, parameters))
+    if cfg.fused and not can_fuse:
+        raise UserError(f"optim.fused=true: torch has no fused AdamW for {', '.join(sorted(kinds))}; leave it out")
+    groups = [  # vectors, such as norms and biases, do not decay
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
     return AdamW(
-        decay_groups(parameters, cfg.weight_decay),
+        [group for group in groups if group["params"]],
         lr=cfg.learning_rate,
         betas=cast(tuple[float, float], tuple(cfg.betas)),
         eps=cfg.eps,
-        fused=_use_fused(parameters, cfg),
+        fused=can_fuse if cfg.fused is None else cfg.fused,
     )
 
 
@@ -56,7 +86,9 @@ def muon(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
     """Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for embeddings, head, norms and biases."""
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"optim.name='muon': torch {torch.__version__} does not have it; use torch 2.9 or later")
-    hidden, others = split_hidden_matrices(named_parameters)
+    is_hidden = [parameter.ndim == 2 and ".layers." in f".{name}" for name, parameter in named_parameters]
+    hidden = [parameter for (_, parameter), inside in zip(named_parameters, is_hidden, strict=True) if inside]
+    others = [item for item, inside in zip(named_parameters, is_hidden, strict=True) if not inside]
     if not hidden:
         raise UserError("optim.name='muon': the model has no matrices in its layers; use optim.name=adamw")
     by_muon = torch.optim.Muon(
@@ -66,37 +98,7 @@ def muon(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
         momentum=cfg.momentum,
         adjust_lr_fn="match_rms_adamw",  # updates as large as AdamW's, so that one learning rate suits both
     )
-    by_adamw = [adamw([("", parameter) for parameter in others], cfg)] if others else []
-    return JointOptimizer([by_muon, *by_adamw])
-
-
-def split_hidden_matrices(named_parameters: NamedParameters) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Splits off the matrices inside the layers from all other parameters."""
-    hidden = {name for name, parameter in named_parameters if parameter.ndim == 2 and ".layers." in f".{name}"}
-    return (
-        [parameter for name, parameter in named_parameters if name in hidden],
-        [parameter for name, parameter in named_parameters if name not in hidden],
-    )
-
-
-def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups parameters into matrices, which decay, and vectors (norms, biases), which do not."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _use_fused(parameters: Sequence[nn.Parameter], cfg: OptimConfig) -> bool | None:
-    kinds = {parameter.device.type for parameter in parameters}
-    can_fuse = kinds <= {"cpu", "cuda", "xpu", "mps"} and all(
-        parameter.is_floating_point() for parameter in parameters
-    )
-    if cfg.fused and not can_fuse:
-        raise UserError(f"optim.fused=true: torch has no fused AdamW for {', '.join(sorted(kinds))}; leave it out")
-    return can_fuse if cfg.fused is None else cfg.fused
+    return JointOptimizer([by_muon, *([adamw(others, cfg)] if others else [])])
 
 
 class JointOptimizer(Optimizer):
@@ -108,8 +110,11 @@ class JointOptimizer(Optimizer):
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = list(optimizers)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        groups = self._groups_within()
         super().__init__(groups, {"lr": groups[0]["lr"]})
+
+    def _groups_within(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -131,7 +136,7 @@ class JointOptimizer(Optimizer):
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         # Loading gives every optimizer new group dictionaries.
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.param_groups = self._groups_within()
 
 
 def schedule_arguments(cfg: OptimConfig, max_steps: int) -> tuple[str, dict[str, Any], int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
 
 
+@dataclass(eq=False)
 class TrainingOrder(Sampler[int]):
     """Yields the block indices of a whole run, epoch after epoch, each epoch in an order of its own.
 
@@ -21,10 +23,9 @@ class TrainingOrder(Sampler[int]):
         seed: seed of the shuffling.
     """
 
-    def __init__(self, num_blocks: int, num_samples: int, seed: int) -> None:
-        self.num_blocks = num_blocks
-        self.num_samples = num_samples
-        self.seed = seed
+    num_blocks: int
+    num_samples: int
+    seed: int
 
     def __len__(self) -> int:
         return self.num_samples
@@ -33,7 +34,7 @@ class TrainingOrder(Sampler[int]):
         for start in range(0, self.num_samples, self.num_blocks):
             yield from self._epoch(start // self.num_blocks)[: self.num_samples - start]
 
-    def slice(self, start: int, stop: int) -> Sequence[int]:
+    def slice(self, start: int, stop: int) -> list[int]:
         """Returns the indices at positions `start, ..., stop - 1` of the run."""
         indices: list[int] = []
         for epoch in range(start // self.num_blocks, -(-stop // self.num_blocks)):
@@ -42,6 +43,7 @@ class TrainingOrder(Sampler[int]):
         return indices
 
     def _epoch(self, epoch: int) -> list[int]:
-        # A generator of its own: the order neither depends on nor moves the global random state (dropout).
+        # A generator of its own: the order neither depends on nor moves the global random state (dropout). The factor
+        # is beyond any number of epochs, so that no seed's epoch is another seed's later one.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.num_blocks, generator=generator).tolist()

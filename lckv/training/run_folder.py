@@ -19,8 +19,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +29,8 @@ import yaml
 
 from lckv.config import TrainConfig
 from lckv.errors import UserError
-from lckv.storage import locked, write_text
+from lckv.model_arguments import resolve_layer_types
+from lckv.storage import locked, write_json, write_text
 from lckv.training.checkpoints import CheckpointFolder
 
 logger = logging.getLogger(__name__)
@@ -214,7 +215,8 @@ class RunFolder:
         # Written and read like the stored one, so that a tuple is equal to its list.
         now = dict(flatten(yaml.safe_load(_to_yaml(config))))
         # A key that there was not yet when the config was stored has what is its default now.
-        before = {key: value for key, value in _defaults().items() if key in now} | dict(flatten(stored))
+        defaults = flatten(yaml.safe_load(_to_yaml(asdict(TrainConfig()))))
+        before = {key: value for key, value in defaults if key in now} | dict(flatten(stored))
         different = [
             f"{key}={now.get(key)} (there: {before.get(key)})"
             for key in sorted(before.keys() | now.keys())
@@ -237,10 +239,6 @@ class RunFolder:
             raise UserError(f"run_dir={self.path}: cannot be written to ({error.strerror}); {self.instead}") from error
 
 
-def _defaults() -> dict[str, Any]:
-    return dict(flatten(yaml.safe_load(_to_yaml(asdict(TrainConfig())))))
-
-
 def _to_yaml(config: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
@@ -252,3 +250,39 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+@contextmanager
+def recorded_failure(folder: RunFolder, cfg: TrainConfig, overrides: Sequence[str]) -> Iterator[None]:
+    """Leaves `failure.json` in the run folder where an exception ends the run, and passes the exception on.
+
+    A folder that holds another run, or this one finished, stays as it is.
+
+    Args:
+        folder: the run folder.
+        cfg: the configuration of the run.
+        overrides: what the command line says of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(OSError):  # a folder that cannot be written to is often the reason itself
+            if folder.is_open_to(asdict(cfg)):
+                folder.path.mkdir(parents=True, exist_ok=True)
+                failure = {
+                    "error": " ".join(str(error).split()) or type(error).__name__,
+                    "type": type(error).__name__,
+                    "overrides": list(overrides),
+                    "layer_types": _layer_types(cfg),
+                    "run_name": cfg.run_name,
+                }
+                write_json(folder.failure, failure)
+        raise
+
+
+def _layer_types(cfg: TrainConfig) -> str | None:
+    """The run's pattern, where it can be known without a pretrained model, which brings the number of layers."""
+    is_known = cfg.init.source is None or cfg.model.layer_types is not None
+    with suppress(UserError):
+        return resolve_layer_types(cfg) if is_known else None
+    return None

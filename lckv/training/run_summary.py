@@ -15,8 +15,8 @@ from lckv.console import arguments_of_this_run, command, python
 from lckv.costs import ModelSizes
 from lckv.data import TokenizedData
 from lckv.environment import describe_hardware, versions
+from lckv.evaluation.evaluations import scalar_figures
 from lckv.evaluation.model_costs import cost_figures, sharing_plan_of
-from lckv.evaluation.running import scalar_figures
 from lckv.patterns import build_layer_types, parse_layer_types
 from lckv.training.callbacks import describe_loss_parts, format_duration
 from lckv.training.run_folder import RunFolder
@@ -86,10 +86,8 @@ def build_results(
         "hardware": describe_hardware(model.device),
         "versions": versions(),
     }
-    for name in ("mfu", "kv_residual", "loss_logits", "loss_attention", "loss_labels"):
-        if name in train[-1]:
-            results[name] = train[-1][name]
-    return results
+    where_measured = ("mfu", "kv_residual", "loss_logits", "loss_attention", "loss_labels")
+    return results | {name: train[-1][name] for name in where_measured if name in train[-1]}
 
 
 def show_results(results: dict[str, Any], folder: RunFolder, console: Console) -> None:
@@ -113,6 +111,11 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     kv, llama = results["kv_bytes"], results["kv_bytes_llama"]
     bits = results["eval_bits_per_byte"]
     context = f"at {results['kv_bytes_context_length']} tokens"
+    # Results of earlier versions do not say how many were trained: all of them.
+    num_parameters = results["num_parameters"]
+    num_trained = results.get("num_trained_parameters", num_parameters)
+    trained = f", {num_trained:,} of them trained" if num_trained != num_parameters else ""
+    mfu = f", MFU {results['mfu']:.1%}" if "mfu" in results else ""
     rows = [
         (
             "validation perplexity",
@@ -120,7 +123,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("validation loss", f"{results['eval_loss']:.4f}  (unigram {results['unigram_loss']:.4f}; nats per token)"),
         ("bits per byte", "unknown" if bits is None else f"{bits:.4f}"),
-        ("parameters", _parameters(results)),
+        ("parameters", f"{num_parameters:,}{trained}"),
         (
             "KV bytes per token",
             f"written {kv['written']:,}, resident {kv['resident']:,.0f} {context}, in 16 bits  (Llama: "
@@ -131,7 +134,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             "trained",
             f"{results['steps']:,} steps, {results['tokens']:,} tokens in {format_duration(results['seconds'])}",
         ),
-        ("speed", _speed(results)),
+        ("speed", f"{results['tokens_per_second']:,.0f} tokens/s{mfu}"),
         ("peak memory", f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ]
     if "loss_labels" in results:
@@ -149,18 +152,6 @@ def _evaluation(figures: dict[str, Any]) -> str:
     if "error" in figures:
         return str(figures["error"])
     return ", ".join(f"{name} {value:,.4f}" for name, value in scalar_figures(figures) if isinstance(value, float))
-
-
-def _parameters(results: dict[str, Any]) -> str:
-    # Results of earlier versions do not say how many were trained: all of them.
-    num_parameters = results["num_parameters"]
-    num_trained = results.get("num_trained_parameters", num_parameters)
-    return f"{num_parameters:,}" + (f", {num_trained:,} of them trained" if num_trained != num_parameters else "")
-
-
-def _speed(results: dict[str, Any]) -> str:
-    mfu = f", MFU {results['mfu']:.1%}" if "mfu" in results else ""
-    return f"{results['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,36 +18,40 @@ from lckv.evaluation.model_costs import costs_of, sharing_plan_of
 from lckv.model_arguments import model_arguments
 from lckv.storage import write_json
 from lckv.training import callbacks as ours
+from lckv.training.acceleration import compile_layers, use_liger_kernels
 from lckv.training.checkpoints import step_of
-from lckv.training.compilation import compile_layers
-from lckv.training.distillation import DistillationTrainer
-from lckv.training.evaluation_callback import Evaluate, EvaluationsCallback, check_not_sharded
-from lckv.training.liger import use_liger_kernels
+from lckv.training.distillation import DistillationTrainer, check_teacher_fits
+from lckv.training.evaluation_callback import Evaluate, EvaluationsCallback
 from lckv.training.loggers import build_loggers
 from lckv.training.loss_plot import plot_loss
-from lckv.training.optim import build_optimizer
+from lckv.training.optim import build_optimizer, freeze_all_but
 from lckv.training.run_folder import RunFolder
 from lckv.training.run_summary import build_results
-from lckv.training.teacher import check_teacher_fits
-from lckv.training.trainable import freeze_all_but
 from lckv.training.trainer import LCKVTrainer
 
 
-def check_passes(model: PreTrainedModel, *, is_sharded: bool) -> None:
-    """Checks that processes which hold parts of one model pass over its layers equally often.
+def check_can_shard(cfg: TrainConfig, model: PreTrainedModel) -> None:
+    """Checks what cannot be done while processes hold parts of one model.
 
     Raises:
-        UserError: if each would stop where its own batch has converged, and wait for the others' parts for ever.
+        UserError: if each would pass over a cycle until its own batch has converged, and wait for the others' parts
+            for ever; or if evaluations are to be made, of a model that no process has as a whole.
     """
     config = model.config
     iterates = getattr(config, "forward_passes", 0) == "converge" and not config.use_sequential
-    if is_sharded and iterates and sharing_plan_of(model).has_cycles:
+    if iterates and sharing_plan_of(model).has_cycles:
         raise UserError(
             "model.forward_passes=converge: processes would need different numbers of passes, which FSDP and "
             "DeepSpeed do not allow; give a number, such as model.forward_passes=7"
         )
+    if cfg.evaluation.evals:
+        raise UserError(
+            f"evaluation.evals={cfg.evaluation.evals}: cannot be had while FSDP or DeepSpeed shards the model; leave "
+            "it out, and run lckv.evaluate on the trained model"
+        )
 
 
+@dataclass(eq=False)
 class Session:
     """A trainer with everything around it.
 
@@ -63,24 +67,18 @@ class Session:
         evaluate: runs the evaluations of the model that `cfg.evaluation` names, if it names any.
     """
 
-    def __init__(
-        self,
-        cfg: TrainConfig,
-        args: TrainingArguments,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        data: TokenizedData,
-        folder: RunFolder,
-        console: Console,
-        teacher: PreTrainedModel | None = None,
-        evaluate: Evaluate | None = None,
-    ) -> None:
-        self.cfg = cfg
-        self.model = model
-        self.tokenizer = tokenizer
-        self.data = data
-        self.folder = folder
-        self.console = console
+    cfg: TrainConfig
+    args: TrainingArguments
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: TokenizedData
+    folder: RunFolder
+    console: Console
+    teacher: PreTrainedModel | None = None
+    evaluate: Evaluate | None = None
+
+    def __post_init__(self) -> None:
+        cfg, args, model, data, folder = self.cfg, self.args, self.model, self.data, self.folder
         self.checkpoint = folder.checkpoints.latest()
         self.first_step = step_of(self.checkpoint) if self.checkpoint else 0
         if args.should_save:
@@ -90,8 +88,12 @@ class Session:
         if cfg.trainer.torch_compile:
             compile_layers(model, cfg.trainer.torch_compile_backend, cfg.trainer.torch_compile_mode)
         freeze_all_but(model, cfg.trainer.trainable)
-        self.progress = ours.ProgressCallback(console)
-        self.trainer = self._trainer_class(teacher)(
+        self.progress = ours.ProgressCallback(self.console)
+        trainer_class: Callable[..., LCKVTrainer] = LCKVTrainer
+        if self.teacher is not None:
+            check_teacher_fits(self.teacher, model, cfg.teacher, data.train.block_size)
+            trainer_class = partial(DistillationTrainer, teacher=self.teacher, distillation=cfg.teacher)
+        self.trainer = trainer_class(
             model,
             args,
             data.train,
@@ -101,45 +103,33 @@ class Session:
             checkpoints=folder.checkpoints,
             periods=(cfg.trainer.sample_steps, cfg.trainer.evaluation_steps),
             data_collator=collate,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer,
         )
         if args.fsdp and not self.trainer.is_fsdp_enabled:
             raise UserError("trainer.hf.fsdp: accelerate shards on accelerators only, in two or more processes")
-        is_sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
-        check_passes(model, is_sharded=is_sharded)
-        check_not_sharded(cfg, is_sharded=is_sharded)
-        self.evaluations = self._evaluations_callback(evaluate)
+        if self.trainer.is_sharded:
+            check_can_shard(cfg, model)
+        self.evaluations = self.evaluate and EvaluationsCallback(
+            self.evaluate,
+            cfg.trainer.evaluation_steps,
+            self.trainer.accelerator.wait_for_everyone,
+            self.progress.paused,
+        )
         self.trainer.on_eval_batch = self.progress.on_eval_batch
         self.trainer.remove_callback(PrinterCallback)
         for callback in self._callbacks():
             self.trainer.add_callback(callback)
 
-    def _trainer_class(self, teacher: PreTrainedModel | None) -> Callable[..., LCKVTrainer]:
-        if teacher is None:
-            return LCKVTrainer
-        check_teacher_fits(teacher, self.model, self.cfg.teacher, self.data.train.block_size)
-        return partial(DistillationTrainer, teacher=teacher, distillation=self.cfg.teacher)
-
-    def _evaluations_callback(self, evaluate: Evaluate | None) -> EvaluationsCallback | None:
-        if evaluate is None:
-            return None
-        every, wait = self.cfg.trainer.evaluation_steps, self.trainer.accelerator.wait_for_everyone
-        return EvaluationsCallback(evaluate, every, wait, self.progress.paused)
-
     def _callbacks(self) -> list[Any]:
         cfg, trainer, data = self.cfg.trainer, self.trainer, self.data
         seconds = [line["seconds"] for line in self.folder.read_metrics() if "seconds" in line]
-        sample = partial(
-            ours.sample_text,
-            tokenizer=self.tokenizer,
-            prompt=cfg.sample_prompt,
-            num_tokens=cfg.sample_tokens,
-        )
+        prompt, length = cfg.sample_prompt, cfg.sample_tokens
+        sample = partial(ours.sample_text, tokenizer=self.tokenizer, prompt=prompt, num_tokens=length)
         # What takes long comes before the callback that starts the clock again.
         measuring = [
             ours.RhythmCallback(cfg.sample_steps, cfg.evaluation_steps),
             *([] if self.evaluations is None else [self.evaluations]),
-            ours.SampleCallback(sample, cfg.sample_steps, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
+            ours.SampleCallback(sample, cfg.sample_steps, trainer.is_sharded),
             ours.ThroughputCallback(
                 tokens_per_step=trainer.global_batch_size * data.train.block_size,
                 num_blocks=len(data.train),
@@ -148,8 +138,7 @@ class Session:
                 precision=cfg.precision,
                 seconds_before=seconds[-1] if seconds else 0.0,
             ),
-            ours.PerplexityCallback(data.validation_num_bytes / max(1, data.num_predicted_tokens)),
-            ours.MemoryCallback(),
+            ours.FiguresCallback(data.validation_num_bytes / max(1, data.num_predicted_tokens)),
         ]
         writing = [ours.MetricsFileCallback(self.folder), self.progress]
         if trainer.is_world_process_zero():
@@ -185,10 +174,9 @@ class Session:
 
     def _llama_sizes(self) -> ModelSizes | None:
         """What `iso` keeps something equal to."""
-        if self.cfg.iso is None:
-            return None
-        cfg = replace(self.cfg, iso=None)
-        return ModelSizes.from_config(model_arguments(cfg, self.model.config.vocab_size))
+        plain = replace(self.cfg, iso=None)
+        sizes = ModelSizes.from_config(model_arguments(plain, self.model.config.vocab_size))
+        return None if self.cfg.iso is None else sizes
 
     def _write_results(self) -> dict[str, Any]:
         lines = self.folder.read_metrics()

@@ -55,9 +55,11 @@ class LCKVTrainer(Trainer):
         periods: Sequence[int | None] = (),
         **kwargs: Any,
     ) -> None:
+        # Blocks per optimizer step.
+        self.global_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.order = TrainingOrder(
             num_blocks=len(train_dataset),  # type: ignore[arg-type]
-            num_samples=args.max_steps * self._global_batch_size(args),
+            num_samples=args.max_steps * self.global_batch_size,
             seed=args.seed,
         )
         self.on_eval_batch: Callable[[int, int], None] | None = None
@@ -78,16 +80,14 @@ class LCKVTrainer(Trainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        self._has_residual = _returns_residual(model)
-
-    @staticmethod
-    def _global_batch_size(args: TrainingArguments) -> int:
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        plan = getattr(model.config, "sharing_plan", None)  # models of other families have none
+        takes = inspect.signature(model.forward).parameters
+        self._has_residual = bool(plan and plan.has_cycles and "output_kv_residual" in takes)
 
     @property
-    def global_batch_size(self) -> int:
-        """Blocks per optimizer step."""
-        return self._global_batch_size(self.args)
+    def is_sharded(self) -> bool:
+        """Whether no process has the whole model."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     # What transformers' loop asks for.
 
@@ -107,6 +107,7 @@ class LCKVTrainer(Trainer):
             UserError: if a loss is not finite; the optimizer has not used its gradients.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        # Looking at each loss at once would make the host wait for the device at every micro batch.
         self._window.append((inputs, loss.detach()))
         if self.accelerator.sync_gradients:
             self._check_losses()
@@ -116,26 +117,22 @@ class LCKVTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Computes the loss; at logging steps also keeps the residual of the model's iteration."""
-        inputs = {**inputs, **self.residual_arguments(model)}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs | self.residual_arguments(model), True, num_items_in_batch)
         self.keep_residual(outputs)
         return (loss, outputs) if return_outputs else loss
 
     def residual_arguments(self, model: nn.Module) -> dict[str, bool]:
         """What makes the model return the residual of its iteration, where it is wanted."""
-        is_wanted = self._has_residual and model.training and self._is_logging_step()
-        return {"output_kv_residual": True} if is_wanted else {}
+        step, state = self.state.global_step + 1, self.state
+        every = (state.logging_steps, state.save_steps, state.eval_steps, *self._periods)
+        is_logged = step >= state.max_steps or any(steps and step % steps == 0 for steps in every)
+        return {"output_kv_residual": True} if self._has_residual and model.training and is_logged else {}
 
     def keep_residual(self, outputs: Any) -> None:
         """Keeps the residual for the log, if the model has returned one."""
         residual = getattr(outputs, "kv_residual", None)  # models of other families know none
         if residual is not None:
             self._residuals.append(residual.detach().float())
-
-    def _is_logging_step(self) -> bool:
-        step, state = self.state.global_step + 1, self.state
-        every = (state.logging_steps, state.save_steps, state.eval_steps, *self._periods)
-        return step >= state.max_steps or any(steps and step % steps == 0 for steps in every)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the residual to the training metrics and logs them."""
@@ -150,7 +147,8 @@ class LCKVTrainer(Trainer):
     ) -> dict[str, float]:
         """Measures loss, perplexity and bits per byte, every token weighted alike, and logs them."""
         result = evaluate_perplexity(
-            self._model_for_evaluation(),
+            # Sharded models can only be called through their wrapper, by all processes together.
+            cast(nn.Module, self.model_wrapped if self.is_sharded else self.model),
             self._eval_blocks if eval_dataset is None else eval_dataset,
             batch_size=self.args.per_device_eval_batch_size,
             num_bytes=self._eval_num_bytes if eval_dataset is None else None,
@@ -165,11 +163,6 @@ class LCKVTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _model_for_evaluation(self) -> nn.Module:
-        # Sharded models can only be called through their wrapper, by all processes together.
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return cast(nn.Module, self.model_wrapped if is_sharded else self.model)
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
         if self.args.world_size == 1:
@@ -189,13 +182,18 @@ class LCKVTrainer(Trainer):
             UserError: if the weights are not finite, or writing fails; earlier checkpoints stay as they are.
         """
         step = self.state.global_step
-        self._check_weights(model, step)
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter.detach()).all():
+                raise UserError(
+                    f"step {step}: the weights of {name} are not finite although the loss was, so nothing was saved; "
+                    f"{self._advice()}"
+                )
         staging = self._checkpoints.staging(step)
         latest = self._checkpoints.latest()
-        kept = f"{latest.name} is intact: make room and run the same command to go on from it" if latest else (
-            "there is no earlier checkpoint: make room and run the same command to start again"
-        )  # fmt: skip
-        with saving(f"the checkpoint of step {step}", staging.parent, kept):
+        kept = f"{latest.name} is intact" if latest else "there is no earlier checkpoint"
+        again = "go on from it" if latest else "start again"
+        remedy = f"{kept}: make room and run the same command to {again}"
+        with saving(f"the checkpoint of step {step}", staging.parent, remedy):
             try:
                 if self.args.should_save:
                     shutil.rmtree(staging, ignore_errors=True)
@@ -231,33 +229,28 @@ class LCKVTrainer(Trainer):
     def _check_losses(self) -> None:
         """Stops at the first loss of the step that is not finite; the one wait for the device per step."""
         window, self._window = self._window, []
-        if torch.isfinite(torch.stack([loss for _, loss in window])).all():
-            return
-        for number, (inputs, loss) in enumerate(window):
-            if not torch.isfinite(loss):
-                self._stop_at(number, inputs, loss.item())
-
-    def _check_weights(self, model: nn.Module, step: int) -> None:
-        for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter.detach()).all():
-                raise UserError(
-                    f"step {step}: the weights of {name} are not finite although the loss was, so nothing was saved; "
-                    f"{self._advice()}"
-                )
+        is_finite = torch.isfinite(torch.stack([loss for _, loss in window])).tolist()
+        if not all(is_finite):
+            number = is_finite.index(False)
+            inputs, loss = window[number]
+            self._stop_at(number, inputs, loss.item())
 
     def _stop_at(self, number: int, inputs: dict[str, Any], loss: float) -> None:
         """Writes the batch of a loss that is not finite, the step's micro batch `number`, to a file, and stops."""
         step = self.state.global_step + 1
-        indices = self._indices_of_micro_batch(number)
+        size = self.args.per_device_train_batch_size
+        start = self.state.global_step * self.global_batch_size
+        start += (number * self.args.world_size + self.args.process_index) * size
+        indices = self.order.slice(start, start + size)
         dump = self._run_dir / f"nonfinite_step{step}_rank{self.args.process_index}.pt"
         tensors = {name: value.cpu() for name, value in inputs.items() if torch.is_tensor(value)}
         with new_file(dump) as file:
             torch.save({"step": step, "loss": loss, "block_indices": indices, "batch": tensors}, file)
-        start = str(self._tokenizer.decode(tensors["input_ids"][0, :24], skip_special_tokens=True))
+        text = str(self._tokenizer.decode(tensors["input_ids"][0, :24], skip_special_tokens=True))
         shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
         raise UserError(
             f"step {step}: the loss is {loss} on training blocks {shown}, the first beginning "
-            f"{' '.join(start.split())[:60]!r}; the batch is in {dump}, and the "
+            f"{' '.join(text.split())[:60]!r}; the batch is in {dump}, and the "
             f"checkpoints are untouched; {self._advice()}"
         )
 
@@ -271,14 +264,3 @@ class LCKVTrainer(Trainer):
         norm = self.args.max_grad_norm
         tries.append(f"a smaller trainer.max_grad_norm (now {norm:g})" if norm else "trainer.max_grad_norm=1")
         return f"try {', '.join(tries)}, with another run_dir=... (last whole checkpoint: {latest or 'none'})"
-
-    def _indices_of_micro_batch(self, number: int) -> list[int]:
-        size = self.args.per_device_train_batch_size
-        start = self.state.global_step * self.global_batch_size
-        start += (number * self.args.world_size + self.args.process_index) * size
-        return list(self.order.slice(start, start + size))
-
-
-def _returns_residual(model: nn.Module) -> bool:
-    plan = getattr(getattr(model, "config", None), "sharing_plan", None)
-    return bool(plan and plan.has_cycles and "output_kv_residual" in inspect.signature(model.forward).parameters)

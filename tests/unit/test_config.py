@@ -35,8 +35,7 @@ from lckv.models import LCKVLlamaConfig
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
 from lckv.run_names import default_run_name, file_name
 from lckv.training.loggers import LOGGERS
-from lckv.training.optim import OPTIMIZERS, SCHEDULES
-from lckv.training.trainable import TRAINABLE
+from lckv.training.optim import OPTIMIZERS, SCHEDULES, TRAINABLE
 
 CONF = config_dir()
 

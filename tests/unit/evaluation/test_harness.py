@@ -132,7 +132,7 @@ def read_samples(folder):
 # The same as lm-eval alone.
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, "auto"])
+@pytest.mark.parametrize("batch_size", [4, "auto"])
 def test_the_identity_pattern_gives_what_lm_evals_own_model_gives(batch_size, tmp_path):
     model = make_model()
     expected, answers = by_lm_eval(plain_llama(model), BOTH, batch_size)
@@ -148,8 +148,10 @@ def test_the_identity_pattern_gives_what_lm_evals_own_model_gives(batch_size, tm
     }
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "paged", "static", "sink"])
-@pytest.mark.parametrize("layer_types", ["0_1", "0_0_2_2", "0_2_2_3"])
+@pytest.mark.parametrize(
+    ("cache", "layer_types"),
+    [("dynamic", "0_1"), ("paged", "0_0_2_2"), ("static", "0_2_2_3"), ("sink", "0_0_2_2"), ("paged", "0_2_2_3")],
+)
 def test_an_exact_cache_changes_no_likelihood(cache, layer_types):
     model = make_model(layer_types)
     options = {"static": {"max_length": 64}}.get(cache, {})
@@ -161,8 +163,8 @@ def test_an_exact_cache_changes_no_likelihood(cache, layer_types):
 
 def test_figures_are_the_same_through_any_exact_cache():
     model = make_model("0_0_2_2")
-    plain, *others = [run(make_subject(model, cache), limit=2)["tasks"] for cache in (None, "dynamic", "paged")]
-    assert others == [plain, plain]
+    plain, paged = (run(make_subject(model, cache), limit=2)["tasks"] for cache in (None, "paged"))
+    assert paged == plain
 
 
 def test_a_cache_that_rounds_is_measured():
@@ -183,7 +185,7 @@ def test_a_cache_that_rounds_is_measured():
     )
 
 
-@pytest.mark.parametrize("cache", [None, "paged", "static"])
+@pytest.mark.parametrize("cache", [None, "static"])
 def test_generation_is_what_lm_evals_own_model_generates(cache, tmp_path):
     model = make_model()
     folder = generation_task(tmp_path / "tasks")
@@ -340,12 +342,6 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"harness.output_path='.*file/out': cannot be made"):
         run(make_subject(_broken_model()), output_path=str(tmp_path / "file" / "out"))
-
-
-def test_keys_are_named_as_the_caller_has_them():
-    subject = Subject(make_model(), byte_tokenizer(), DataConfig(), key_prefix="evaluation.")
-    with pytest.raises(UserError, match=r"^evaluation\.harness\.max_length=1000"):
-        run(subject, max_length=1000)
 
 
 def test_an_unknown_task_and_what_was_meant():

@@ -165,7 +165,7 @@ def test_a_model_without_memory_is_at_chance(data: DataConfig):
 
 @pytest.mark.parametrize(
     ("make_tokenizer", "layer_types"),
-    [(byte_tokenizer, "0_0_2_2"), (bpe_tokenizer, "0_1"), (bpe_tokenizer, "0s_1s_2_2"), (bpe_tokenizer, "0_2_2_3")],
+    [(byte_tokenizer, "0_0_2_2"), (bpe_tokenizer, "0s_1s_2_2"), (bpe_tokenizer, "0_2_2_3")],
 )
 def test_neither_batches_nor_caches_change_figures(make_tokenizer, data: DataConfig, layer_types: str):
     tokenizer = make_tokenizer()

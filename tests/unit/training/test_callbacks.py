@@ -13,7 +13,7 @@ from lckv.console import new_console
 from lckv.errors import UserError
 from lckv.training import callbacks
 from lckv.training.callbacks import (
-    PerplexityCallback,
+    FiguresCallback,
     ProgressCallback,
     RhythmCallback,
     ThroughputCallback,
@@ -131,11 +131,11 @@ def test_prompt_without_a_token_is_refused(corpus):
 
 
 def test_perplexity_and_bits_per_byte():
-    logs = log(PerplexityCallback(bytes_per_token=4.0), TrainerState(), loss=2.0794415416798357)
+    logs = log(FiguresCallback(bytes_per_token=4.0), TrainerState(), loss=2.0794415416798357)
     assert logs["perplexity"] == pytest.approx(8.0)
     assert logs["bits_per_byte"] == pytest.approx(3 / 4)
-    assert "bits_per_byte" not in log(PerplexityCallback(None), TrainerState(), loss=1.0)
-    assert log(PerplexityCallback(4.0), TrainerState(), eval_loss=1.0) == {"eval_loss": 1.0}
+    assert "bits_per_byte" not in log(FiguresCallback(None), TrainerState(), loss=1.0)
+    assert log(FiguresCallback(4.0), TrainerState(), eval_loss=1.0) == {"eval_loss": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -32,21 +32,17 @@ def test_newest_whole_checkpoint_is_found(tmp_path: Path):
     assert names(folder) == ["checkpoint-100", "checkpoint-90"]
 
 
-@pytest.mark.parametrize("damage", ["no manifest", "torn manifest", "missing file", "short file", "missing part"])
-def test_damaged_checkpoint_is_never_picked_up(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("manifest.json", None), ("manifest.json", '{"weights": 2'), ("weights", "w"), ("part/state", None)],
+)
+def test_damaged_checkpoint_is_never_picked_up(
+    tmp_path: Path, name: str, left: str | None, caplog: pytest.LogCaptureFixture
+):
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
-    newest = save(folder, 20)
-    if damage == "no manifest":
-        (newest / "manifest.json").unlink()
-    elif damage == "torn manifest":
-        (newest / "manifest.json").write_text('{"weights": 2')
-    elif damage == "missing file":
-        (newest / "weights").unlink()
-    elif damage == "short file":
-        (newest / "weights").write_bytes(b"w")
-    else:
-        (newest / "part" / "state").unlink()
+    damaged = save(folder, 20) / name
+    damaged.unlink() if left is None else damaged.write_text(left)
     assert folder.latest() == tmp_path / "checkpoint-10"
     assert "checkpoint-20" in caplog.text
 

@@ -229,14 +229,6 @@ def test_outputs_of_a_model_that_runs_token_by_token(build_teacher):
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_no_hook_stays_behind(make_session: MakeSession, build_teacher):
-    teacher = build_teacher()
-    session = make_session(teacher=teacher, teacher__source="x", trainer__max_steps=1)
-    session.run()
-    for model in (teacher, session.model):
-        assert not any(module._forward_hooks for module in model.modules())
-
-
 # The loop.
 
 
@@ -250,6 +242,8 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn(make_session: MakeSess
     assert line["loss_logits"] == pytest.approx(0, abs=1e-6)
     assert line["loss_attention"] == pytest.approx(0, abs=1e-6)
     assert line["loss_labels"] > 1
+    for model in (teacher, session.model):  # no hook stays behind
+        assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_llama_of_transformers_can_teach(make_session: MakeSession, build_teacher, corpus):
@@ -263,7 +257,7 @@ def test_a_llama_of_transformers_can_teach(make_session: MakeSession, build_teac
     assert scales[0] == pytest.approx(scales[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 0.5), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 0.5), (0.0, 1.0, 0.0)])
 def test_accumulation_does_not_change_the_curve(make_session: MakeSession, build_teacher, weights):
     names = ("teacher__logits_weight", "teacher__attention_weight", "teacher__labels_weight")
     settings = {"teacher__source": "x", "teacher__temperature": 2.0, **dict(zip(names, weights, strict=True))}
@@ -305,7 +299,7 @@ def test_gradient_checkpointing_does_not_change_the_curve(make_session: MakeSess
     assert_same_curve(plain, checkpointed)
 
 
-@pytest.mark.parametrize("trainable", ["kv", "qkv", "all"])
+@pytest.mark.parametrize("trainable", ["kv", "all"])
 def test_a_student_with_the_teachers_weights_comes_closer_to_it(
     make_session: MakeSession, build_teacher, trainable: str
 ):

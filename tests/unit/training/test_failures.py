@@ -8,8 +8,7 @@ import pytest
 
 from lckv.config import ModelConfig, SharingConfig, TrainConfig
 from lckv.errors import UserError
-from lckv.training.failures import recorded_failure
-from lckv.training.run_folder import RunFolder
+from lckv.training.run_folder import RunFolder, recorded_failure
 
 CONFIG = TrainConfig(sharing=SharingConfig("cla"), model=ModelConfig(num_hidden_layers=4), run_name="mine")
 

@@ -94,15 +94,14 @@ def rates(num_steps: int, **settings) -> list[float]:
     return used
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize(
-    ("schedule", "settings", "end"),
+    ("name", "schedule", "settings", "end"),
     [
-        ("cosine", {}, 0.1),
-        ("cosine", {"min_learning_rate": 0.0}, 0.0),
-        ("wsd", {"min_learning_rate": 0.2, "decay_steps": 30}, 0.2),
-        ("linear", {"min_learning_rate": 0.05}, 0.05),
-        ("constant", {}, 1.0),
+        ("adamw", "cosine", {}, 0.1),
+        ("muon", "cosine", {"min_learning_rate": 0.0}, 0.0),
+        ("adamw", "wsd", {"min_learning_rate": 0.2, "decay_steps": 30}, 0.2),
+        ("muon", "linear", {"min_learning_rate": 0.05}, 0.05),
+        ("adamw", "constant", {}, 1.0),
     ],
 )
 def test_schedule_warms_up_to_the_peak_and_ends_at_the_minimum(name, schedule, settings, end):

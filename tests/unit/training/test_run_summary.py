@@ -30,7 +30,7 @@ def test_the_next_run_differs_in_its_pattern_only(monkeypatch, tmp_path):
 
 
 def test_the_plan_is_that_of_the_source(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train", "init.source=a b", "init.revision=main", "init.method=fit"])
+    monkeypatch.setattr(sys, "argv", ["train", "init.source=a b", "init.revision=main", "init.method=activation"])
     plan, train, _ = commands("0_0_2_2", tmp_path)
     assert plan[1:] == ["-m", "lckv.plan", "init.source=a b", "init.revision=main", "model.layer_types=0_0_2_2"]
     cli.compose(plan[3:], "plan")
@@ -39,7 +39,7 @@ def test_the_plan_is_that_of_the_source(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("given", [[], ["trainer=demo", "optim=adamw"]])
 def test_what_was_converted_by_training_can_be_trained_with_another_pattern(monkeypatch, tmp_path, given):
-    own = ["source=a", "revision=main", "method=distill", "device=cpu", "max_shard_size=1GB"]
+    own = ["source=a", "revision=main", "method=distill", "max_shard_size=1GB"]
     monkeypatch.setattr(sys, "argv", ["convert", *own, "out=b", *given, "trainer.max_steps=7"])
     plan, train, _ = commands("0_0_2_2", tmp_path)
     assert plan[3:5] == ["init.source=a", "init.revision=main"]

@@ -2,24 +2,21 @@
 
 import pytest
 
+from lckv.config import EvaluationConfig
 from lckv.errors import UserError
 from lckv.evaluation.model_costs import cost_figures
-from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.training.session import check_passes
+from lckv.training.session import check_can_shard
+from tests.reference import tiny_model
 
 
-def build_model(layer_types: str, **settings) -> LCKVLlamaForCausalLM:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
-    return LCKVLlamaForCausalLM(LCKVLlamaConfig(layer_types=layer_types, **sizes, **settings))
-
-
-def test_sharded_models_must_pass_equally_often_in_every_process():
-    until_converged = build_model("0_2_2_3", forward_passes="converge")
-    check_passes(until_converged, is_sharded=False)
+def test_sharded_models_must_pass_equally_often_in_every_process_and_are_not_evaluated(make_config):
     with pytest.raises(UserError, match="^model.forward_passes=converge: .*FSDP"):
-        check_passes(until_converged, is_sharded=True)
-    check_passes(build_model("0_2_2_3", forward_passes=3), is_sharded=True)
-    check_passes(build_model("0_0_2_2", forward_passes="converge"), is_sharded=True)
+        check_can_shard(make_config(), tiny_model("0_2_2_3", forward_passes="converge"))
+    plain = tiny_model("0_2_2_3", forward_passes=3)
+    check_can_shard(make_config(), plain)
+    check_can_shard(make_config(), tiny_model("0_0_2_2", forward_passes="converge"))
+    with pytest.raises(UserError, match=r"^evaluation.evals=\['speed'\]: cannot be had while FSDP"):
+        check_can_shard(make_config(evaluation=EvaluationConfig(["speed"])), plain)
 
 
 def test_what_iso_keeps_equal_is_compared_with_the_llama_that_was_asked_for(make_session):

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
+from lckv.building import check_tokenizers
 from lckv.config import TeacherConfig, TrainConfig, validate
 from lckv.errors import UserError
-from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.training.teacher import check_teacher_fits, check_tokenizers
+from lckv.training.distillation import check_teacher_fits
+from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer
 
 
@@ -16,22 +17,17 @@ def test_compiled_students_learn_from_logits(make_config: Callable[..., TrainCon
     validate(make_config(teacher__source="x", teacher__attention_weight=0.0, **compiled))
 
 
-def build_model(layer_types: str = "0_0", **settings) -> LCKVLlamaForCausalLM:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
-    return LCKVLlamaForCausalLM(LCKVLlamaConfig(layer_types=layer_types, **{**sizes, **settings}))
-
-
 @pytest.mark.parametrize(
     ("settings", "message", "matters_to_logits"),
     [
-        ({"vocab_size": 17}, "teacher.source=x: its vocab_size is 17, the trained model's 16", True),
+        ({"vocab_size": 62}, "teacher.source=x: its vocab_size is 62, the trained model's 61", True),
         ({"layer_types": "0_1_2"}, "teacher.source=x: its num_hidden_layers is 3, the trained model's 2", False),
-        ({"hidden_size": 32}, "teacher.source=x: its hidden_size is 32, the trained model's 16", False),
+        ({"hidden_size": 16}, "teacher.source=x: its hidden_size is 16, the trained model's 32", False),
         ({"max_position_embeddings": 16}, "data.block_size=32: longer than the teacher's", True),
     ],
 )
 def test_teachers_that_cannot_be_compared_with(settings: dict, message: str, matters_to_logits: bool):
-    student, teacher = build_model(), build_model(**settings)
+    student, teacher = tiny_model("0_0"), tiny_model(**{"layer_types": "0_0"} | settings)
     with pytest.raises(UserError, match=message) as raised:
         check_teacher_fits(teacher, student, TeacherConfig(source="x"), block_size=32)
     assert ("teacher.attention_weight=0" in str(raised.value)) == (not matters_to_logits)

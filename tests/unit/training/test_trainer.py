@@ -123,7 +123,7 @@ def test_sampling_and_evaluation_leave_no_trace_in_training(make_session: MakeSe
     assert losses == [line["loss"] for line in quiet.folder.read_metrics() if "loss" in line]
 
 
-@pytest.mark.parametrize(("stop", "optimizer"), [(2, "adamw"), (3, "adamw"), (5, "adamw"), (5, "muon")])
+@pytest.mark.parametrize(("stop", "optimizer"), [(2, "adamw"), (5, "muon")])
 def test_interrupted_run_goes_on_bit_for_bit(
     make_session: MakeSession, interrupt: Callable[[Session, int], None], stop: int, optimizer: str
 ):
@@ -206,7 +206,7 @@ def test_loss_that_is_not_a_number_stops_the_run(make_session: MakeSession):
     assert [path.name for path in session.folder.checkpoints.path.iterdir()] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize(("at_call", "step", "blocks"), [(5, 3, (8, 10)), (11, 6, (20, 22)), (12, 6, (22, 24))])
+@pytest.mark.parametrize(("at_call", "step", "blocks"), [(5, 3, (8, 10)), (12, 6, (22, 24))])
 def test_micro_batch_whose_loss_is_not_a_number_is_told_from_the_others_of_its_step(
     make_session: MakeSession, at_call: int, step: int, blocks: tuple[int, int]
 ):

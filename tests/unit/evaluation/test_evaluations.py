@@ -12,10 +12,9 @@ import torch
 
 from lckv.config import DataConfig, EvaluationConfig, PerplexityConfig, SpeedConfig
 from lckv.errors import UserError
-from lckv.evaluation import MODULES, running
-from lckv.evaluation.evaluations import Subject, find_evaluation
+from lckv.evaluation import MODULES, evaluations
+from lckv.evaluation.evaluations import Subject, find_evaluation, run_evaluations, scalar_figures
 from lckv.evaluation.results_file import ResultsFile
-from lckv.evaluation.running import run_evaluations, scalar_figures
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer
 
@@ -34,7 +33,7 @@ def fail(subject: Subject, config: EvaluationConfig) -> dict:
 
 
 def test_one_that_fails_keeps_no_other_from_its_figures(subject: Subject, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(running, "find_evaluation", {"needle": fail, "perplexity": draw}.get)
+    monkeypatch.setattr(evaluations, "find_evaluation", {"needle": fail, "perplexity": draw}.get)
     config = EvaluationConfig(["needle", "perplexity"], 5, perplexity=PerplexityConfig(stride=7))
     subject.model.train()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -44,7 +43,7 @@ def test_one_that_fails_keeps_no_other_from_its_figures(subject: Subject, monkey
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     settings = outcomes["perplexity"]["settings"]
     config = EvaluationConfig(["speed"], speed=SpeedConfig(batch_size=2))
-    monkeypatch.setattr(running, "find_evaluation", lambda name: draw)
+    monkeypatch.setattr(evaluations, "find_evaluation", lambda name: draw)
     ((_, figures),) = run_evaluations(subject, config, {})
     assert figures["settings"]["batch_size"] == 2
     assert (settings["stride"], settings["batch_size"], settings["seed"]) == (7, 5, 3)
@@ -73,12 +72,12 @@ def open_file(folder: Path, fingerprint: str = "1234", **common) -> ResultsFile:
 
 def test_results_of_several_calls_stay(tmp_path: Path):
     first = open_file(tmp_path, costs=1)
-    first.touch()
-    first.add("perplexity", {"loss": 1.0})
+    first.write({})
+    first.write({"perplexity": {"loss": 1.0}})
     second = open_file(tmp_path, costs=2)
-    first.add("recall", {"accuracy": 0.5})
-    second.add("needle", {"accuracy": 0.25})
-    results = second.add("perplexity", {"loss": 0.5})
+    first.write({"recall": {"accuracy": 0.5}})
+    second.write({"needle": {"accuracy": 0.25}})
+    results = second.write({"perplexity": {"loss": 0.5}})
     assert results == json.loads(second.path.read_text())
     assert results == {
         "model": {"name": "mine", "fingerprint": "1234"},
@@ -92,11 +91,11 @@ def test_figures_with_other_settings_stay(tmp_path: Path):
     file = open_file(tmp_path)
     of = {name: {"loss": len(name), "settings": {"cache": name}} for name in ("none", "static", "paged")}
     for name in of:
-        results = file.add("perplexity", of[name])
+        results = file.write({"perplexity": of[name]})
     assert results["evaluations"] == {"perplexity": of["paged"]}
     assert results["with_other_settings"] == {"perplexity": [of["none"], of["static"]]}
     again = of["none"] | {"loss": 7}
-    results = open_file(tmp_path).add("perplexity", again)
+    results = open_file(tmp_path).write({"perplexity": again})
     assert results["evaluations"] == {"perplexity": again}
     assert results["with_other_settings"] == {"perplexity": [of["static"], of["paged"]]}
 
@@ -105,18 +104,18 @@ def test_a_part_of_the_figures_does_not_replace_the_whole(tmp_path: Path):
     file = open_file(tmp_path)
     whole = {"tasks": {"a": 1, "b": 2}, "errors": {}, "settings": {"limit": 8}}
     part = {"tasks": {"a": 1}, "errors": {"b": "offline"}, "settings": {"limit": 8}}
-    file.add("harness", part)
-    file.add("harness", whole)
-    results = file.add("harness", part)
+    file.write({"harness": part})
+    file.write({"harness": whole})
+    results = file.write({"harness": part})
     assert results["evaluations"] == {"harness": part}
     assert results["with_other_settings"] == {"harness": [whole]}
-    results = file.add("harness", whole)
+    results = file.write({"harness": whole})
     assert (results["evaluations"], "with_other_settings" in results) == ({"harness": whole}, False)
 
 
 def test_the_file_is_json_whatever_the_figures_are(tmp_path: Path):
     file = open_file(tmp_path)
-    file.add("perplexity", {"word_perplexity": math.inf, "deep": [math.nan, 1.0]})
+    file.write({"perplexity": {"word_perplexity": math.inf, "deep": [math.nan, 1.0]}})
     results = json.loads(file.path.read_text(), parse_constant=pytest.fail)
     assert results["evaluations"]["perplexity"] == {"word_perplexity": None, "deep": [None, 1.0]}
 
@@ -124,13 +123,13 @@ def test_the_file_is_json_whatever_the_figures_are(tmp_path: Path):
 def test_several_processes_may_add_at_once(tmp_path: Path):
     names = [str(number) for number in range(20)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda name: open_file(tmp_path).add(name, {"loss": 1.0}), names))
-    assert sorted(open_file(tmp_path).touch()["evaluations"]) == sorted(names)
+        list(pool.map(lambda name: open_file(tmp_path).write({name: {"loss": 1.0}}), names))
+    assert sorted(open_file(tmp_path).write({})["evaluations"]) == sorted(names)
 
 
 def test_results_of_other_weights_and_other_files_are_refused(tmp_path: Path):
     file = open_file(tmp_path)
-    file.add("perplexity", {"loss": 1.0})
+    file.write({"perplexity": {"loss": 1.0}})
     before = file.path.read_text()
     with pytest.raises(UserError, match="holds the results of other weights .*give another out="):
         open_file(tmp_path, "5678")

@@ -5,7 +5,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from lckv.errors import UserError
-from lckv.training.launch import check_launch
+from lckv.processes import check_launch
 
 
 def told(*arguments: str) -> dict[str, str]:

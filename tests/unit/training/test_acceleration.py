@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.training.liger import use_liger_kernels
+from lckv.training.acceleration import use_liger_kernels
 
 pytest.importorskip("liger_kernel", reason="needs the extra 'gpu'")
 
