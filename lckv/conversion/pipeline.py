@@ -56,7 +56,7 @@ def convert(
         moments, fingerprint = _calibrate(cfg, source, plan, console, device)
         tokens = {"calibration_tokens": moments.num_tokens, "ridge": cfg.init.ridge}
         record = {"data": cfg.data.name, "data_fingerprint": fingerprint, **tokens}
-    with Bar(console, "writing", "bytes") as bar:
+    with Bar(console, "writing", "parameters") as bar:
         write_converted(
             source,
             config,
@@ -66,7 +66,7 @@ def convert(
             ridge=cfg.init.ridge,
             max_shard_size=max_shard_size,
             record=record,
-            on_bytes=bar.update,
+            on_parameters=bar.update,
         )
 
 

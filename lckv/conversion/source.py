@@ -42,6 +42,9 @@ _COPIED = (
 )
 _COPIED_FOLDERS = ("additional_chat_templates",)
 _BROKEN = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
+EMBEDDINGS = "model.embed_tokens.weight"
+"""The tensor whose type is the model's."""
+
 # Not used, and no loss: rotations are worked out anew, and tied embeddings are there under their other name.
 _DISPENSABLE = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
 
@@ -155,10 +158,12 @@ class Source:
             logger.warning("%s: %d weights are not used, such as %s", self.checkpoint, len(unused), unused[0])
 
 
-def expected_shapes(config: LCKVLlamaConfig) -> dict[str, torch.Size]:
+def expected_shapes(
+    config: LCKVLlamaConfig, model_class: type[LCKVLlamaForCausalLM] = LCKVLlamaForCausalLM
+) -> dict[str, torch.Size]:
     """The tensors that a checkpoint of this configuration holds, tied ones once."""
     with torch.device("meta"):
-        model = LCKVLlamaForCausalLM(config)
+        model = model_class(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
