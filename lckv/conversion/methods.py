@@ -65,11 +65,10 @@ Those are the owner's KV, and what its readers read them with. Each is written i
 
 METHODS: Registry[Method] = Registry("conversion method")
 """By the names in `lckv.config.names.METHODS`; those that are calibrated there get `Group.moments`."""
+register = METHODS.register
+
 # Of the mean size of an input norm's entries: what is smaller stands for an input that the layer does not look at.
 _NO_SCALE = 1e-3
-
-
-register = METHODS.register
 
 
 def make_tensors(method: str, group: Group) -> dict[str, Tensor]:
@@ -200,6 +199,3 @@ def _reciprocal(scale: Tensor) -> Tensor:
 
 def _scaled(heads: AttentionHeads, scale: Tensor) -> AttentionHeads:
     return replace(heads, key=heads.key * scale, value=heads.value * scale)
-
-
-__all__ = ["METHODS", "Group", "groups_of", "make_tensors", "needed_pairs", "register"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lckv.errors import UserError
 
@@ -42,14 +43,13 @@ class InputMoments:
 
     def add(self, inputs: dict[int, Tensor], counts: Tensor) -> None:
         """Adds a batch: for each layer its attention's inputs `(batch, q_len, hidden_size)`, where `counts` holds."""
-        rows = {layer_idx: self._rows(states[counts]) for layer_idx, states in inputs.items()}
+        rows = {layer_idx: states[counts].float() for layer_idx, states in inputs.items()}
+        if self.has_ones:
+            rows = {layer_idx: F.pad(states, (0, 1), value=1.0) for layer_idx, states in rows.items()}
         for first, second in self.pairs:
             # On the CPU: there may be many pairs, and Apple's accelerators have no float64.
             product = (rows[first].T @ rows[second]).cpu().double()
-            if (first, second) in self._sums:
-                self._sums[first, second] += product
-            else:
-                self._sums[first, second] = product
+            self._sums[first, second] = product if self.num_tokens == 0 else self._sums[first, second] + product
         self.num_tokens += int(counts.sum())
 
     def check_finite(self) -> None:
@@ -66,10 +66,6 @@ class InputMoments:
                 "are broken, or its type is too narrow for what they compute; allowed are models of finite numbers"
             )
 
-    def _rows(self, states: Tensor) -> Tensor:
-        states = states.float()
-        return torch.cat([states, states.new_ones(len(states), 1)], dim=1) if self.has_ones else states
-
 
 @torch.no_grad()
 def collect_moments(
@@ -77,7 +73,6 @@ def collect_moments(
     batches: Iterable[dict[str, Tensor]],
     pairs: Iterable[Pair],
     *,
-    has_ones: bool,
     on_batch: Callable[[int], Any] | None = None,
 ) -> InputMoments:
     """Runs text through a model and sums up what enters its attention layers.
@@ -86,13 +81,12 @@ def collect_moments(
         model: a model of ours, in evaluation mode.
         batches: `input_ids` and `position_ids`, each `(batch, q_len)`, and perhaps `labels`.
         pairs: which layers' inputs are multiplied.
-        has_ones: see [`InputMoments`].
         on_batch: called after each batch with the number of its tokens.
 
     Raises:
         UserError: if what enters a layer is not finite.
     """
-    moments = InputMoments(pairs, has_ones=has_ones)
+    moments = InputMoments(pairs, has_ones=model.config.attention_bias)
     layers = sorted({layer_idx for pair in moments.pairs for layer_idx in pair})
     inputs: dict[int, Tensor] = {}
 

@@ -18,9 +18,10 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from lckv.conversion.heads import Tensors
+from lckv.data.tokenizer import check_tokenizer
 from lckv.errors import UserError
 from lckv.loading import WEIGHT_FILES, Checkpoint, find_checkpoint, index_name, load_model
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
@@ -103,24 +104,32 @@ class Source:
                 self._check(tensors)
             yield tensors
 
-    def load_model(self, device: str, dtype: str = "auto") -> LCKVLlamaForCausalLM:
+    def load_model(self, device: str) -> LCKVLlamaForCausalLM:
         """The whole model, in evaluation mode."""
-        return load_model(
-            self.checkpoint.given,
-            revision=self.checkpoint.revision,
-            dtype=dtype,
-            device=device,
-            key=self.checkpoint.key,
-        )[0]
+        found = self.checkpoint
+        return load_model(found.given, revision=found.revision, device=device, key=found.key)[0]
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer."""
-        return self.checkpoint.load_tokenizer()
+    def load_for_text(self, device: str) -> LCKVLlamaForCausalLM:
+        """The model with text to run through it whole: not token by token, which would show a layer's last input only.
+
+        On a CPU it is in float32, in which everything is fast there.
+        """
+        model = self.load_model(device)
+        model.config.use_sequential = False
+        return model.float() if model.device.type == "cpu" else model
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """Its tokenizer.
+
+        Raises:
+            UserError: if there is none that makes blocks of documents.
+        """
+        return check_tokenizer(self.checkpoint.load_tokenizer(), str(self.checkpoint))
 
     def copy_rest(self, folder: Path) -> None:
         """Copies tokenizer and settings for generation; where they are inside a GGUF file, writes them anew."""
         if self.checkpoint.gguf_file is not None:
-            self.load_tokenizer().save_pretrained(folder)
+            self.checkpoint.load_tokenizer().save_pretrained(folder)
             return
         origin = self._folder()
         for name in _COPIED:

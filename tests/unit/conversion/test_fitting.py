@@ -36,14 +36,14 @@ def batch(input_ids):
 
 def moments_of(model, layer_types, input_ids):
     pairs = needed_pairs(parse_layer_types(layer_types))
-    return collect_moments(model, [batch(input_ids)], pairs, has_ones=model.config.attention_bias)
+    return collect_moments(model, [batch(input_ids)], pairs)
 
 
 @pytest.mark.parametrize("has_ones", [False, True])
 @torch.no_grad()
 def test_moments_are_means_of_products(has_ones):
-    model, input_ids = random_source(3), token_ids(3, 10, vocab_size=300)
-    moments = collect_moments(model, [batch(input_ids)], [(2, 0), (1, 1), (0, 2)], has_ones=has_ones)
+    model, input_ids = random_source(3, attention_bias=has_ones), token_ids(3, 10, vocab_size=300)
+    moments = collect_moments(model, [batch(input_ids)], [(2, 0), (1, 1), (0, 2)])
     inputs = attention_inputs(model, input_ids)
     if has_ones:
         inputs = [torch.cat([states, torch.ones(30, 1)], dim=1) for states in inputs]
@@ -61,8 +61,8 @@ def test_batches_add_up():
     model, input_ids = random_source(3), token_ids(5, 10, vocab_size=300)
     done = []
     parts = [batch(part) for part in input_ids.split([2, 1, 2])]
-    streamed = collect_moments(model, parts, [(0, 1)], has_ones=False, on_batch=done.append)
-    at_once = collect_moments(model, [batch(input_ids)], [(0, 1)], has_ones=False)
+    streamed = collect_moments(model, parts, [(0, 1)], on_batch=done.append)
+    at_once = collect_moments(model, [batch(input_ids)], [(0, 1)])
     torch.testing.assert_close(streamed[0, 1], at_once[0, 1], atol=1e-6, rtol=0)
     assert done == [20, 10, 20]
     assert not any(module._forward_hooks for module in model.modules())

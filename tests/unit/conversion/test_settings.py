@@ -121,7 +121,7 @@ def test_calibrated_methods_look_at_the_training_split(tmp_path, text, method, k
     chosen = choose_blocks(data.train, 250)
     assert len(chosen) == 8 and chosen[0] == 0 and chosen[-1] == len(data.train) - 1
     pairs = [(0, 0), (0, 1), (1, 1), (2, 2), (2, 3), (3, 3)]
-    moments = collect_moments(model, batches_of(data.train, chosen), pairs, has_ones=kind == "biases")
+    moments = collect_moments(model, batches_of(data.train, chosen), pairs)
     assert moments.num_tokens == 256
     expected = convert_model(model, "0_0_2_2", method, moments=moments, ridge=0.02)
     out = read_folder(tmp_path / "out")
