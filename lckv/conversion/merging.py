@@ -40,14 +40,7 @@ def layer_types_of(spans: Spans, has_window: Sequence[bool]) -> str:
 
 @dataclass(frozen=True)
 class Merge:
-    """One step: an owner gives up its keys and values, and its readers turn to the next owner below or above.
-
-    Attributes:
-        lower: the lower of the two spans that become one.
-        upper: the upper one.
-        merged: the span that they become.
-        spans: the whole pattern afterwards.
-    """
+    """One step: two neighbouring spans become one, after which the whole pattern is `spans`."""
 
     lower: Span
     upper: Span
@@ -130,12 +123,7 @@ class Surrogate:
 
 
 def owners_in(budget: float | int, bytes_per_owner: int, num_layers: int) -> int:
-    """How many layers' keys and values fit a budget.
-
-    Args:
-        budget: see `lckv.byte_sizes.parse_budget`.
-        bytes_per_owner: of the keys and values that one layer makes of a token.
-        num_layers: of the model.
+    """How many layers' keys and values, each of `bytes_per_owner` a token, fit a budget as `parse_budget` gives it.
 
     Raises:
         UserError: if not one fits, or all do.

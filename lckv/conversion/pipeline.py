@@ -32,15 +32,7 @@ def convert(
     device: str = "auto",
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Converts a pretrained model as the configuration says, and writes it into a folder that appears at once.
-
-    Args:
-        cfg: the configuration, with the source's sizes; see [`lckv.conversion.settings.adopt_source`].
-        source: the model.
-        out: the folder.
-        console: where to show progress.
-        device: where calibration text runs.
-        max_shard_size: bytes of a file of weights.
+    """Converts a pretrained model, whose sizes `cfg` has, and writes it into a folder that appears at once.
 
     Raises:
         UserError: for wrong settings, text or weights.

@@ -38,11 +38,6 @@ logger = logging.getLogger(__name__)
 class SearchSession:
     """A search as the configuration says.
 
-    Args:
-        cfg: what to search for, checked.
-        source: the pretrained model.
-        console: where to show progress.
-
     Raises:
         UserError: if the budget cannot be met.
     """

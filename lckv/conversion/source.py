@@ -52,12 +52,7 @@ _DISPENSABLE = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
 
 @dataclass(frozen=True)
 class Source:
-    """A pretrained model in which every layer computes its own keys and values.
-
-    Attributes:
-        checkpoint: where it is.
-        config: its configuration, as one of ours.
-    """
+    """A pretrained model in which every layer computes its own keys and values: where it is, and its configuration."""
 
     checkpoint: Checkpoint
     config: LCKVLlamaConfig

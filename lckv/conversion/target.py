@@ -100,12 +100,7 @@ def _layer_of(name: str) -> int | None:
 
 
 def converted_config(source: LCKVLlamaConfig, plan: SharingPlan, **settings: Any) -> LCKVLlamaConfig:
-    """The source's configuration with another sharing pattern.
-
-    Args:
-        source: of a model in which every layer computes keys and values.
-        plan: the pattern.
-        settings: other arguments of `LCKVLlamaConfig` that change, such as `forward_passes`.
+    """The configuration of a source with another sharing pattern, and other `settings` such as `forward_passes`.
 
     Raises:
         UserError: for wrong settings.

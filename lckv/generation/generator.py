@@ -57,11 +57,6 @@ class TextGenerator:
     def answer(self, prompts: list[str], encoded: list[list[int]], *, is_streamed: bool) -> None:
         """Continues the prompts, and prints texts and what they took as soon as they are there.
 
-        Args:
-            prompts: the texts.
-            encoded: their tokens.
-            is_streamed: whether the only text is printed while it comes.
-
         Raises:
             UserError: at the end, if some prompts have failed alone.
         """

@@ -88,10 +88,6 @@ class TextPieces:
 
     A character of several tokens comes out when it is whole. Each token is decoded behind some earlier ones, as
     tokenizers treat the first word of a text in their own way.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        skip_special_tokens: whether tokens such as the end of a document are left out.
     """
 
     num_context, max_pending = 8, 16
@@ -220,15 +216,9 @@ def stream_text(
     skip_special_tokens: bool = True,
     **options: Any,
 ) -> Iterator[str]:
-    """Like `stream`, from text or tokens to pieces of text, none of them empty.
+    """Like `stream`, whose options it takes, from text or tokens to pieces of text, none of them empty.
 
-    Args:
-        model: the model, in evaluation mode.
-        tokenizer: the model's.
-        prompt: the text, or its tokens.
-        past_key_values: the cache, empty or not.
-        skip_special_tokens: whether tokens such as the end of a document are left out of the text.
-        options: those of `stream`.
+    `skip_special_tokens` leaves tokens such as the end of a document out of the text.
     """
     if isinstance(prompt, str):
         token_ids = tokenizer(prompt)["input_ids"]
