@@ -41,16 +41,16 @@ class InputMoments:
         mean = self._sums[first, second] / self.num_tokens
         return mean if pair == (first, second) else mean.T
 
-    def add(self, inputs: dict[int, Tensor], counts: Tensor) -> None:
-        """Adds a batch: for each layer its attention's inputs `(batch, q_len, hidden_size)`, where `counts` holds."""
-        rows = {layer_idx: states[counts].float() for layer_idx, states in inputs.items()}
+    def add(self, inputs: dict[int, Tensor]) -> None:
+        """Adds a batch: for each layer its attention's inputs `(batch, q_len, hidden_size)`."""
+        rows = {layer_idx: states.flatten(0, 1).float() for layer_idx, states in inputs.items()}
         if self.has_ones:
             rows = {layer_idx: F.pad(states, (0, 1), value=1.0) for layer_idx, states in rows.items()}
         for first, second in self.pairs:
             # On the CPU: there may be many pairs, and Apple's accelerators have no float64.
             product = (rows[first].T @ rows[second]).cpu().double()
             self._sums[first, second] = product if self.num_tokens == 0 else self._sums[first, second] + product
-        self.num_tokens += int(counts.sum())
+        self.num_tokens += len(next(iter(rows.values())))
 
     def check_finite(self) -> None:
         """Refuses sums that nothing can be fitted to.
@@ -100,7 +100,7 @@ def collect_moments(
         for batch in batches:
             batch = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
             model.model(**batch, use_cache=False)
-            moments.add(inputs, torch.ones_like(batch["input_ids"], dtype=torch.bool))
+            moments.add(inputs)
             if on_batch is not None:
                 on_batch(batch["input_ids"].numel())
     moments.check_finite()

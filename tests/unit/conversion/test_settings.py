@@ -107,8 +107,7 @@ def text(tmp_path):
     return ["data=files", f"data.files={tmp_path}/text.txt", r"data.document_separator='\n\n'", "data.block_size=32"]
 
 
-@pytest.mark.parametrize("method", ["activation", "subspace"])
-@pytest.mark.parametrize("kind", ["plain", "biases"])
+@pytest.mark.parametrize(("method", "kind"), [("activation", "biases"), ("subspace", "plain")])
 def test_calibrated_methods_look_at_the_training_split(tmp_path, text, method, kind):
     options = {} if kind == "plain" else {"attention_bias": True, "attention_output_bias": False}
     model = random_source(4, **options)
