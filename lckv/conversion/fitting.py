@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lckv.conversion.alignment import match_heads
+from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import AttentionHeads, from_planes, to_planes
-from lckv.conversion.moments import InputMoments
 
 _TINY = 1e-30  # beside which numbers of any use are infinite, and whose square root is not lost in float64
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lckv.conversion.alignment import align
+from lckv.conversion.calibration import InputMoments, Pair
 from lckv.conversion.fitting import fit_mean, fit_subspace
 from lckv.conversion.heads import AttentionHeads, Tensors, layer_prefix, read_finite
-from lckv.conversion.moments import InputMoments, Pair
 from lckv.conversion.source import EMBEDDINGS, dtype_of
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaConfig

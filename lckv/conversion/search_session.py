@@ -14,10 +14,9 @@ from lckv.byte_sizes import parse_budget
 from lckv.config import SearchConfig
 from lckv.config.names import CALIBRATED
 from lckv.console import Bar
-from lckv.conversion.calibration import calibrate, choose_blocks
+from lckv.conversion.calibration import InputMoments, Pair, calibrate, choose_blocks
 from lckv.conversion.merging import Reach, owners_in, resolve_reach
 from lckv.conversion.methods import needed_pairs
-from lckv.conversion.moments import InputMoments, Pair
 from lckv.conversion.pattern_search import PatternSearch, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.search_report import KVCount, SearchReport

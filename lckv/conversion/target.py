@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 import lckv
+from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, groups_of, make_tensors
-from lckv.conversion.moments import InputMoments
 from lckv.conversion.shards import write_weights
 from lckv.conversion.source import EMBEDDINGS, CheckpointTensors, Source, dtype_of, expected_shapes
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 from lckv.conversion.alignment import match_heads
+from lckv.conversion.calibration import InputMoments, collect_moments
 from lckv.conversion.fitting import fit_mean, fit_subspace, predictor
 from lckv.conversion.heads import AttentionHeads, to_planes
 from lckv.conversion.methods import METHODS, Group, groups_of, needed_pairs
-from lckv.conversion.moments import InputMoments, collect_moments
 from lckv.errors import UserError
 from lckv.patterns import parse_layer_types
 from tests.reference import token_ids

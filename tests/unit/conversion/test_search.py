@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from lckv import cli
 from lckv.config import DataConfig, SearchConfig, validate
+from lckv.conversion.calibration import collect_moments
 from lckv.conversion.merging import Reach
-from lckv.conversion.moments import collect_moments
 from lckv.conversion.pattern_search import PatternSearch, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.search_report import KVCount, SearchReport, write_report

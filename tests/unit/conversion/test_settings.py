@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from lckv import cli
-from lckv.conversion.calibration import batches_of, choose_blocks
-from lckv.conversion.moments import collect_moments
+from lckv.conversion.calibration import batches_of, choose_blocks, collect_moments
 from lckv.conversion.settings import adopt_source, plan_of
 from lckv.data import build_dataset
 from lckv.errors import UserError
