@@ -63,13 +63,7 @@ class Point:
 
 @dataclass(frozen=True)
 class KVCount:
-    """Counts the bytes of keys and values that each token adds, in the model's own type.
-
-    Attributes:
-        sizes: of the model.
-        dtype: its type, such as "bfloat16".
-        num_layers: how many layers compute keys and values in it.
-    """
+    """Counts the bytes of keys and values that each token adds, in the type of a model of `num_layers` layers."""
 
     sizes: ModelSizes
     dtype: str

@@ -52,11 +52,10 @@ class SearchSession:
         self._trace = SearchTrace()
 
     def run(self) -> SearchReport:
-        """Searches. A search that is interrupted is reported as far as it came.
+        """Searches. A search that is interrupted is reported as far as it came, or ends if it found nothing yet.
 
         Raises:
             UserError: for wrong text or weights.
-            KeyboardInterrupt: if nothing was found yet.
         """
         started = time.monotonic()
         tokenizer = self._source.load_tokenizer()

@@ -59,12 +59,7 @@ class Source:
 
     @classmethod
     def find(cls, name: str, *, revision: str | None = None, key: str = "source") -> Source:
-        """Finds a model that can be converted, without reading its weights.
-
-        Args:
-            name: as for [`lckv.loading.find_checkpoint`].
-            revision: only for the Hub: branch, tag or commit.
-            key: what the user gave the name under.
+        """Finds a model that can be converted, without reading its weights; see [`lckv.loading.find_checkpoint`].
 
         Raises:
             UserError: if there is none, it is of a family that is not supported, its weights are quantised, or its
@@ -175,11 +170,7 @@ def expected_shapes(
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
-    """The tensors of a folder's checkpoint, in one file or several, read when they are asked for.
-
-    Args:
-        folder: holds `model.safetensors` or `pytorch_model.bin`, or an index of several files.
-        stack: closes the files.
+    """The tensors of a folder's checkpoint, each read when it is asked for, from files that `stack` closes.
 
     Raises:
         UserError: if there are no weights, a file of several is missing, or one cannot be read.

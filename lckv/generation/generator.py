@@ -76,7 +76,7 @@ class TextGenerator:
             if part.figures is not None:
                 figures.append(part.figures)
                 if not self.cfg.json:
-                    self._say(part.summary)
+                    self.console.print(part.summary, style="dim")
         if self.cfg.json:
             _print(json.dumps(self._about() | {"texts": texts, "batches": figures}, ensure_ascii=False, indent=2))
         if num_failed := sum("error" in text for text in texts):
@@ -105,7 +105,8 @@ class TextGenerator:
             printer.end()
             num_seen, seconds = int(cache.get_seq_length()), time.perf_counter() - start_time
             speed = f"{num_seen / seconds:,.1f} tok/s, the prompt's among them"
-            self._say(f"{count_tokens(num_seen)} · {speed} · cache {cache.num_bytes():,} bytes")
+            seen = f"{count_tokens(num_seen)} · {speed} · cache {cache.num_bytes():,} bytes"
+            self.console.print(seen, style="dim")
 
     def _requests(self, encoded: list[list[int]]) -> Iterator[Part]:
         """Continues all prompts in one batch that they join and leave at any step; answers come in their order."""
@@ -275,9 +276,6 @@ class TextGenerator:
             return
         with Bar(self.console, "reading the prompt", "tokens", num_tokens) as bar:
             yield bar.advance
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, style="dim")
 
     def _result(self, prompt: str, encoded: list[int], answer: Answer) -> dict[str, Any]:
         """What came of one prompt, as JSON-able data."""

@@ -33,12 +33,7 @@ from lckv.logits import check_logits
 
 
 class TokenPicker:
-    """Chooses tokens, one after the other, and remembers the last of them.
-
-    Args:
-        sampling: how.
-        device: where the logits will be.
-        history: how many of the last tokens the repetition penalty looks back on.
+    """Chooses tokens, one after the other, with a repetition penalty that looks back on the last `history` of them.
 
     Raises:
         UserError: for a history below 1.
