@@ -37,11 +37,7 @@ def new_console(*, to_stderr: bool = False, is_quiet: bool = False, is_wide: boo
 class Bar:
     """How much of something is done, and how long the rest takes: on terminals only, and gone at the end.
 
-    Args:
-        console: where to show it.
-        what: is done.
-        unit: in which it is counted, in the plural.
-        total: how much there is to do, where that is known.
+    `unit` is in the plural, and `total` how much there is to do, where that is known.
     """
 
     def __init__(self, console: Console, what: str, unit: str = "", total: float | None = None) -> None:

@@ -170,13 +170,7 @@ class Checkpoint:
 
 
 def find_checkpoint(name: str, *, revision: str | None = None, key: str = "model") -> Checkpoint:
-    """Finds a model, without reading it.
-
-    Args:
-        name: a run folder of `lckv.train` (its trained model, or the newest whole checkpoint of an unfinished run), a
-            folder with a model, a GGUF file, or a name on the Hub.
-        revision: only for the Hub: branch, tag or commit.
-        key: what the user gave the name under.
+    """Finds a model, without reading it; see `load_model` for what the arguments are.
 
     Raises:
         UserError: if there is none.

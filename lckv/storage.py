@@ -157,11 +157,7 @@ def locked(path: Path, *, wait: float = -1, on_wait: Callable[[], None] | None =
 
 
 def check_new_folder(path: Path, key: str = "out") -> None:
-    """Refuses a place where a folder cannot appear without anything being lost.
-
-    Args:
-        path: the place.
-        key: what the user gave it under.
+    """Refuses a place, given under `key`, where a folder cannot appear without anything being lost.
 
     Raises:
         UserError: if something is there already, be it an empty file, or there can be no folder, or it would take the

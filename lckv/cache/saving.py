@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lckv.cache.base import KVCache, build_cache, describe_streams, plan_of
 from lckv.errors import UserError
 from lckv.layout import Stream
+from lckv.storage import new_file, save_tensors
 
 FORMAT = "1"
 CHECKED_SIZES = ("num_key_value_heads", "head_dim", "sliding_window", "force_nodiag")
@@ -43,12 +42,8 @@ def save_cache(cache: KVCache, path: str | Path) -> None:
         "scalars": scalars,
     }
     metadata = {"lckv_cache": FORMAT, **{key: json.dumps(value) for key, value in about.items()}}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with new_file(path) as file:
+        save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
 
 
 def load_cache(path: str | Path, config: Any, device: str | torch.device = "cpu") -> KVCache:

@@ -70,11 +70,6 @@ def align(heads: AttentionHeads, reference: AttentionHeads, moments: Tensor | No
     Keys are rotated within their rotary planes, since only that commutes with the rotation by position, and not at all
     where they are normalised dimension by dimension; values by any orthogonal matrix. Queries are rotated with the
     keys, the output projection against the values, so that the layer computes what it did.
-
-    Args:
-        heads: the layer to turn.
-        reference: the layer to come close to.
-        moments: see [`Similarity.of`].
     """
     heads = heads.permuted(match_heads(heads, reference, moments))
     similarity = Similarity.of(heads, reference, moments)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lckv.conversion.alignment import match_heads
+from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import AttentionHeads, from_planes, to_planes
-from lckv.conversion.moments import InputMoments
 
 _TINY = 1e-30  # beside which numbers of any use are infinite, and whose square root is not lost in float64
 
@@ -59,13 +58,6 @@ def fit_subspace(
     of an error. The keys are the same with rank one in each plane, weighted by the power of the queries; where keys
     are normalised dimension by dimension, which no plane's factor commutes with, they are the mean's fit instead.
 
-    Args:
-        heads: of the owner and its readers.
-        readers: the layers that are to read.
-        owner: the layer that is to compute.
-        moments: of the inputs of all these layers.
-        ridge: see [`predictor`].
-
     Returns:
         The key and value projections, both `(num_kv_heads, head_dim, inputs)`, and the changed readers.
     """
@@ -73,18 +65,17 @@ def fit_subspace(
         reader: heads[reader].permuted(match_heads(heads[reader], heads[owner], moments[reader, owner].float()))
         for reader in readers
     }
-    fit = _SharedFit(
-        heads=[matched[reader] for reader in readers],
-        inputs=[moments[reader, reader] for reader in readers],
-        predictors=[predictor(moments, reader, owner, ridge) for reader in readers],
-        root=_square_root(moments[owner, owner]),
-    )
+    fitted = [matched[reader] for reader in readers]
+    predictors = [predictor(moments, reader, owner, ridge) for reader in readers]
+    values, vectors = torch.linalg.eigh(moments[owner, owner])
+    root = vectors * values.clamp(min=0).sqrt()  # root @ root.T are the second moments of the owner's inputs
     gains: Sequence[Tensor | None] = [None] * len(readers)
     if heads[owner].key_norm is None:
-        key, gains = fit.keys()
+        powers = [_query_power(matched[reader], moments[reader, reader]) for reader in readers]
+        key, gains = _fit_keys(fitted, powers, predictors, root)
     else:
         key = fit_mean(matched, readers, owner, moments, ridge)[0]
-    value, decoders = fit.values()
+    value, decoders = _fit_values(fitted, predictors, root)
     changed = {
         reader: matched[reader].with_readers_changed(gain, decoder)
         for reader, gain, decoder in zip(readers, gains, decoders, strict=True)
@@ -92,64 +83,43 @@ def fit_subspace(
     return key, value, changed
 
 
-@dataclass(frozen=True)
-class _SharedFit:
-    """Reduced-rank regressions of what readers compute, on what enters the owner.
-
-    Attributes:
-        heads: each reader's, matched.
-        inputs: the second moments `(inputs, inputs)` of each reader's inputs.
-        predictors: for each reader, what predicts its inputs from the owner's.
-        root: `root @ root.T` are the second moments of the owner's inputs.
-    """
-
-    heads: Sequence[AttentionHeads]
-    inputs: Sequence[Tensor]
-    predictors: Sequence[Tensor]
-    root: Tensor
-
-    def keys(self) -> tuple[Tensor, list[Tensor]]:
-        """The shared key projection, and each reader's factor, complex `(num_kv_heads, head_dim / 2)`."""
-        predicted = [
-            to_planes(heads.key.double() @ predictor)
-            for heads, predictor in zip(self.heads, self.predictors, strict=True)
-        ]
-        weight = torch.stack(
-            [_query_power(heads, gram).sqrt() for heads, gram in zip(self.heads, self.inputs, strict=True)], dim=-1
-        )[..., None]  # (num_kv_heads, head_dim / 2, readers, 1)
-        weighted = torch.stack(predicted, dim=2) * weight  # (num_kv_heads, head_dim / 2, readers, inputs)
-        left = weighted @ self.root.to(weighted.dtype)
-        top = torch.linalg.eigh(left @ left.mH).eigenvectors[..., -1:]
-        shared = (top.mH @ weighted)[..., 0, :]
-        gains = (top / weight)[..., 0]
-        # Any factor may go from the readers to the keys: this one makes the keys as large as the readers' were.
-        first = gains[..., :1]
-        factor = gains.abs().square().mean(-1, keepdim=True).sqrt() * torch.polar(
-            torch.ones_like(first.abs()), first.angle()
-        )
-        gains = (gains / factor).to(torch.complex64)
-        return from_planes(shared * factor).float(), list(gains.unbind(-1))
-
-    def values(self) -> tuple[Tensor, list[Tensor]]:
-        """The shared value projection, and each reader's matrix `(num_kv_heads, head_dim, head_dim)`."""
-        predicted = [heads.value.double() @ matrix for heads, matrix in zip(self.heads, self.predictors, strict=True)]
-        weights = [_output_weight(heads) for heads in self.heads]
-        stacked = torch.cat([weight @ value for weight, value in zip(weights, predicted, strict=True)], dim=1)
-        head_dim = predicted[0].shape[1]
-        left = torch.linalg.svd(stacked @ self.root, full_matrices=False).U[..., :head_dim]
-        shared = left.mT @ stacked  # (num_kv_heads, head_dim, inputs)
-        size = torch.stack([_size(value @ self.root) for value in predicted]).mean(0)
-        factor = size / _size(shared @ self.root)
-        decoders = [
-            (torch.linalg.solve(weight, part) / factor).float()
-            for weight, part in zip(weights, left.split(head_dim, dim=1), strict=True)
-        ]
-        return (shared * factor).float(), decoders
+def _fit_keys(
+    readers: Sequence[AttentionHeads], powers: Sequence[Tensor], predictors: Sequence[Tensor], root: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The shared key projection, and each reader's factor, complex `(num_kv_heads, head_dim / 2)`."""
+    predicted = [to_planes(heads.key.double() @ matrix) for heads, matrix in zip(readers, predictors, strict=True)]
+    # (num_kv_heads, head_dim / 2, readers, 1), and below (num_kv_heads, head_dim / 2, readers, inputs)
+    weight = torch.stack([power.sqrt() for power in powers], dim=-1)[..., None]
+    weighted = torch.stack(predicted, dim=2) * weight
+    left = weighted @ root.to(weighted.dtype)
+    top = torch.linalg.eigh(left @ left.mH).eigenvectors[..., -1:]
+    shared = (top.mH @ weighted)[..., 0, :]
+    gains = (top / weight)[..., 0]
+    # Any factor may go from the readers to the keys: this one makes the keys as large as the readers' were.
+    first = gains[..., :1]
+    phase = torch.polar(torch.ones_like(first.abs()), first.angle())
+    factor = gains.abs().square().mean(-1, keepdim=True).sqrt() * phase
+    gains = (gains / factor).to(torch.complex64)
+    return from_planes(shared * factor).float(), list(gains.unbind(-1))
 
 
-def _square_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt()
+def _fit_values(
+    readers: Sequence[AttentionHeads], predictors: Sequence[Tensor], root: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The shared value projection, and each reader's matrix `(num_kv_heads, head_dim, head_dim)`."""
+    predicted = [heads.value.double() @ matrix for heads, matrix in zip(readers, predictors, strict=True)]
+    weights = [_output_weight(heads) for heads in readers]
+    stacked = torch.cat([weight @ value for weight, value in zip(weights, predicted, strict=True)], dim=1)
+    head_dim = predicted[0].shape[1]
+    left = torch.linalg.svd(stacked @ root, full_matrices=False).U[..., :head_dim]
+    shared = left.mT @ stacked  # (num_kv_heads, head_dim, inputs)
+    size = torch.stack([_size(value @ root) for value in predicted]).mean(0)
+    factor = size / _size(shared @ root)
+    decoders = [
+        (torch.linalg.solve(weight, part) / factor).float()
+        for weight, part in zip(weights, left.split(head_dim, dim=1), strict=True)
+    ]
+    return (shared * factor).float(), decoders
 
 
 def _query_power(heads: AttentionHeads, inputs: Tensor) -> Tensor:

@@ -54,12 +54,7 @@ class AttentionHeads:
 
     @classmethod
     def read(cls, weights: Tensors, layer_idx: int, config: Any) -> AttentionHeads:
-        """Reads a layer that computes its own keys and values.
-
-        Args:
-            weights: tensors under transformers' names.
-            layer_idx: the layer.
-            config: the model's `LCKVLlamaConfig`.
+        """Reads a layer that computes its own keys and values, of tensors under transformers' names.
 
         Raises:
             UserError: if one of the numbers is not finite.

@@ -33,26 +33,14 @@ def own_spans(num_layers: int) -> Spans:
 
 
 def layer_types_of(spans: Spans, has_window: Sequence[bool]) -> str:
-    """The `layer_types` string of a pattern.
-
-    Args:
-        spans: the pattern.
-        has_window: for each layer, whether it sees a window only.
-    """
+    """The `layer_types` string of a pattern whose layers see a window only where `has_window` says so."""
     owners = [span.owner for span in spans for _ in range(span.num_layers)]
     return join_layer_types(owners, has_window)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """One step: an owner gives up its keys and values, and its readers turn to the next owner below or above.
-
-    Attributes:
-        lower: the lower of the two spans that become one.
-        upper: the upper one.
-        merged: the span that they become.
-        spans: the whole pattern afterwards.
-    """
+    """One step: two neighbouring spans become one, after which the whole pattern is `spans`."""
 
     lower: Span
     upper: Span
@@ -62,12 +50,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Reach:
-    """How far from a layer the owner may be that it reads.
-
-    Attributes:
-        down: layers that an owner may be below its reader.
-        up: layers that an owner may be above its reader.
-    """
+    """How many layers below its reader, or above it, an owner may be."""
 
     down: int
     up: int
@@ -92,16 +75,12 @@ class Reach:
 
         Taking as many spans together as possible, from the bottom, is optimal: a part of an allowed span is allowed.
         """
-        count, index = 0, 0
-        while index < len(spans):
-            count, stop = count + 1, index + 1
-            while stop < len(spans) and self._can_become_one(spans[index : stop + 1]):
-                stop += 1
-            index = stop
-        return count
-
-    def _can_become_one(self, spans: Spans) -> bool:
-        return any(self._allows(Span(span.owner, spans[0].start, spans[-1].stop)) for span in spans)
+        count, taken = 0, 0  # spans that are taken together in so many
+        for stop in range(1, len(spans) + 1):
+            start = spans[taken].start
+            if not any(self._allows(Span(span.owner, start, spans[stop - 1].stop)) for span in spans[taken:stop]):
+                count, taken = count + 1, stop - 1
+        return count + 1
 
     def _allows(self, span: Span) -> bool:
         return span.owner - span.start <= self.up and span.stop - 1 - span.owner <= self.down
@@ -131,26 +110,20 @@ class Surrogate:
             return 0.0
         if span in self._costs:
             return self._costs[span]
-        down = [
-            Span(step - 1, step - 1, step + 1)
-            for reader in range(span.owner + 1, span.stop)
-            for step in range(span.owner + 1, reader + 1)
-        ]
-        up = [
-            Span(step + 1, step, step + 2)
+        # From each reader to the owner, one layer at a time, which is what the first step of the search has tried.
+        down = (
+            Span(low, low, low + 2) for reader in range(span.owner + 1, span.stop) for low in range(span.owner, reader)
+        )
+        up = (
+            Span(low + 1, low, low + 2)
             for reader in range(span.start, span.owner)
-            for step in range(reader, span.owner)
-        ]
+            for low in range(reader, span.owner)
+        )
         return sum(self._costs[step] for step in (*down, *up))
 
 
 def owners_in(budget: float | int, bytes_per_owner: int, num_layers: int) -> int:
-    """How many layers' keys and values fit a budget.
-
-    Args:
-        budget: see `lckv.byte_sizes.parse_budget`.
-        bytes_per_owner: of the keys and values that one layer makes of a token.
-        num_layers: of the model.
+    """How many layers' keys and values, each of `bytes_per_owner` a token, fit a budget as `parse_budget` gives it.
 
     Raises:
         UserError: if not one fits, or all do.

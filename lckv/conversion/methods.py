@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lckv.conversion.alignment import align
+from lckv.conversion.calibration import InputMoments, Pair
 from lckv.conversion.fitting import fit_mean, fit_subspace
 from lckv.conversion.heads import AttentionHeads, Tensors, layer_prefix, read_finite
-from lckv.conversion.moments import InputMoments, Pair
+from lckv.conversion.source import EMBEDDINGS, dtype_of
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan
@@ -46,6 +47,10 @@ class Group:
         """The full name of an attention tensor."""
         return layer_prefix(layer_idx) + tensor
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor in the source; that of its embeddings for one that it lacks."""
+        return dtype_of(self.tensors, name if name in self.tensors else EMBEDDINGS)
+
     def merged_norm(self) -> Tensor | None:
         """The mean of the readers' key norms, if they have any."""
         names = [self.name(reader, "k_norm.weight") for reader in self.readers]
@@ -53,15 +58,17 @@ class Group:
 
 
 Method = Callable[[Group], dict[str, Tensor]]
-"""Gives the tensors that change, under their full names: the owner's KV, and what its readers read them with."""
+"""Gives the tensors that change or that the source lacks, under the names that the converted model has for them.
+
+Those are the owner's KV, and what its readers read them with. Each is written in the shape and type that it has.
+"""
 
 METHODS: Registry[Method] = Registry("conversion method")
 """By the names in `lckv.config.names.METHODS`; those that are calibrated there get `Group.moments`."""
+register = METHODS.register
+
 # Of the mean size of an input norm's entries: what is smaller stands for an input that the layer does not look at.
 _NO_SCALE = 1e-3
-
-
-register = METHODS.register
 
 
 def make_tensors(method: str, group: Group) -> dict[str, Tensor]:
@@ -148,10 +155,10 @@ def distill(group: Group) -> dict[str, Tensor]:
     return subspace(group)
 
 
-def groups_of(plan: SharingPlan) -> list[tuple[int, tuple[int, ...]]]:
-    """For every owner whose keys and values change, the owner and its readers."""
+def groups_of(plan: SharingPlan, changed: Collection[int | None] = ()) -> list[tuple[int, tuple[int, ...]]]:
+    """The owner and its readers, for every owner that others read, or that is among `changed`."""
     groups = [(owner, tuple(layer.layer_idx for layer in plan.readers(owner))) for owner in plan.kv_owners]
-    return [(owner, readers) for owner, readers in groups if readers != (owner,)]
+    return [(owner, readers) for owner, readers in groups if readers != (owner,) or owner in changed]
 
 
 def needed_pairs(plan: SharingPlan) -> list[Pair]:
@@ -168,7 +175,7 @@ def _tensors(group: Group, key: Tensor, value: Tensor, readers: Mapping[int, Att
     tensors = {group.name(group.owner, name): tensor for name, tensor in owner.kv_tensors().items()}
     for reader, heads in readers.items():
         tensors |= {group.name(reader, name): tensor for name, tensor in heads.reading_tensors().items()}
-    return {name: tensor.to(group.tensors[name].dtype).contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.to(group.dtype(name)).contiguous() for name, tensor in tensors.items()}
 
 
 def _mean(tensors: list[Tensor]) -> Tensor:
@@ -192,6 +199,3 @@ def _reciprocal(scale: Tensor) -> Tensor:
 
 def _scaled(heads: AttentionHeads, scale: Tensor) -> AttentionHeads:
     return replace(heads, key=heads.key * scale, value=heads.value * scale)
-
-
-__all__ = ["METHODS", "Group", "groups_of", "make_tensors", "needed_pairs", "register"]

@@ -13,14 +13,7 @@ from lckv.patterns import SharingPlan, parse_layer_types
 
 @dataclass(frozen=True)
 class ScoredPattern:
-    """A pattern that was scored.
-
-    Attributes:
-        layer_types: the pattern.
-        num_owners: layers that compute keys and values.
-        loss: see [`lckv.conversion.scoring.Scorer`].
-        expected: the loss that the surrogate had foretold; `None` where it was not asked.
-    """
+    """A pattern that was scored; `expected` is the loss that the surrogate had foretold, if it was asked."""
 
     layer_types: str
     num_owners: int
@@ -30,12 +23,7 @@ class ScoredPattern:
 
 @dataclass
 class SearchTrace:
-    """What a search has found so far.
-
-    Attributes:
-        candidates: all patterns that were scored, in their order.
-        frontier: the best of each number of owners, from the source's own downwards.
-    """
+    """All patterns that a search has scored so far, and the best of each number of owners, the source's own first."""
 
     candidates: list[ScoredPattern] = field(default_factory=list)
     frontier: list[ScoredPattern] = field(default_factory=list)
@@ -83,11 +71,6 @@ class PatternSearch:
     The first step scores every merge of two neighbouring layers. These losses foretell, by adding up, those of all
     later steps (see [`lckv.conversion.merging.Surrogate`]), of which only the most promising are scored. Layers below
     a merge do what they did before, so they do not run again.
-
-    Args:
-        converter: of the pretrained model.
-        scorer: of the patterns.
-        limits: how thorough to be.
     """
 
     def __init__(self, converter: Converter, scorer: Scorer, limits: SearchLimits) -> None:
@@ -102,7 +85,7 @@ class PatternSearch:
         on_scored: Callable[[ScoredPattern], Any] | None = None,
         on_step: Callable[[ScoredPattern], Any] | None = None,
     ) -> None:
-        """Searches, and writes into `trace` what comes out as it does.
+        """Searches, and writes into an empty `trace` what comes out as it does.
 
         Args:
             trace: empty.
@@ -127,7 +110,9 @@ class PatternSearch:
         best: list[_State] = []
         tried = []
         for state, merge, expected in self._shortlist(states):
-            child = self._score(state, merge)
+            plan = parse_layer_types(layer_types_of(merge.spans, self._has_window))
+            score = self._scorer.score(plan, merge.merged.start, state.score.inputs)
+            child = _State(merge.spans, plan, score)
             tried.append(child.plan)
             loss = child.score.loss
             self._surrogate.record(state.score.loss, merge, loss)
@@ -155,7 +140,3 @@ class PatternSearch:
         }
         chosen = sorted(expected, key=lambda spans: expected[spans])[: limits.shortlist * len(states)]
         return [(*merges[spans], expected[spans]) for spans in chosen]
-
-    def _score(self, state: _State, merge: Merge) -> _State:
-        plan = parse_layer_types(layer_types_of(merge.spans, self._has_window))
-        return _State(merge.spans, plan, self._scorer.score(plan, merge.merged.start, state.score.inputs))

@@ -12,16 +12,13 @@ from transformers import TrainingArguments
 from lckv.config import TrainConfig
 from lckv.config.names import CALIBRATED, TRAINED
 from lckv.console import Bar
-from lckv.conversion.calibration import calibrate
-from lckv.conversion.methods import groups_of
-from lckv.conversion.moments import InputMoments
+from lckv.conversion.calibration import calibrate, choose_blocks
+from lckv.conversion.methods import groups_of, needed_pairs
 from lckv.conversion.settings import adopt_source, check_block_size, model_settings, plan_of
 from lckv.conversion.source import Source
 from lckv.conversion.target import converted_config, source_config_of, write_converted
 from lckv.data import build_dataset
-from lckv.data.tokenizer import check_tokenizer
 from lckv.loading import find_device
-from lckv.patterns import SharingPlan
 from lckv.processes import is_main_process
 from lckv.training.run_folder import RunFolder
 
@@ -35,15 +32,7 @@ def convert(
     device: str = "auto",
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Converts a pretrained model as the configuration says, and writes it into a folder that appears at once.
-
-    Args:
-        cfg: the configuration, with the source's sizes; see [`lckv.conversion.settings.adopt_source`].
-        source: the model.
-        out: the folder.
-        console: where to show progress.
-        device: where calibration text runs.
-        max_shard_size: bytes of a file of weights.
+    """Converts a pretrained model, whose sizes `cfg` has, and writes it into a folder that appears at once.
 
     Raises:
         UserError: for wrong settings, text or weights.
@@ -53,10 +42,17 @@ def convert(
     config = converted_config(source.config, plan, **model_settings(cfg))
     moments, record = None, {}
     if method in CALIBRATED and groups_of(plan):
-        moments, fingerprint = _calibrate(cfg, source, plan, console, device)
-        tokens = {"calibration_tokens": moments.num_tokens, "ridge": cfg.init.ridge}
-        record = {"data": cfg.data.name, "data_fingerprint": fingerprint, **tokens}
-    with Bar(console, "writing", "bytes") as bar:
+        check_block_size(cfg.data, source.config)
+        data = build_dataset(cfg.data, source.load_tokenizer())
+        chosen = choose_blocks(data.train, cfg.init.calibration_tokens)
+        moments = calibrate(source.load_for_text(device), data.train, chosen, needed_pairs(plan), console)
+        record = {
+            "data": cfg.data.name,
+            "data_fingerprint": data.fingerprint,
+            "calibration_tokens": moments.num_tokens,
+            "ridge": cfg.init.ridge,
+        }
+    with Bar(console, "writing", "parameters") as bar:
         write_converted(
             source,
             config,
@@ -66,20 +62,8 @@ def convert(
             ridge=cfg.init.ridge,
             max_shard_size=max_shard_size,
             record=record,
-            on_bytes=bar.update,
+            on_parameters=bar.update,
         )
-
-
-def _calibrate(
-    cfg: TrainConfig, source: Source, plan: SharingPlan, console: Console, device: str
-) -> tuple[InputMoments, str]:
-    """The moments of the layers' inputs, and the fingerprint of the text."""
-    tokenizer = check_tokenizer(source.load_tokenizer(), str(source.checkpoint))
-    check_block_size(cfg.data, source.config)
-    data = build_dataset(cfg.data, tokenizer)
-    with Bar(console, "calibrating", "tokens") as bar:
-        moments = calibrate(source, plan, data.train, cfg.init.calibration_tokens, device=device, on_tokens=bar.update)
-    return moments, data.fingerprint
 
 
 def adopt_init(cfg: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, Source | None]:
@@ -98,7 +82,7 @@ def adopt_init(cfg: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, Source
     if folder.holds_a_run() and folder.init.is_dir():
         return adopt_source(cfg, source_config_of(folder.init)), None
     source = Source.find(name, revision=revision, key="init.source")
-    check_tokenizer(source.load_tokenizer(), str(source.checkpoint))
+    source.load_tokenizer()  # whose faults are to be known before anything takes time
     return adopt_source(cfg, source.config), source
 
 

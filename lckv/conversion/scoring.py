@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, groups_of, make_tensors
-from lckv.conversion.moments import InputMoments
 from lckv.conversion.target import converted_config
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import LayerPlan, SharingPlan, join_layer_types, parse_layer_types
@@ -109,11 +109,8 @@ class Scorer:
     written. On few tokens it says more than the loss on the text, which looks at one word of each distribution only;
     it is zero for the pretrained model, and never negative.
 
-    The pretrained model's distributions stay in memory: 4 bytes for every token and entry of the vocabulary.
-
-    Args:
-        converter: of the pretrained model.
-        batch: `input_ids` and `position_ids`, each `(batch, block_size)`.
+    The pretrained model's distributions stay in memory: 4 bytes for every token and entry of the vocabulary. The text
+    is `input_ids` and `position_ids`, each `(batch, block_size)`.
     """
 
     def __init__(self, converter: Converter, batch: dict[str, Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import parse_layer_types
 from lckv.run_names import file_name, source_name
-from lckv.storage import new_folder, numbered
+from lckv.storage import new_folder, numbered, write_json
 
 _UPTRAINING = (("trainer", "uptrain"), ("optim", "uptrain"))
 """What keeps what the pretrained model knows."""
@@ -34,14 +33,37 @@ _MARKERS = "sD^vPX*<>hpd"
 
 
 @dataclass(frozen=True)
-class KVCount:
-    """Counts the bytes of keys and values that each token adds, in the model's own type.
+class Point:
+    """A pattern with what it needs and what it costs, as it goes into `search.json`.
 
     Attributes:
-        sizes: of the model.
-        dtype: its type, such as "bfloat16".
-        num_layers: how many layers compute keys and values in it.
+        name: what it is called.
+        layer_types: the pattern.
+        num_owners: layers that compute keys and values.
+        kv_bytes_per_token: bytes of keys and values that each token adds, in the source's own type.
+        fraction: of the bytes that the source needs.
+        loss: see [`lckv.conversion.scoring.Scorer`].
+        perplexity: on held-out text; `None` where the search was interrupted before.
     """
+
+    name: str
+    layer_types: str
+    num_owners: int
+    kv_bytes_per_token: int
+    fraction: float
+    loss: float
+    perplexity: float | None
+
+    def cells(self) -> list[str]:
+        """What `COLUMNS` ask for."""
+        perplexity = "-" if self.perplexity is None else f"{self.perplexity:,.2f}"
+        figures = [f"{self.kv_bytes_per_token:,}", f"{self.fraction:.1%}", f"{self.loss:.4f}", perplexity]
+        return [self.name, *figures, self.layer_types]
+
+
+@dataclass(frozen=True)
+class KVCount:
+    """Counts the bytes of keys and values that each token adds, in the type of a model of `num_layers` layers."""
 
     sizes: ModelSizes
     dtype: str
@@ -53,72 +75,15 @@ class KVCount:
         dtype = str(config.dtype or "float32").removeprefix("torch.")
         return cls(ModelSizes.from_config(config), dtype, config.sharing_plan.num_hidden_layers)
 
-    @property
-    def bytes_per_owner(self) -> int:
-        """Bytes per token of one layer that computes keys and values."""
-        return count_kv_bytes(parse_layer_types("0"), self.sizes, 1, self.dtype).written
-
     def bytes_of(self, layer_types: str) -> int:
-        """Bytes per token of a pattern."""
+        """Bytes per token of a pattern; "0" is one layer that computes keys and values."""
         return count_kv_bytes(parse_layer_types(layer_types), self.sizes, 1, self.dtype).written
 
-
-@dataclass(frozen=True)
-class Point:
-    """A pattern with what it needs and what it costs.
-
-    Attributes:
-        name: what it is called.
-        layer_types: the pattern.
-        kv: counts its bytes.
-        loss: see [`lckv.conversion.scoring.Scorer`].
-        perplexity: on held-out text; `None` where the search was interrupted before.
-    """
-
-    name: str
-    layer_types: str
-    kv: KVCount
-    loss: float
-    perplexity: float | None
-
-    @property
-    def num_owners(self) -> int:
-        """Layers that compute keys and values."""
-        return len(parse_layer_types(self.layer_types).kv_owners)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values per token."""
-        return self.kv.bytes_of(self.layer_types)
-
-    @property
-    def fraction(self) -> float:
-        """Of the bytes that the source needs."""
-        return self.num_owners / self.kv.num_layers
-
-    def figures(self) -> dict[str, Any]:
-        """All of it, for `search.json`."""
-        return {
-            "name": self.name,
-            "layer_types": self.layer_types,
-            "num_owners": self.num_owners,
-            "kv_bytes_per_token": self.kv_bytes,
-            "fraction": self.fraction,
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-        }
-
-    def cells(self) -> list[str]:
-        """All of it, for tables."""
-        perplexity = "-" if self.perplexity is None else f"{self.perplexity:,.2f}"
-        return [
-            self.name,
-            f"{self.kv_bytes:,}",
-            f"{self.fraction:.1%}",
-            f"{self.loss:.4f}",
-            perplexity,
-            self.layer_types,
-        ]
+    def point(self, name: str, layer_types: str, loss: float, perplexity: float | None) -> Point:
+        """The pattern with what it needs."""
+        num_owners = len(parse_layer_types(layer_types).kv_owners)
+        kv_bytes = self.bytes_of(layer_types)
+        return Point(name, layer_types, num_owners, kv_bytes, num_owners / self.num_layers, loss, perplexity)
 
 
 COLUMNS = ("pattern", "KV bytes per token", "of the source's", "loss", "perplexity", "layer_types")
@@ -159,12 +124,8 @@ class SearchReport:
         """The best pattern for each number of owners, the source's own first."""
         total, perplexities = self.kv.num_layers, self.perplexities
         return [
-            Point(
-                name=f"{each.num_owners} of {total}",
-                layer_types=each.layer_types,
-                kv=self.kv,
-                loss=each.loss,
-                perplexity=perplexities.get(each.layer_types),
+            self.kv.point(
+                f"{each.num_owners} of {total}", each.layer_types, each.loss, perplexities.get(each.layer_types)
             )
             for each in self.trace.frontier
         ]
@@ -183,20 +144,24 @@ class SearchReport:
         last = self.frontier[-1]
         state = "interrupted; the last pattern" if self.is_interrupted else "the pattern"
         return (
-            f"{state} of {last.kv_bytes:,} bytes per token: {last.layer_types}\n"
+            f"{state} of {last.kv_bytes_per_token:,} bytes per token: {last.layer_types}\n"
             f"written to {folder}; to train it: "
-            + command("lckv.train", ["--config-dir", str(folder), f"experiment={experiment_name(last)}"])
+            + command("lckv.train", ["--config-dir", str(folder), f"experiment={self.experiment_name(last)}"])
         )
 
     def write(self, folder: Path) -> None:
         """Writes `search.json`, `frontier.md`, `frontier.png` and `experiment/*.yaml`."""
-        (folder / "search.json").write_text(json.dumps(self._figures(), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "search.json", self._figures())
         (folder / "frontier.md").write_text(self._markdown(), encoding="utf-8")
         draw_frontier(self, folder / "frontier.png")
         (folder / "experiment").mkdir()
         for point in self.frontier[1:]:
-            file = folder / "experiment" / f"{experiment_name(point)}.yaml"
+            file = folder / "experiment" / f"{self.experiment_name(point)}.yaml"
             file.write_text(_experiment(point, self), encoding="utf-8")
+
+    def experiment_name(self, point: Point) -> str:
+        """What the configuration of a point is called: `kv_15_of_30`."""
+        return f"kv_{point.num_owners}_of_{self.kv.num_layers}"
 
     def _figures(self) -> dict[str, Any]:
         return {
@@ -207,9 +172,9 @@ class SearchReport:
             "is_interrupted": self.is_interrupted,
             "search_seconds": self.search_seconds,
             "seconds": self.seconds,
-            "frontier": [point.figures() for point in self.frontier],
-            "baselines": [point.figures() for point in self.baselines],
-            "candidates": [asdict(candidate) for candidate in self.trace.candidates],
+            "frontier": list(map(asdict, self.frontier)),
+            "baselines": list(map(asdict, self.baselines)),
+            "candidates": list(map(asdict, self.trace.candidates)),
             "lckv_version": lckv.__version__,
         }
 
@@ -244,8 +209,7 @@ def draw_frontier(report: SearchReport, path: Path) -> None:
     if report.baselines or len(report.perplexities) == len(report.frontier):
         _draw_perplexities(axes, report)
     else:
-        values = [(point.kv_bytes, point.loss) for point in report.frontier]
-        axes.plot(*zip(*values, strict=True), color="#c0392b", marker="o", markersize=4, label="searched")
+        _plot_searched(axes, [(point.kv_bytes_per_token, point.loss) for point in report.frontier])
         axes.set_ylabel("divergence from the source (nats per token)")
     axes.set_xlabel(f"KV bytes per token ({report.kv.dtype})")
     axes.set_title(f"{Path(report.cfg.source or '').name}, converted by {report.cfg.method}", loc="left", fontsize=11)
@@ -259,22 +223,21 @@ def draw_frontier(report: SearchReport, path: Path) -> None:
 
 def _draw_perplexities(axes: Axes, report: SearchReport) -> None:
     """On a logarithmic scale, with the source's own as a line to stay close to."""
-    values = [(point.kv_bytes, point.perplexity) for point in report.frontier if point.perplexity is not None]
-    axes.plot(*zip(*values, strict=True), color="#c0392b", marker="o", markersize=4, label="searched")
+    values = [(each.kv_bytes_per_token, each.perplexity) for each in report.frontier if each.perplexity is not None]
+    _plot_searched(axes, values)
     axes.axhline(values[0][1], color="0.45", linestyle="--", linewidth=1.2, label="source")
     for number, point in enumerate(report.baselines):
         assert point.perplexity is not None
         marker = _MARKERS[number % len(_MARKERS)]
-        axes.plot(point.kv_bytes, point.perplexity, marker, color="#3b6ea8", markersize=7, label=point.name)
+        axes.plot(point.kv_bytes_per_token, point.perplexity, marker, color="#3b6ea8", markersize=7, label=point.name)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:,.4g}")
     axes.yaxis.set_minor_formatter("{x:,.4g}")
     axes.set_ylabel("perplexity on held-out text")
 
 
-def experiment_name(point: Point) -> str:
-    """What the configuration of a point is called: `kv_15_of_30`."""
-    return f"kv_{point.num_owners}_of_{point.kv.num_layers}"
+def _plot_searched(axes: Axes, values: Sequence[tuple[int, float]]) -> None:
+    axes.plot(*zip(*values, strict=True), color="#c0392b", marker="o", markersize=4, label="searched")
 
 
 def _experiment(point: Point, report: SearchReport) -> str:
@@ -300,8 +263,8 @@ def _experiment(point: Point, report: SearchReport) -> str:
         "data": _changed(_with_absolute_files(asdict(cfg.data)), DataConfig(name=cfg.data.name)),
     }
     comment = (
-        f"# Keys and values of {point.name} layers, {point.kv_bytes:,} bytes per token: divergence from the source "
-        f"{point.loss:.4f}"
+        f"# Keys and values of {point.name} layers, {point.kv_bytes_per_token:,} bytes per token: "
+        f"divergence from the source {point.loss:.4f}"
     )
     if point.perplexity is not None:
         comment += f", perplexity {point.perplexity:.2f} before training"
@@ -316,12 +279,11 @@ def _with_absolute_files(data: dict[str, Any]) -> dict[str, Any]:
         path = Path(pattern).expanduser()
         return str(path) if path.is_absolute() else f"{glob.escape(str(Path.cwd()))}/{path}"
 
-    def all_absolute(given: Any) -> Any:
-        if given is None:
-            return None
-        return absolute(str(given)) if isinstance(given, str | Path) else [absolute(str(each)) for each in given]
-
-    return data | {name: all_absolute(data[name]) for name in ("files", "validation_files")}
+    given = {name: data[name] for name in ("files", "validation_files") if data[name] is not None}
+    return data | {
+        name: absolute(str(files)) if isinstance(files, str | Path) else [absolute(str(each)) for each in files]
+        for name, files in given.items()
+    }
 
 
 def _changed(values: dict[str, Any], defaults: Any) -> dict[str, Any]:

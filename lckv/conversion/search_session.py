@@ -14,17 +14,15 @@ from lckv.byte_sizes import parse_budget
 from lckv.config import SearchConfig
 from lckv.config.names import CALIBRATED
 from lckv.console import Bar
-from lckv.conversion.calibration import batches_of, choose_blocks
+from lckv.conversion.calibration import InputMoments, Pair, calibrate, choose_blocks
 from lckv.conversion.merging import Reach, owners_in, resolve_reach
 from lckv.conversion.methods import needed_pairs
-from lckv.conversion.moments import InputMoments, Pair, collect_moments
 from lckv.conversion.pattern_search import PatternSearch, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
-from lckv.conversion.search_report import KVCount, Point, SearchReport
+from lckv.conversion.search_report import KVCount, SearchReport
 from lckv.conversion.settings import check_block_size
 from lckv.conversion.source import Source
 from lckv.data import BlockDataset, build_dataset, collate
-from lckv.data.tokenizer import check_tokenizer
 from lckv.evaluation.perplexity import evaluate_perplexity
 from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaForCausalLM
@@ -39,11 +37,6 @@ logger = logging.getLogger(__name__)
 class SearchSession:
     """A search as the configuration says.
 
-    Args:
-        cfg: what to search for, checked.
-        source: the pretrained model.
-        console: where to show progress.
-
     Raises:
         UserError: if the budget cannot be met.
     """
@@ -53,26 +46,22 @@ class SearchSession:
         self._plan = source.config.sharing_plan
         self._kv = KVCount.of(source.config)
         num_layers = self._plan.num_hidden_layers
-        num_owners = owners_in(parse_budget(cfg.budget), self._kv.bytes_per_owner, num_layers)
+        num_owners = owners_in(parse_budget(cfg.budget), self._kv.bytes_of("0"), num_layers)
         reach = resolve_reach(cfg.directions, cfg.max_distance, num_owners, num_layers)
         self._limits = SearchLimits(reach, num_owners, cfg.beam, cfg.shortlist)
         self._trace = SearchTrace()
 
     def run(self) -> SearchReport:
-        """Searches. A search that is interrupted is reported as far as it came.
+        """Searches. A search that is interrupted is reported as far as it came, or ends if it found nothing yet.
 
         Raises:
             UserError: for wrong text or weights.
-            KeyboardInterrupt: if nothing was found yet.
         """
         started = time.monotonic()
-        tokenizer = check_tokenizer(self._source.load_tokenizer(), str(self._source.checkpoint))
+        tokenizer = self._source.load_tokenizer()
         check_block_size(self._cfg.data, self._source.config)
         data = build_dataset(self._cfg.data, tokenizer)
-        model = self._source.load_model(self._cfg.device)
-        if model.device.type == "cpu":
-            model = model.float()
-        model.config.use_sequential = False  # which gives no single layer's inputs
+        model = self._source.load_for_text(self._cfg.device)
         baselines = self._baselines()
         calibration = choose_blocks(data.train, self._cfg.calibration_tokens)
         converter = Converter(
@@ -114,14 +103,11 @@ class SearchSession:
         built |= {name: build_layer_types(name, num_layers, num_kv_layers=num_owners) for name in _BASELINES}
         plans: dict[str, SharingPlan] = {}
         for name, layer_types in built.items():
-            plan = self._with_windows(parse_layer_types(layer_types))
+            kv_source = parse_layer_types(layer_types).kv_source
+            plan = parse_layer_types(join_layer_types(kv_source, [layer.is_sliding for layer in self._plan.layers]))
             if plan not in plans.values():
                 plans[name] = plan
         return plans
-
-    def _with_windows(self, plan: SharingPlan) -> SharingPlan:
-        has_window = [layer.is_sliding for layer in self._plan.layers]
-        return parse_layer_types(join_layer_types(plan.kv_source, has_window))
 
     def _calibrate(
         self, model: LCKVLlamaForCausalLM, blocks: BlockDataset, chosen: list[int], baselines: dict[str, SharingPlan]
@@ -134,23 +120,14 @@ class SearchSession:
         num_pairs = len({(min(pair), max(pair)) for pair in pairs})
         size = num_pairs * self._source.config.hidden_size**2 * 8
         logger.info("calibrating: the moments of %d pairs of layers take %.3g GB of memory", num_pairs, size / 1e9)
-        total = len(chosen) * blocks.block_size
-        with Bar(self._console, "calibrating", "tokens", total) as bar:
-            return collect_moments(
-                model,
-                batches_of(blocks, chosen),
-                pairs,
-                has_ones=self._source.config.attention_bias,
-                on_batch=bar.advance,
-            )
+        return calibrate(model, blocks, chosen, pairs, self._console)
 
     def _search(self, converter: Converter, scorer: Scorer) -> None:
         search = PatternSearch(converter, scorer, self._limits)
         num_layers = self._plan.num_hidden_layers
 
         def tell(best: ScoredPattern) -> None:
-            line = f"{best.num_owners} of {num_layers}: loss {best.loss:.4f}: {best.layer_types}"
-            self._console.print(line)
+            self._console.print(f"{best.num_owners} of {num_layers}: loss {best.loss:.4f}: {best.layer_types}")
 
         total = self._limits.num_scored(num_layers)
         with Bar(self._console, "searching", "patterns", total) as bar:
@@ -177,7 +154,7 @@ class SearchSession:
                 bar.advance()
             for name, plan in baselines.items():
                 loss = scorer.score(plan, 0, scorer.original).loss
-                report.baselines.append(Point(name, plan.layer_types, self._kv, loss, perplexity(plan)))
+                report.baselines.append(self._kv.point(name, plan.layer_types, loss, perplexity(plan)))
                 bar.advance()
 
     def _validation_blocks(self, validation: BlockDataset) -> Subset[Any]:

@@ -25,10 +25,6 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
     before. Windows that layers had in the source are theirs only if the pattern says so; a warning tells of those that
     lose one. A source whose layers hide a token's own key stays so; others become so where the configuration asks.
 
-    Args:
-        cfg: the configuration.
-        source: of the pretrained model.
-
     Raises:
         UserError: if the sharing pattern does not fit the model.
     """

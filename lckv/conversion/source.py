@@ -18,9 +18,10 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from lckv.conversion.heads import Tensors
+from lckv.data.tokenizer import check_tokenizer
 from lckv.errors import UserError
 from lckv.loading import WEIGHT_FILES, Checkpoint, find_checkpoint, index_name, load_model
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
@@ -42,30 +43,23 @@ _COPIED = (
 )
 _COPIED_FOLDERS = ("additional_chat_templates",)
 _BROKEN = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
+EMBEDDINGS = "model.embed_tokens.weight"
+"""The tensor whose type is the model's."""
+
 # Not used, and no loss: rotations are worked out anew, and tied embeddings are there under their other name.
 _DISPENSABLE = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A pretrained model in which every layer computes its own keys and values.
-
-    Attributes:
-        checkpoint: where it is.
-        config: its configuration, as one of ours.
-    """
+    """A pretrained model in which every layer computes its own keys and values: where it is, and its configuration."""
 
     checkpoint: Checkpoint
     config: LCKVLlamaConfig
 
     @classmethod
     def find(cls, name: str, *, revision: str | None = None, key: str = "source") -> Source:
-        """Finds a model that can be converted, without reading its weights.
-
-        Args:
-            name: as for [`lckv.loading.find_checkpoint`].
-            revision: only for the Hub: branch, tag or commit.
-            key: what the user gave the name under.
+        """Finds a model that can be converted, without reading its weights; see [`lckv.loading.find_checkpoint`].
 
         Raises:
             UserError: if there is none, it is of a family that is not supported, its weights are quantised, or its
@@ -100,24 +94,32 @@ class Source:
                 self._check(tensors)
             yield tensors
 
-    def load_model(self, device: str, dtype: str = "auto") -> LCKVLlamaForCausalLM:
+    def load_model(self, device: str) -> LCKVLlamaForCausalLM:
         """The whole model, in evaluation mode."""
-        return load_model(
-            self.checkpoint.given,
-            revision=self.checkpoint.revision,
-            dtype=dtype,
-            device=device,
-            key=self.checkpoint.key,
-        )[0]
+        found = self.checkpoint
+        return load_model(found.given, revision=found.revision, device=device, key=found.key)[0]
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer."""
-        return self.checkpoint.load_tokenizer()
+    def load_for_text(self, device: str) -> LCKVLlamaForCausalLM:
+        """The model with text to run through it whole: not token by token, which would show a layer's last input only.
+
+        On a CPU it is in float32, in which everything is fast there.
+        """
+        model = self.load_model(device)
+        model.config.use_sequential = False
+        return model.float() if model.device.type == "cpu" else model
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """Its tokenizer.
+
+        Raises:
+            UserError: if there is none that makes blocks of documents.
+        """
+        return check_tokenizer(self.checkpoint.load_tokenizer(), str(self.checkpoint))
 
     def copy_rest(self, folder: Path) -> None:
         """Copies tokenizer and settings for generation; where they are inside a GGUF file, writes them anew."""
         if self.checkpoint.gguf_file is not None:
-            self.load_tokenizer().save_pretrained(folder)
+            self.checkpoint.load_tokenizer().save_pretrained(folder)
             return
         origin = self._folder()
         for name in _COPIED:
@@ -155,10 +157,12 @@ class Source:
             logger.warning("%s: %d weights are not used, such as %s", self.checkpoint, len(unused), unused[0])
 
 
-def expected_shapes(config: LCKVLlamaConfig) -> dict[str, torch.Size]:
+def expected_shapes(
+    config: LCKVLlamaConfig, model_class: type[LCKVLlamaForCausalLM] = LCKVLlamaForCausalLM
+) -> dict[str, torch.Size]:
     """The tensors that a checkpoint of this configuration holds, tied ones once."""
     with torch.device("meta"):
-        model = LCKVLlamaForCausalLM(config)
+        model = model_class(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
@@ -166,11 +170,7 @@ def expected_shapes(config: LCKVLlamaConfig) -> dict[str, torch.Size]:
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
-    """The tensors of a folder's checkpoint, in one file or several, read when they are asked for.
-
-    Args:
-        folder: holds `model.safetensors` or `pytorch_model.bin`, or an index of several files.
-        stack: closes the files.
+    """The tensors of a folder's checkpoint, each read when it is asked for, from files that `stack` closes.
 
     Raises:
         UserError: if there are no weights, a file of several is missing, or one cannot be read.

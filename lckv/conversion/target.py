@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -10,18 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 import lckv
+from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, groups_of, make_tensors
-from lckv.conversion.moments import InputMoments
 from lckv.conversion.shards import write_weights
-from lckv.conversion.source import CheckpointTensors, Source, dtype_of, expected_shapes
-from lckv.models import LCKVLlamaConfig
+from lckv.conversion.source import EMBEDDINGS, CheckpointTensors, Source, dtype_of, expected_shapes
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan
-from lckv.storage import new_folder
+from lckv.storage import new_folder, write_json
 
 RECORD = "conversion.json"
 """The file that says where a converted model comes from."""
@@ -31,10 +33,14 @@ RECORD = "conversion.json"
 class ConvertedTensors:
     """The tensors of a converted model; what a method makes is made when it is first asked for, and given out once.
 
+    A method may make any tensor of the target, be it one that the source lacks or has in another shape. What it does
+    not make passes through. An owner that only it reads is left alone, unless the target has other tensors there.
+
     Attributes:
         tensors: of the source.
         config: the source's.
         plan: who reads whose keys and values afterwards.
+        shapes: of the target's tensors.
         method: a name in `METHODS`.
         moments: for methods that look at calibration text.
         ridge: for these, too.
@@ -43,39 +49,58 @@ class ConvertedTensors:
     tensors: Tensors
     config: LCKVLlamaConfig
     plan: SharingPlan
+    shapes: Mapping[str, torch.Size]
     method: str
     moments: InputMoments | None = None
     ridge: float = 0.0
     _made: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._to_make = dict(groups_of(self.plan))
+        before = expected_shapes(self.config)
+        changed = {_layer_of(name) for name, shape in self.shapes.items() if before.get(name) != shape}
+        # What belongs to no layer, any group may make.
+        self._to_make = dict(groups_of(self.plan, self.plan.kv_owners if None in changed else changed))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of the tensor of this name, which is made for it if the method does, but not read."""
+        self._make(name)
+        return self._made[name].dtype if name in self._made else dtype_of(self.tensors, name)
 
     def read(self, name: str) -> Tensor:
         """The tensor of this name.
 
         Raises:
             UserError: if the method makes numbers that are not finite.
+            ValueError: if neither the source nor the method has a tensor of this name and shape.
         """
-        parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
-            layer_idx = int(parts[2])
-            for owner in {layer_idx, self.plan.kv_source[layer_idx]} & self._to_make.keys():
-                self._made |= self._make(owner, self._to_make.pop(owner))
-        return self._made.pop(name) if name in self._made else self.tensors[name]
+        self._make(name)
+        tensor = self._made.pop(name) if name in self._made else self.tensors[name]
+        if tensor.shape != self.shapes[name]:
+            raise ValueError(f"{name} is {list(tensor.shape)}: the model takes {list(self.shapes[name])}")
+        return tensor
 
-    def _make(self, owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
-        group = Group(owner, readers, self.tensors, self.config, self.moments, self.ridge)
-        return make_tensors(self.method, group)
+    def _make(self, name: str) -> None:
+        """Makes what the method changes in a tensor's layer; for a name of no layer, until a group has it."""
+        layer_idx = _layer_of(name)
+        owners = [] if layer_idx is None else [layer_idx, self.plan.kv_source[layer_idx]]
+        if layer_idx is None and name not in self.tensors:
+            owners = list(self._to_make)
+        for owner in owners:
+            if owner in self._to_make and name not in self._made:
+                readers = self._to_make.pop(owner)
+                group = Group(owner, readers, self.tensors, self.config, self.moments, self.ridge)
+                self._made |= make_tensors(self.method, group)
+        if name not in self._made and name not in self.tensors:
+            raise ValueError(f"method={self.method} makes no {name}, which the source lacks")
+
+
+def _layer_of(name: str) -> int | None:
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return None if found is None else int(found[1])
 
 
 def converted_config(source: LCKVLlamaConfig, plan: SharingPlan, **settings: Any) -> LCKVLlamaConfig:
-    """The source's configuration with another sharing pattern.
-
-    Args:
-        source: of a model in which every layer computes keys and values.
-        plan: the pattern.
-        settings: other arguments of `LCKVLlamaConfig` that change, such as `forward_passes`.
+    """The configuration of a source with another sharing pattern, and other `settings` such as `forward_passes`.
 
     Raises:
         UserError: for wrong settings.
@@ -98,11 +123,12 @@ def write_converted(
     method: str,
     out: Path,
     *,
+    model_class: type[LCKVLlamaForCausalLM] = LCKVLlamaForCausalLM,
     moments: InputMoments | None = None,
     ridge: float = 0.0,
     max_shard_size: int = 5 * 10**9,
     record: Mapping[str, Any] | None = None,
-    on_bytes: Callable[[int, int], Any] | None = None,
+    on_parameters: Callable[[int, int], Any] | None = None,
 ) -> None:
     """Converts a model and writes it, with tokenizer and settings for generation, into a folder that appears at once.
 
@@ -113,22 +139,29 @@ def write_converted(
         config: the converted model's; see [`converted_config`].
         method: a name in `METHODS`.
         out: the folder; it must not be there yet, or be empty.
+        model_class: what `config` is of, which says what tensors there are.
         moments: for methods that look at calibration text.
         ridge: for these, too.
         max_shard_size: bytes of a file of weights.
         record: what to write into `conversion.json` beside source, pattern and method.
-        on_bytes: called after each tensor with the bytes written so far, and with all bytes.
+        on_parameters: see [`lckv.conversion.shards.write_weights`].
 
     Raises:
         UserError: if the source's weights do not fit its configuration, or cannot be read, or cannot be merged.
     """
     with source.open() as tensors, new_folder(out) as folder:
-        converted = ConvertedTensors(tensors, source.config, config.sharing_plan, method, moments, ridge)
-        sizes = {
-            name: shape.numel() * dtype_of(tensors, name).itemsize for name, shape in expected_shapes(config).items()
-        }
-        config.dtype = dtype_of(tensors, "model.embed_tokens.weight")
-        write_weights(folder, sizes, converted.read, max_shard_size=max_shard_size, on_bytes=on_bytes)
+        shapes = expected_shapes(config, model_class)
+        plan = config.sharing_plan
+        converted = ConvertedTensors(tensors, source.config, plan, shapes, method, moments, ridge)
+        config.dtype = dtype_of(tensors, EMBEDDINGS)
+        write_weights(
+            folder,
+            shapes,
+            converted.dtype,
+            converted.read,
+            max_shard_size=max_shard_size,
+            on_parameters=on_parameters,
+        )
         source.copy_rest(folder)
         origin = {
             "source": source.checkpoint.given,
@@ -138,7 +171,7 @@ def write_converted(
             "lckv_version": lckv.__version__,
             "source_config": source.config.to_dict(),
         }
-        (folder / RECORD).write_text(json.dumps(origin | dict(record or {}), indent=2) + "\n")
+        write_json(folder / RECORD, origin | dict(record or {}))
         config.save_pretrained(folder)  # last: without it, nothing loads
 
 
@@ -153,14 +186,19 @@ def write_trained(trained: Path, init: Path, out: Path, *, max_shard_size: int =
     """
     with ExitStack() as stack, new_folder(out) as folder:
         before, tensors = CheckpointTensors(init, stack), CheckpointTensors(trained, stack)
-        dtypes = {name: before.dtype(name) for name in before}
-        sizes = {name: before.shape(name).numel() * dtype.itemsize for name, dtype in dtypes.items()}
-        write_weights(folder, sizes, lambda name: tensors[name].to(dtypes[name]), max_shard_size=max_shard_size)
+        shapes = {name: before.shape(name) for name in before}
+        write_weights(
+            folder,
+            shapes,
+            before.dtype,
+            lambda name: tensors[name].to(before.dtype(name)),
+            max_shard_size=max_shard_size,
+        )
         for file in init.iterdir():  # not those of the training, which writes tokenizer and settings in its own way
             if file.is_dir():
                 shutil.copytree(file, folder / file.name)
             elif ".safetensors" not in file.name and file.name != CONFIG_NAME:
                 shutil.copyfile(file, folder / file.name)
         config = LCKVLlamaConfig.from_pretrained(trained)
-        config.dtype = dtypes["model.embed_tokens.weight"]
+        config.dtype = before.dtype(EMBEDDINGS)
         config.save_pretrained(folder)

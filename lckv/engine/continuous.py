@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
-from itertools import count
+from itertools import count, takewhile
 from typing import Any, cast
 
 import torch
@@ -154,9 +154,8 @@ class ContinuousBatcher:
         self._tell()
         self._prefill(max(1, self.tokens_per_step - num_decoded))
         self._tell()
-        statistics = self.statistics
-        statistics.num_steps += 1
-        statistics.seconds += time.perf_counter() - start_time
+        self.statistics.num_steps += 1
+        self.statistics.seconds += time.perf_counter() - start_time
 
     def _is_taken(self, name: str) -> bool:
         return name in self.outputs or name in self._names
@@ -188,17 +187,16 @@ class ContinuousBatcher:
                 self.cache.check_room({request.name: 1 for request in requests})
                 break
             except OutOfPagesError as error:
-                self._drop_newest(error)
+                self._drop_newest(str(error))
             requests = [request for request in requests if request in self._running]
         return requests
 
-    def _drop_newest(self, error: OutOfPagesError) -> None:
+    def _drop_newest(self, error: str) -> None:
         """The newest request has to wait; if it is alone, waiting would not help."""
-        newest = self._running[-1]
         if len(self._running) == 1:
-            self._end(newest, str(error))
-            return
-        self._begin_again(newest)
+            self._end(self._running[-1], error)
+        else:
+            self._begin_again(self._running[-1])
 
     def _begin_again(self, request: Request) -> None:
         """Takes a request's pages away, and lets it wait in front of the others."""
@@ -265,11 +263,8 @@ class ContinuousBatcher:
     def _waits_for_pages(self, request: Request) -> bool:
         """Whether a prompt that is being run begins alike and will soon have pages that this one can use."""
         for other in self._running:
-            num_equal = 0
-            while num_equal < min(len(request.hashes), len(other.hashes)):
-                if request.hashes[num_equal] != other.hashes[num_equal]:
-                    break
-                num_equal += 1
+            pairs = zip(request.hashes, other.hashes, strict=False)
+            num_equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             if num_equal * self.cache.page_size > self.cache.length(other.name):
                 return True
         return False
@@ -285,7 +280,7 @@ class ContinuousBatcher:
                 if len(self._running) == 1 and sizes[only] > 1:
                     sizes[only] //= 2  # a window drops tokens between pieces
                 else:
-                    self._drop_newest(error)
+                    self._drop_newest(str(error))
             for request in [request for request in sizes if request not in self._running]:
                 del sizes[request]
         return sizes
@@ -357,14 +352,15 @@ class ContinuousBatcher:
         """The next token of each request, as `generate()` would choose it."""
         if not any(request.processors or request.do_sample for request in requests):
             return list(map(int, logits.argmax(dim=1).tolist()))
-        return [self._choose_one(request, row) for request, row in zip(requests, logits.float(), strict=True)]
-
-    def _choose_one(self, request: Request, logits: torch.Tensor) -> int:
-        input_ids = cast(torch.LongTensor, torch.tensor([request.tokens], device=logits.device))
-        scores = request.processors(input_ids, cast(torch.FloatTensor, logits[None]))
-        if not request.do_sample:
-            return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=request.generator))
+        tokens = []
+        for request, row in zip(requests, logits.float(), strict=True):
+            input_ids = cast(torch.LongTensor, torch.tensor([request.tokens], device=logits.device))
+            scores = request.processors(input_ids, cast(torch.FloatTensor, row[None]))
+            if request.do_sample:
+                tokens.append(int(torch.multinomial(scores.softmax(dim=-1), 1, generator=request.generator)))
+            else:
+                tokens.append(int(scores.argmax()))
+        return tokens
 
     def _end(self, request: Request, error: str | None) -> None:
         """Takes a request out, and its pages with it; once is enough."""

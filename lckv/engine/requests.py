@@ -99,25 +99,17 @@ def make_request(
     seed: int | None = None,
     on_token: OnToken | None = None,
 ) -> Request:
-    """Finds out what `generate()` would do for a prompt.
-
-    Args:
-        model: the model.
-        name: what to call it.
-        prompt: its tokens.
-        generation_config: options of `generate()`; by default the model's.
-        max_new_tokens: after how many tokens it ends; by default as the options say, or 20.
-        seed: for sampling that does not depend on other requests.
-        on_token: told each token.
-
-    Raises:
-        UserError: for an empty prompt, tokens that the model does not know, and options that are not those of one
-            greedy or sampled sequence.
-    """
-    _check_prompt(name, prompt, model.config.vocab_size)
+    """Finds out what `generate()` would do for a prompt; see `ContinuousBatcher.add_request`."""
+    vocab_size = model.config.vocab_size
+    if not prompt:
+        raise UserError(f"request {name!r}: the prompt is empty: give at least one token")
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise UserError(f"request {name!r}: tokens {min(prompt)} to {max(prompt)}: allowed are 0 to {vocab_size - 1}")
     config = _prepare_config(model, generation_config)
     if max_new_tokens is None:
-        max_new_tokens = _max_new_tokens(config, len(prompt))
+        max_new_tokens = config.max_new_tokens  # and else the same as in `generate()`
+    if max_new_tokens is None:
+        max_new_tokens = 20 if config.max_length is None else config.max_length - len(prompt)
     check_whole_number(f"request {name!r}: max_new_tokens", max_new_tokens)
     return Request(
         RequestState(name, prompt, max_new_tokens=max_new_tokens, eos_token_id=config.eos_token_id),
@@ -127,13 +119,6 @@ def make_request(
         generator=None if seed is None else torch.Generator(model.device).manual_seed(seed),
         on_token=on_token,
     )
-
-
-def _check_prompt(name: str, prompt: list[int], vocab_size: int) -> None:
-    if not prompt:
-        raise UserError(f"request {name!r}: the prompt is empty: give at least one token")
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise UserError(f"request {name!r}: tokens {min(prompt)} to {max(prompt)}: allowed are 0 to {vocab_size - 1}")
 
 
 def _prepare_config(model: Any, config: GenerationConfig | None) -> GenerationConfig:
@@ -156,10 +141,3 @@ def _processors(model: Any, config: GenerationConfig, prompt_length: int) -> Log
         config, input_ids_seq_length=prompt_length, logits_processor=LogitsProcessorList(), device=model.device
     )
     return processors
-
-
-def _max_new_tokens(config: GenerationConfig, prompt_length: int) -> int:
-    """How many tokens `generate()` would make at most."""
-    if config.max_new_tokens is not None:
-        return int(config.max_new_tokens)
-    return 20 if config.max_length is None else int(config.max_length) - prompt_length

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lckv.engine.requests import BatchStatistics
 from lckv.generation.batch import Generation
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came of one prompt.
-
-    Attributes:
-        new_tokens: what follows it.
-        error: why there is no more, if something went wrong.
-    """
+class Answer(NamedTuple):
+    """The tokens that follow a prompt, and why there are no more if something went wrong."""
 
     new_tokens: list[int]
     error: str | None = None
@@ -24,13 +18,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Part:
-    """What is there at once: answers to the next prompts, and what has been measured.
-
-    Attributes:
-        answers: to the next prompts.
-        figures: as JSON-able data; `None` where they are not known yet.
-        summary: the same in a line.
-    """
+    """Answers to the next prompts, and what has been measured: JSON-able figures, if there are any, and in a line."""
 
     answers: list[Answer]
     figures: dict[str, Any] | None = None
@@ -39,11 +27,21 @@ class Part:
 
 def batch_part(generation: Generation) -> Part:
     """What came of a batch."""
+    num_new_tokens, speed = sum(map(len, generation.new_tokens)), generation.tokens_per_second
+    per_token = generation.cache_bytes / generation.cache_tokens
     figures = asdict(generation)
-    figures["num_new_tokens"] = sum(map(len, figures.pop("new_tokens")))
-    figures["tokens_per_second"] = generation.tokens_per_second
-    figures["cache_bytes_per_token"] = generation.cache_bytes / generation.cache_tokens
-    return Part(list(map(Answer, generation.new_tokens)), figures, _describe(generation))
+    del figures["new_tokens"]
+    figures |= {"num_new_tokens": num_new_tokens, "tokens_per_second": speed, "cache_bytes_per_token": per_token}
+    parts = [count_tokens(num_new_tokens)]
+    if speed is not None:
+        parts.append(f"{speed:,.1f} tok/s")
+    parts.append(f"first after {generation.first_token_seconds:.2f} s")
+    parts.append(f"cache {generation.cache_bytes:,} bytes, {per_token:,.0f} per token")
+    if max(generation.num_passes) > 1:
+        parts.append(f"{max(generation.num_passes)} passes over the prompt")
+    if generation.residual is not None:
+        parts.append(f"KV residual {generation.residual:.1e}")
+    return Part(list(map(Answer, generation.new_tokens)), figures, " · ".join(parts))
 
 
 def requests_part(statistics: BatchStatistics) -> Part:
@@ -62,20 +60,6 @@ def requests_part(statistics: BatchStatistics) -> Part:
     if statistics.num_preemptions:
         parts.append(f"{statistics.num_preemptions:,} begun again for want of pages")
     return Part([], figures, " · ".join(parts))
-
-
-def _describe(generation: Generation) -> str:
-    parts = [count_tokens(sum(map(len, generation.new_tokens)))]
-    if generation.tokens_per_second is not None:
-        parts.append(f"{generation.tokens_per_second:,.1f} tok/s")
-    parts.append(f"first after {generation.first_token_seconds:.2f} s")
-    per_token = generation.cache_bytes / generation.cache_tokens
-    parts.append(f"cache {generation.cache_bytes:,} bytes, {per_token:,.0f} per token")
-    if max(generation.num_passes) > 1:
-        parts.append(f"{max(generation.num_passes)} passes over the prompt")
-    if generation.residual is not None:
-        parts.append(f"KV residual {generation.residual:.1e}")
-    return " · ".join(parts)
 
 
 def count_tokens(count: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from lckv.cache import KVCache
 from lckv.errors import UserError
 from lckv.generation.decoding_options import DecodingOptions
-from lckv.generation.prefill import PrefillOptions, PrefillReport, prefill
+from lckv.generation.prefill import PrefillOptions, prefill
 from lckv.logits import check_logits
 from lckv.models.padding import pad_left
 
@@ -118,7 +118,9 @@ def generate(
     Raises:
         UserError: if the logits are not finite, or the tokenizer has more tokens than the model.
     """
-    _check_tokens(prompts, model.config.vocab_size)
+    if (largest := max(map(max, prompts))) >= model.config.vocab_size:
+        known = model.config.vocab_size
+        raise UserError(f"the tokenizer has a token {largest}, but the model knows {known}: they do not fit")
     config = decoding.generation_config(max_new_tokens, model.generation_config.eos_token_id)
     config.pad_token_id = pad_token_id(model)
     if compile_step:
@@ -132,7 +134,16 @@ def generate(
         torch.manual_seed(decoding.seed)
     watch = StepWatch(num_untimed=1 + _STEPS_TO_COMPILE if compile_step else 1)
     start_time = time.perf_counter()
-    report = _prefill_all_but_last(model, input_ids, attention_mask, cache, prefill_options, on_chunk)
+    report = None
+    if input_ids.shape[1] > 1:  # the last token is left to `generate`, which wants something to run
+        report = prefill(
+            model,
+            input_ids[:, :-1],
+            cache,
+            attention_mask=None if attention_mask is None else attention_mask[:, :-1],
+            on_chunk=on_chunk,
+            **asdict(prefill_options or PrefillOptions()),
+        )
     if decoding.num_beams > 1:
         cache.batch_repeat_interleave(decoding.num_beams)
     output = model.generate(  # type: ignore[operator]
@@ -171,36 +182,6 @@ def compile_config(device: torch.device) -> CompileConfig:
     config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)  # type: ignore[arg-type]
     config._compile_all_devices = True  # type: ignore[assignment]  # declared without a type
     return config
-
-
-def _prefill_all_but_last(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    cache: KVCache,
-    options: PrefillOptions | None,
-    on_chunk: Callable[[int], Any] | None,
-) -> PrefillReport | None:
-    """The last token is left to `generate`, which wants something to run."""
-    if input_ids.shape[1] == 1:
-        return None
-    options = options or PrefillOptions()
-    return prefill(
-        model,
-        input_ids[:, :-1],
-        cache,
-        attention_mask=None if attention_mask is None else attention_mask[:, :-1],
-        chunk_size=options.chunk_size,
-        forward_passes=options.forward_passes,
-        tolerance=options.tolerance,
-        on_chunk=on_chunk,
-    )
-
-
-def _check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
-    largest = max(map(max, prompts))
-    if largest >= vocab_size:
-        raise UserError(f"the tokenizer has a token {largest}, but the model knows {vocab_size}: they do not fit")
 
 
 def pad_token_id(model: PreTrainedModel) -> int:

@@ -69,24 +69,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class DecodingOptions(Sampling):
-    """What `lckv.config.GenerateConfig` says about decoding.
+    """What `lckv.config.GenerateConfig` says about decoding, which may pursue several continuations (beam search)."""
 
-    Attributes:
-        max_new_tokens: where to stop at the latest.
-        num_beams: how many continuations beam search pursues; 1: no beam search.
-
-    Raises:
-        UserError: for values out of range, and an option that would have no effect beside another.
-    """
-
-    max_new_tokens: int | None = None
     num_beams: int = 1
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens is not None:
-            check_whole_number("max_new_tokens", self.max_new_tokens)
-        check_whole_number("num_beams", self.num_beams)
-        super().__post_init__()
 
     @classmethod
     def from_config(cls, cfg: GenerateConfig) -> DecodingOptions:

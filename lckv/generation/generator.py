@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from lckv.cache import KVCache, PagedKVCache, SinkKVCache, build_cache
 from lckv.config import DEFAULT_MAX_NEW_TOKENS, GenerateConfig
@@ -28,8 +27,7 @@ from lckv.generation.answers import Answer, Part, batch_part, count_tokens, requ
 from lckv.generation.batch import Generation, generate, pad_token_id
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prefill import PrefillOptions
-from lckv.generation.printing import Printer
-from lckv.generation.streaming import stream_text
+from lckv.generation.streaming import Printer, stream_text
 from lckv.iteration import CONVERGE
 from lckv.models import LCKVLlamaForCausalLM
 
@@ -38,14 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TextGenerator:
-    """A loaded model, and how to use it.
-
-    Attributes:
-        cfg: what the user asks for, checked.
-        decoding: the part of it that says how tokens are chosen.
-        model: the model, in evaluation mode.
-        tokenizer: the model's.
-        console: for what is no text: figures and progress.
+    """A loaded model, and how to use it; `console` is for what is no text: figures and progress.
 
     Raises:
         UserError: for settings that mean nothing to this model.
@@ -59,24 +50,12 @@ class TextGenerator:
 
     def __post_init__(self) -> None:
         self._check_passes()
-
-    @property
-    def prefill(self) -> PrefillOptions:
-        """How prompts go through the model."""
-        return PrefillOptions.from_config(self.cfg)
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Where text that ends does so at the latest."""
-        return DEFAULT_MAX_NEW_TOKENS if self.cfg.max_new_tokens is None else self.cfg.max_new_tokens
+        self.prefill = PrefillOptions.from_config(self.cfg)
+        given = self.cfg.max_new_tokens
+        self.max_new_tokens = DEFAULT_MAX_NEW_TOKENS if given is None else given  # of text that ends
 
     def answer(self, prompts: list[str], encoded: list[list[int]], *, is_streamed: bool) -> None:
         """Continues the prompts, and prints texts and what they took as soon as they are there.
-
-        Args:
-            prompts: the texts.
-            encoded: their tokens.
-            is_streamed: whether the only text is printed while it comes.
 
         Raises:
             UserError: at the end, if some prompts have failed alone.
@@ -90,13 +69,14 @@ class TextGenerator:
                 index = len(texts)
                 texts.append(self._result(prompts[index], encoded[index], answer))
                 if not (self.cfg.json or is_streamed):
-                    self._print_text(texts[index])
+                    text = texts[index]["text"]
+                    _print(text if self.cfg.prompts_file is None else f"==> {prompts[index]} <==\n{text}\n")
                 if answer.error is not None:
                     self.console.print(f"prompt {index + 1}: {answer.error}")
             if part.figures is not None:
                 figures.append(part.figures)
                 if not self.cfg.json:
-                    self._say(part.summary)
+                    self.console.print(part.summary, style="dim")
         if self.cfg.json:
             _print(json.dumps(self._about() | {"texts": texts, "batches": figures}, ensure_ascii=False, indent=2))
         if num_failed := sum("error" in text for text in texts):
@@ -125,7 +105,8 @@ class TextGenerator:
             printer.end()
             num_seen, seconds = int(cache.get_seq_length()), time.perf_counter() - start_time
             speed = f"{num_seen / seconds:,.1f} tok/s, the prompt's among them"
-            self._say(f"{count_tokens(num_seen)} · {speed} · cache {cache.num_bytes():,} bytes")
+            seen = f"{count_tokens(num_seen)} · {speed} · cache {cache.num_bytes():,} bytes"
+            self.console.print(seen, style="dim")
 
     def _requests(self, encoded: list[list[int]]) -> Iterator[Part]:
         """Continues all prompts in one batch that they join and leave at any step; answers come in their order."""
@@ -140,7 +121,8 @@ class TextGenerator:
                 bar.update(len(batcher.outputs))
                 ready = []
                 while waited_for and waited_for[0] in batcher.outputs:
-                    ready.append(_answer(batcher.outputs[waited_for.popleft()]))
+                    output = batcher.outputs[waited_for.popleft()]
+                    ready.append(Answer(output.generated_tokens, output.error))
                 if ready:
                     bar.hide()
                     yield Part(ready)
@@ -295,13 +277,6 @@ class TextGenerator:
         with Bar(self.console, "reading the prompt", "tokens", num_tokens) as bar:
             yield bar.advance
 
-    def _print_text(self, result: dict[str, Any]) -> None:
-        text = result["text"]
-        _print(f"==> {result['prompt']} <==\n{text}\n" if self.cfg.prompts_file is not None else text)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, style="dim")
-
     def _result(self, prompt: str, encoded: list[int], answer: Answer) -> dict[str, Any]:
         """What came of one prompt, as JSON-able data."""
         text = str(self.tokenizer.decode(answer.new_tokens, skip_special_tokens=True))
@@ -319,10 +294,6 @@ class TextGenerator:
             "device": str(self.model.device),
             "batching": self.cfg.chosen_batching(),
         }
-
-
-def _answer(output: GenerationOutput) -> Answer:
-    return Answer(output.generated_tokens, output.error)
 
 
 def _length(batch: list[list[int]]) -> int:

@@ -93,7 +93,14 @@ def prefill(
     Raises:
         UserError: if the prompt is empty, or the chunk size below 1.
     """
-    _check_options(input_ids.shape[1], chunk_size, forward_passes, tolerance)
+    if input_ids.shape[1] < 1:
+        raise UserError("the prompt is empty: give at least one token")
+    if chunk_size is not None:
+        check_whole_number("prefill chunk", chunk_size)
+    if forward_passes is not None:
+        passes("prefill passes", forward_passes)
+    if tolerance is not None:
+        check_positive("prefill tolerance", tolerance)
     num_past = int(past_key_values.get_seq_length())
     position_ids = None if attention_mask is None else positions(attention_mask)
     report = PrefillReport(logits=input_ids.new_empty(0))
@@ -140,17 +147,3 @@ def _chunks(input_ids: torch.Tensor, past_key_values: Cache, chunk_size: int) ->
             yield chunk[:, :num_parallel]
             chunk = chunk[:, num_parallel:]
         yield chunk
-
-
-def _check_options(
-    num_tokens: int, chunk_size: int | None, forward_passes: int | str | None, tolerance: float | None
-) -> None:
-    """Refuses what makes no prefill."""
-    if num_tokens < 1:
-        raise UserError("the prompt is empty: give at least one token")
-    if chunk_size is not None:
-        check_whole_number("prefill chunk", chunk_size)
-    if forward_passes is not None:
-        passes("prefill passes", forward_passes)
-    if tolerance is not None:
-        check_positive("prefill tolerance", tolerance)

@@ -67,13 +67,7 @@ def _read(key: str, path: str) -> str:
 def encode_prompts(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool | None = None, system: str | None = None
 ) -> list[list[int]]:
-    """Turns prompts into tokens.
-
-    Args:
-        prompts: the texts.
-        tokenizer: the model's.
-        chat: whether each is a message for the tokenizer's chat template; None: if it has one.
-        system: the system message of the chat.
+    """Turns prompts into tokens, each as a message for the tokenizer's chat template if `chat` says so, or it has one.
 
     Raises:
         UserError: if there is no chat to have, or a prompt makes no token.

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from lckv.cache import KVCache
 from lckv.errors import UserError, check_whole_number
@@ -32,12 +33,7 @@ from lckv.logits import check_logits
 
 
 class TokenPicker:
-    """Chooses tokens, one after the other, and remembers the last of them.
-
-    Args:
-        sampling: how.
-        device: where the logits will be.
-        history: how many of the last tokens the repetition penalty looks back on.
+    """Chooses tokens, one after the other, with a repetition penalty that looks back on the last `history` of them.
 
     Raises:
         UserError: for a history below 1.
@@ -50,10 +46,6 @@ class TokenPicker:
         self.generator: torch.Generator | None = None
         if sampling.seed is not None:
             self.generator = torch.Generator(device).manual_seed(sampling.seed)
-
-    def remember(self, token_ids: Iterable[int]) -> None:
-        """Lets the penalty count these tokens."""
-        self.history.extend(token_ids)
 
     def pick(self, logits: torch.Tensor) -> int:
         """Chooses the next token from `(1, vocab_size)`.
@@ -91,10 +83,6 @@ class TextPieces:
 
     A character of several tokens comes out when it is whole. Each token is decoded behind some earlier ones, as
     tokenizers treat the first word of a text in their own way.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        skip_special_tokens: whether tokens such as the end of a document are left out.
     """
 
     num_context, max_pending = 8, 16
@@ -128,6 +116,35 @@ class TextPieces:
         )
         assert isinstance(text, str)
         return text
+
+
+class Printer(BaseStreamer):
+    """Writes a text to a file while it is generated, and ends it with the end of a line."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, file: TextIO) -> None:
+        self._pieces, self._file = TextPieces(tokenizer), file
+        self._is_prompt = True
+        self._last = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt from `generate`, which is not printed, and then token after token."""
+        if not self._is_prompt:
+            for token in value.flatten().tolist():
+                self.write(self._pieces.push(token))
+        self._is_prompt = False
+
+    def write(self, text: str) -> None:
+        """Prints a piece of the text at once."""
+        if text:
+            self._last = text
+            self._file.write(text)
+            self._file.flush()
+
+    def end(self) -> None:
+        """Prints what was kept back, and ends the line; also where generation was interrupted."""
+        self.write(self._pieces.flush())
+        if self._last and not self._last.endswith("\n"):
+            self.write("\n")
 
 
 def stream(
@@ -171,27 +188,18 @@ def stream(
     if max_new_tokens is None:
         check_bounded(past_key_values)
     picker = TokenPicker(sampling or Sampling(greedy=False), model.device, history)
-    picker.remember(input_ids[0, -picker.history.maxlen :].tolist())  # type: ignore[operator]  # it has one
+    picker.history.extend(input_ids[0, -history:].tolist())
     steps = count() if max_new_tokens is None else range(max_new_tokens)
-    return _stream(model, input_ids.to(model.device), past_key_values, picker, steps, stop_ids, chunk_size, options)
 
+    def tokens(input_ids: torch.Tensor) -> Iterator[int]:  # apart from the checks, which a generator would put off
+        for _ in steps:
+            token = picker.pick(_read(model, input_ids, past_key_values, chunk_size, options))
+            if token in stop_ids:
+                return
+            yield token
+            input_ids = input_ids.new_tensor([[token]])
 
-def _stream(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    cache: Cache,
-    picker: TokenPicker,
-    steps: Iterable[int],
-    stop_ids: Collection[int],
-    chunk_size: int | None,
-    options: dict[str, Any],
-) -> Iterator[int]:
-    for _ in steps:
-        token = picker.pick(_read(model, input_ids, cache, chunk_size, options))
-        if token in stop_ids:
-            return
-        yield token
-        input_ids = input_ids.new_tensor([[token]])
+    return tokens(input_ids.to(model.device))
 
 
 def stream_text(
@@ -203,29 +211,21 @@ def stream_text(
     skip_special_tokens: bool = True,
     **options: Any,
 ) -> Iterator[str]:
-    """Like `stream`, from text or tokens to pieces of text, none of them empty.
+    """Like `stream`, whose options it takes, from text or tokens to pieces of text, none of them empty.
 
-    Args:
-        model: the model, in evaluation mode.
-        tokenizer: the model's.
-        prompt: the text, or its tokens.
-        past_key_values: the cache, empty or not.
-        skip_special_tokens: whether tokens such as the end of a document are left out of the text.
-        options: those of `stream`.
+    `skip_special_tokens` leaves tokens such as the end of a document out of the text.
     """
     if isinstance(prompt, str):
         token_ids = tokenizer(prompt)["input_ids"]
         prompt = torch.tensor([token_ids], dtype=torch.long)
+    text = TextPieces(tokenizer, skip_special_tokens)
     tokens = stream(model, prompt, past_key_values, **options)
-    return _pieces(tokens, TextPieces(tokenizer, skip_special_tokens))
 
+    def pieces() -> Iterator[str]:
+        yield from map(text.push, tokens)
+        yield text.flush()
 
-def _pieces(tokens: Iterator[int], text: TextPieces) -> Iterator[str]:
-    for token in tokens:
-        if piece := text.push(token):
-            yield piece
-    if piece := text.flush():
-        yield piece
+    return filter(None, pieces())
 
 
 def score_stream(

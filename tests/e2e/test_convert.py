@@ -58,7 +58,7 @@ def kill_half_way(signal_number: int, folder: Path) -> subprocess.CompletedProce
         while not (folder / "is_slow").exists():
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)
-        assert list(folder.glob(".out.partial-*/model-00001-of-*"))
+        assert list(folder.glob(".out.partial-*/model-00001.safetensors"))
         process.send_signal(signal_number)
         _, stderr = process.communicate(timeout=30)
         return subprocess.CompletedProcess(command, process.returncode, stderr=stderr)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lckv import cli, convert
 from lckv.conversion.heads import Tensors
+from lckv.conversion.source import expected_shapes
 from lckv.conversion.target import ConvertedTensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import parse_layer_types
@@ -76,7 +77,7 @@ def convert_tensors(
     """The tensors of a converted model, without any file, and an empty model for them."""
     plan = parse_layer_types(layer_types)
     target = LCKVLlamaForCausalLM(LCKVLlamaConfig.from_dict(config.to_dict(), layer_types=layer_types)).eval()
-    converted = ConvertedTensors(tensors, config, plan, method, **options)
+    converted = ConvertedTensors(tensors, config, plan, expected_shapes(target.config), method, **options)
     return {name: converted.read(name) for name in target.state_dict()}, target
 
 

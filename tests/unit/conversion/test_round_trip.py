@@ -73,8 +73,7 @@ def test_what_lies_beside_the_weights_is_carried_over(tmp_path):
     assert tokenizer("a b")["input_ids"] == byte_tokenizer()("a b")["input_ids"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(("dtype", "tie"), [(torch.bfloat16, True), (torch.float16, False)])
 def test_types_and_tied_embeddings_are_kept(tmp_path, dtype, tie):
     source = save_source(tmp_path / "source", random_source(3, tie_word_embeddings=tie).to(dtype))
     run_convert(source, tmp_path / "out")
@@ -96,8 +95,7 @@ def test_tensors_of_several_types_keep_theirs(tmp_path):
     assert_identical(read_folder(source), read_folder(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("input_size", ["40KB", "5GB"])
-@pytest.mark.parametrize("output_size", ["40KB", "5GB"])
+@pytest.mark.parametrize(("input_size", "output_size"), [("40KB", "5GB"), ("5GB", "40KB")])
 def test_shards_both_ways(tmp_path, input_size, output_size):
     source = save_source(tmp_path / "source", random_source(4), max_shard_size=input_size)
     assert (source / "model.safetensors").exists() == (input_size == "5GB")

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from lckv import cli
 from lckv.config import DataConfig, SearchConfig, validate
+from lckv.conversion.calibration import collect_moments
 from lckv.conversion.merging import Reach
-from lckv.conversion.moments import collect_moments
 from lckv.conversion.pattern_search import PatternSearch, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
-from lckv.conversion.search_report import KVCount, Point, SearchReport, write_report
+from lckv.conversion.search_report import KVCount, SearchReport, write_report
 from lckv.conversion.search_session import SearchSession
 from lckv.conversion.source import Source
 from lckv.conversion.target import converted_config, write_converted
@@ -31,7 +31,6 @@ from lckv.patterns import parse_layer_types
 from tests.reference import tiny_config, tiny_model, token_ids
 from tests.unit.conversion.sources import KINDS, random_source, save_source
 
-METHODS = ("average", "aligned", "activation", "subspace")
 SETTINGS = {"forward_passes": "converge", "converge_tolerance": 1e-6}
 
 
@@ -44,7 +43,7 @@ def text(num_blocks, seed):
 def converter_for(model, method="average", ridge=1e-2):
     num_layers = model.config.num_hidden_layers
     pairs = itertools.combinations_with_replacement(range(num_layers), 2)
-    moments = collect_moments(model, [text(30, 1)], pairs, has_ones=model.config.attention_bias)
+    moments = collect_moments(model, [text(30, 1)], pairs)
     return Converter(model, method, moments, ridge, SETTINGS)
 
 
@@ -92,8 +91,12 @@ def test_twins_with_equal_inputs_are_found_by_the_subspace_fit():
 
 @pytest.mark.parametrize(
     ("method", "kind", "directions"),
-    [(method, "plain", "down") for method in METHODS]
-    + [("subspace", "biases", "both"), ("subspace", "norms", "down"), ("average", "norms", "both")],
+    [
+        ("aligned", "plain", "down"),
+        ("subspace", "biases", "both"),
+        ("activation", "norms", "down"),
+        ("average", "norms", "both"),
+    ],
 )
 @torch.no_grad()
 def test_scores_are_those_of_the_whole_converted_model(method, kind, directions):
@@ -175,7 +178,7 @@ def test_a_search_ends_at_the_budget_and_gets_there_the_same_way_again():
     kv = KVCount.of(tiny_config("0_1_2_3_4_5"))
     kv_bytes = [kv.bytes_of(each.layer_types) for each in first.frontier]
     assert kv_bytes == sorted(kv_bytes, reverse=True)
-    assert kv_bytes[-1] == 2 * kv.bytes_per_owner == 2 * 2 * 16 * 4
+    assert kv_bytes[-1] == 2 * kv.bytes_of("0") == 2 * 2 * 16 * 4
 
 
 def test_what_is_made_is_forgotten():
@@ -290,8 +293,8 @@ def test_configurations_find_their_text_from_any_folder(folder, tmp_path, monkey
 
 def test_bytes_are_counted_in_the_type_of_the_source():
     kv = KVCount.of(tiny_config("0_1_2", dtype="bfloat16"))
-    assert (kv.dtype, kv.bytes_per_owner, kv.bytes_of("0_0_2")) == ("bfloat16", 64, 128)
-    assert Point("", "0_0_2s", kv, 0.0, None).fraction == pytest.approx(2 / 3)
+    assert (kv.dtype, kv.bytes_of("0"), kv.bytes_of("0_0_2")) == ("bfloat16", 64, 128)
+    assert kv.point("", "0_0_2s", 0.0, None).fraction == pytest.approx(2 / 3)
 
 
 def test_patterns_of_eights_and_nines_stay_text(folder, tmp_path):

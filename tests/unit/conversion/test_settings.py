@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from lckv import cli
-from lckv.conversion.calibration import batches_of, choose_blocks
-from lckv.conversion.moments import collect_moments
+from lckv.conversion.calibration import batches_of, choose_blocks, collect_moments
 from lckv.conversion.settings import adopt_source, plan_of
 from lckv.data import build_dataset
 from lckv.errors import UserError
@@ -107,8 +106,7 @@ def text(tmp_path):
     return ["data=files", f"data.files={tmp_path}/text.txt", r"data.document_separator='\n\n'", "data.block_size=32"]
 
 
-@pytest.mark.parametrize("method", ["activation", "subspace"])
-@pytest.mark.parametrize("kind", ["plain", "biases"])
+@pytest.mark.parametrize(("method", "kind"), [("activation", "biases"), ("subspace", "plain")])
 def test_calibrated_methods_look_at_the_training_split(tmp_path, text, method, kind):
     options = {} if kind == "plain" else {"attention_bias": True, "attention_output_bias": False}
     model = random_source(4, **options)
@@ -121,7 +119,7 @@ def test_calibrated_methods_look_at_the_training_split(tmp_path, text, method, k
     chosen = choose_blocks(data.train, 250)
     assert len(chosen) == 8 and chosen[0] == 0 and chosen[-1] == len(data.train) - 1
     pairs = [(0, 0), (0, 1), (1, 1), (2, 2), (2, 3), (3, 3)]
-    moments = collect_moments(model, batches_of(data.train, chosen), pairs, has_ones=kind == "biases")
+    moments = collect_moments(model, batches_of(data.train, chosen), pairs)
     assert moments.num_tokens == 256
     expected = convert_model(model, "0_0_2_2", method, moments=moments, ridge=0.02)
     out = read_folder(tmp_path / "out")

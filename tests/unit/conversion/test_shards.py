@@ -15,12 +15,15 @@ from safetensors import torch as safetensors_torch
 from safetensors.torch import load_file
 
 from lckv import storage
+from lckv.conversion.methods import METHODS
 from lckv.conversion.shards import plan_shards, write_weights
 from lckv.conversion.source import CheckpointTensors, Source
 from lckv.conversion.target import RECORD, converted_config, write_converted, write_trained
 from lckv.errors import UserError
 from lckv.loading import load_model
+from lckv.models import LCKVLlamaForCausalLM
 from lckv.patterns import parse_layer_types
+from tests.layouts import LATENT, LatentAttention, LatentConfig
 from tests.unit.conversion.sources import assert_identical, random_source, read_folder, run_convert, save_source
 
 SHARED = "model.layer_types=0_1_2_2"
@@ -42,8 +45,8 @@ def expected(source, tmp_path_factory):
 def test_tensors_in_one_place_are_written_apart(tmp_path):
     tensors = {"a": torch.ones(2, 3), "c": torch.zeros(1)}
     tensors["b"] = tensors["a"]
-    sizes = {name: tensor.numel() * 4 for name, tensor in tensors.items()}
-    write_weights(tmp_path, sizes, tensors.__getitem__, max_shard_size=10**6)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    write_weights(tmp_path, shapes, lambda _: torch.float32, tensors.__getitem__, max_shard_size=10**6)
     written = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(written[name], tensors[name]) for name in "abc")
 
@@ -51,7 +54,7 @@ def test_tensors_in_one_place_are_written_apart(tmp_path):
 @given(st.lists(st.integers(0, 50), min_size=1), st.integers(1, 60))
 def test_shards_hold_everything_in_order(sizes, max_size):
     named = {str(number): size for number, size in enumerate(sizes)}
-    shards = plan_shards(named, max_size)
+    shards = list(plan_shards(named.items(), max_size))
     assert [name for shard in shards for name in shard] == list(named)
     for shard, after in zip(shards, [*shards[1:], []], strict=True):
         size = sum(named[name] for name in shard)
@@ -164,13 +167,80 @@ def test_progress_reaches_its_end(tmp_path):
     source = Source.find(str(save_source(tmp_path / "source", random_source(2))))
     calls = []
     config = converted_config(source.config, parse_layer_types("0_0"))
-    write_converted(
-        source, config, "average", tmp_path / "out", on_bytes=lambda done, total: calls.append((done, total))
-    )
+    write_converted(source, config, "average", tmp_path / "out", on_parameters=lambda *counts: calls.append(counts))
     tensors = read_folder(tmp_path / "out")
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(tensor.numel() for tensor in tensors.values())
     assert len(calls) == len(tensors) and calls[-1] == (total, total)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+class LatentModel(LCKVLlamaForCausalLM):
+    """Layers read a latent, for which pretrained models have no projection."""
+
+    config_class = LatentConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer_idx, layer in enumerate(self.model.layers):
+            layer.self_attn = LatentAttention(config, layer_idx)
+
+
+def to_latent(group):
+    """The latent is the normalised input itself; the owner's projection of it has a type of its own."""
+    hidden_size = group.config.hidden_size
+    made = {group.name(group.owner, "down_proj.weight"): torch.eye(LATENT, hidden_size)}
+    for reader in group.readers:
+        for name in ("k_proj.weight", "v_proj.weight"):
+            projection = group.tensors[group.name(reader, name)]
+            latent = torch.zeros(len(projection), LATENT, dtype=group.dtype("lacking"))
+            latent[:, :hidden_size] = projection
+            made[group.name(reader, name)] = latent
+    return made
+
+
+@pytest.mark.parametrize("shard_size", [10**9, 9_000])
+def test_methods_make_tensors_that_the_source_lacks(tmp_path, monkeypatch, shard_size):
+    monkeypatch.setitem(METHODS._entries, "latent", to_latent)
+    original = random_source(4).to(torch.bfloat16)
+    source = Source.find(str(save_source(tmp_path / "source", original)))
+    config = LatentConfig.from_dict(source.config.to_dict(), layer_types="0_0_2_3")
+    write_converted(source, config, "latent", tmp_path / "out", model_class=LatentModel, max_shard_size=shard_size)
+    written, before = read_folder(tmp_path / "out"), original.state_dict()
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1 or shard_size == 9_000
+    assert written.keys() == LatentModel(config).state_dict().keys()
+    for layer_idx in range(4):
+        prefix = f"model.layers.{layer_idx}.self_attn."
+        assert (prefix + "down_proj.weight" in written) == (layer_idx != 1)
+        assert torch.equal(written[prefix + "k_proj.weight"][:, :32], before[prefix + "k_proj.weight"])
+    changed = {name for name in written if name not in before or written[name].shape != before[name].shape}
+    assert {name.split(".")[-2] for name in changed} == {"down_proj", "k_proj", "v_proj"}
+    kept = written.keys() - changed
+    assert_identical({name: written[name] for name in kept}, {name: before[name] for name in kept})
+    types = {name: torch.float32 if "self_attn.down_proj" in name else torch.bfloat16 for name in written}
+    assert {name: tensor.dtype for name, tensor in written.items()} == types
+    loaded, info = LatentModel.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    assert_identical(loaded.state_dict(), {name: tensor.float() for name, tensor in written.items()})
+
+
+@pytest.mark.parametrize(
+    ("makes", "message"),
+    [
+        ((), "method=latent makes no model.layers.0.self_attn.down_proj.weight, which the source lacks"),
+        (("down_proj.weight",), r"k_proj.weight is \[16, 32\]: the model takes \[16, 96\]"),
+    ],
+)
+def test_what_neither_source_nor_method_has_is_named(tmp_path, monkeypatch, makes, message):
+    monkeypatch.setitem(
+        METHODS._entries,
+        "latent",
+        lambda group: {name: each for name, each in to_latent(group).items() if name.endswith(makes)},
+    )
+    source = Source.find(str(save_source(tmp_path / "source", random_source(2))))
+    config = LatentConfig.from_dict(source.config.to_dict())
+    with pytest.raises(ValueError, match=message):
+        write_converted(source, config, "latent", tmp_path / "out", model_class=LatentModel)
+    assert not (tmp_path / "out").exists()
 
 
 class AskedSource(Source):

@@ -26,7 +26,7 @@ def assert_same_states(cache, exact, tolerance):
         assert_close(layer.values, exact.owners()[owner].values, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 5, 64])
+@pytest.mark.parametrize("chunk_size", [None, 5])
 @pytest.mark.parametrize("layer_types", PATTERNS)
 def test_chunks_of_any_size_leave_the_same_cache_and_logits(layer_types, chunk_size):
     model = tiny_model(layer_types, sliding_window=3)
@@ -129,23 +129,22 @@ def layer_calls(model):
     return counts
 
 
-@pytest.mark.parametrize("layer_types", ["0s_1s_2_2_2_2", "0_3_3_3_4_4", "0_0_2_2"])
+@pytest.mark.parametrize("layer_types", ["0s_1s_2_2_2_2", "0_3_3_3_4_4"])
 def test_token_by_token_too_nothing_runs_that_nobody_reads(layer_types):
     model = tiny_model(layer_types, sliding_window=64, use_sequential=True)
-    input_ids = token_ids(2, 24)
+    input_ids = token_ids(2, 12)
     whole, skipped = flops(model, input_ids), flops(model, input_ids, logits_to_keep=1)
     assert skipped < 0.85 * whole
     with torch.no_grad():
         expected = model(input_ids).logits
-        for num_kept in (1, 3, 24, 50):
+        for num_kept in (1, 3, 50):
             assert_close(model(input_ids, logits_to_keep=num_kept).logits, expected[:, -num_kept:], atol=1e-5, rtol=0)
     counts, highest = layer_calls(model), model.config.sharing_plan.kv_owners[-1]
     model(input_ids, logits_to_keep=3)
-    assert counts == [24 if layer <= highest else 3 for layer in range(len(counts))]
+    assert counts == [12 if layer <= highest else 3 for layer in range(len(counts))]
 
 
-@pytest.mark.parametrize("chunk_size", [None, 7])
-@pytest.mark.parametrize("layer_types", ["0_1_2_3", "0s_1s_2_2", UPWARD, "2_0s_2s_0"])
+@pytest.mark.parametrize(("layer_types", "chunk_size"), [("0s_1s_2_2", 7), (UPWARD, None), ("2_0s_2s_0", 7)])
 def test_what_fits_into_a_cache_goes_in_at_once(layer_types, chunk_size):
     model = tiny_model(layer_types, sliding_window=64)
     input_ids, options = token_ids(2, 20), {"num_sinks": 2, "window": 10}
@@ -162,8 +161,9 @@ def test_what_fits_into_a_cache_goes_in_at_once(layer_types, chunk_size):
     assert calls.count(1) == 8
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("layer_types", PATTERNS)
+@pytest.mark.parametrize(
+    ("layer_types", "implementation"), [*((each, "sdpa") for each in PATTERNS), (PATTERNS[-1], "eager")]
+)
 def test_kept_positions_are_those_of_the_whole_call(layer_types, implementation):
     model = tiny_model(layer_types, sliding_window=3, attn_implementation=implementation)
     input_ids = token_ids(2, 11)

