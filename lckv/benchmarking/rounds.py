@@ -8,7 +8,7 @@ from contextlib import closing
 
 from lckv.benchmarking.contenders import Contender
 from lckv.benchmarking.measurements import Measurements, Workload
-from lckv.benchmarking.measuring import FAILURES, Bench, describe, release_memory
+from lckv.benchmarking.measuring import FAILURES, Bench, attempt
 from lckv.console import track
 from lckv.errors import UserError
 
@@ -44,7 +44,9 @@ def measure(contenders: Sequence[Contender], workload: Workload) -> list[Measure
         with closing(track(schedule(benches, workload.rounds), "measuring", total)) as turns:  # takes the bar away
             for bench, work in turns:
                 if bench.result.error is None:
-                    _attempt(bench, work)
+                    attempt(work, bench.result, bench.device)
+                    if bench.result.error is not None:
+                        logger.warning("%s: %s", bench.result.label, bench.result.error)
                 num_done += 1
     except KeyboardInterrupt:
         num_rounds = num_done // len(benches) - 1  # the first time round, bytes were counted
@@ -60,7 +62,9 @@ def _results(benches: Sequence[Bench], num_rounds: int) -> list[Measurements]:
     if all(result.error is not None for result in results):
         raise UserError("; ".join(f"{result.label}: {result.error}" for result in results))
     for result in results:
-        result.keep_rounds(num_rounds)
+        times = [result.prefill_seconds, result.first_token_seconds, *(batch.seconds for batch in result.batches)]
+        for seconds in times:  # without those of a round that not all have ended
+            del seconds[num_rounds:]
     return results
 
 
@@ -74,28 +78,18 @@ def schedule(benches: Sequence[Bench], rounds: int) -> Iterable[tuple[Bench, Cal
 def check_budget(benches: Sequence[Bench], budget: int | None) -> None:
     """Refuses a budget that does not hold one token of one sequence of every contender.
 
-    Contenders whose cache cannot be made are left to fail on their own.
-
     Raises:
         UserError: naming both numbers.
     """
+    if budget is None:
+        return
     for bench in benches:
         try:
             needed = bench.planned_bytes(1, 1)
-        except FAILURES:
+        except FAILURES:  # its cache cannot be made, which it will say itself
             continue
-        if budget is not None and needed > budget:
+        if needed > budget:
             raise UserError(
                 f"kv_budget={budget}: one token of one sequence needs {needed} bytes of KV in {bench.result.label}; "
                 "allowed is that or more"
             )
-
-
-def _attempt(bench: Bench, work: Callable[[], None]) -> None:
-    try:
-        work()
-    except FAILURES as error:
-        bench.result.error = describe(error)
-        logger.warning("%s: %s", bench.result.label, bench.result.error)
-        logger.debug("the traceback", exc_info=error)
-        release_memory(bench.device)

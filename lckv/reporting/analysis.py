@@ -199,6 +199,7 @@ def _relative(group: Group, llama: Group | None) -> Group:
 def pareto_front(candidates: DataFrame) -> DataFrame:
     """Those of less `cost` than all that have as little `written` or less, from few bytes to many."""
     ordered = candidates.sort_values(["written", "cost"])
+    # Each against the best of those before it, of which none needs more; the first has nothing to beat.
     return ordered[ordered["cost"] < ordered["cost"].cummin().shift(fill_value=math.inf)]
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from statistics import median
-from typing import Any
 
 from pandas import DataFrame
 
 from lckv.costs import ModelSizes, count_flops, llama_plan
 from lckv.iteration import Iteration
 from lckv.model_arguments import DEFAULT_SLIDING_WINDOW
-from lckv.patterns import SharingPlan, parse_layer_types
+from lckv.patterns import parse_layer_types
 from lckv.reporting.grouping import Row
 
 _DECIDES_SPEED = (
@@ -45,19 +44,13 @@ def llama_flops(run: Row) -> float | None:
     sizes, own = _sizes(run), run.train_flops_per_token
     if run.layer_types is None or sizes is None or run.context_length is None or own is None:
         return None
-    plan = parse_layer_types(run.layer_types)
-    counted = _count(run, plan, sizes)
-    return _count(run, llama_plan(plan), sizes) if math.isclose(counted, own, rel_tol=1e-6) else None
-
-
-def _count(run: Row, plan: SharingPlan, sizes: ModelSizes) -> Any:
-    default = Iteration()
-    iteration = Iteration(
-        forward_passes=run.config.get("model.forward_passes", default.forward_passes),
-        backward_passes=run.config.get("model.backward_passes", default.backward_passes),
-        use_sequential=run.config.get("model.use_sequential", False),
-    )
-    return count_flops(plan, sizes, int(run.context_length), iteration).train
+    names = ("forward_passes", "backward_passes", "use_sequential")
+    set_there = {name: run.config[key] for name in names if (key := f"model.{name}") in run.config}
+    plan, length, iteration = parse_layer_types(run.layer_types), int(run.context_length), Iteration(**set_there)
+    counted = count_flops(plan, sizes, length, iteration).train
+    if counted is None or not math.isclose(counted, own, rel_tol=1e-6):
+        return None
+    return count_flops(llama_plan(plan), sizes, length, iteration).train
 
 
 def _sizes(run: Row) -> ModelSizes | None:
