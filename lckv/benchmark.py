@@ -29,8 +29,8 @@ def main(cfg: BenchmarkConfig) -> None:
 
     # Behind the checks: importing torch and transformers takes seconds.
     from lckv.benchmarking.contenders import choose_caches, combine
+    from lckv.benchmarking.measuring import InterruptedMeasurement, measure
     from lckv.benchmarking.plots import plot_results
-    from lckv.benchmarking.rounds import InterruptedMeasurement, measure
     from lckv.benchmarking.summary import as_dict, environment_of, print_report
 
     caches = choose_caches(cfg.caches or [cfg.cache.name], cfg.cache.options())

@@ -1,4 +1,7 @@
-"""Measures one contender: bytes on one generation that is not timed, then prefill and decoding, timed."""
+"""Measures contenders: bytes on one generation that is not timed, then prefill and decoding, timed.
+
+They take turns, so that other load on the machine falls on all of them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import gc
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +21,7 @@ from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Work
 from lckv.benchmarking.memory import peak_bytes
 from lckv.benchmarking.recording import RecordsTraffic, record_reads
 from lckv.cache import KVCache, PagedKVCache
+from lckv.console import track
 from lckv.costs import FlopsPerToken, ModelSizes, count_flops, count_kv_bytes
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.prefill import PrefillReport, prefill
@@ -245,3 +250,78 @@ def describe(error: BaseException) -> str:
     """The reason in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return f"out of memory: {text}" if is_out_of_memory(error) else text
+
+
+class InterruptedMeasurement(KeyboardInterrupt):
+    """Ctrl-C when at least one round was over.
+
+    Args:
+        results: of the rounds that all contenders have ended.
+        num_rounds: how many these are.
+    """
+
+    def __init__(self, results: list[Measurements], num_rounds: int) -> None:
+        super().__init__()
+        self.results, self.num_rounds = results, num_rounds
+
+
+def measure(contenders: Sequence[Contender], workload: Workload) -> list[Measurements]:
+    """Measures all contenders: bytes first, one after the other, then times in rounds.
+
+    A contender that fails keeps its reason in `error`, and the others go on.
+
+    Raises:
+        UserError: if not one token of one sequence fits into the budget, and if every contender has failed.
+        InterruptedMeasurement: for Ctrl-C after a round; before that, it passes as it is.
+    """
+    benches = [Bench(contender, workload) for contender in contenders]
+    check_budget(benches, workload.kv_budget)
+    inspections = [(bench, bench.inspect) for bench in benches]
+    schedule = inspections + [(bench, bench.run_round) for bench in benches] * workload.rounds
+    num_done = 0
+    try:
+        with closing(track(schedule, "measuring", len(schedule))) as turns:  # takes the bar away
+            for bench, work in turns:
+                if bench.result.error is None:
+                    attempt(work, bench.result, bench.device)
+                    if bench.result.error is not None:
+                        logger.warning("%s: %s", bench.result.label, bench.result.error)
+                num_done += 1
+    except KeyboardInterrupt:
+        num_rounds = num_done // len(benches) - 1  # the first time round, bytes were counted
+        if num_rounds < 1:
+            raise
+        raise InterruptedMeasurement(_results(benches, num_rounds), num_rounds) from None
+    return _results(benches, workload.rounds)
+
+
+def _results(benches: Sequence[Bench], num_rounds: int) -> list[Measurements]:
+    """What is known after this many rounds."""
+    results = [bench.result for bench in benches]
+    if all(result.error is not None for result in results):
+        raise UserError("; ".join(f"{result.label}: {result.error}" for result in results))
+    for result in results:
+        times = [result.prefill_seconds, result.first_token_seconds, *(batch.seconds for batch in result.batches)]
+        for seconds in times:  # without those of a round that not all have ended
+            del seconds[num_rounds:]
+    return results
+
+
+def check_budget(benches: Sequence[Bench], budget: int | None) -> None:
+    """Refuses a budget that does not hold one token of one sequence of every contender.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    if budget is None:
+        return
+    for bench in benches:
+        try:
+            needed = bench.planned_bytes(1, 1)
+        except FAILURES:  # its cache cannot be made, which it will say itself
+            continue
+        if needed > budget:
+            raise UserError(
+                f"kv_budget={budget}: one token of one sequence needs {needed} bytes of KV in {bench.result.label}; "
+                "allowed is that or more"
+            )

@@ -6,9 +6,8 @@ import torch
 from lckv.benchmarking import measuring
 from lckv.benchmarking.contenders import choose_caches, combine
 from lckv.benchmarking.measurements import Workload
-from lckv.benchmarking.measuring import Bench
+from lckv.benchmarking.measuring import Bench, InterruptedMeasurement, measure
 from lckv.benchmarking.recording import record_reads
-from lckv.benchmarking.rounds import InterruptedMeasurement, measure, schedule
 from lckv.cache import CACHES, DynamicKVCache
 from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError
@@ -208,20 +207,7 @@ def test_the_batch_in_a_budget_fills_pools_of_fixed_size(layer_types, prompt_len
     assert "page" in too_many.result.batches[0].error
 
 
-def test_contenders_take_turns():
-    class Fake:
-        def __init__(self, name):
-            self.inspect, self.run_round = f"{name} inspected", f"{name} timed"
-
-    benches = [Fake("a"), Fake("b")]
-    assert [work for _, work in schedule(benches, 2)] == [
-        *("a inspected", "b inspected"),
-        *("a timed", "b timed"),
-        *("a timed", "b timed"),
-    ]
-
-
-def test_measuring_follows_the_schedule(monkeypatch):
+def test_contenders_take_turns(monkeypatch):
     turns = []
     run_round = Bench.run_round
     monkeypatch.setattr(Bench, "run_round", lambda bench: (turns.append(bench.result.label), run_round(bench))[1])

@@ -2,9 +2,8 @@
 
 import pytest
 
-from lckv.reporting.analysis import analyse
+from lckv.reporting.analysis import analyse, llama_flops
 from lckv.reporting.runs import read_runs
-from lckv.reporting.training_costs import llama_flops
 from tests.unit.reporting.sweeps import VERSIONS, write_run
 
 
