@@ -8,7 +8,7 @@ from typing import Any
 
 from lckv import cli
 from lckv.benchmarking.folder import OutputFolder
-from lckv.benchmarking.settings import build_workload, cache_entries, check_iteration, random_models
+from lckv.benchmarking.settings import build_workload, check_iteration, random_models
 from lckv.config import BenchmarkConfig, validate
 from lckv.console import new_console
 from lckv.errors import UserError
@@ -29,11 +29,11 @@ def main(cfg: BenchmarkConfig) -> None:
 
     # Behind the checks: importing torch and transformers takes seconds.
     from lckv.benchmarking.contenders import choose_caches, combine
+    from lckv.benchmarking.measuring import InterruptedMeasurement, measure
     from lckv.benchmarking.plots import plot_results
-    from lckv.benchmarking.rounds import InterruptedMeasurement, measure
-    from lckv.benchmarking.summary import Environment, as_dict, print_report
+    from lckv.benchmarking.summary import as_dict, environment_of, print_report
 
-    caches = choose_caches(*cache_entries(cfg))
+    caches = choose_caches(cfg.caches or [cfg.cache.name], cfg.cache.options())
     models = _load_models(cfg, arguments)
     configs = {label: model.config for label, model in models.items()}
     check_iteration(workload.prefill_passes, workload.prefill_tolerance, configs)
@@ -43,7 +43,7 @@ def main(cfg: BenchmarkConfig) -> None:
             results, num_rounds = measure(combine(models, caches), workload), workload.rounds
         except InterruptedMeasurement as error:
             results, num_rounds, interruption = error.results, error.num_rounds, error
-        environment = Environment.of(next(iter(models.values())).device)
+        environment = environment_of(next(iter(models.values())).device)
         figures = as_dict(results, workload, environment, num_rounds)
         folder.write(figures)
         plot_results(results, workload, folder.plot)

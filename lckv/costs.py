@@ -7,7 +7,7 @@ capacity but not reads, so what is written, what is kept and what is read are th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -228,6 +228,7 @@ class _FlopCount:
     def _unfinished(self, layers: tuple[LayerPlan, ...], is_first: bool) -> float:
         """A pass over a cycle that another one follows: it ends at the keys and values of the top layer."""
         total = float(self._written(layers[-1]))
+        # What only the top layer reads is needed in the last pass, where that layer runs, and not before.
         read_again = {layer.kv_source for layer in layers[:-1]}
         for layer in layers[:-1]:
             total += self._mlp + (layer.layer_idx in read_again) * self._written(layer)
@@ -272,28 +273,21 @@ class _FlopCount:
         return [_mean_num_keys(layer, self.sizes, self.context_length) for layer in self.plan.layers]
 
 
-def _sum_of_known(parts: Iterable[float | None]) -> float | None:
+def _sum_of_known(parts: Sequence[float | None]) -> float | None:
     """The sum, or `None` if a part is unknown."""
-    total = 0.0
-    for part in parts:
-        if part is None:
-            return None
-        total += part
-    return total
-
-
-def _hides_own_key(layer: LayerPlan, sizes: ModelSizes) -> bool:
-    return layer.is_upward or sizes.force_nodiag
+    known = [part for part in parts if part is not None]
+    return sum(known, 0.0) if len(known) == len(parts) else None
 
 
 def _num_keys(layer: LayerPlan, sizes: ModelSizes, context_length: int) -> int:
-    """Keys that the last of `context_length` tokens sees in this layer."""
-    num_keys = min(sizes.sliding_window, context_length) if layer.is_sliding else context_length
-    return num_keys - _hides_own_key(layer, sizes)
+    """Keys that the last of `context_length` tokens sees in this layer; upward ones do not see their own."""
+    window = min(sizes.sliding_window, context_length) if layer.is_sliding else context_length
+    return window - (layer.is_upward or sizes.force_nodiag)
 
 
 def _mean_num_keys(layer: LayerPlan, sizes: ModelSizes, context_length: int) -> float:
     """The mean of `_num_keys` over the contexts of 1 to `context_length` tokens."""
     window = min(sizes.sliding_window, context_length) if layer.is_sliding else context_length
-    growing = window * (window + 1) // 2
-    return (growing + (context_length - window) * window) / context_length - _hides_own_key(layer, sizes)
+    growing = window * (window + 1) // 2  # while the window fills, each token sees one key more
+    all_keys = growing + (context_length - window) * window
+    return all_keys / context_length - (layer.is_upward or sizes.force_nodiag)

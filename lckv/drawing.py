@@ -7,11 +7,10 @@ readers: on the left to layers below it, which read upward, and on the right to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.text import Text
 
@@ -44,9 +43,9 @@ def draw_in_terminal(plan: SharingPlan) -> Text:
         _append_lanes(text, plan, left, layer, is_left=True)
         text.append(f" {layer.layer_idx:>2} ")
         if layer.computes_kv:
-            text.append(" KV ", style=f"bold reverse {_terminal_color(plan, layer.layer_idx)}")
+            text.append(" KV ", style=f"bold reverse {_color(plan, layer.layer_idx, _TERMINAL_COLORS)}")
         else:
-            text.append("▕  ▏", style=_terminal_color(plan, layer.kv_source))
+            text.append("▕  ▏", style=_color(plan, layer.kv_source, _TERMINAL_COLORS))
         _append_lanes(text, plan, right, layer, is_left=False)
         text.append(f"  {describe_layer(layer):<24}{_cycle_mark(plan, layer)}".rstrip() + "\n")
     return text
@@ -69,38 +68,34 @@ def _cycle_mark(plan: SharingPlan, layer: LayerPlan) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class _Lane:
+class _Lane(NamedTuple):
     """A vertical line from an owner past all its readers on one side."""
 
     owner: int
-    readers: frozenset[int]
+    joined: list[int]  # the owner and its readers, in order
     column: int
 
     @property
     def first(self) -> int:
-        return min(self.owner, *self.readers)
+        return self.joined[0]
 
     @property
     def last(self) -> int:
-        return max(self.owner, *self.readers)
+        return self.joined[-1]
 
 
 def _lanes(plan: SharingPlan, *, upward: bool) -> list[_Lane]:
     """The lanes of one side; short ones get the columns next to the layers, and none overlap."""
+    joined = {
+        owner: sorted({owner, *(each.layer_idx for each in plan.readers(owner) if each.is_upward == upward)})
+        for owner in plan.kv_owners
+    }
     lanes: list[_Lane] = []
-    for owner in plan.kv_owners:
-        readers = frozenset(
-            layer.layer_idx for layer in plan.readers(owner) if layer.layer_idx != owner and layer.is_upward == upward
-        )
-        if readers:
-            lanes.append(_Lane(owner, readers, -1))
-    placed: list[_Lane] = []
-    for lane in sorted(lanes, key=lambda lane: lane.last - lane.first):
-        taken = {other.column for other in placed if other.first <= lane.last and lane.first <= other.last}
-        column = next(column for column in range(len(taken) + 1) if column not in taken)
-        placed.append(_Lane(lane.owner, lane.readers, column))
-    return placed
+    for owner, layers in sorted(joined.items(), key=lambda item: item[1][-1] - item[1][0]):
+        if len(layers) > 1:
+            taken = {lane.column for lane in lanes if lane.first <= layers[-1] and layers[0] <= lane.last}
+            lanes.append(_Lane(owner, layers, next(column for column in count() if column not in taken)))
+    return lanes
 
 
 def _num_lanes(lanes: list[_Lane]) -> int:
@@ -110,25 +105,28 @@ def _num_lanes(lanes: list[_Lane]) -> int:
 def _append_lanes(text: Text, plan: SharingPlan, lanes: list[_Lane], layer: LayerPlan, *, is_left: bool) -> None:
     """Appends one layer's row of one side: arrow head, then a cell of two characters per lane, nearest first."""
     here = layer.layer_idx
-    joined = [lane for lane in lanes if here == lane.owner or here in lane.readers]
+    joined = [lane for lane in lanes if here in lane.joined]
     reach = max((lane.column for lane in joined), default=-1)
-    reader = next((lane for lane in joined if here in lane.readers), None)
+    reader = next((lane for lane in joined if here != lane.owner), None)
     head = " " if not joined else ("▶" if is_left else "◀") if reader else "─"
-    color = _terminal_color(plan, (reader or joined[0]).owner) if joined else ""
+    color = _color(plan, (reader or joined[0]).owner, _TERMINAL_COLORS) if joined else ""
     cells = [(head, color)]
     for column in range(_num_lanes(lanes)):
         lane = next((lane for lane in lanes if lane.column == column and lane.first <= here <= lane.last), None)
         line = "─" if column <= reach else " "
         cells.append((line, color))
-        cells.append((_corner(lane, here, column < reach, is_left), _terminal_color(plan, lane.owner))
-                     if lane else (line if column < reach else " ", color))  # fmt: skip
+        if lane is None:
+            cells.append((line if column < reach else " ", color))
+        else:
+            corner = _corner(lane, here, column < reach, is_left)
+            cells.append((corner, _color(plan, lane.owner, _TERMINAL_COLORS)))
     for character, style in reversed(cells) if is_left else cells:
         text.append(character, style=style)
 
 
 def _corner(lane: _Lane, here: int, is_crossed: bool, is_left: bool) -> str:
     """The character where a row meets a lane."""
-    if here != lane.owner and here not in lane.readers:
+    if here not in lane.joined:
         return "┼" if is_crossed else "│"
     if lane.first < here < lane.last:
         return "┼" if is_crossed else ("├" if is_left else "┤")
@@ -137,25 +135,21 @@ def _corner(lane: _Lane, here: int, is_crossed: bool, is_left: bool) -> str:
     return "┴" if is_crossed else ("╰" if is_left else "╯")
 
 
-def _terminal_color(plan: SharingPlan, owner: int) -> str:
-    return _TERMINAL_COLORS[plan.kv_owners.index(owner) % len(_TERMINAL_COLORS)]
+def _color(plan: SharingPlan, owner: int, colors: Sequence[str]) -> str:
+    return colors[plan.kv_owners.index(owner) % len(colors)]
 
 
 def _list_in_terminal(plan: SharingPlan) -> Text:
     """One line per run of layers that do the same."""
     text = Text()
-    lines = []
-    for _, run in groupby(plan.layers, key=lambda layer: _alike(layer)):
-        layers = list(run)
-        first, last = layers[0].layer_idx, layers[-1].layer_idx
-        name = f"{first}" if first == last else f"{first} to {last}"
-        words = describe_layer(layers[0]) if first == last else describe_layer(layers[0]).replace("reads", "read", 1)
-        if first != last and layers[0].kv_source == first:
-            words = words.replace("itself", "themselves")
-        lines.append((name, layers[0].computes_kv, words, _terminal_color(plan, layers[0].kv_source)))
-    for name, computes_kv, words, color in reversed(lines):
-        text.append(f"{name:>12} ")
-        text.append(" KV " if computes_kv else "    ", style=f"bold reverse {color}" if computes_kv else "")
+    for first, *others in reversed([list(run) for _, run in groupby(plan.layers, key=_alike)]):
+        name, words = f"{first.layer_idx}", describe_layer(first)
+        if others:
+            name += f" to {others[-1].layer_idx}"
+            words = words.replace("reads", "read", 1).replace("itself", "themselves")
+        color = _color(plan, first.kv_source, _TERMINAL_COLORS)
+        mark = (" KV ", f"bold reverse {color}") if first.computes_kv else ("    ", "")
+        text.append(f"{name:>12} ").append(*mark)
         text.append(f"  {words}\n", style=color)
     for segment in plan.segments:
         if segment.is_cycle:
@@ -258,44 +252,32 @@ class _Panel:
 
     def _draw_title(self, axes: Axes) -> None:
         for index, line in enumerate(reversed(self._title())):
-            is_name = bool(self.name) and line == self.name
-            is_size = index == 0
+            style: dict[str, Any] = {"fontsize": 9, "color": "black", "family": "DejaVu Sans Mono"}
+            if index == 0:
+                style |= {"color": "#555555", "family": "DejaVu Sans"}
+            if self.name and line == self.name:
+                style |= {"fontsize": 11, "fontweight": "bold", "family": "DejaVu Sans"}
             axes.annotate(
-                line,
-                xy=(0.5, 1.0),
-                xycoords="axes fraction",
-                xytext=(0, 7 + 14 * index),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=11 if is_name else 9,
-                fontweight="bold" if is_name else "normal",
-                color="#555555" if is_size else "black",
-                family="DejaVu Sans" if is_name or is_size else "DejaVu Sans Mono",
-            )
+                line, (0.5, 1.0), (0, 7 + 14 * index), xycoords="axes fraction", textcoords="offset points",
+                ha="center", va="bottom", **style,
+            )  # fmt: skip
 
     def _draw_box(self, axes: Axes, layer: LayerPlan, font_size: float) -> None:
         from matplotlib.patches import FancyBboxPatch
 
-        edge = _color(self.plan, layer.kv_source)
-        fill = _color(self.plan, layer.layer_idx) if layer.computes_kv else "white"
+        edge = _color(self.plan, layer.kv_source, _COLORS)
+        fill = _color(self.plan, layer.layer_idx, _COLORS) if layer.computes_kv else "white"
         ink = "white" if layer.computes_kv else "#222222"
         reads = f"reads {layer.kv_source}" if layer.kv_source != layer.layer_idx else ""
         pad = 0.12
         width, height = self.box_width - 2 * pad, self.box_height - 2 * pad
         axes.add_patch(
             FancyBboxPatch(
-                (-width / 2, layer.layer_idx - height / 2),
-                width,
-                height,
-                boxstyle=f"round,pad={pad},rounding_size=0.16",
-                facecolor=fill,
-                edgecolor=edge,
-                linewidth=1.4,
+                (-width / 2, layer.layer_idx - height / 2), width, height, facecolor=fill, edgecolor=edge,
+                boxstyle=f"round,pad={pad},rounding_size=0.16", linewidth=1.4, zorder=3,
                 linestyle="--" if layer.is_sliding and not layer.computes_kv else "-",
-                zorder=3,
             )
-        )
+        )  # fmt: skip
         labels = [
             (-width / 2 + 0.05, "left", str(layer.layer_idx)),
             (-0.75, "center", "KV" * layer.computes_kv),
@@ -304,16 +286,10 @@ class _Panel:
         ]
         for x, align, label in labels:
             axes.text(
-                x,
-                layer.layer_idx - 0.02,
-                label,
-                ha=align,
-                va="center_baseline",
-                color=ink,
+                x, layer.layer_idx - 0.02, label, ha=align, va="center_baseline", color=ink, zorder=4,
                 fontsize=font_size * (1.0 if label in ("KV", str(layer.layer_idx)) else 0.8),
                 fontweight="bold" if label == "KV" else "normal",
-                zorder=4,
-            )
+            )  # fmt: skip
 
     def _draw_arc(self, axes: Axes, layer: LayerPlan) -> None:
         """An arrow from the box of the owner to the box of the reader, on the side of its direction."""
@@ -323,36 +299,26 @@ class _Panel:
         side = -1 if layer.is_upward else 1
         edge = side * self.box_width / 2
         reach = edge + side * _bulge(layer) / 0.75  # a cubic curve gets three quarters of the way to its handles
-        start, end = self._departure(layer), self._arrival(layer)
+        start, end = self._ends(layer)
         curve = Curve(
             [(edge, start), (reach, start), (reach, end), (edge, end)],
             [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4],
         )
         axes.add_patch(
             FancyArrowPatch(
-                path=curve,
-                arrowstyle="-|>,head_length=3.6,head_width=2.0",
-                color=_color(self.plan, layer.kv_source),
-                linewidth=1.3,
-                linestyle=(0, (3, 1.6)) if layer.is_sliding else "-",
-                shrinkA=0,
-                shrinkB=0,
-                zorder=2,
-                clip_on=False,
+                path=curve, arrowstyle="-|>,head_length=3.6,head_width=2.0", shrinkA=0, shrinkB=0,
+                color=_color(self.plan, layer.kv_source, _COLORS), linewidth=1.3,
+                linestyle=(0, (3, 1.6)) if layer.is_sliding else "-", zorder=2, clip_on=False,
             )
-        )
+        )  # fmt: skip
 
-    def _departure(self, layer: LayerPlan) -> float:
-        """Where an owner's lines start: off the middle if the owner is a reader on the same side too."""
-        owner = self.plan.layers[layer.kv_source]
-        is_both = owner.kv_source != owner.layer_idx and owner.is_upward == layer.is_upward
-        return owner.layer_idx + (0.18 if layer.is_upward else -0.18) * -is_both
-
-    def _arrival(self, layer: LayerPlan) -> float:
-        """Where the line to a reader ends: off the middle if others read it on the same side."""
+    def _ends(self, layer: LayerPlan) -> tuple[float, float]:
+        """Where the line to a reader starts and ends: off the middle of a box that both reads and is read there."""
+        owner, shift = self.plan.layers[layer.kv_source], 0.18 if layer.is_upward else -0.18
         readers = [other for other in self.plan.readers(layer.layer_idx) if other is not layer]
-        is_both = any(other.is_upward == layer.is_upward for other in readers)
-        return layer.layer_idx + (0.18 if layer.is_upward else -0.18) * is_both
+        owner_reads = owner.kv_source != owner.layer_idx and owner.is_upward == layer.is_upward
+        is_read = any(other.is_upward == layer.is_upward for other in readers)
+        return owner.layer_idx - shift * owner_reads, layer.layer_idx + shift * is_read
 
     def _draw_cycle(self, axes: Axes, segment: Segment, font_size: float) -> None:
         bottom, top = segment.start - 0.4, segment.stop - 0.6
@@ -360,25 +326,16 @@ class _Panel:
         axes.plot(
             [x - 0.22, x, x, x - 0.22], [bottom, bottom, top, top], color="#444444", linewidth=1.1, clip_on=False
         )
+        words = "cycle" if segment.stop - segment.start < 4 else "cycle (iterated)"
         axes.text(
-            x + 0.18,
-            (bottom + top) / 2,
-            "cycle" if segment.stop - segment.start < 4 else "cycle (iterated)",
-            rotation=270,
-            ha="left",
-            va="center",
-            fontsize=font_size * 0.95,
+            x + 0.18, (bottom + top) / 2, words, rotation=270, ha="left", va="center", fontsize=font_size * 0.95,
             color="#444444",
-        )
+        )  # fmt: skip
 
 
 def _bulge(layer: LayerPlan) -> float:
     """How far the line to a reader leaves the boxes, in rows."""
     return 0.35 + 0.5 * math.pow(abs(layer.kv_source - layer.layer_idx), 0.6)
-
-
-def _color(plan: SharingPlan, owner: int) -> str:
-    return _COLORS[plan.kv_owners.index(owner) % len(_COLORS)]
 
 
 def _draw_legend(figure: Any, panels: Iterable[_Panel], y: float) -> None:
@@ -396,13 +353,6 @@ def _draw_legend(figure: Any, panels: Iterable[_Panel], y: float) -> None:
     if any(layer.is_sliding for layer in layers):
         entries.append((Line2D([], [], color=grey, linestyle=(0, (3, 1.6))), "sliding window"))
     figure.legend(
-        [handle for handle, _ in entries],
-        [label for _, label in entries],
-        loc="center",
-        bbox_to_anchor=(0.5, y),
-        ncols=len(entries),
-        frameon=False,
-        fontsize=8,
-        handlelength=1.8,
-        columnspacing=1.4,
-    )
+        *zip(*entries, strict=True), loc="center", bbox_to_anchor=(0.5, y), ncols=len(entries), frameon=False,
+        fontsize=8, handlelength=1.8, columnspacing=1.4,
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +20,18 @@ from lckv.errors import UserError
 from lckv.iteration import CONVERGE, Iteration
 from lckv.model_arguments import model_arguments
 from lckv.patterns import SharingPlan, parse_layer_types
+
+_COSTS = {
+    "KV bytes written per new token": "kv_bytes.written",
+    "KV bytes resident per token": "kv_bytes.resident",
+    "KV bytes read per decoded token": "kv_bytes.read",
+    "parameters": "num_parameters",
+    "FLOPs per token, decoding": "flops_per_token.decode",
+    "FLOPs per token, prefill": "flops_per_token.prefill",
+    "FLOPs per token, forward": "flops_per_token.forward",
+    "FLOPs per token, training": "flops_per_token.train",
+}
+"""Which of the `Costs` the table shows."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +138,11 @@ def _describe_iteration(report: PlanReport) -> list[str]:
     """The cycles and how they are run, in words."""
     if not report.plan.has_cycles:
         return ["No layer reads upward: every layer runs once."]
-    lines = []
+    lines, iteration = [], report.iteration
     for segment in report.plan.segments:
-        layers = f"layers {segment.start} to {segment.stop - 1}"
-        if segment.stop - segment.start == 1:
-            layers = f"layer {segment.start}"
+        first, last = segment.start, segment.stop - 1
+        layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         lines.append(f"{layers}: a cycle" if segment.is_cycle else f"{layers}: once")
-    iteration = report.iteration
     if iteration.use_sequential:
         return [*lines, "Cycles run token by token, which is exact and needs no iteration."]
     ungraded = "until the KV stops changing"
@@ -169,26 +180,13 @@ def _cost_table(report: PlanReport) -> Table:
     table = Table("", title="Costs")
     for heading in ("this", "Llama", "ratio"):
         table.add_column(heading, justify="right")
-    kv, llama_kv = report.costs.kv_bytes, report.llama_costs.kv_bytes
-    flops, llama_flops = report.costs.flops_per_token, report.llama_costs.flops_per_token
-    table.add_row("KV bytes written per new token", *_compared(kv.written, llama_kv.written))
-    table.add_row("KV bytes resident per token", *_compared(kv.resident, llama_kv.resident))
-    table.add_row("KV bytes read per decoded token", *_compared(kv.read, llama_kv.read), end_section=True)
-    table.add_row(
-        "parameters", *_compared(report.costs.num_parameters, report.llama_costs.num_parameters), end_section=True
-    )
-    table.add_row("FLOPs per token, decoding", *_compared(flops.decode, llama_flops.decode))
-    table.add_row("FLOPs per token, prefill", *_compared(flops.prefill, llama_flops.prefill))
-    table.add_row("FLOPs per token, forward", *_compared(flops.forward, llama_flops.forward))
-    table.add_row("FLOPs per token, training", *_compared(flops.train, llama_flops.train))
+    for name, cost in _COSTS.items():
+        value, llama = (attrgetter(cost)(costs) for costs in (report.costs, report.llama_costs))
+        assert llama is not None  # a model without cycles has a fixed number of passes
+        shown = "depends on the data" if value is None else _rounded(value)
+        ratio = "-" if value is None or not llama else f"{value / llama:.3f}"
+        table.add_row(name, shown, _rounded(llama), ratio, end_section=cost in ("kv_bytes.read", "num_parameters"))
     return table
-
-
-def _compared(value: float | None, llama: float | None) -> tuple[str, str, str]:
-    assert llama is not None  # a model without cycles has a fixed number of passes
-    if value is None:
-        return "depends on the data", _rounded(llama), "-"
-    return _rounded(value), _rounded(llama), f"{value / llama:.3f}" if llama else "-"
 
 
 def _rounded(value: float) -> str:

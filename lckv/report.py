@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lckv import cli
 from lckv.config import ReportConfig, validate
+from lckv.console import new_console
 from lckv.overrides import name_the_first
 
 
@@ -16,8 +17,6 @@ def main(cfg: ReportConfig) -> None:
     assert cfg.folder is not None  # checked
 
     # Behind the check: importing matplotlib and scipy takes a second.
-    from rich.console import Console
-
     from lckv.reporting.analysis import analyse
     from lckv.reporting.runs import read_runs
     from lckv.reporting.writing import check_out, print_report, write_report
@@ -27,7 +26,7 @@ def main(cfg: ReportConfig) -> None:
     report = analyse(read_runs(folder), folder, cfg.metric)
     check_out(out)
     files = write_report(report, out)
-    print_report(report, files, Console())
+    print_report(report, files, new_console())
 
 
 if __name__ == "__main__":

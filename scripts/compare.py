@@ -8,8 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from rich.console import Console
 from rich.table import Table
+
+from lckv.console import new_console, python
 
 ROWS = {
     "layer_types": "{layer_types}",
@@ -66,11 +67,11 @@ def main() -> None:
     table = Table("", *(run["run_name"] for run in runs), title_justify="left")
     for name, cell in ROWS.items():
         table.add_row(name, *(cell.format_map(run) for run in runs))
-    console, context = Console(), runs[0]["kv_bytes_context_length"]
+    console, context = new_console(is_wide=True), runs[0]["kv_bytes_context_length"]
     console.print(table)
     console.print(f"KV bytes are counted in 16 bits; resident and read, in a context of {context:,} tokens.")
-    console.print(f"\npicture: {arguments.picture}", highlight=False, soft_wrap=True)
-    console.print(f"next: {sys.executable} {sys.argv[0]} RUN_FOLDER ... compares any other runs", soft_wrap=True)
+    console.print(f"\npicture: {arguments.picture}")
+    console.print(f"next: {python()} {sys.argv[0]} RUN_FOLDER ... compares any other runs")
 
 
 if __name__ == "__main__":

@@ -46,11 +46,6 @@ class Contender:
         """The model's."""
         return self.model.config
 
-    @property
-    def layer_types(self) -> str:
-        """Whose keys and values each layer reads."""
-        return self.config.sharing_plan.layer_types
-
     def new_cache(self, max_length: int, base: type[KVCache] | None = None) -> KVCache:
         """Makes an empty cache.
 
@@ -62,22 +57,13 @@ class Contender:
             UserError: if the model or the options are not fit for the cache.
         """
         options = dict(self.cache.options)
-        if "max_length" in option_names(self.cache.name):
+        if "max_length" in _option_names(self.cache.name):
             options.setdefault("max_length", max_length)
         if base is None:
             return build_cache(self.cache.name, self.config, **options)
         cache_class = CACHES[self.cache.name].class_for(options)
         mixed = type(f"{base.__name__}{cache_class.__name__}", (base, cache_class), {})
         return mixed(self.config, **options)
-
-
-def option_names(cache_name: str) -> list[str]:
-    """The options of a cache.
-
-    Raises:
-        UserError: if there is no such cache.
-    """
-    return [name for name in inspect.signature(CACHES[cache_name]).parameters if name != "config"]
 
 
 def choose_caches(given: Sequence[Any], common: dict[str, Any]) -> list[CacheChoice]:
@@ -90,17 +76,18 @@ def choose_caches(given: Sequence[Any], common: dict[str, Any]) -> list[CacheCho
     Raises:
         UserError: for an unknown cache, and one that is given twice.
     """
-    choices = [_choose(entry, common) for entry in given]
+    choices = []
+    for entry in given:
+        own = {"name": entry} if isinstance(entry, str) else dict(entry)
+        name = own.pop("name")
+        known = _option_names(name)
+        choices.append(CacheChoice(name, {key: value for key, value in common.items() if key in known} | own))
     once("caches", [choice.label for choice in choices])
     return choices
 
 
-def _choose(entry: Any, common: dict[str, Any]) -> CacheChoice:
-    if isinstance(entry, str):
-        entry = {"name": entry}
-    options = {name: value for name, value in entry.items() if name != "name"}
-    known = option_names(entry["name"])
-    return CacheChoice(entry["name"], {name: value for name, value in common.items() if name in known} | options)
+def _option_names(cache_name: str) -> set[str]:
+    return set(inspect.signature(CACHES[cache_name]).parameters) - {"config"}
 
 
 def combine(models: dict[str, LCKVLlamaForCausalLM], caches: Sequence[CacheChoice]) -> list[Contender]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lckv.errors import UserError
+from lckv.storage import numbered, write_json
 
 _DEFAULT = Path("runs") / "benchmark"
 _RESULTS = "benchmark.json"
@@ -66,35 +65,25 @@ class OutputFolder:
                 self.path.rmdir()
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Writes the figures, whole or not at all, inside `claimed`.
+        """Writes the figures inside `claimed`.
 
         If another run has left its own there since this one began, it takes a numbered folder beside it.
         """
-        if not self._overwrite and not _make_file(self.results):
+        if not self._overwrite and not _is_new(partial(self.results.touch, exist_ok=False)):
             taken, self.path = self.path, _make_first_free(self.path)
             logger.warning("%s has got the results of another run meanwhile; these go to %s", taken, self.path)
-        aside = self.path / f".{_RESULTS}.tmp"
-        aside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, self.results)
+        write_json(self.results, figures)
 
 
 def _make_first_free(path: Path) -> Path:
     """Makes the first of `path`, `path-2`, ... that does not exist; of several runs, each gets one of its own."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([path], numbered) if _make_folder(folder))
+    return next(folder for folder in numbered(path) if _is_new(partial(folder.mkdir, parents=True)))
 
 
-def _make_folder(path: Path) -> bool:
+def _is_new(make: Callable[[], None]) -> bool:
+    """Makes it, and says whether it was not there: asked beforehand, another process could come in between."""
     try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _make_file(path: Path) -> bool:
-    try:
-        path.touch(exist_ok=False)
+        make()
     except FileExistsError:
         return False
     return True

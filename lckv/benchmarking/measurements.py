@@ -117,11 +117,6 @@ class Measurements:
             (batch for batch in self.batches if batch.batch_size == batch_size and not batch.fills_budget), None
         )
 
-    def keep_rounds(self, num_rounds: int) -> None:
-        """Forgets the times of later rounds, such as one that not all contenders have ended."""
-        for seconds in (self.prefill_seconds, self.first_token_seconds, *(batch.seconds for batch in self.batches)):
-            del seconds[num_rounds:]
-
     @property
     def budget_batch(self) -> BatchMeasurements | None:
         """The measurement with the largest batch that fits the budget."""

@@ -1,26 +1,34 @@
-"""Measures one contender: bytes on one generation that is not timed, then prefill and decoding, timed."""
+"""Measures contenders: bytes on one generation that is not timed, then prefill and decoding, timed.
+
+They take turns, so that other load on the machine falls on all of them.
+"""
 
 from __future__ import annotations
 
 import gc
+import logging
 import time
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from lckv.benchmarking.budget import largest_batch
 from lckv.benchmarking.contenders import Contender
 from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Workload
 from lckv.benchmarking.memory import peak_bytes
 from lckv.benchmarking.recording import RecordsTraffic, record_reads
 from lckv.cache import KVCache, PagedKVCache
-from lckv.costs import FlopsPerToken, KVBytes, ModelSizes, count_flops, count_kv_bytes
+from lckv.console import track
+from lckv.costs import FlopsPerToken, ModelSizes, count_flops, count_kv_bytes
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.prefill import PrefillReport, prefill
 from lckv.iteration import Iteration
 from lckv.logits import check_logits
+
+logger = logging.getLogger(__name__)
 
 FAILURES = (UserError, RuntimeError, ValueError, NotImplementedError, ImportError, MemoryError)
 """What a model, a cache or the memory may refuse; anything else is a fault of the program and ends it."""
@@ -42,17 +50,13 @@ class Bench:
         self._sizes = ModelSizes.from_config(contender.config)
         self.result = Measurements(
             label=contender.label,
-            layer_types=contender.layer_types,
+            layer_types=self._plan.layer_types,
             cache=contender.cache.name,
             cache_options=contender.cache.options,
-            kv_bytes=self._count_kv_bytes(),
+            kv_bytes=count_kv_bytes(self._plan, self._sizes, workload.length, str(self.dtype).removeprefix("torch.")),
             flops=self._count_flops(),
             weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
         )
-
-    def _count_kv_bytes(self) -> KVBytes:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return count_kv_bytes(self._plan, self._sizes, self.workload.length, dtype)
 
     def _count_flops(self) -> FlopsPerToken:
         """Decoding as the last token, prefill on the average of the prompt's tokens."""
@@ -79,7 +83,7 @@ class Bench:
         for batch in self._plan_batches():
             self.result.batches.append(batch)
             if batch.error is None:
-                self._attempt(self._inspect_batch, batch, base, report)
+                attempt(partial(self._inspect_batch, batch, base, report), batch, self.device)
 
     @torch.inference_mode()
     def run_round(self) -> None:
@@ -87,13 +91,12 @@ class Bench:
         self._synchronize()
         start = time.perf_counter()
         base, report = self._prefilled()
-        first = report.logits.argmax(dim=-1).tolist()  # waits for the device
+        report.logits.argmax(dim=-1).tolist()  # waits for the device: a GPU has only been told what to do so far
         self.result.first_token_seconds.append(time.perf_counter() - start)
         self.result.prefill_seconds.append(report.seconds)
-        assert len(first) == 1
         for batch in self.result.batches:
             if batch.error is None:
-                self._attempt(self._time_batch, batch, base, report)
+                attempt(partial(self._time_batch, batch, base, report), batch, self.device)
 
     def _measure_bytes(self) -> None:
         cache = self.new_cache(RecordsTraffic)
@@ -103,10 +106,10 @@ class Bench:
         check_logits(report.logits, "the logits behind the prompt")
         token = self._decode(cache, report.logits, self.workload.new_tokens - 1)
         cache.start_step()
-        with record_reads(self.model) as reads:
+        with record_reads(self.model) as reads:  # of the last step alone, in which the cache is as full as it gets
             self._step(cache, token)
         self.result.resident_bytes, self.result.written_bytes = cache.num_bytes(), cache.written_bytes
-        self.result.read_bytes = cache.stored_bytes_read if cache.quantises else reads.total
+        self.result.read_bytes = cache.stored_bytes_read if cache.quantises else reads.total()
         self.result.prefill_passes, self.result.prefill_residual = report.num_passes, report.residual
 
     def _plan_batches(self) -> Iterator[BatchMeasurements]:
@@ -114,14 +117,14 @@ class Bench:
             yield BatchMeasurements(batch_size, False, self.planned_bytes(self.workload.length, batch_size))
         if self.workload.kv_budget is None:
             return
-        length = self.workload.length
-        planner = self.new_cache()
-        batch_size = largest_batch(
-            lambda size: planner.planned_bytes(length, size, self.dtype),
-            self.workload.kv_budget,
-            self._batch_limit(planner),
-        )
-        batch = BatchMeasurements(batch_size, True, planner.planned_bytes(length, max(1, batch_size), self.dtype))
+        length, planner = self.workload.length, self.new_cache()
+
+        def planned(batch_size: int) -> int:
+            return planner.planned_bytes(length, batch_size, self.dtype)
+
+        batch_sizes = range(1, self._batch_limit(planner) + 1)
+        batch_size = bisect_right(batch_sizes, self.workload.kv_budget, key=planned)  # how many of them fit
+        batch = BatchMeasurements(batch_size, True, planned(max(1, batch_size)))
         if batch_size == 0:
             batch.error = (
                 f"one sequence of {length:,} tokens needs {batch.planned_kv_bytes:,} bytes of KV, "
@@ -222,20 +225,6 @@ class Bench:
         outputs = self.model(token, past_key_values=cache, use_cache=True)
         return outputs.logits[:, -1].argmax(dim=-1, keepdim=True)  # (batch, 1)
 
-    def _attempt(
-        self,
-        work: Callable[[BatchMeasurements, KVCache, PrefillReport], None],
-        batch: BatchMeasurements,
-        base: KVCache,
-        report: PrefillReport,
-    ) -> None:
-        """Does it, or notes why it could not be done."""
-        try:
-            work(batch, base, report)
-        except FAILURES as error:
-            batch.error = describe(error)
-            release_memory(self.device)
-
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -245,14 +234,94 @@ def _copy(cache: KVCache, token: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
     return cache.fork(), token
 
 
+def attempt(work: Callable[[], None], result: Measurements | BatchMeasurements, device: torch.device) -> None:
+    """Does it, or notes in the `result` why it could not be done, and gives back the memory that it held."""
+    try:
+        work()
+    except FAILURES as error:
+        result.error = describe(error)
+        logger.debug("%s", result.error, exc_info=error)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def describe(error: BaseException) -> str:
     """The reason in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return f"out of memory: {text}" if is_out_of_memory(error) else text
 
 
-def release_memory(device: torch.device) -> None:
-    """Gives back what a failed attempt held."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+class InterruptedMeasurement(KeyboardInterrupt):
+    """Ctrl-C when at least one round was over.
+
+    Args:
+        results: of the rounds that all contenders have ended.
+        num_rounds: how many these are.
+    """
+
+    def __init__(self, results: list[Measurements], num_rounds: int) -> None:
+        super().__init__()
+        self.results, self.num_rounds = results, num_rounds
+
+
+def measure(contenders: Sequence[Contender], workload: Workload) -> list[Measurements]:
+    """Measures all contenders: bytes first, one after the other, then times in rounds.
+
+    A contender that fails keeps its reason in `error`, and the others go on.
+
+    Raises:
+        UserError: if not one token of one sequence fits into the budget, and if every contender has failed.
+        InterruptedMeasurement: for Ctrl-C after a round; before that, it passes as it is.
+    """
+    benches = [Bench(contender, workload) for contender in contenders]
+    check_budget(benches, workload.kv_budget)
+    inspections = [(bench, bench.inspect) for bench in benches]
+    schedule = inspections + [(bench, bench.run_round) for bench in benches] * workload.rounds
+    num_done = 0
+    try:
+        with closing(track(schedule, "measuring", len(schedule))) as turns:  # takes the bar away
+            for bench, work in turns:
+                if bench.result.error is None:
+                    attempt(work, bench.result, bench.device)
+                    if bench.result.error is not None:
+                        logger.warning("%s: %s", bench.result.label, bench.result.error)
+                num_done += 1
+    except KeyboardInterrupt:
+        num_rounds = num_done // len(benches) - 1  # the first time round, bytes were counted
+        if num_rounds < 1:
+            raise
+        raise InterruptedMeasurement(_results(benches, num_rounds), num_rounds) from None
+    return _results(benches, workload.rounds)
+
+
+def _results(benches: Sequence[Bench], num_rounds: int) -> list[Measurements]:
+    """What is known after this many rounds."""
+    results = [bench.result for bench in benches]
+    if all(result.error is not None for result in results):
+        raise UserError("; ".join(f"{result.label}: {result.error}" for result in results))
+    for result in results:
+        times = [result.prefill_seconds, result.first_token_seconds, *(batch.seconds for batch in result.batches)]
+        for seconds in times:  # without those of a round that not all have ended
+            del seconds[num_rounds:]
+    return results
+
+
+def check_budget(benches: Sequence[Bench], budget: int | None) -> None:
+    """Refuses a budget that does not hold one token of one sequence of every contender.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    if budget is None:
+        return
+    for bench in benches:
+        try:
+            needed = bench.planned_bytes(1, 1)
+        except FAILURES:  # its cache cannot be made, which it will say itself
+            continue
+        if needed > budget:
+            raise UserError(
+                f"kv_budget={budget}: one token of one sequence needs {needed} bytes of KV in {bench.result.label}; "
+                "allowed is that or more"
+            )

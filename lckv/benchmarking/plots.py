@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +11,15 @@ from matplotlib.figure import Figure
 
 from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Workload, median, tokens_per_second
 from lckv.benchmarking.summary import planned_growth
+from lckv.storage import new_file
 
 _COLORS = ("#3b6ea8", "#e08a3c", "#7a9e4f", "#9b6bb3", "#888888")
 
 
 def plot_results(results: Sequence[Measurements], workload: Workload, path: Path) -> None:
     """Writes the picture that [`draw_results`] makes, as PNG, SVG or PDF by the ending of `path`."""
-    figure = draw_results(results, workload)
-    aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(aside)
-    os.replace(aside, path)
+    with new_file(path) as file:
+        draw_results(results, workload).savefig(file)
 
 
 def draw_results(results: Sequence[Measurements], workload: Workload) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,7 +30,7 @@ class MeteredCodec(GroupCodec):
         super().__init__(codec.bits, codec.group_tokens, codec.group_channels)
 
     def encode(self, states: torch.Tensor) -> Quantized:
-        """Encodes, and counts."""
+        """Encodes `states` `(batch, num_heads, num_tokens, head_dim)`, and counts."""
         encoded = super().encode(states)
         self.encoded_bytes += sum(tensor.nbytes for tensor in encoded)
         self.encoded_tokens += states.shape[0] * states.shape[2]
@@ -88,7 +89,7 @@ class RecordsTraffic(KVCache):
         return self.exact_bytes + sum(codec.decoded_bytes for codec in self._codecs())
 
     def write(self, streams: Streams, layer_idx: int) -> Streams:
-        """Writes, and counts."""
+        """Writes `streams`, each `(batch, num_heads, q_len, head_dim)`, and counts."""
         self.given_bytes += sum(stream.nbytes for stream in streams)
         write = partial(super().write, streams, layer_idx)
         return self._counted(write, layer_idx) if self.quantises else write()
@@ -105,6 +106,7 @@ class RecordsTraffic(KVCache):
         _, first = layer.get_mask_sizes(0)
         streams = read()
         num_tokens = streams[0].shape[2]
+        # A window may have dropped the first tokens; of the old ones only those behind `first` were decoded.
         num_exact = num_tokens - max(0, num_old - first) - num_unstored
         self.exact_bytes += sum(stream.nbytes for stream in streams) * num_exact // num_tokens
         return streams
@@ -114,40 +116,27 @@ class RecordsTraffic(KVCache):
         return [codec for layer in layers for codec in layer.codecs] if self.quantises else []
 
 
-class ReadCount:
-    """Bytes of the keys and values that attention was given, by layer."""
-
-    def __init__(self) -> None:
-        self.by_layer: dict[int, int] = {}
-
-    @property
-    def total(self) -> int:
-        """Over all layers."""
-        return sum(self.by_layer.values())
-
-    def hook(self, module: LCKVAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of an attention layer.
-
-        A layer that hides each query's own token by shifting keys against queries leaves out the last key, so that one
-        does not count. Keys that only a mask hides do: they are read.
-        """
-        _, streams, visible_keys, *_ = args
-        num_bytes = 0
-        if streams is not None:
-            num_keys = streams[0].shape[2]
-            total = sum(stream.nbytes for stream in streams)
-            num_bytes = total * (num_keys - visible_keys.drop_own_token) // num_keys
-        self.by_layer[module.layer_idx] = self.by_layer.get(module.layer_idx, 0) + num_bytes
-
-
 @contextmanager
-def record_reads(model: nn.Module) -> Iterator[ReadCount]:
-    """Counts what the attention layers of `model` are given inside the `with` block."""
-    count = ReadCount()
+def record_reads(model: nn.Module) -> Iterator[Counter[int]]:
+    """Counts, by layer, the bytes of keys and values that attention is given inside the `with` block."""
+    reads: Counter[int] = Counter()
     layers = [module for module in model.modules() if isinstance(module, LCKVAttention)]
-    handles = [layer.register_forward_pre_hook(count.hook, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(partial(_count_reads, reads), with_kwargs=True) for layer in layers]
     try:
-        yield count
+        yield reads
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _count_reads(reads: Counter[int], module: LCKVAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of an attention layer.
+
+    A layer that hides each query's own token by shifting keys against queries leaves out the last key, so that one
+    does not count. Keys that only a mask hides do: they are read.
+    """
+    _, streams, visible_keys, *_ = args
+    if streams is not None:
+        num_keys = streams[0].shape[2]
+        num_bytes = sum(stream.nbytes for stream in streams)
+        reads[module.layer_idx] += num_bytes * (num_keys - visible_keys.drop_own_token) // num_keys

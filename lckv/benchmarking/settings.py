@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lckv.benchmarking.measurements import Workload
@@ -22,18 +22,11 @@ DEFAULT_PATTERNS = ("llama", "cla", "yoco", "lckv", "sandwich_middle")
 
 def build_workload(cfg: BenchmarkConfig) -> Workload:
     """What every contender has to do."""
-    return Workload(
-        prompt_length=cfg.prompt_length,
-        new_tokens=cfg.new_tokens,
-        batch_sizes=tuple(dict.fromkeys(cfg.batch_sizes)),
-        kv_budget=None if cfg.kv_budget is None else parse_bytes(cfg.kv_budget, "kv_budget"),
-        max_batch_size=cfg.max_batch_size,
-        rounds=cfg.rounds,
-        prefill_chunk=cfg.prefill_chunk,
-        prefill_passes=cfg.prefill_passes,
-        prefill_tolerance=cfg.prefill_tolerance,
-        seed=cfg.seed,
-    )
+    given = {item.name: getattr(cfg, item.name) for item in fields(Workload)}
+    given["batch_sizes"] = tuple(dict.fromkeys(cfg.batch_sizes))
+    if cfg.kv_budget is not None:
+        given["kv_budget"] = parse_bytes(cfg.kv_budget, "kv_budget")
+    return Workload(**given)
 
 
 def random_models(cfg: BenchmarkConfig) -> dict[str, dict[str, Any]]:
@@ -72,11 +65,6 @@ def check_iteration(passes: Any, tolerance: float | None, configs: Mapping[str, 
     ways = [each.forward_passes if passes is None else passes for each in iterating]
     if tolerance is not None and CONVERGE not in ways:
         raise UserError(f"prefill_tolerance={tolerance}: has no effect without prefill_passes={CONVERGE}")
-
-
-def cache_entries(cfg: BenchmarkConfig) -> tuple[list[Any], dict[str, Any]]:
-    """The caches to compare, and options for all that have them."""
-    return cfg.caches or [cfg.cache.name], cfg.cache.options()
 
 
 def _arguments(model: ModelConfig, pattern: Any, key: str) -> dict[str, Any]:

@@ -34,26 +34,18 @@ def evaluate_speed(subject: Subject, config: EvaluationConfig) -> dict[str, Any]
         rounds=settings.rounds,
         seed=subject.seed,
     )
-    cache = _cache_choice(subject)
+    choice = CacheChoice("dynamic")
+    if subject.new_cache is not None:
+        cache = subject.new_cache()
+        assert isinstance(cache, KVCache)
+        choice = CacheChoice(cache.name, cache.options())
     try:
-        return _measure(Contender(cache.label, model, cache), workload)
+        bench = Bench(Contender(choice.label, model, choice), workload)
+        turns = [bench.inspect, *[bench.run_round] * workload.rounds]
+        for turn in track(turns, "speed", len(turns)):
+            turn()
     except FAILURES as error:
         raise UserError(describe(error)) from error
-
-
-def _cache_choice(subject: Subject) -> CacheChoice:
-    if subject.new_cache is None:
-        return CacheChoice("dynamic")
-    cache = subject.new_cache()
-    assert isinstance(cache, KVCache)
-    return CacheChoice(cache.name, cache.options())
-
-
-def _measure(contender: Contender, workload: Workload) -> dict[str, Any]:
-    bench = Bench(contender, workload)
-    turns = [bench.inspect, *[bench.run_round] * workload.rounds]
-    for turn in track(turns, "speed", len(turns)):
-        turn()
     result, batch = bench.result, bench.result.batches[0]
     if batch.error is not None:
         raise UserError(batch.error)
@@ -67,7 +59,7 @@ def _measure(contender: Contender, workload: Workload) -> dict[str, Any]:
         "kv_bytes_read": result.read_bytes,
         "prefill_peak_bytes": result.prefill_peak_bytes,
         "decode_peak_bytes": batch.peak_bytes,
-        "cache": contender.cache.label,
+        "cache": choice.label,
         "device": str(bench.device),
         "num_threads": torch.get_num_threads(),
     }

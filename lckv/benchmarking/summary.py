@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,49 +13,34 @@ from rich.table import Table
 from rich.text import Text
 
 from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Workload, median, ratio, tokens_per_second
+from lckv.environment import describe_hardware, versions
 
 
-@dataclass(frozen=True)
-class Environment:
-    """What the figures were measured on."""
-
-    device: str
-    num_threads: int
-    torch_version: str
-    transformers_version: str
-    lckv_version: str
-    python_version: str
-    system: str
-
-    @classmethod
-    def of(cls, device: torch.device) -> Environment:
-        """This machine, as seen from this process."""
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-        return cls(
-            device=f"{device} ({name or platform.machine()})",
-            num_threads=torch.get_num_threads(),
-            torch_version=torch.__version__,
-            transformers_version=version("transformers"),
-            lckv_version=version("lckv"),
-            python_version=platform.python_version(),
-            system=platform.platform(),
-        )
+def environment_of(device: torch.device) -> dict[str, Any]:
+    """What figures are measured on: this machine, as seen from this process."""
+    hardware = describe_hardware(device)
+    return {
+        "device": f"{device} ({hardware['device']})",
+        "num_threads": hardware["num_threads"],
+        **{f"{name}_version": version for name, version in versions().items()},
+        "system": platform.platform(),
+    }
 
 
 def as_dict(
-    results: Sequence[Measurements], workload: Workload, environment: Environment, num_rounds: int
+    results: Sequence[Measurements], workload: Workload, environment: Mapping[str, Any], num_rounds: int
 ) -> dict[str, Any]:
     """Everything, in base units: bytes, seconds, tokens. Ratios are to the first contender.
 
     Args:
         results: of all contenders.
         workload: what they were to do.
-        environment: where.
+        environment: where, see [`environment_of`].
         num_rounds: how many rounds they did; fewer than the workload's if somebody interrupted them.
     """
     return {
         "workload": asdict(workload),
-        "environment": asdict(environment),
+        "environment": environment,
         "num_rounds": num_rounds,
         "is_interrupted": num_rounds < workload.rounds,
         "candidates": [_contender(result, results[0], workload) for result in results],
@@ -65,42 +49,29 @@ def as_dict(
 
 def _contender(result: Measurements, first: Measurements, workload: Workload) -> dict[str, Any]:
     given = asdict(result)
-    times = {name: given.pop(f"{name}_seconds") for name in ("prefill", "first_token")}
-    batches = [_batch(batch, _same_batch(first, batch), workload) for batch in result.batches]
-    bytes_per_token = {
-        "resident": None if result.resident_bytes is None else result.resident_bytes / workload.length,
-        "written": result.written_bytes,
-        "read": result.read_bytes,
-    }
+    prefill, first_token = given.pop("prefill_seconds"), given.pop("first_token_seconds")
+    resident = None if result.resident_bytes is None else result.resident_bytes / workload.length
     return given | {
         "plan": {"kv_bytes": given.pop("kv_bytes"), "flops_per_token": given.pop("flops")},
-        "kv_bytes_per_token": bytes_per_token,
-        **{
-            f"{name}_seconds": _summary(values, ratio(values, getattr(first, f"{name}_seconds")))
-            for name, values in times.items()
-        },
-        "batches": batches,
+        "kv_bytes_per_token": {"resident": resident, "written": result.written_bytes, "read": result.read_bytes},
+        "prefill_seconds": _summary(prefill, first.prefill_seconds),
+        "first_token_seconds": _summary(first_token, first.first_token_seconds),
+        "batches": [_batch(batch, first, workload) for batch in result.batches],
         "budget_growth": growth(result, first),
         "planned_budget_growth": planned_growth(result, first),
     }
 
 
-def _batch(batch: BatchMeasurements, first: BatchMeasurements | None, workload: Workload) -> dict[str, Any]:
-    speeds, speeds_of_first = (
-        tokens_per_second(batch, workload.new_tokens),
-        tokens_per_second(first, workload.new_tokens),
-    )
+def _batch(batch: BatchMeasurements, first: Measurements, workload: Workload) -> dict[str, Any]:
+    same = first.budget_batch if batch.fills_budget else first.batch(batch.batch_size)
+    mine, base = (tokens_per_second(each, workload.new_tokens) for each in (batch, same))
     given = asdict(batch)
     given.pop("seconds")
-    return given | {"tokens_per_second": _summary(speeds, ratio(speeds, speeds_of_first))}
+    return given | {"tokens_per_second": _summary(mine, base)}
 
 
-def _summary(values: Sequence[float], to_first: float | None) -> dict[str, Any]:
-    return {"rounds": list(values), "median": median(values), "to_first": to_first}
-
-
-def _same_batch(result: Measurements, batch: BatchMeasurements) -> BatchMeasurements | None:
-    return result.budget_batch if batch.fills_budget else result.batch(batch.batch_size)
+def _summary(values: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+    return {"rounds": list(values), "median": median(values), "to_first": ratio(values, base)}
 
 
 def growth(result: Measurements, first: Measurements) -> float | None:
@@ -121,14 +92,14 @@ def planned_growth(result: Measurements, first: Measurements) -> float | None:
 def print_report(
     results: Sequence[Measurements],
     workload: Workload,
-    environment: Environment,
+    environment: Mapping[str, Any],
     num_rounds: int,
     console: Console,
 ) -> None:
     """Prints the tables, why something failed, and what the figures mean; the arguments are those of [`as_dict`]."""
     tables = [_time_table(results, workload), _bytes_table(results, workload)]
     if workload.kv_budget is not None:
-        tables.insert(1, _budget_table(results, workload, workload.kv_budget))
+        tables.insert(1, _budget_table(results, workload))
     for table in tables:
         console.print(table)
         console.print()
@@ -139,7 +110,7 @@ def print_report(
     console.print(
         f"Medians of {num_rounds} rounds in which the contenders took turns; x: the median of the ratios to the "
         f"first within a round.\n{workload.prompt_length} tokens of prompt, {workload.new_tokens} decoding steps, "
-        f"threads: {environment.num_threads}, {environment.device}, torch {environment.torch_version}.\n"
+        f"threads: {environment['num_threads']}, {environment['device']}, torch {environment['torch_version']}.\n"
         "Bytes: resident are those of the cache's tensors; written are the states that the cache is given, and read "
         "the keys and values that it gives\nto the attention of each layer. A cache that quantises also writes codes, "
         "scales and zero points, a group of tokens at once (here per token),\nand reads what it stores once per step "
@@ -152,13 +123,11 @@ def failures(results: Sequence[Measurements]) -> list[str]:
     """One line for everything that failed."""
     lines = []
     for result in results:
-        if result.error is not None:
-            lines.append(f"{result.label}: {result.error}")
+        lines.append((result.label, result.error))
         for batch in result.batches:
-            if batch.error is not None:
-                name = "largest batch" if batch.fills_budget else f"batch {batch.batch_size}"
-                lines.append(f"{result.label}, {name}: {batch.error}")
-    return lines
+            name = "largest batch" if batch.fills_budget else f"batch {batch.batch_size}"
+            lines.append((f"{result.label}, {name}", batch.error))
+    return [f"{label}: {error}" for label, error in lines if error is not None]
 
 
 def _time_table(results: Sequence[Measurements], workload: Workload) -> Table:
@@ -174,9 +143,9 @@ def _time_table(results: Sequence[Measurements], workload: Workload) -> Table:
     return table
 
 
-def _budget_table(results: Sequence[Measurements], workload: Workload, budget: int) -> Table:
+def _budget_table(results: Sequence[Measurements], workload: Workload) -> Table:
     headings = ["batch", "growth", "by the plan", "KV bytes", "decode peak", "tokens/s"]
-    table = _table(f"Largest batch in {_bytes(budget)} of KV", headings)
+    table = _table(f"Largest batch in {_bytes(workload.kv_budget)} of KV", headings)
     for result in results:
         batch, grown, planned = result.budget_batch, growth(result, results[0]), planned_growth(result, results[0])
         table.add_row(
@@ -201,21 +170,19 @@ def _speed(batch: BatchMeasurements | None, first: BatchMeasurements | None, wor
 def _bytes_table(results: Sequence[Measurements], workload: Workload) -> Table:
     headings = ["KV resident\nper token", "written\nper token", "read\nper token", "prefill\npeak"]
     headings += [f"decode peak,\nbatch {size}" for size in workload.batch_sizes]
-    table = _table("Bytes", [*headings, "weights"])
+    table, first = _table("Bytes", [*headings, "weights"]), results[0]
     for result in results:
-        table.add_row(result.label, *_byte_cells(result, results[0], workload), _bytes(result.weight_bytes))
+        plan, batches = result.kv_bytes, [result.batch(size) for size in workload.batch_sizes]
+        table.add_row(
+            result.label,
+            _measured(result.resident_bytes, first.resident_bytes, plan.resident_total, workload.length),
+            _measured(result.written_bytes, first.written_bytes, plan.written),
+            _measured(result.read_bytes, first.read_bytes, plan.read),
+            _bytes(result.prefill_peak_bytes),
+            *(_bytes(None if batch is None else batch.peak_bytes) for batch in batches),
+            _bytes(result.weight_bytes),
+        )
     return table
-
-
-def _byte_cells(result: Measurements, first: Measurements, workload: Workload) -> list[str]:
-    plan, batches = result.kv_bytes, [result.batch(size) for size in workload.batch_sizes]
-    return [
-        _measured(result.resident_bytes, first.resident_bytes, plan.resident_total, workload.length),
-        _measured(result.written_bytes, first.written_bytes, plan.written),
-        _measured(result.read_bytes, first.read_bytes, plan.read),
-        _bytes(result.prefill_peak_bytes),
-        *(_bytes(None if batch is None else batch.peak_bytes) for batch in batches),
-    ]
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:

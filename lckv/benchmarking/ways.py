@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from lckv.benchmarking.measurements import median, ratio
 from lckv.console import new_console, track
+from lckv.storage import write_json
 
 K = TypeVar("K")
 
@@ -87,7 +87,7 @@ def show(*tables: Mapping[str, Mapping[str, Any]], output: str = "") -> None:
         new_console(is_wide=True).print(table)
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(output), tables)
 
 
 def _shown(value: Any) -> str:

@@ -9,18 +9,26 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import median
 
 from pandas import DataFrame
 
+from lckv.costs import ModelSizes, count_flops, llama_plan
+from lckv.iteration import Iteration
+from lckv.model_arguments import DEFAULT_SLIDING_WINDOW
+from lckv.patterns import parse_layer_types
 from lckv.reporting.grouping import Group, Row, group_runs, warnings_of
 from lckv.reporting.metrics import Metric, choose_metric, evaluation_names
 from lckv.reporting.runs import table
 from lckv.reporting.statistics import Comparison, Summary, adjust, compare, summarize
-from lckv.reporting.training_costs import llama_flops, speed, ways_to_run
 
 _MAX_BUDGETS = 6
 _TOLERANCE = 1e-9
 _MAX_DENOMINATOR = 64
+_DECIDES_SPEED = (
+    *("trainer.num_threads", "trainer.micro_batch_size", "trainer.precision", "trainer.torch_compile"),
+    *("trainer.gradient_checkpointing", "trainer.use_liger_kernel", "model.attn_implementation"),
+)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,9 @@ def _cohort(name: str, groups: Sequence[Group], metric: Metric) -> Cohort:
 def _measure(runs: DataFrame, metric: Metric) -> Group:
     values = {run.seed: run.metrics[metric.name] for run in runs.itertuples() if metric.name in run.metrics}
     qualities = {name: summarize_metric(runs, name) for name in ("bits_per_byte", "perplexity")}
-    return {"values": values, "quality": summarize(values.values()), **qualities, "speed": speed(runs)}
+    speeds = [speed for speed in runs["tokens_per_second"] if speed]
+    speed = median(speeds) if speeds else None
+    return {"values": values, "quality": summarize(values.values()), **qualities, "speed": speed}
 
 
 def summarize_metric(runs: DataFrame, name: str) -> Summary | None:
@@ -187,7 +197,7 @@ def _relative(group: Group, llama: Group | None) -> Group:
     if llama is None:
         llama = {"label": None, "speed": None, "train_flops_per_token": llama_flops(next(group["runs"].itertuples()))}
     flops = llama["train_flops_per_token"]
-    is_timed = group["speed"] and llama["speed"] and ways_to_run(group["runs"]) == ways_to_run(llama["runs"])
+    is_timed = group["speed"] and llama["speed"] and _ways_to_run(group["runs"]) == _ways_to_run(llama["runs"])
     return {
         "baseline": llama["label"],
         "flops_ratio": own / flops if own is not None and flops else None,
@@ -196,9 +206,48 @@ def _relative(group: Group, llama: Group | None) -> Group:
     }
 
 
+def _ways_to_run(runs: DataFrame) -> set[tuple[str, ...]]:
+    """What decides how fast a group trains; runs of earlier versions did not write their hardware down."""
+    return {
+        (
+            *(str(run.config.get(key)) for key in _DECIDES_SPEED),
+            *(str(run.results.get(key)) for key in ("num_processes", "hardware")),
+        )
+        for run in runs.itertuples()
+    }
+
+
+def llama_flops(run: Row) -> float | None:
+    """FLOPs of training a Llama of the run's sizes on a token.
+
+    `None` where these sizes do not give the run's own FLOPs either: then its configuration does not hold all of them.
+    """
+    sizes, own = _sizes(run), run.train_flops_per_token
+    if run.layer_types is None or sizes is None or run.context_length is None or own is None:
+        return None
+    names = ("forward_passes", "backward_passes", "use_sequential")
+    set_there = {name: run.config[key] for name in names if (key := f"model.{name}") in run.config}
+    plan, length, iteration = parse_layer_types(run.layer_types), int(run.context_length), Iteration(**set_there)
+    counted = count_flops(plan, sizes, length, iteration).train
+    if counted is None or not math.isclose(counted, own, rel_tol=1e-6):
+        return None
+    return count_flops(llama_plan(plan), sizes, length, iteration).train
+
+
+def _sizes(run: Row) -> ModelSizes | None:
+    model = {key.removeprefix("model."): value for key, value in run.config.items() if key.startswith("model.")}
+    model["vocab_size"] = model.get("vocab_size") or run.config.get("tokenizer.vocab_size")
+    model["sliding_window"] = model.get("sliding_window") or DEFAULT_SLIDING_WINDOW
+    try:
+        return ModelSizes.from_config(model)
+    except (KeyError, TypeError):  # an earlier version's, or one that leaves sizes to a pretrained model
+        return None
+
+
 def pareto_front(candidates: DataFrame) -> DataFrame:
     """Those of less `cost` than all that have as little `written` or less, from few bytes to many."""
     ordered = candidates.sort_values(["written", "cost"])
+    # Each against the best of those before it, of which none needs more; the first has nothing to beat.
     return ordered[ordered["cost"] < ordered["cost"].cummin().shift(fill_value=math.inf)]
 
 

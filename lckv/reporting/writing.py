@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
@@ -33,6 +30,7 @@ from lckv.reporting.pictures.style import PALETTE, RC, Style, styles_of
 from lckv.reporting.runs import first_known, table
 from lckv.reporting.sentences import answers, method_notes, status
 from lckv.reporting.tables import Table, main_table, tables_of, trouble_table
+from lckv.storage import new_folder
 
 _MADE_BY = "lckv.report"
 _FIGURES = "report.json"
@@ -77,10 +75,14 @@ def write_report(report: Report, out: Path) -> list[Path]:
     """Writes Markdown, HTML, pictures and figures, and returns their paths.
 
     Raises:
-        UserError: see `check_out`.
+        UserError: see `check_out`; and if it cannot be made.
     """
     pictures = pictures_of(report)
-    with _replacing(out) as folder:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(new_folder(out, replaces=True))
+        except OSError as error:
+            raise UserError(f"out={out}: cannot be made ({error.strerror}); give another out=...") from error
         for name, text in render(report, pictures).items():
             (folder / name).write_text(text, encoding="utf-8")
         for picture in pictures:
@@ -89,38 +91,10 @@ def write_report(report: Report, out: Path) -> list[Path]:
                 figure.savefig(folder / f"{picture.name}.png")
                 figure.savefig(folder / f"{picture.name}.svg", metadata={"Date": None})
         files = sorted([*(path.name for path in folder.iterdir()), _FIGURES])
-        figures = {**figures_of(report), "files": files}
-        (folder / _FIGURES).write_text(
-            json.dumps(figures, default=asdict, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
-    return [out / name for name in files]
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends well, and is deleted otherwise."""
-    staging, aside = (out.parent / f".report-{kind}-{uuid.uuid4().hex[:8]}" for kind in ("new", "old"))
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be made ({error.strerror}); give another out=...") from error
-    try:
-        yield staging
+        figures = json.dumps({**figures_of(report), "files": files}, default=asdict, indent=2, allow_nan=False)
+        (folder / _FIGURES).write_text(figures + "\n", encoding="utf-8")
         check_out(out)  # perhaps it was filled meanwhile
-        if out.exists():
-            os.rename(out, aside)
-        os.rename(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if aside.exists() and not out.exists():
-            os.rename(aside, out)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-class _InlinePanel(NamedTuple):
-    title: str
-    svg: str
-    width: int
+    return [out / name for name in files]
 
 
 def render(report: Report, pictures: Sequence[Picture]) -> dict[str, str]:
@@ -151,27 +125,26 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_|<>\[\]#~])", r"\\\1", " ".join(text.split()))
 
 
-def _inline(picture: Picture) -> list[_InlinePanel]:
-    panels = []
+def _inline(picture: Picture) -> list[dict[str, Any]]:
+    panels: list[dict[str, Any]] = []
     scale = _SINGLE if len(picture.panels) == 1 else _ONE_OF_MANY
     for number, panel in enumerate(picture.panels):
         # Text stays text, in the fonts of the page: it can be searched, and is small.
         with rc_context({**RC, "svg.fonttype": "none"}):
             figure, hits = draw_panel(panel)
             svg = inline_svg(figure, hits, f"{picture.name}{number}", f"{picture.title} {panel.title}".strip())
-        panels.append(_InlinePanel(panel.title, svg, round(panel.size[0] * scale)))
+        panels.append({"title": panel.title, "svg": svg, "width": round(panel.size[0] * scale)})
     return panels
 
 
 def _marks(styles: Mapping[str, Style]) -> dict[str, str]:
     """A small picture of each group's colour and marker."""
-    return {label: _mark(style) for label, style in styles.items()}
-
-
-def _mark(style: Style) -> str:
-    points = " ".join(f"{x:.2f},{y:.2f}" for x, y in style.outline())
-    shape = f'<polygon points="{points}" fill="{color_of(style.color)}"/>'
-    return f'<svg class="mark" viewBox="-1.1 -1.1 2.2 2.2" aria-hidden="true">{shape}</svg>'
+    marks = {}
+    for label, style in styles.items():
+        points = " ".join(f"{x:.2f},{y:.2f}" for x, y in style.outline())
+        shape = f'<polygon points="{points}" fill="{color_of(style.color)}"/>'
+        marks[label] = f'<svg class="mark" viewBox="-1.1 -1.1 2.2 2.2" aria-hidden="true">{shape}</svg>'
+    return marks
 
 
 def figures_of(report: Report) -> dict[str, Any]:
@@ -206,12 +179,12 @@ def _points(curve: DataFrame, kind: str) -> list[dict[str, float | None]]:
 def _cohort(cohort: Cohort, report: Report) -> dict[str, Any]:
     budgets = [
         {
-            "fraction": budget.fraction,
-            "best": budget.best.label,
-            "ranking": [row.label for row in budget.ranking],
-            "versus_best": budget.versus_best,
+            "fraction": each.fraction,
+            "best": each.best.label,
+            "ranking": [row.label for row in each.ranking],
+            "versus_best": each.versus_best,
         }
-        for budget in cohort.budgets
+        for each in cohort.budgets
     ]
     return {
         "name": cohort.name,
@@ -249,31 +222,26 @@ def _group(row: Row, report: Report) -> dict[str, Any]:
 
 def print_report(report: Report, files: Sequence[Path], console: Console) -> None:
     """Prints the answers, the main table, what failed, and where the files are."""
-    console.print(Text(status(report), style="bold"))
+    console.print(Text(status(report), style="bold"), soft_wrap=False)
     for warning in report.warnings:
-        console.print(Text(warning, style="yellow"))
+        console.print(Text(warning, style="yellow"), soft_wrap=False)
     if report.cohorts:
-        console.print(_table(main_table(report), console.width))
+        console.print(_table(main_table(report), console.width), soft_wrap=False)
     if (troubles := trouble_table(report)).rows:
-        console.print(_table(troubles, console.width))
+        console.print(_table(troubles, console.width), soft_wrap=False)
     for answer in answers(report):
-        console.print(Text.assemble(answer.question, " ", (answer.best, "bold"), " ", answer.reason))
+        sentence = Text.assemble(answer.question, " ", (answer.best, "bold"), " ", answer.reason)
+        console.print(sentence, soft_wrap=False)
     for file in files:
         if file.suffix in (".html", ".md", ".json"):
-            console.print(f"written: {file}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"written: {file}")
 
 
 def _table(table: Table, width: int) -> RichTable:
     left_out = _LEFT_OUT if width >= _WIDE else (*_LEFT_OUT, "perplexity")
     shown = [place for place, column in enumerate(table.columns) if column not in left_out]
-    drawn = RichTable(
-        title=table.title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    plain: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "collapse_padding": True}
+    drawn = RichTable(title=table.title, title_justify="left", **plain)
     for place in shown:
         is_text = place in table.text_columns
         name = _SHORT.get(table.columns[place], table.columns[place])

@@ -69,7 +69,9 @@ def test_ctrl_c_writes_what_there_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Bench, "run_round", run)
     given = [each for each in TINY if not each.startswith(("num_threads", "rounds"))]
-    monkeypatch.setattr("sys.argv", ["benchmark", *given, "patterns=[llama,0_2_2_3]", "rounds=9"])
+    monkeypatch.setattr(
+        "sys.argv", ["benchmark", *given, "patterns=[llama,0_2_2_3]", "rounds=9", "cache=paged", "cache.page_size=4"]
+    )
     with pytest.raises(SystemExit) as caught:
         cli.run(benchmark.main, "benchmark")
     assert caught.value.code == 130
@@ -77,6 +79,9 @@ def test_ctrl_c_writes_what_there_is(tmp_path, monkeypatch, capsys):
     figures = json.loads((tmp_path / "runs" / "benchmark" / "benchmark.json").read_text())
     assert figures["is_interrupted"] and figures["num_rounds"] == 1
     assert [len(each["prefill_seconds"]["rounds"]) for each in figures["candidates"]] == [1, 1]
+    assert [(each["cache"], each["cache_options"]) for each in figures["candidates"]] == [
+        ("paged", {"page_size": 4})
+    ] * 2
     assert (tmp_path / "runs" / "benchmark" / "benchmark.png").is_file()
 
 

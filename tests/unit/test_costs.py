@@ -68,10 +68,10 @@ def test_dtypes():
         count_kv_bytes(plan, SIZES, 0)
 
 
-@pytest.mark.parametrize("tie_word_embeddings", [False, True])
-@pytest.mark.parametrize("attention_bias", [False, True])
-@pytest.mark.parametrize("mlp_bias", [False, True])
-@pytest.mark.parametrize("head_dim", [None, 6])
+@pytest.mark.parametrize(
+    ("tie_word_embeddings", "attention_bias", "mlp_bias", "head_dim"),
+    [(False, False, False, None), (True, True, False, 6), (True, False, True, None), (False, True, True, 6)],
+)
 def test_parameters_of_llama(tie_word_embeddings, attention_bias, mlp_bias, head_dim):
     config = LlamaConfig(
         vocab_size=50,
@@ -95,9 +95,8 @@ def tiny_config(string: str, **settings) -> LCKVLlamaConfig:
 
 
 @pytest.mark.parametrize("name", sorted(PATTERNS))
-@pytest.mark.parametrize("attention_bias", [False, True])
-def test_parameters_of_every_pattern(name, attention_bias):
-    config = tiny_config(build_layer_types(name, 6), attention_bias=attention_bias)
+def test_parameters_of_every_pattern(name):
+    config = tiny_config(build_layer_types(name, 6), attention_bias=True)
     expected = sum(parameter.numel() for parameter in LCKVLlamaForCausalLM(config).parameters())
     assert count_parameters(config.sharing_plan, ModelSizes.from_config(config)) == expected
 
@@ -110,14 +109,11 @@ def test_tinyllama_has_as_many_parameters_as_published():
 @pytest.mark.parametrize(
     ("string", "forward_passes", "backward_passes"),
     [
-        ("0_1_2", 7, 2),
         ("0_0_2_2", 7, 2),
         ("0_3_3_3_4", 7, 2),
         ("0_3_3_3_4", 0, 2),
-        ("0_2_2_2_3", 3, 4),
         ("1_1_3_3", 2, 3),
         ("2_1_2_2", 1, 2),
-        ("2_2_1_2", 2, 2),
     ],
 )
 def test_matrix_products_are_those_that_torch_counts(string, forward_passes, backward_passes):
@@ -148,15 +144,11 @@ def test_matrix_products_are_those_that_torch_counts(string, forward_passes, bac
 @pytest.mark.parametrize(
     ("string", "forward_passes", "backward_passes"),
     [
-        ("0_1_2", 7, 2),
         ("0_0_2_2", 7, 2),
         ("0_1_2_2_2", 7, 2),
-        ("0_3_3_3_4", 7, 2),
         ("0_3_3_3_3_3", 2, 2),
-        ("0_2_2_2_3", 3, 4),
         ("1_1_3_3", 2, 3),
         ("2_0_2_0", 2, 2),
-        ("1_2_3_3", 7, 2),
     ],
 )
 def test_matrix_products_of_a_prefill_are_those_that_torch_counts(string, forward_passes, backward_passes):
@@ -190,12 +182,15 @@ def prefill_flops(config: LCKVLlamaConfig, *names: str) -> list[int]:
     return [flops - rotary.get(name, 0) for name, flops in counts["Global"].items() if not names or str(name) in names]
 
 
+LM_HEAD, KV, MLP = 2 * 100 * 8, 4 * 8 * 4, 6 * 8 * 20  # FLOPs of the parts, for SIZES
+
+
+def attention(num_keys):
+    return 4 * 8 * 8 + 4 * 8 * num_keys
+
+
 def test_a_prefill_by_hand():
-    lm_head, kv, mlp = 2 * 100 * 8, 4 * 8 * 4, 6 * 8 * 20
-
-    def attention(num_keys):
-        return 4 * 8 * 8 + 4 * 8 * num_keys
-
+    lm_head, kv, mlp = LM_HEAD, KV, MLP
     # Llama's last layer gives KV for all 9 tokens, the rest for one; the others run whole (1 to 9 keys: 5 on average).
     llama = count_flops(parse_layer_types("0_1"), SIZES, 9)
     assert llama.prefill == pytest.approx(kv + mlp + attention(5) + kv + (mlp + attention(9) + lm_head) / 9)
@@ -207,20 +202,8 @@ def test_a_prefill_by_hand():
     assert sequential.prefill == pytest.approx(sequential.forward - lm_head * 8 / 9)
 
 
-def test_a_prefill_of_yoco_is_half_of_llamas():
-    sizes = dataclasses.replace(SIZES, sliding_window=512)
-    yoco, llama = (
-        count_flops(parse_layer_types(build_layer_types(name, 32)), sizes, 2048).prefill for name in ("yoco", "llama")
-    )
-    assert yoco < 0.52 * llama
-
-
 def test_flops_by_hand():
-    lm_head, kv, mlp = 2 * 100 * 8, 4 * 8 * 4, 6 * 8 * 20
-
-    def attention(num_keys):
-        return 4 * 8 * 8 + 4 * 8 * num_keys
-
+    lm_head, kv, mlp = LM_HEAD, KV, MLP
     llama = count_flops(parse_layer_types("0_1"), SIZES, 9)
     assert llama.decode == lm_head + 2 * (kv + mlp + attention(9))
     assert llama.forward == lm_head + 2 * (kv + mlp + attention(5))  # 1 to 9 keys: 5 on average
@@ -269,7 +252,4 @@ def test_bounds_that_hold_for_every_pattern(string, context_length):
     assert costs.flops_per_token.prefill <= costs.flops_per_token.forward
     if not plan.has_cycles:
         assert costs.flops_per_token.train <= llama.flops_per_token.train
-
-
-def test_llama_plan_is_the_yardstick():
-    assert llama_plan(parse_layer_types("0s_2_2")).layer_types == "0_1_2"
+    assert set(llama_plan(plan).kv_owners) == set(range(plan.num_hidden_layers))

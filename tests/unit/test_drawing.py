@@ -64,7 +64,7 @@ def test_large_models_are_listed():
     ]
 
 
-@pytest.mark.parametrize(("ending", "magic"), [(".svg", b"<?xml"), (".png", b"\x89PNG"), (".pdf", b"%PDF")])
+@pytest.mark.parametrize(("ending", "magic"), [(".png", b"\x89PNG"), (".pdf", b"%PDF")])
 def test_files(tmp_path, ending, magic):
     file = tmp_path / "new" / f"drawing{ending}"
     save_drawing(parse_layer_types("0_1s_1s_4_4"), file)
@@ -82,14 +82,6 @@ def test_all_families_side_by_side(tmp_path):
     plans = {name: parse_layer_types(build_layer_types(name, 8)) for name in PATTERNS}
     save_drawing(plans, tmp_path / "families.svg")
     assert (tmp_path / "families.svg").stat().st_size > 10_000
-
-
-@settings(max_examples=5, deadline=None)
-@given(layer_types())
-def test_any_pattern_can_be_saved(tmp_path_factory, string):
-    file = tmp_path_factory.mktemp("drawing") / "any.svg"
-    save_drawing(parse_layer_types(string), file)
-    assert file.stat().st_size > 0
 
 
 def test_wrong_endings_and_places_are_refused(tmp_path):

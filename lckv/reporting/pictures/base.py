@@ -116,7 +116,8 @@ def inline_svg(figure: Figure, hits: HitTexts, name: str, description: str) -> s
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = _with_own_ids(svg, name)
+    svg = svg.replace('xlink:href="#', 'href="#')
+    svg = re.sub(r'\bid="|href="#|url\(#', lambda found: f"{found[0]}{name}-", svg)  # other pictures have these too
     svg = re.sub(r"#[0-9a-f]{6}\b", lambda found: color_of(found[0]), svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     for gid, texts in hits.items():
@@ -132,9 +133,3 @@ def inline_svg(figure: Figure, hits: HitTexts, name: str, description: str) -> s
 def color_of(color: str) -> str:
     """A colour of ours as the page calls it, so that it can have another one in the dark."""
     return f"var({_VARIABLES[color]})" if color in _VARIABLES else color
-
-
-def _with_own_ids(svg: str, name: str) -> str:
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg)
-    return re.sub(r"url\(#", f"url(#{name}-", svg)

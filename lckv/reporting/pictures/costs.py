@@ -44,10 +44,13 @@ def _draw(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style], is_timed
     axes.tick_params(axis="y", length=0)
     tidy(axes, grid="x")
     if is_timed:
-        _add_legend(axes)
-    gid = "hits-cost"
-    add_hits(axes, gid, [((row.flops_ratio or 0) / 2, place) for place, row in enumerate(rows)], size=20)
-    return {gid: [_text(row) for row in rows]}
+        handles = [Patch(facecolor=MUTED, label="FLOPs")]
+        handles.append(Patch(facecolor=MUTED, hatch="/////", edgecolor=PAPER, label="time"))
+        axes.legend(
+            handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2
+        )
+    add_hits(axes, "hits-cost", [((row.flops_ratio or 0) / 2, place) for place, row in enumerate(rows)], size=20)
+    return {"hits-cost": [_text(row) for row in rows]}
 
 
 def _bar(axes: Axes, place: float, value: float | None, thickness: float, **style: object) -> None:
@@ -56,14 +59,6 @@ def _bar(axes: Axes, place: float, value: float | None, thickness: float, **styl
         f"{value:.2f}", (value or 0, place), (3, 0), textcoords="offset points", va="center", fontsize=7, zorder=5,
         bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.4},
     )  # fmt: skip
-
-
-def _add_legend(axes: Axes) -> None:
-    handles = [
-        Patch(facecolor=MUTED, label="FLOPs"),
-        Patch(facecolor=MUTED, hatch="/////", edgecolor=PAPER, label="time"),
-    ]
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)
 
 
 def _text(row: Row) -> str:

@@ -34,8 +34,11 @@ def curves_of(runs: DataFrame) -> DataFrame:
         trained on, "validation": with held-out text), `tokens`, `loss` in nats per token, `seconds` since the start,
         and `flops` spent so far; NaN is what was not logged or is not known.
     """
-    training = [_training(lines) for lines in runs["lines"]]
-    validation = [_validation(lines, seen["seconds"]) for lines, seen in zip(runs["lines"], training, strict=True)]
+    # With a teacher, what is minimised is another loss than that of the labels. Evaluations do not log the time;
+    # training does, in the same step.
+    training = [_curve(lines, "loss", "loss_labels") for lines in runs["lines"]]
+    validation = [_curve(lines, "eval_loss") for lines in runs["lines"]]
+    validation = [curve.assign(seconds=seen["seconds"]) for curve, seen in zip(validation, training, strict=True)]
     # Where a seed has no such step, the sum is NaN.
     means = [(sum(curves) / len(curves)).sort_index() for curves in (training, validation)]
     curves = concat([mean.assign(kind=kind) for kind, mean in zip(KINDS, means, strict=True)])
@@ -43,23 +46,13 @@ def curves_of(runs: DataFrame) -> DataFrame:
     return curves.dropna(subset=["tokens", "loss"]).assign(flops=lambda curve: flops * curve["tokens"])
 
 
-def _training(lines: Sequence[Mapping[str, Any]]) -> DataFrame:
-    return _curve({**line, "loss": line.get("loss_labels", line["loss"])} for line in lines if _has(line, "loss"))
-
-
-def _validation(lines: Sequence[Mapping[str, Any]], seconds: Any) -> DataFrame:
-    """Evaluations do not log the time; training does, in the same step."""
-    curve = _curve({**line, "loss": line["eval_loss"]} for line in lines if _has(line, "eval_loss"))
-    return curve.assign(seconds=seconds)
-
-
-def _has(line: Mapping[str, Any], name: str) -> bool:
-    return number(line.get(name)) is not None and number(line.get("step")) is not None
-
-
-def _curve(lines: Iterable[Mapping[str, Any]]) -> DataFrame:
-    """By step; a step that was logged twice counts as it was last."""
-    rows = {line["step"]: [number(line.get(name)) for name in ("tokens", "loss", "seconds")] for line in lines}
+def _curve(lines: Iterable[Mapping[str, Any]], name: str, preferred: str = "") -> DataFrame:
+    """The loss called `name`, or the `preferred` one beside it, by step; of two lines for a step, the last one's."""
+    rows = {}
+    for line in lines:
+        if number(line.get(name)) is not None and number(line.get("step")) is not None:
+            figures = line.get("tokens"), line.get(preferred, line[name]), line.get("seconds")
+            rows[line["step"]] = [number(figure) for figure in figures]
     return DataFrame.from_dict(rows, orient="index", columns=["tokens", "loss", "seconds"], dtype=float)
 
 

@@ -71,6 +71,7 @@ def _lay_out(candidates: Sequence[Row], metric: Metric, edge: float | None) -> D
     points["y"] = points["mean"].mask(points["is_beyond"], edge)
     gaps = numpy.diff(numpy.log(sorted(set(points["written"]))))
     width = _SPREAD * min(gaps, default=0.0) if len(points) > _MAX_LABELS else 0.0
+    # Points of the same bytes form a column; in a crowd it is as wide as `width`, in logs, since the axis is.
     column = points.groupby("written")["written"]
     others = column.transform("size") - 1
     points["x"] = points["written"] * numpy.exp(width * (column.cumcount() / others - 0.5).where(others > 0, 0.0))

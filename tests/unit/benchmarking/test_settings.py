@@ -6,7 +6,6 @@ from lckv import cli
 from lckv.benchmarking.settings import (
     DEFAULT_PATTERNS,
     build_workload,
-    cache_entries,
     check_iteration,
     random_models,
 )
@@ -28,7 +27,6 @@ def test_the_defaults():
     assert {label: each["layer_types"] for label, each in random_models(cfg).items()} == {
         name: build_layer_types(name, 8) for name in DEFAULT_PATTERNS
     }
-    assert cache_entries(cfg) == (["dynamic"], {})
 
 
 def test_patterns_stay_text_and_follow_the_model_group():
@@ -62,12 +60,6 @@ def test_a_workload_from_the_command_line():
     assert (workload.prefill_passes, workload.prefill_tolerance) == ("converge", 0.1)
     assert build_workload(compose("kv_budget=null")).kv_budget is None
     assert build_workload(compose("prefill_passes=9", "kv_budget=2000")).kv_budget == 2000
-
-
-def test_one_cache_or_several():
-    assert cache_entries(compose("cache=quantized", "cache.bits=4")) == (["quantized"], {"bits": 4})
-    given = compose("caches=[dynamic,{name:quantized,bits:4}]", "cache.group_size=32")
-    assert cache_entries(given) == (["dynamic", {"name": "quantized", "bits": 4}], {"group_size": 32})
 
 
 def test_a_pattern_that_yaml_has_made_a_number_is_refused():

@@ -20,7 +20,6 @@ CONFIG = EvaluationConfig(["speed"], speed=SpeedConfig(prompt_length=12, new_tok
     ("cache", "label"),
     [
         (None, "dynamic"),
-        ({"name": "paged", "page_size": 4}, "paged page_size=4"),
         ({"name": "quantized", "layout": "paged", "bits": 4, "group_size": 4}, "quantized bits=4"),
     ],
 )

@@ -9,12 +9,12 @@ from rich.console import Console
 from lckv.benchmarking.folder import OutputFolder
 from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Workload, median, ratio, tokens_per_second
 from lckv.benchmarking.plots import draw_results, plot_results
-from lckv.benchmarking.summary import Environment, as_dict, failures, growth, planned_growth, print_report
+from lckv.benchmarking.summary import as_dict, failures, growth, planned_growth, print_report
 from lckv.costs import FlopsPerToken, KVBytes
 from lckv.errors import UserError
 
 WORKLOAD = Workload(100, 10, batch_sizes=(1,), kv_budget=10_000, rounds=3)
-ENVIRONMENT = Environment("cpu (x)", 1, "2.0", "5.0", "0.1", "3.11", "Linux")
+ENVIRONMENT = {"device": "cpu (x)", "num_threads": 1, "torch_version": "2.0"}
 
 
 def result(label, factor, **settings):
@@ -137,7 +137,7 @@ def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
 def test_the_picture_is_written(tmp_path, ending, start):
     path = tmp_path / f"benchmark.{ending}"
     plot_results([failed("first"), result("b", 2)], Workload(100, 10), path)
@@ -188,16 +188,7 @@ def test_results_that_have_come_meanwhile_stay(tmp_path, caplog):
     assert first.plot == tmp_path / "out-2" / "benchmark.png" and "these go to" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("path", "overwrite", "plot_format", "message"),
-    [
-        ("file", False, "png", "output_dir=file: is a file"),
-        ("new", False, "pgn", "plot_format='pgn': allowed are png, svg, pdf; did you mean 'png'"),
-        (None, True, "png", "overwrite=true: has no effect without output_dir"),
-    ],
-)
-def test_wrong_outputs_are_refused(tmp_path, monkeypatch, path, overwrite, plot_format, message):
-    monkeypatch.chdir(tmp_path)
+def test_a_file_is_no_folder_for_results(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=message):
-        OutputFolder(path, overwrite=overwrite, plot_format=plot_format)
+    with pytest.raises(UserError, match="^output_dir=.*file: is a file; name a folder"):
+        OutputFolder(str(tmp_path / "file"), overwrite=True, plot_format="png")

@@ -1,6 +1,5 @@
 """Reading run folders of any state and version."""
 
-import datetime
 import io
 import json
 import math
@@ -134,15 +133,12 @@ def test_metrics_that_no_run_has_are_refused():
 
 DAMAGES = [
     ("config.yaml", {"seed": [1]}),
-    ("config.yaml", {"seed": datetime.date(2020, 1, 2)}),
     ("results.json", {"data_fingerprint": ["a"]}),
     ("results.json", {"versions": {"lckv": {"a": 1}}}),
     ("results.json", {"kv_bytes": {"written": 0}}),
-    ("results.json", {"kv_bytes": {"written": -4.0}}),
     ("results.json", {"kv_bytes_llama": {"written": -4.0}}),
     ("results.json", {"eval_bits_per_byte": 10**400}),
     ("results.json", {"eval_perplexity": 1e300, "eval_bits_per_byte": 1e300}),
-    ("results.json", {"evaluations": {"needle": {"lengths": ["a"], "depths": [0.5], "accuracy": [[1.0]]}}}),
     ("results.json", {"evaluations": {"needle": {"lengths": [8], "depths": [math.nan], "accuracy": [[1.0]]}}}),
     ("results.json", "[" * 100_000),
 ]

@@ -1,10 +1,7 @@
-"""Bytes with units, and the batches that fit into them."""
+"""Bytes with units."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from lckv.benchmarking.budget import largest_batch
 from lckv.byte_sizes import parse_bytes
 from lckv.errors import UserError
 
@@ -32,13 +29,3 @@ def test_bytes_with_units(text, expected):
 def test_what_is_no_number_of_bytes_is_refused(text):
     with pytest.raises(UserError, match="^kv_budget=.*: allowed are bytes, with or without a unit"):
         parse_bytes(text, "kv_budget")
-
-
-@given(st.integers(1, 10**6), st.integers(0, 10**8), st.integers(1, 5000))
-def test_the_largest_batch_fits_and_one_more_does_not(per_sequence, budget, limit):
-    batch_size = largest_batch(lambda size: size * per_sequence, budget, limit)
-    assert batch_size == min(limit, budget // per_sequence)
-
-
-def test_a_cache_that_grows_in_steps():
-    assert largest_batch(lambda size: 100 * -(-size // 8), 250, 1000) == 16
