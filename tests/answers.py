@@ -78,7 +78,7 @@ def _answer_of_the_command_line(command: str, given: Sequence[str]) -> str:
 
 def _prepared(command: str, schema: type, given: Sequence[str]):
     others, literals = overrides.take_literals(given, cli.literal_keys(schema))
-    quoted = overrides.quote_overrides(others, list(cli.open_keys(schema)))
+    quoted = overrides.quote_overrides(others, cli.open_keys(schema))
     parsed = OverridesParser.create().parse_overrides(quoted)
     groups = [each.input_line for each in parsed if _is_group(each.key_or_group)]
     values = [each for each in parsed if each.input_line not in groups]
