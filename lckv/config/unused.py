@@ -109,37 +109,30 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _unless(keys: str, is_used: Callable[[Any], Any], reason: str, *, is_preset: bool = False) -> Unused:
+def _unless(
+    keys: str, is_used: Callable[[Any], Any], reason: str, *, but: str = "", is_preset: bool = False
+) -> Unused:
     """A row of settings that have an effect where something holds; else the reason is filled in from `cfg`."""
 
     def why(cfg: Any, key: str) -> str | None:
         return None if is_used(cfg) else reason.format(cfg=cfg)
 
-    return Unused(tuple(keys.split()), why, is_preset=is_preset)
+    return Unused(tuple(keys.split()), why, tuple(but.split()), is_preset)
 
 
-def _source(cfg: TrainConfig | ConvertConfig) -> str | None:
-    return cfg.source if isinstance(cfg, ConvertConfig) else cfg.init.source
-
-
-def _method(cfg: TrainConfig | ConvertConfig) -> str:
-    return cfg.method if isinstance(cfg, ConvertConfig) else cfg.init.method
-
-
-def _brings_its_own(cfg: Any, key: str) -> str | None:
-    if _source(cfg) is None or (key == "model.force_nodiag" and cfg.model.force_nodiag):
+def _brings_its_own(cfg: TrainConfig | ConvertConfig, key: str) -> str | None:
+    source = cfg.source if isinstance(cfg, ConvertConfig) else cfg.init.source
+    if source is None or (key == "model.force_nodiag" and cfg.model.force_nodiag):
         return None
-    return f"on the model {_source(cfg)}, which brings its own; leave it out"
+    return f"on the model {source}, which brings its own; leave it out"
 
 
-def _training_only(cfg: ConvertConfig, key: str) -> str | None:
-    does = f"which does not train ({', '.join(sorted(TRAINED))} does)"
-    return None if cfg.method in TRAINED else f"with method={cfg.method}, {does}; leave it out"
+def _looks_at_text(cfg: ConvertConfig | SearchConfig) -> bool:
+    return cfg.method in CALIBRATED
 
 
-def _calibration_only(cfg: ConvertConfig | SearchConfig, key: str) -> str | None:
-    looks = f"which looks at no text ({', '.join(sorted(CALIBRATED))} do)"
-    return None if cfg.method in CALIBRATED else f"with method={cfg.method}, {looks}; leave it out"
+_NO_TEXT = f"with method={{cfg.method}}, which looks at no text ({', '.join(sorted(CALIBRATED))} do); leave it out"
+_NO_TRAINING = f"with method={{cfg.method}}, which does not train ({', '.join(sorted(TRAINED))} does); leave it out"
 
 
 def _not_of_this_cache(cfg: Any, key: str) -> str | None:
@@ -201,11 +194,6 @@ _MODEL = (
 )
 _LOOP = (
     _unless(
-        "teacher",
-        lambda cfg: cfg.teacher.source is not None or (_source(cfg) is not None and _method(cfg) in TRAINED),
-        "without teacher.source; give one, or leave it out",
-    ),
-    _unless(
         "trainer.evaluation_steps",
         lambda cfg: cfg.evaluation.evals,
         "without evaluation.evals, such as evaluation.evals=[perplexity]; leave it out, or give some",
@@ -223,6 +211,11 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             "with tokenizer.name={cfg.tokenizer.name}; leave it out",
             is_preset=True,
         ),
+        _unless(
+            "teacher",
+            lambda cfg: cfg.teacher.source is not None or (cfg.init.source is not None and cfg.init.method in TRAINED),
+            "without teacher.source; give one, or leave it out",
+        ),
         _unless("init", lambda cfg: cfg.init.source, "without init.source; give one, or leave it out"),
         _unless(
             "iso",
@@ -233,14 +226,13 @@ TABLE: dict[type, tuple[Unused, ...]] = {
     ),
     ConvertConfig: (
         *_MODEL,
-        Unused(("init", "data"), _calibration_only, is_preset=True),
-        Unused(
-            (
-                *("trainer", "optim", "teacher", "logger", "evaluation", "seed", "run_name"),
-                *("model.dtype", "model.attention_dropout", "model.attn_implementation"),
-            ),
-            _training_only,
-            but=("trainer.num_threads",),
+        _unless("init data", _looks_at_text, _NO_TEXT, is_preset=True),
+        _unless(
+            "trainer optim teacher logger evaluation seed run_name "
+            "model.dtype model.attention_dropout model.attn_implementation",
+            lambda cfg: cfg.method in TRAINED,
+            _NO_TRAINING,
+            but="trainer.num_threads",
             is_preset=True,
         ),
         _unless(
@@ -250,7 +242,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
         ),
         *_LOOP,
     ),
-    SearchConfig: (Unused(("calibration_tokens", "ridge"), _calibration_only),),
+    SearchConfig: (_unless("calibration_tokens ridge", _looks_at_text, _NO_TEXT),),
     EvaluateConfig: (
         *_evaluations("", lambda cfg: cfg),
         _unless(
@@ -263,7 +255,6 @@ TABLE: dict[type, tuple[Unused, ...]] = {
     ),
     GenerateConfig: (
         _unless("batching batch_size", lambda cfg: cfg.prompts_file is not None, "without prompts_file; leave it out"),
-        _unless("compile", lambda cfg: cfg.cache.name == "static", "with cache={cfg.cache.name}; choose cache=static"),
         _CACHE,
         _PAGES,
     ),
