@@ -12,9 +12,8 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from functools import reduce
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from yaml import YAMLError
 
 from lckv import config, hydra_store, overrides
 from lckv.config import validate
+from lckv.config.keys import keys_of
 from lckv.errors import UserError, near_miss
 from lckv.run_names import default_run_name, file_name
 from lckv.storage import CANNOT_WRITE
@@ -105,7 +105,7 @@ def _prepare_arguments(arguments: Sequence[str], schema: type) -> list[str]:
     others, literals = overrides.take_literals(arguments, literal_keys(schema))
     hydra_store.register_schemas()
     hydra_store.register_literals({key: overrides.escape(text) for key, text in literals.items()})
-    return overrides.quote_overrides(overrides.flags_first(others), list(open_keys(schema)))
+    return overrides.quote_overrides(overrides.flags_first(others), open_keys(schema))
 
 
 class _Job:
@@ -241,7 +241,7 @@ def _to_dataclass(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
     _check_keys(composed, schema)
     for key in literal_keys(schema):
         group, _, name = key.rpartition(".")
-        parent = reduce(getattr, group.split("."), cfg) if group else cfg
+        parent = attrgetter(group)(cfg) if group else cfg
         setattr(parent, name, overrides.unescape(getattr(parent, name)))
     if isinstance(cfg, config.TrainConfig):
         _fill_run_dir(cfg, hydra_cfg)
@@ -257,13 +257,12 @@ def _config_files(hydra_cfg: DictConfig) -> list[Path]:
 
 def _check_keys(composed: DictConfig, schema: type, prefix: str = "") -> None:
     """Refuses keys that `+key=value` has added: nothing would read them."""
-    types = typing.get_type_hints(schema)
+    known = keys_of(schema)
     for name in map(str, composed):
-        key = prefix + name
-        if name not in types:
-            raise UserError(f"unknown key {key!r}{_hint(key, schema, prefix)}")
-        if is_dataclass(types[name]):
-            _check_keys(composed[name], typing.cast(type, types[name]), f"{key}.")
+        if (key := prefix + name) not in known:
+            raise UserError(f"unknown key {key!r}{_hint(key, schema)}")
+        if known[key].is_group:
+            _check_keys(composed[name], schema, f"{key}.")
 
 
 def _fill_run_dir(cfg: config.TrainConfig, hydra_cfg: DictConfig) -> None:
@@ -324,10 +323,11 @@ def _describe_unknown_key(cause: OmegaConfBaseException, error: Exception, schem
     return f"unknown key {key!r}{_hint(key, schema)}{_where(error)}"
 
 
-def _hint(key: str, schema: type, prefix: str = "") -> str:
+def _hint(key: str, schema: type) -> str:
     """The known key most like `key`: one of (nearly) the same last part anywhere, else one like it in its group."""
     parent, _, name = key.rpartition(".")
-    keys = [*_keys(schema, prefix), *(_GROUPS_WITHOUT_KEY if "trainer" in typing.get_type_hints(schema) else ())]
+    known_keys = keys_of(schema)
+    keys = [*known_keys, *(_GROUPS_WITHOUT_KEY if "trainer" in known_keys else ())]
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
     anywhere = {known.rpartition(".")[2]: known for known in reversed(keys)} | siblings
     for names, cutoff in (anywhere, 1.0), (siblings, 0.7), (anywhere, 0.8), (siblings, 0.6):
@@ -342,29 +342,11 @@ def _where(error: Exception) -> str:
     return f" (in {found[1]}.yaml)" if found else ""
 
 
-def _keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every key of a root dataclass, `model` and `model.hidden_size` alike."""
-    types = typing.get_type_hints(schema)
-    for item in fields(schema):
-        yield prefix + item.name
-        if is_dataclass(types[item.name]):
-            yield from _keys(typing.cast(type, types[item.name]), f"{prefix}{item.name}.")
-
-
-def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
+def open_keys(schema: type) -> list[str]:
     """The keys of a root dataclass that hold dictionaries with entries of any name."""
-    for name, kind in typing.get_type_hints(schema).items():
-        if typing.get_origin(kind) is dict:
-            yield prefix + name
-        elif is_dataclass(kind):
-            yield from open_keys(typing.cast(type, kind), f"{prefix}{name}.")
+    return [name for name, key in keys_of(schema).items() if typing.get_origin(key.type) is dict]
 
 
-def literal_keys(schema: type, prefix: str = "") -> Iterator[str]:
+def literal_keys(schema: type) -> list[str]:
     """The keys of a root dataclass whose values the command line gives as they stand; see `lckv.config.literal`."""
-    types = typing.get_type_hints(schema)
-    for item in fields(schema):
-        if item.metadata.get("is_literal"):
-            yield prefix + item.name
-        elif is_dataclass(types[item.name]):
-            yield from literal_keys(typing.cast(type, types[item.name]), f"{prefix}{item.name}.")
+    return [name for name, key in keys_of(schema).items() if key.traits.get("is_literal")]

@@ -22,14 +22,20 @@ def near_miss(given: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def check_whole_number(key: str, value: object, minimum: int = 1) -> None:
-    """Refuses what is not a whole number of `minimum` or more.
+def check_whole_number(key: str, value: object, minimum: int = 1, maximum: int | None = None) -> None:
+    """Refuses what is not a whole number of `minimum` or more, and of `maximum` or less where there is one.
 
     Raises:
         UserError: naming the key, as the user writes it.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise UserError(f"{key}={value!r}: allowed is a whole number, {minimum} or more")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < minimum
+        or (maximum is not None and value > maximum)
+    ):
+        allowed = f"{minimum} or more" if maximum is None else f"{minimum} to {maximum}"
+        raise UserError(f"{key}={value!r}: allowed is a whole number, {allowed}")
 
 
 def check_positive(key: str, value: float) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, check_whole_number, near_miss
 from lckv.registry import Registry
 
 _ENTRY = re.compile(r"(\d+)(s?)", re.ASCII)
@@ -207,14 +207,8 @@ def build_layer_types(name: str, num_hidden_layers: int, **parameters: int | Non
                 f"sharing pattern {name!r} has no parameter {parameter!r}: "
                 f"allowed are {', '.join(known) or 'none'}{near_miss(parameter, known)}"
             )
-    _check_range("num_hidden_layers", num_hidden_layers, 1, None)
+    check_whole_number("num_hidden_layers", num_hidden_layers)
     return PATTERNS[name](num_hidden_layers, **parameters)
-
-
-def _check_range(name: str, value: int, minimum: int, maximum: int | None) -> None:
-    if not isinstance(value, int) or value < minimum or (maximum is not None and value > maximum):
-        allowed = f"{minimum} or more" if maximum is None else f"{minimum} to {maximum}"
-        raise UserError(f"{name}={value!r}: allowed is a whole number, {allowed}")
 
 
 @register_pattern("llama")
@@ -226,7 +220,7 @@ def llama(num_hidden_layers: int) -> str:
 @register_pattern("cla")
 def cla(num_hidden_layers: int, group_size: int = 2) -> str:
     """Cross-Layer Attention (Brandon et al., NeurIPS 2024): groups of layers read the lowest of the group."""
-    _check_range("group_size", group_size, 1, num_hidden_layers)
+    check_whole_number("group_size", group_size, 1, num_hidden_layers)
     return join_layer_types([layer_idx - layer_idx % group_size for layer_idx in range(num_hidden_layers)])
 
 
@@ -238,7 +232,7 @@ def yoco(num_hidden_layers: int, num_self_layers: int | None = None) -> str:
     """
     if num_self_layers is None:
         num_self_layers = num_hidden_layers // 2
-    _check_range("num_self_layers", num_self_layers, 0, num_hidden_layers - 1)
+    check_whole_number("num_self_layers", num_self_layers, 0, num_hidden_layers - 1)
     own = [f"{layer_idx}s" for layer_idx in range(num_self_layers)]
     return "_".join(own + [str(num_self_layers)] * (num_hidden_layers - num_self_layers))
 
@@ -257,7 +251,7 @@ def lckv(num_hidden_layers: int, warmup_layers: int = 2) -> str:
 
     Half of the `warmup_layers`, rounded up, are at the bottom, the others on top; they keep their own KV.
     """
-    _check_range("warmup_layers", warmup_layers, 0, num_hidden_layers - 1)
+    check_whole_number("warmup_layers", warmup_layers, 0, num_hidden_layers - 1)
     return _sandwich(num_hidden_layers, warmup_layers + 1, "top")
 
 
@@ -291,7 +285,7 @@ def _register_study_pattern(
     partition: str, position: str, default: int, build: Callable[[int, int, str], str]
 ) -> None:
     def pattern(num_hidden_layers: int, num_kv_layers: int = default) -> str:
-        _check_range("num_kv_layers", num_kv_layers, 1, num_hidden_layers)
+        check_whole_number("num_kv_layers", num_kv_layers, 1, num_hidden_layers)
         return build(num_hidden_layers, num_kv_layers, position)
 
     pattern.__name__ = f"{partition}_{position}"

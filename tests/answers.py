@@ -1,4 +1,4 @@
-"""What entry points answer to mistakes on their command lines, many in one process: `python -m tests.answers COMMAND`.
+"""What entry points answer to mistakes on their command lines, all in one process: `python -m tests.answers`.
 
 Hydra takes a quarter of a second to compose a configuration from its groups, so that is done once for each choice of
 groups; single values are then set by the function with which Hydra sets them.
@@ -78,9 +78,9 @@ def _answer_of_the_command_line(command: str, given: Sequence[str]) -> str:
 
 def _prepared(command: str, schema: type, given: Sequence[str]):
     others, literals = overrides.take_literals(given, cli.literal_keys(schema))
-    quoted = overrides.quote_overrides(others, list(cli.open_keys(schema)))
+    quoted = overrides.quote_overrides(others, cli.open_keys(schema))
     parsed = OverridesParser.create().parse_overrides(quoted)
-    groups = [each.input_line for each in parsed if (hydra_store.config_dir() / each.key_or_group).is_dir()]
+    groups = [each.input_line for each in parsed if _is_group(each.key_or_group)]
     values = [each for each in parsed if each.input_line not in groups]
     composed = copy.deepcopy(_composed(command, tuple(map(str, groups))))
     for key, text in literals.items():
@@ -92,6 +92,10 @@ def _prepared(command: str, schema: type, given: Sequence[str]):
     with flag_override(hydra_cfg, ["struct", "readonly"], False):
         hydra_cfg.overrides.task = quoted
     return cli.prepare(composed, hydra_cfg)
+
+
+def _is_group(key: str) -> bool:
+    return key in hydra_store.NAMED_OPTIONS or (hydra_store.config_dir() / key).is_dir()
 
 
 @cache
@@ -112,5 +116,4 @@ class _Absent:
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
     os.chdir(tempfile.mkdtemp())
-    mistakes = [each for each in read_mistakes() if each.command == sys.argv[1]]
-    print(json.dumps([str(each._replace(answer=answer_to(each.command, each.arguments))) for each in mistakes]))
+    print(json.dumps([str(each._replace(answer=answer_to(each.command, each.arguments))) for each in read_mistakes()]))

@@ -7,8 +7,8 @@ to an entry point as a root dataclass, see `lckv.hydra_store`. No torch here, so
 from lckv.config.cache import CacheConfig
 from lckv.config.conversion import ConvertConfig, SearchConfig
 from lckv.config.data import DataConfig, TokenizerConfig
-from lckv.config.evaluate import EvaluateConfig
 from lckv.config.evaluation import (
+    EvaluateConfig,
     EvaluationConfig,
     HarnessConfig,
     NeedleConfig,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lckv.byte_sizes import parse_budget, parse_bytes
@@ -63,19 +63,9 @@ class ConvertConfig(Group):
 
     def training(self) -> TrainConfig:
         """What `lckv.train` is asked for by the methods that train; the others read the model and the text of it."""
-        return TrainConfig(
-            model=self.model,
-            init=InitConfig(**vars(self.init), source=self.source, revision=self.revision, method=self.method),
-            sharing=self.sharing,
-            data=self.data,
-            trainer=self.trainer,
-            optim=self.optim,
-            teacher=self.teacher,
-            logger=self.logger,
-            evaluation=self.evaluation,
-            seed=self.seed,
-            run_name=self.run_name,
-        )
+        shared = {item.name: getattr(self, item.name) for item in fields(TrainConfig) if hasattr(self, item.name)}
+        init = InitConfig(**vars(self.init), source=self.source, revision=self.revision, method=self.method)
+        return TrainConfig(**shared | {"init": init})
 
     def check(self, prefix: str) -> None:
         """Refuses what the training would."""

@@ -13,6 +13,9 @@ BPE = "bpe"
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
 
+_OF_FILES: dict[str, Any] = {"only_with": {"name": ("files",)}}
+_OF_HUB: dict[str, Any] = {"only_with": {"name": ("hub",)}}
+
 
 @dataclass
 class DataConfig(Group):
@@ -40,15 +43,15 @@ class DataConfig(Group):
     """
 
     name: str = key("bible", one_of(*SOURCES))
-    files: Any = None
-    validation_files: Any = None
-    document_separator: str | None = None
-    dataset: str | None = None
-    subset: str | None = None
-    revision: str | None = None
+    files: Any = key(None, **_OF_FILES)
+    validation_files: Any = key(None, **_OF_FILES)
+    document_separator: str | None = key(None, **_OF_FILES)
+    dataset: str | None = key(None, **_OF_HUB)
+    subset: str | None = key(None, **_OF_HUB)
+    revision: str | None = key(None, **_OF_HUB)
     split: str = "train"
-    validation_split: str | None = None
-    streaming: bool = False
+    validation_split: str | None = key(None, **_OF_HUB)
+    streaming: bool = key(False, **_OF_HUB)
     text_field: str = "text"
     validation_fraction: float = key(0.05, such_that(lambda value: 0 < value < 1, "must lie between 0 and 1"))
     max_documents: int | None = key(None, at_least(or_null=True))

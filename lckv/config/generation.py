@@ -80,7 +80,7 @@ class GenerateConfig(Group):
     prefill_passes: Any = key(None, passes)
     prefill_tolerance: float | None = key(None, above_zero)
     cache: CacheConfig = field(default_factory=CacheConfig)
-    compile: bool = False
+    compile: bool = key(False, only_with={"cache.name": ("static",)})
     device: str = "auto"
     dtype: str = key("auto", one_of("auto", *DTYPES))
     num_threads: int | None = key(None, at_least())

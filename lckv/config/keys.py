@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import field, fields
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import field, fields, is_dataclass
+from functools import cache
+from typing import Any, NamedTuple, cast, get_type_hints
 
 from lckv.errors import UserError, check_choice, check_positive, check_whole_number, near_miss
 from lckv.iteration import CONVERGE
@@ -26,7 +27,8 @@ def key(default: Any, *rules: Rule, required: str | None = None, is_literal: boo
         required: how to give a value, where there must be one.
         is_literal: whether it is text that the command line takes as it stands, up to the end of the argument.
             Nothing in it means anything to Hydra: neither commas, quotes and braces nor `null` or `${...}`.
-        traits: what else is to be known about it.
+        traits: what else is to be known about it: `only_with`, the values of another key of its group beside which it
+            has an effect, `{"name": ("muon",)}`.
     """
     metadata = {"rules": rules, "required": required, "is_literal": is_literal, **traits}
     if isinstance(default, list | dict):
@@ -72,6 +74,33 @@ class Group:
         Raises:
             UserError: naming the keys, with `prefix` before their names.
         """
+
+
+class Declaration(NamedTuple):
+    """How a key is declared: its type, and what [`key`] was told."""
+
+    type: Any
+    traits: Mapping[str, Any]
+
+    @property
+    def is_group(self) -> bool:
+        """Whether there are keys inside."""
+        return is_dataclass(self.type)
+
+
+@cache
+def keys_of(schema: type) -> dict[str, Declaration]:
+    """Every key of a root dataclass by its full name, `model` and `model.hidden_size` alike."""
+    return dict(_walk(schema, ""))
+
+
+def _walk(schema: Any, prefix: str) -> Iterator[tuple[str, Declaration]]:
+    types = get_type_hints(schema)
+    for item in fields(schema):
+        found = Declaration(types[item.name], item.metadata)
+        yield prefix + item.name, found
+        if found.is_group:
+            yield from _walk(found.type, f"{prefix}{item.name}.")
 
 
 def at_least(minimum: int = 1, *, or_null: bool = False) -> Rule:

@@ -73,8 +73,8 @@ class TrainerConfig(Group):
     evaluation_steps: int | None = key(None, at_least(or_null=True))
     gradient_checkpointing: bool = False
     torch_compile: bool = False
-    torch_compile_backend: str = "inductor"
-    torch_compile_mode: str | None = None
+    torch_compile_backend: str = key("inductor", only_with={"torch_compile": (True,)})
+    torch_compile_mode: str | None = key(None, only_with={"torch_compile": (True,)})
     use_liger_kernel: bool = False
     precision: str = key("fp32", one_of(*PRECISIONS))
     trainable: str = key("all", one_of(*TRAINABLE))
@@ -113,10 +113,10 @@ class OptimConfig(Group):
 
     name: str = key("adamw", one_of(*OPTIMIZERS))
     learning_rate: float = key(1e-3, above_zero)
-    min_learning_rate: float | None = None
+    min_learning_rate: float | None = key(None, only_with={"schedule": ("cosine", "wsd", "linear")})
     schedule: str = key("cosine", one_of(*SCHEDULES))
     warmup_steps: int | None = None
-    decay_steps: int | None = None
+    decay_steps: int | None = key(None, only_with={"schedule": ("wsd",)})
     weight_decay: float = key(0.1, not_negative)
     betas: tuple[float, float] = key(
         (0.9, 0.95),
@@ -126,7 +126,7 @@ class OptimConfig(Group):
         ),
     )
     eps: float = 1e-8
-    momentum: float = 0.95
+    momentum: float = key(0.95, only_with={"name": ("muon",)})
     fused: bool | None = None
 
     def check(self, prefix: str) -> None:
@@ -262,7 +262,7 @@ class TrainConfig(Group):
     run_name: str | None = None
     run_dir: str | None = None
     iso: str | None = key(None, one_of(*ISO))
-    iso_multiple: int = key(8, at_least())
+    iso_multiple: int = key(8, at_least(), only_with={"iso": ("params",)})
 
     def check(self, prefix: str) -> None:
         """Refuses settings of the model, the text, the loop and the teacher that do not go together."""

@@ -1,6 +1,7 @@
 """What is said in vain: settings that do nothing unless something else is set, as one table.
 
-Each row names settings and says of a configuration why they would have no effect in it. A setting counts as given if
+Each row names settings and says of a configuration why they would have no effect in it; what depends on another key
+of the same group alone has its row from where it is declared, by `only_with`. A setting counts as given if
 it is on the command line, or has another value than its default; where the YAML of this package gives it too, only
 the command line counts.
 """
@@ -8,15 +9,16 @@ the command line counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any
 
 from lckv.config.cache import cache_options
 from lckv.config.conversion import ConvertConfig, SearchConfig
-from lckv.config.evaluate import EvaluateConfig
-from lckv.config.evaluation import EVALUATIONS, EvaluationConfig
+from lckv.config.evaluation import EVALUATIONS, EvaluateConfig, EvaluationConfig
 from lckv.config.generation import BenchmarkConfig, GenerateConfig
-from lckv.config.keys import Group
+from lckv.config.keys import Group, keys_of
 from lckv.config.model import KEPT_WITH_SOURCE
 from lckv.config.names import CALIBRATED, NO_CACHE, TRAINED
 from lckv.config.training import TrainConfig
@@ -68,23 +70,38 @@ def check_unused(cfg: Group, given: Sequence[str] = ()) -> None:
         UserError: naming the first of them, and why.
     """
     rows = [row for schema, its_rows in TABLE.items() if isinstance(cfg, schema) for row in its_rows]
+    rows += _only_with(type(cfg))
     typed = [(override.lstrip("+~").partition("=")[0].partition("@")[0], override) for override in given]
     # The name in a group is what `group=option` chooses.
-    changed = [(key, f"{key.removesuffix('.name')}={_shown(value)}") for key, value in _changed(cfg, type(cfg)())]
+    changed = [(key, f"{key.removesuffix('.name')}={_shown(value)}") for key, value in _changed(cfg)]
     for row in rows:
         for key, shown in typed if row.is_preset else typed + changed:
             if row.covers(key) and (reason := row.reason(cfg, key)) is not None:
                 raise UserError(f"{shown}: has no effect {reason}")
 
 
-def _changed(group: Group, default: Group, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _changed(cfg: Group) -> Iterator[tuple[str, Any]]:
     """The full name and the value of every key that is not at its default."""
-    for item in fields(cast(Any, group)):
-        value, others = getattr(group, item.name), getattr(default, item.name)
-        if isinstance(value, Group):
-            yield from _changed(value, others, f"{prefix}{item.name}.")
-        elif value != others:
-            yield prefix + item.name, value
+    schema: Any = type(cfg)
+    default = schema()
+    for name, declared in keys_of(schema).items():
+        value = attrgetter(name)(cfg)
+        if not declared.is_group and value != attrgetter(name)(default):
+            yield name, value
+
+
+def _only_with(schema: type) -> Iterator[Unused]:
+    """A row for each key that has an effect beside some values of another one of its group."""
+    for name, declared in keys_of(schema).items():
+        for other, values in declared.traits.get("only_with", {}).items():
+            yield Unused((name,), partial(_beside, name.rpartition(".")[0], other, values))
+
+
+def _beside(group: str, other: str, values: Sequence[Any], cfg: Any, key: str) -> str | None:
+    name = f"{group}.{other}".lstrip(".")
+    if (value := attrgetter(name)(cfg)) in values:
+        return None
+    return f"with {name}={_shown(value)}, only with {', '.join(map(_shown, values))}; leave it out"
 
 
 def _shown(value: Any) -> str:
@@ -92,38 +109,30 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _unless(keys: str, is_used: Callable[[Any], Any], reason: str, *, is_preset: bool = False) -> Unused:
+def _unless(
+    keys: str, is_used: Callable[[Any], Any], reason: str, *, but: str = "", is_preset: bool = False
+) -> Unused:
     """A row of settings that have an effect where something holds; else the reason is filled in from `cfg`."""
 
     def why(cfg: Any, key: str) -> str | None:
         return None if is_used(cfg) else reason.format(cfg=cfg)
 
-    return Unused(tuple(keys.split()), why, is_preset=is_preset)
+    return Unused(tuple(keys.split()), why, tuple(but.split()), is_preset)
 
 
-def _source(cfg: TrainConfig | ConvertConfig) -> str | None:
-    return cfg.source if isinstance(cfg, ConvertConfig) else cfg.init.source
+def _brings_its_own(cfg: TrainConfig | ConvertConfig, key: str) -> str | None:
+    source = cfg.source if isinstance(cfg, ConvertConfig) else cfg.init.source
+    if source is None or (key == "model.force_nodiag" and cfg.model.force_nodiag):
+        return None
+    return f"on the model {source}, which brings its own; leave it out"
 
 
-def _method(cfg: TrainConfig | ConvertConfig) -> str:
-    return cfg.method if isinstance(cfg, ConvertConfig) else cfg.init.method
+def _looks_at_text(cfg: ConvertConfig | SearchConfig) -> bool:
+    return cfg.method in CALIBRATED
 
 
-def _brings_its_own(cfg: Any, key: str) -> str | None:
-    is_kept = key == "model.force_nodiag" and cfg.model.force_nodiag
-    return (
-        None if _source(cfg) is None or is_kept else f"on the model {_source(cfg)}, which brings its own; leave it out"
-    )
-
-
-def _training_only(cfg: ConvertConfig, key: str) -> str | None:
-    does = f"which does not train ({', '.join(sorted(TRAINED))} does)"
-    return None if cfg.method in TRAINED else f"with method={cfg.method}, {does}; leave it out"
-
-
-def _calibration_only(cfg: ConvertConfig | SearchConfig, key: str) -> str | None:
-    looks = f"which looks at no text ({', '.join(sorted(CALIBRATED))} do)"
-    return None if cfg.method in CALIBRATED else f"with method={cfg.method}, {looks}; leave it out"
+_NO_TEXT = f"with method={{cfg.method}}, which looks at no text ({', '.join(sorted(CALIBRATED))} do); leave it out"
+_NO_TRAINING = f"with method={{cfg.method}}, which does not train ({', '.join(sorted(TRAINED))} does); leave it out"
 
 
 def _not_of_this_cache(cfg: Any, key: str) -> str | None:
@@ -140,10 +149,9 @@ def _of_none_of_these_caches(cfg: BenchmarkConfig, key: str) -> str | None:
         return _not_of_this_cache(cfg, key)
     names = [each if isinstance(each, str) else each.get("name", "") for each in cfg.caches if each]
     options = {option for name in names for option in cache_options(name)}
-    is_known = "." not in key or key.removeprefix("cache.") in options
-    return (
-        None if is_known else f"on caches of {', '.join(names)}, which take {', '.join(sorted(options))}; leave it out"
-    )
+    if "." not in key or key.removeprefix("cache.") in options:
+        return None
+    return f"on caches of {', '.join(names)}, which take {', '.join(sorted(options))}; leave it out"
 
 
 def _evaluations(prefix: str, settings_of: Callable[[Any], EvaluationConfig]) -> tuple[Unused, ...]:
@@ -170,14 +178,11 @@ def _evaluations(prefix: str, settings_of: Callable[[Any], EvaluationConfig]) ->
 _CACHE = Unused(("cache",), _not_of_this_cache)
 _PAGES = _unless("cache.num_pages", lambda cfg: cfg.cache.has_pages, "without cache.layout=paged; leave it out")
 _MODEL = (
-    Unused(
-        ("sharing",),
-        lambda cfg, key: (
-            None
-            if cfg.model.layer_types is None
-            else f"beside model.layer_types={cfg.model.layer_types}; leave one of them out "
-            "(model.layer_types=null lets the sharing group decide)"
-        ),
+    _unless(
+        "sharing",
+        lambda cfg: cfg.model.layer_types is None,
+        "beside model.layer_types={cfg.model.layer_types}; leave one of them out "
+        "(model.layer_types=null lets the sharing group decide)",
         is_preset=True,
     ),
     Unused(
@@ -187,48 +192,11 @@ _MODEL = (
         is_preset=True,
     ),
 )
-_TEXT = (
-    _unless(
-        "data.files data.validation_files data.document_separator",
-        lambda cfg: cfg.data.name == "files",
-        "with data={cfg.data.name}; choose data=files",
-    ),
-    _unless(
-        "data.dataset data.subset data.revision data.validation_split data.streaming",
-        lambda cfg: cfg.data.name == "hub",
-        "with data={cfg.data.name}; choose data=hub",
-    ),
-)
 _LOOP = (
-    _unless(
-        "teacher",
-        lambda cfg: cfg.teacher.source is not None or (_source(cfg) is not None and _method(cfg) in TRAINED),
-        "without teacher.source; give one, or leave it out",
-    ),
-    _unless(
-        "trainer.torch_compile_backend trainer.torch_compile_mode",
-        lambda cfg: cfg.trainer.torch_compile,
-        "without trainer.torch_compile=true; leave it out",
-    ),
     _unless(
         "trainer.evaluation_steps",
         lambda cfg: cfg.evaluation.evals,
         "without evaluation.evals, such as evaluation.evals=[perplexity]; leave it out, or give some",
-    ),
-    _unless(
-        "optim.min_learning_rate",
-        lambda cfg: cfg.optim.schedule != "constant",
-        "with optim.schedule=constant; leave it out",
-    ),
-    _unless(
-        "optim.decay_steps",
-        lambda cfg: cfg.optim.schedule == "wsd",
-        "with optim.schedule={cfg.optim.schedule}; leave it out",
-    ),
-    _unless(
-        "optim.momentum",
-        lambda cfg: cfg.optim.name == "muon",
-        "with optim.name={cfg.optim.name}, only with muon; leave it out",
     ),
     Unused(("evaluation.perplexity.cache_chunk",), lambda cfg, key: "in training; leave it out"),
     *_evaluations("evaluation.", lambda cfg: cfg.evaluation),
@@ -243,26 +211,28 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             "with tokenizer.name={cfg.tokenizer.name}; leave it out",
             is_preset=True,
         ),
+        _unless(
+            "teacher",
+            lambda cfg: cfg.teacher.source is not None or (cfg.init.source is not None and cfg.init.method in TRAINED),
+            "without teacher.source; give one, or leave it out",
+        ),
         _unless("init", lambda cfg: cfg.init.source, "without init.source; give one, or leave it out"),
         _unless(
             "iso",
             lambda cfg: cfg.init.source is None,
             "on the model {cfg.init.source}, which brings its own sizes; leave it out",
         ),
-        _unless("iso_multiple", lambda cfg: cfg.iso == "params", "without iso=params; leave it out"),
         *_LOOP,
-        *_TEXT,
     ),
     ConvertConfig: (
         *_MODEL,
-        Unused(("init", "data"), _calibration_only, is_preset=True),
-        Unused(
-            (
-                *("trainer", "optim", "teacher", "logger", "evaluation", "seed", "run_name"),
-                *("model.dtype", "model.attention_dropout", "model.attn_implementation"),
-            ),
-            _training_only,
-            but=("trainer.num_threads",),
+        _unless("init data", _looks_at_text, _NO_TEXT, is_preset=True),
+        _unless(
+            "trainer optim teacher logger evaluation seed run_name "
+            "model.dtype model.attention_dropout model.attn_implementation",
+            lambda cfg: cfg.method in TRAINED,
+            _NO_TRAINING,
+            but="trainer.num_threads",
             is_preset=True,
         ),
         _unless(
@@ -271,9 +241,8 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             "with method={cfg.method}, which calibrates where it trains; leave it out",
         ),
         *_LOOP,
-        *_TEXT,
     ),
-    SearchConfig: (Unused(("calibration_tokens", "ridge"), _calibration_only), *_TEXT),
+    SearchConfig: (_unless("calibration_tokens ridge", _looks_at_text, _NO_TEXT),),
     EvaluateConfig: (
         *_evaluations("", lambda cfg: cfg),
         _unless(
@@ -283,11 +252,9 @@ TABLE: dict[type, tuple[Unused, ...]] = {
         ),
         _CACHE,
         _PAGES,
-        *_TEXT,
     ),
     GenerateConfig: (
         _unless("batching batch_size", lambda cfg: cfg.prompts_file is not None, "without prompts_file; leave it out"),
-        _unless("compile", lambda cfg: cfg.cache.name == "static", "with cache={cfg.cache.name}; choose cache=static"),
         _CACHE,
         _PAGES,
     ),

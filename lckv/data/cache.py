@@ -48,7 +48,7 @@ def find_cache_dir(cache_dir: str | None = None) -> Path:
     return Path(cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/lckv").expanduser().absolute()
 
 
-def load_or_build(folder: Path, build: Callable[[Path], None], load: Callable[[Path], T]) -> T:
+def load_or_build(folder: Path, build: Callable[[Path], object], load: Callable[[Path], T]) -> T:
     """Returns `load(folder)`, after `build` has filled the folder if it is absent or damaged.
 
     Of several processes that ask at once, one builds and the others wait for it.
@@ -74,21 +74,16 @@ def load_or_build(folder: Path, build: Callable[[Path], None], load: Callable[[P
             except DamagedCacheError as error:
                 if folder.exists():
                     logger.warning("%s: building it again", error)
-            _build(folder, build)
+            with new_folder(folder, replaces=True) as new:
+                new.chmod(folder.parent.stat().st_mode & 0o777)  # for all who share the cache
+                build(new)
+                (new / MANIFEST).write_text(json.dumps(_describe(new)), encoding="utf-8")
         return _load(folder, load)
 
 
 def _load(folder: Path, load: Callable[[Path], T]) -> T:
     _check_manifest(folder)
     return load(folder)
-
-
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    """Builds `folder`; the caller holds the lock."""
-    with new_folder(folder, replaces=True) as new:
-        new.chmod(folder.parent.stat().st_mode & 0o777)  # for all who share the cache
-        build(new)
-        (new / MANIFEST).write_text(json.dumps(_describe(new)), encoding="utf-8")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from lckv.data.cache import NpyWriter, find_cache_dir, fingerprint, load_or_buil
 from lckv.data.packing import TOKEN, Packer, labels_of, position_ids_of
 from lckv.data.sources import TextSource, build_source
 from lckv.data.tokenizer import DocumentEncoder
-from lckv.data.unigram import bits_per_byte, count_tokens, unigram_loss, unigram_perplexity
+from lckv.data.unigram import bits_per_byte, count_tokens, unigram_loss
 from lckv.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class TokenizedData:
     @property
     def unigram_perplexity(self) -> float:
         """Validation perplexity, per predicted token, of a unigram model of the training labels."""
-        return unigram_perplexity(self.train.label_counts, self.validation.label_counts)
+        return math.exp(self.unigram_loss)
 
 
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

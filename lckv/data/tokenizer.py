@@ -9,7 +9,6 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,16 +48,12 @@ def build_tokenizer(config: TokenizerConfig, data_config: DataConfig) -> PreTrai
     key = fingerprint(_BPE_VERSION, source.fingerprint, config.vocab_size, _MAX_BPE_TRAINING_CHARACTERS)
     tokenizer = load_or_build(
         find_cache_dir(data_config.cache_dir) / "tokenizers" / key,
-        build=lambda folder: _save(_train_bpe(source, config.vocab_size), folder),
+        build=lambda folder: _train_bpe(source, config.vocab_size).save_pretrained(folder),
         load=PreTrainedTokenizerFast.from_pretrained,
     )
     if len(tokenizer) < config.vocab_size:
         logger.warning("the training text yields only %d tokens, not %d", len(tokenizer), config.vocab_size)
     return tokenizer
-
-
-def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
 
 
 def _load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:

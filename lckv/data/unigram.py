@@ -27,11 +27,6 @@ def unigram_loss(train_counts: np.ndarray, validation_counts: np.ndarray) -> flo
     return float(-(validation_counts * log_probabilities).sum() / validation_counts.sum())
 
 
-def unigram_perplexity(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:
-    """Perplexity per token of the validation tokens under a unigram model (see [`unigram_loss`])."""
-    return math.exp(unigram_loss(train_counts, validation_counts))
-
-
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
     """Turns nats per token into bits per byte of text, which does not depend on the tokenizer."""
     return loss * num_tokens / (num_bytes * math.log(2))

@@ -97,11 +97,10 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["model"].config.sharing_plan.kv_owners == (0, 2, 3)
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^):]+)\)", README))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).is_file()
+def test_links_lead_somewhere() -> None:
+    assert not [link for link in re.findall(r"\]\(([^):]+)\)", README) if not (ROOT / link).is_file()]
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z-]+)", "\n".join(b for _, b in BLOCKS)))))
-def test_make_targets_exist(target: str) -> None:
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"\bmake ([a-z-]+)", "\n".join(block for _, block in BLOCKS)))
+    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
