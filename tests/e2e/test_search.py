@@ -89,7 +89,7 @@ def test_ctrl_c_leaves_what_there_is(command, folder, monkeypatch):
         (["budget=0.5"], "source: give one"),
         (["source=mine"], "budget=null: allowed is a fraction"),
         (["source=mine", "budget=150%"], "budget="),
-        (["source=mine", "budget=0.5", "method=subspce"], "unknown conversion method 'subspce'"),
+        (["source=mine", "budget=0.5", "method=subspce"], "method='subspce': allowed are inherit, average, "),
         (["source=mine", "budget=0.1"], "budget=0.1: is too little"),
         (["source=nowhere", "budget=0.5"], "source=nowhere: there is no such folder"),
         (["source=mine", "budget=0.5", "direction=up"], "unknown key 'direction'; did you mean 'directions'?"),
