@@ -38,7 +38,7 @@ CACHES = (
     "quantized cache.layout=paged cache.group_size=8 cache.residual_length=0",
 )
 METHODS = ("inherit", "average", "aligned", "activation", "subspace")
-VOLATILE = ("second", "memory", "time", "hardware", "version", "started", "date", "speed", "commit", "eta", "path")
+VOLATILE = ("second", "memory", "time", "hardware", "version", "started", "speed", "commit", "eta", "path")
 
 
 def commands() -> dict[str, str]:

@@ -269,9 +269,9 @@ def test_only_a_report_is_replaced(tmp_path):
         check_out(tmp_path / "sweep")
     with pytest.raises(UserError, match="out=.: is the current folder"):
         check_out(Path())
-    with pytest.raises(UserError, match="out=.*file/sub: cannot be made"):
-        write_report(report, tmp_path / "file" / "sub")
-    write_report(report, tmp_path / ("n" * 250))
+    for name in ("file/sub", "n" * 250):  # what is written first has a longer name
+        with pytest.raises(UserError, match="out=.*: cannot be made .*; give another out="):
+            write_report(report, tmp_path / name)
 
 
 def test_a_report_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
