@@ -44,7 +44,7 @@ def position_ids_of(is_start: np.ndarray) -> np.ndarray:
 
 
 def labels_of(input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
-    """What is to be predicted: the tokens themselves, and `IGNORE_INDEX` where a piece starts."""
+    """What is to be predicted, of the shape of both: the tokens, and `IGNORE_INDEX` where a piece starts."""
     return np.where(position_ids == 0, IGNORE_INDEX, input_ids.astype(np.int64))
 
 

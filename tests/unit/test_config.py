@@ -47,24 +47,35 @@ def options(group: str) -> list[str]:
         return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
 
 
+NEEDED = {
+    **{name: ["data.files=x"] for name in ("files", "conversion_study")},
+    "hub": ["data.dataset=x"],
+    "static": ["cache.max_length=9"],
+}
+
+
 @pytest.mark.parametrize(
     ("group", "option"),
     [(group, option) for group in ("experiment", "debug", "sharing", "model") for option in options(group)],
 )
 def test_every_choice_composes_and_makes_a_model_config(group, option):
-    cfg = cli.compose([f"{group}={option}"])
+    cfg = cli.compose([f"{group}={option}", *NEEDED.get(option, [])])
+    if group in ("sharing", "model"):
+        assert getattr(cfg, group).name == option
     plan = parse_layer_types(resolve_layer_types(cfg))
     config = LCKVLlamaConfig(**model_arguments(cfg, 256))
     assert config.kv_sharing == plan.layer_types
     assert config.num_hidden_layers == plan.num_hidden_layers
 
 
-@pytest.mark.parametrize("group", ["data", "tokenizer", "trainer", "optim", "logger"])
+@pytest.mark.parametrize("group", ["data", "tokenizer", "trainer", "optim", "logger", "cache"])
 def test_every_other_choice_composes(group):
     assert options(group)
-    needed = {"files": ["data.files=x"], "hub": ["data.dataset=x"]}
+    command, given = ("evaluate", ["model=x"]) if group == "cache" else ("train", [])
     for option in options(group):
-        cli.compose([f"{group}={option}", *needed.get(option, [])])
+        cfg = cli.compose([f"{group}={option}", *NEEDED.get(option, []), *given], command)
+        if option in NAMED_OPTIONS.get(group, ()):
+            assert getattr(cfg, group).name == option
 
 
 def test_every_registered_name_is_an_option():
@@ -74,9 +85,6 @@ def test_every_registered_name_is_an_option():
     }
     for group, known in NAMED_OPTIONS.items():
         assert set(known) <= set(options(group))
-        for name in known:
-            cfg = cli.compose([f"{group}={name}"], "evaluate" if group == "cache" else "train")
-            assert getattr(cfg, group).name == name
 
 
 def test_what_is_known_of_names_before_torch_is_what_is_registered_behind_it():
@@ -114,11 +122,6 @@ def test_what_presets_set_is_in_vain_only_where_the_command_line_says_it():
     assert cli.compose(["tokenizer.vocab_size=300"]).tokenizer.vocab_size == 300
     cfg = cli.compose(["checkpoints=[a]", "patterns=[cla]", "prompt_length=9", "model=nano"], "benchmark")
     assert cfg.model.name == "nano"
-
-
-def test_presets_name_themselves():
-    for option in options("model"):
-        assert cli.compose([f"model={option}"]).model.name == option
 
 
 def test_yaml_repeats_no_default():
