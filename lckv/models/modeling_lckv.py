@@ -179,7 +179,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             trace=trace,
         )
         if is_sequential:
-            hidden_states = self._run_token_by_token(stack, inputs_embeds, attention_mask, num_outputs)
+            hidden_states = self._run_token_by_token(stack, inputs_embeds, attention_mask, document_ids, num_outputs)
         else:
             hidden_states = stack.run(inputs_embeds)
         return self._outputs(trace, self.norm(hidden_states), past_key_values if use_cache else None)
@@ -242,6 +242,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         stack: Stack,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
         num_outputs: int | None,
     ) -> torch.Tensor:
         """Runs all layers for one token after the other, which is exact for every pattern.
@@ -265,7 +266,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             if isinstance(cache, SharingCache):
                 cache.begin_forward(self.config, mask, 1)
             visible_keys = build_visible_keys(
-                self.config, self.layout, inputs_embeds[:, token], mask, cache, None, None if is_used else 0
+                self.config, self.layout, inputs_embeds[:, token], mask, cache, document_ids, None if is_used else 0
             )
             token_stack = replace(
                 stack,
