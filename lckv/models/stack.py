@@ -53,7 +53,7 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         cache: CacheWriter | None = None,
         attentions: dict[int, Any] | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor | None, Streams | None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         """Writes, then reads. One call for both: FSDP gathers weights, and checkpointing recomputes, once per call.
 
         Args:
@@ -68,16 +68,17 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
             kwargs: passed on to the attention backend.
 
         Returns:
-            The hidden states that leave the layer, for the tokens that `visible_keys` is about, and the streams that
-            it has written, with earlier tokens' in front; `None` for what has not been done.
+            The hidden states that leave the layer, for the tokens that `visible_keys` is about, or `None` if it has
+            not read; behind them the streams that it has written, if it has, with earlier tokens' in front. One flat
+            tuple, as reentrant checkpointing gives gradients to nothing deeper.
         """
         normed = self.input_layernorm(hidden_states)
         written = self.write(normed, position_embeddings, cache) if writes else None
         if visible_keys is None:
-            return None, written
+            return (None, *(written or ()))
         streams = self._gather(sources, written)
         output = self.read(hidden_states, normed, streams, visible_keys, position_embeddings, attentions, **kwargs)
-        return output, written
+        return (output, *(written or ()))
 
     def _gather(self, sources: tuple[torch.Tensor | None, ...], written: Streams | None) -> Streams | None:
         """What the layer reads: its own streams among those of others; `None` if one of them is still zero."""
@@ -263,7 +264,7 @@ class Stack:
         attentions: dict[int, Any] | None = None,
     ) -> torch.Tensor:
         """Runs one layer, and notes in `states` what it writes. Every call looks alike, so that few are compiled."""
-        hidden_states, written = self.layers[layer_idx](
+        hidden_states, *written = self.layers[layer_idx](
             hidden_states,
             *self._read(layer_idx, states),
             position_embeddings=self.position_embeddings,
@@ -273,8 +274,8 @@ class Stack:
             attentions=attentions,
             **self.kwargs,
         )
-        if written is not None:
-            states[layer_idx] = written
+        if written:
+            states[layer_idx] = tuple(written)
         return hidden_states
 
     def _read(self, layer_idx: int, states: States) -> list[torch.Tensor | None]:

@@ -52,7 +52,7 @@ assert not {"torch", "transformers"} & set(sys.modules), "slow to start"
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("lckv.evaluate: error: evals='perplexty': allowed are perplexity")
+    assert done.stderr.startswith("lckv.evaluate: error: evals[0]='perplexty': allowed are perplexity")
 
 
 def test_ctrl_c_keeps_what_is_done(run_folder: Path, finished_run: FinishedRun, tmp_path: Path) -> None:
