@@ -9,7 +9,7 @@ from torch import nn
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.layout import KVLayout, Stream, StreamSource, build_layout
 from lckv.models.attention import LCKVAttention, apply_rotary
-from tests.reference import WINDOW
+from tests.reference import tiny_config
 
 LATENT = 96
 
@@ -94,17 +94,8 @@ KINDS = {
 def layout_model(kind, layer_types, seed=0, **kwargs):
     """A tiny model of one of `KINDS`."""
     config_class, attention_class = KINDS[kind]
-    config = config_class(
-        layer_types=layer_types,
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        sliding_window=WINDOW,
-        **({"forward_passes": "converge", "converge_tolerance": 1e-9, "initializer_range": 0.15} | kwargs),
-    )
+    iteration = {"forward_passes": "converge", "converge_tolerance": 1e-9}
+    config = tiny_config(layer_types, config_class, **(iteration | kwargs))
     torch.manual_seed(seed)
     model = LCKVLlamaForCausalLM(config)
     for layer_idx, layer in enumerate(model.model.layers):

@@ -26,7 +26,7 @@ PATTERNS = [
 ]
 
 
-def tiny_config(layer_types, **kwargs):
+def tiny_config(layer_types, config_class=LCKVLlamaConfig, **kwargs):
     defaults = dict(
         vocab_size=61,
         hidden_size=32,
@@ -42,7 +42,7 @@ def tiny_config(layer_types, **kwargs):
         eos_token_id=2,
         attn_implementation="sdpa",
     )
-    return LCKVLlamaConfig(layer_types=layer_types, **(defaults | kwargs))
+    return config_class(layer_types=layer_types, **(defaults | kwargs))
 
 
 def tiny_model(layer_types, seed=0, **kwargs):
