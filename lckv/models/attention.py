@@ -168,6 +168,7 @@ def attend(
             return attend_with_one_query(query, key, value, mask, module.scaling), None
         return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, **backend_kwargs)
 
+    # Keys shifted by one make the query's own token the one that a window of one less begins behind.
     if window is not None:
         kwargs["sliding_window"] = window
     if window == 0:
@@ -231,6 +232,8 @@ def _attend_shifted(
     num_blind = 1 if key.shape[2] < query.shape[2] else 0  # nothing is cached: the first query has no key
     if num_blind and query.shape[2] == 1:
         return torch.zeros_like(query).transpose(1, 2)
+    # With the last key gone, lengths align queries with the token before theirs: causal as backends mean it, from
+    # the last query backwards, now hides the own token too.
     attn_output, _ = backend(query[:, :, num_blind:], key, value, **kwargs)
     return nn.functional.pad(attn_output, (0, 0, 0, 0, num_blind, 0))
 
@@ -251,6 +254,8 @@ def _attend_in_blocks(
     mask, reach, q_len = visible_keys.mask, visible_keys.reach, query.shape[2]
     assert isinstance(mask, torch.Tensor) and reach is not None
     num_past = key.shape[2] - q_len
+    # A block of as many queries as the window reaches computes at most twice the pairs that are seen; each block
+    # takes the keys from `reach` before its first query to its last.
     outputs = []
     for start in range(0, q_len, max(reach, MIN_BLOCK)):
         stop = min(start + max(reach, MIN_BLOCK), q_len)

@@ -61,19 +61,21 @@ class MaskKind:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the keys and queries of layers of one kind lie.
+    """Where the keys and queries of layers of one kind lie. Positions count padding.
 
     Attributes:
+        num_queries: how many of the last new tokens have queries.
+        q_offset: position of the first of them.
         kv_length: number of keys.
         kv_offset: position of the first.
-        q_offset: position of the first query.
         key_positions: the position of each key, `(batch, kv_len)`, negative for empty slots; `None` where they are
             consecutive.
     """
 
-    kv_length: int
-    kv_offset: int
+    num_queries: int
     q_offset: int | torch.Tensor
+    kv_length: int
+    kv_offset: int = 0
     key_positions: torch.Tensor | None = None
 
 
@@ -129,27 +131,204 @@ def build_visible_keys(
     Returns:
         For every layer what its queries see; `None` for layers from which no output is wanted.
     """
-    if attention_mask is not None:
-        attention_mask = _as_boolean(attention_mask.to(inputs_embeds.device))
-    num_new_tokens = inputs_embeds.shape[1]
-    builders: dict[int, _MaskBuilder] = {}
-    masks: dict[MaskKind, VisibleKeys] = {}
-    visible_keys: list[VisibleKeys | None] = []
+    builder = _MaskBuilder(config, layout, inputs_embeds, attention_mask, past_key_values, document_ids)
+    masks: dict[MaskKind, VisibleKeys | None] = {}
+    visible_keys = []
     for layer in config.sharing_plan.layers:
         is_cut = num_outputs is not None and layer.layer_idx >= layout.owners[-1]
-        num_queries = cast(int, num_outputs) if is_cut else num_new_tokens
-        if num_queries == 0:
-            visible_keys.append(None)
-            continue
-        if num_queries not in builders:
-            builders[num_queries] = _MaskBuilder(
-                config, layout, inputs_embeds, attention_mask, past_key_values, document_ids, num_queries
-            )
-        kind = builders[num_queries].kind_of(layer)
+        kind = builder.kind_of(layer, cast(int, num_outputs) if is_cut else inputs_embeds.shape[1])
         if kind not in masks:
-            masks[kind] = builders[num_queries].build(kind)
+            masks[kind] = builder.build(kind) if kind.num_queries else None
         visible_keys.append(masks[kind])
     return visible_keys
+
+
+class _MaskBuilder:
+    """The arguments of [`build_visible_keys`], and how a mask follows from them and the kind of layer."""
+
+    def __init__(
+        self,
+        config: LCKVLlamaConfig,
+        layout: KVLayout,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        document_ids: torch.Tensor | None,
+    ) -> None:
+        self.config, self.layout, self.past_key_values = config, layout, past_key_values
+        self.batch_size, self.num_new_tokens = inputs_embeds.shape[:2]
+        self.dtype, self.device = inputs_embeds.dtype, inputs_embeds.device
+        self.padding = self.allowed = None  # `(batch, past + q_len)`, or `(batch, q_len, past + q_len)` of a 4D mask
+        if attention_mask is not None:
+            attention_mask = _as_boolean(attention_mask.to(self.device))
+            if attention_mask.ndim == 4:
+                self.allowed = attention_mask[:, 0].expand(self.batch_size, -1, -1)
+            else:
+                self.padding = attention_mask
+        self.document_ids = document_ids
+        self.is_unpadded = self._nothing_is_hidden()
+
+    def _nothing_is_hidden(self) -> bool:
+        """Whether no key is padding or forbidden. It waits for the device, so it is asked once a call."""
+        if self.padding is None:
+            return self.allowed is None
+        return not torch.compiler.is_compiling() and bool(self.padding.all())
+
+    def kind_of(self, layer: LayerPlan, num_queries: int) -> MaskKind:
+        """The kind of mask that `layer` needs."""
+        return MaskKind(
+            hides_own_token=layer.is_upward or self.config.force_nodiag,
+            window=self.config.sliding_window if layer.is_sliding else None,
+            geometry_layer=self._geometry_layer(layer.layer_idx),
+            num_queries=num_queries,
+        )
+
+    def _geometry_layer(self, layer_idx: int) -> int:
+        """The lowest owner with as many cached keys as the layer reads: some owners drop old keys, some do not."""
+        if self.past_key_values is None:
+            return 0
+        window = self.layout.store(self.layout.sources[layer_idx][0].owner).window
+        return next(store.owner for store in self.layout.stores if store.window == window)
+
+    def build(self, kind: MaskKind) -> VisibleKeys:
+        """What the queries of layers of this kind see."""
+        implementation = self.config._attn_implementation
+        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            return VisibleKeys(kind.num_queries)
+        at = self._geometry(kind)
+        # A window that reaches back to the first token hides nothing, and without one a cheaper form may do. A static
+        # cache keeps its offset in a tensor, so that a compiled step serves every position: there the window stays.
+        window = kind.window
+        if window is not None and isinstance(at.q_offset, int) and at.q_offset + at.num_queries <= window:
+            window = None
+        if implementation in FLASH_ATTENTION:
+            return self._flash(kind.hides_own_token, window, at)
+        is_plain = window is None and self.document_ids is None and self.is_unpadded
+        if implementation == "sdpa" and is_plain and isinstance(at.q_offset, int) and self._is_aligned(at):
+            return VisibleKeys(at.num_queries, drop_own_token=kind.hides_own_token)
+        return self._dense_or_block(kind.hides_own_token, window, at)
+
+    def _geometry(self, kind: MaskKind) -> Geometry:
+        """Where the keys in the cache of a layer of this kind, and its queries, lie."""
+        num_tokens_before = self.num_new_tokens - kind.num_queries  # new ones that have no queries
+        cache, layer_idx = self.past_key_values, kind.geometry_layer
+        if cache is None:
+            return Geometry(kind.num_queries, num_tokens_before, self.num_new_tokens)
+        q_offset = cache.get_seq_length(layer_idx) + num_tokens_before
+        if isinstance(q_offset, torch.Tensor):
+            q_offset = q_offset.to(self.device)
+        key_positions = None
+        if isinstance(cache, SharingCache):
+            key_positions = cache.get_key_positions(self.num_new_tokens, layer_idx)
+        if key_positions is not None:
+            key_positions = key_positions.to(self.device).expand(self.batch_size, -1)
+        kv_length, kv_offset = cache.get_mask_sizes(self.num_new_tokens, layer_idx)
+        return Geometry(kind.num_queries, q_offset, kv_length, kv_offset, key_positions)
+
+    def _is_aligned(self, at: Geometry) -> bool:
+        """Whether causality follows from the lengths: nothing cached, or one query behind all keys."""
+        return at.kv_length == at.num_queries or (at.num_queries == 1 and not is_compileable(self.past_key_values))
+
+    def _dense_or_block(self, hides_own_token: bool, window: int | None, at: Geometry) -> VisibleKeys:
+        """A mask from transformers' own function for the backend, with our rule for who sees whom."""
+        allowed = self._allowed_pairs(at)
+        padding = prepare_padding_mask(self.padding, at.kv_length, at.kv_offset)
+        sees = build_rule(at, hides_own_token, window, padding, self._documents_with_room(at), allowed)
+        sees_nothing, mask_function = None, sees
+        # Plain causality always leaves a query its own token; only what takes that away can leave it nothing.
+        if hides_own_token or padding is not None or allowed is not None:
+            if allowed is not None or at.key_positions is not None:
+                nothing = self._rows_without_keys(sees, at)
+            else:
+                nothing = self._rows_without_earlier_keys(hides_own_token, window, padding, at)
+            # Without hiding, only padding sees nothing, and what comes out at padding is nobody's business.
+            sees_nothing = nothing if hides_own_token else None
+            mask_function = or_own_token(sees, nothing, at)
+        # Blocks need consecutive keys of which the last is the last query's, without a static cache's empty slots.
+        has_reach = self.config._attn_implementation == "sdpa" and at.key_positions is None
+        reach = window if has_reach and not is_compileable(self.past_key_values) else None
+        return VisibleKeys(at.num_queries, self._mask(mask_function, at), sees_nothing=sees_nothing, reach=reach)
+
+    def _documents_with_room(self, at: Geometry) -> torch.Tensor | None:
+        """The tokens' documents, `(batch, kv_offset + kv_len)`: a static cache has room behind them."""
+        if self.document_ids is None:
+            return None
+        room = max(0, at.kv_length + at.kv_offset - self.document_ids.shape[1])
+        return pad(self.document_ids, (0, room), value=-1)
+
+    def _allowed_pairs(self, at: Geometry) -> torch.Tensor | None:
+        """The part `(batch, q_len, kv_len)` of a 4D mask for the keys that there are, false where it has none."""
+        if self.allowed is None:
+            return None
+        allowed = self.allowed[:, -at.num_queries :]
+        if at.key_positions is not None:
+            return allowed.gather(2, at.key_positions[:, None].clamp(min=0).expand(-1, at.num_queries, -1))
+        allowed = allowed[..., at.kv_offset : at.kv_offset + at.kv_length]
+        return pad(allowed, (0, at.kv_length - allowed.shape[-1]))
+
+    def _mask(self, mask_function: MaskFunction, at: Geometry) -> torch.Tensor | BlockMask:
+        """What the backend takes for such a rule: `(batch, 1, q_len, kv_len)`, or blocks of that."""
+        if self.config._attn_implementation == "flex_attention" and self.device.type == "cpu":
+            # What transformers' function does, but without compiling it: inductor's C++ for such masks does not build.
+            mask_mod = add_offsets_to_mask_function(mask_function, cast(int, at.q_offset), at.kv_offset)
+            return create_block_mask(mask_mod, self.batch_size, None, at.num_queries, at.kv_length, self.device)
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
+            batch_size=self.batch_size,
+            q_length=at.num_queries,
+            kv_length=at.kv_length,
+            q_offset=at.q_offset,
+            kv_offset=at.kv_offset,
+            mask_function=mask_function,
+            attention_mask=None,
+            allow_is_causal_skip=False,
+            dtype=self.dtype,
+            config=self.config,
+            use_vmap=False,
+            device=self.device,
+        )
+
+    def _rows_without_keys(self, sees: MaskFunction, at: Geometry) -> torch.Tensor:
+        """Which queries see no key at all, `(batch, q_len)`, by trying every pair."""
+        batch_idx = torch.arange(self.batch_size, device=self.device)[:, None, None]
+        q_idx = torch.arange(at.num_queries, device=self.device)[None, :, None] + at.q_offset
+        kv_idx = torch.arange(at.kv_length, device=self.device)[None, None, :] + at.kv_offset
+        return ~sees(batch_idx, None, q_idx, kv_idx).any(dim=-1)  # (batch, q_len, kv_len) -> (batch, q_len)
+
+    def _rows_without_earlier_keys(
+        self, hides_own_token: bool, window: int | None, padding: torch.Tensor | None, at: Geometry
+    ) -> torch.Tensor:
+        """The same `(batch, q_len)` by counting the keys of each query's span, without a matrix of pairs."""
+        stop = torch.arange(at.num_queries, device=self.device)[None, :].expand(self.batch_size, -1) + at.q_offset
+        # A query's span is `first <= k < stop`: from its window or the start of its document up to itself.
+        first = torch.zeros_like(stop) if window is None else (stop - window + 1).clamp(min=0)
+        if self.document_ids is not None:
+            first = torch.maximum(first, _document_starts(self.document_ids).gather(1, stop))
+        if not hides_own_token:
+            stop = stop + 1
+        if padding is None:
+            return first >= stop
+        # The span is empty if as many real tokens lie before its end as before its beginning.
+        num_keys_before = pad(padding.long().cumsum(dim=1), (1, 0))
+        return num_keys_before.gather(1, stop) == num_keys_before.gather(1, first.minimum(stop))
+
+    def _flash(self, hides_own_token: bool, window: int | None, at: Geometry) -> VisibleKeys:
+        """Flash attention is causal and windowed by itself; only padding and documents have to be cut out."""
+        if self.allowed is not None:
+            raise ValueError("flash attention takes no 4D attention_mask: use attn_implementation='sdpa'")
+        if is_compileable(self.past_key_values):
+            raise ValueError("flash attention takes no static cache: use attn_implementation='sdpa'")
+        varlen = None
+        if self.document_ids is not None:
+            varlen = cut_packed(self.document_ids[:, : at.kv_length], at.num_queries, hides_own_token)
+        elif not self.is_unpadded:
+            padding = prepare_padding_mask(self.padding, at.kv_length, 0)
+            assert padding is not None
+            if at.key_positions is None:
+                padding = padding[:, -at.kv_length :]
+            else:
+                padding = padding.gather(1, at.key_positions.clamp(min=0)) & (at.key_positions >= 0)
+            varlen = cut_padded(padding, at.num_queries, hides_own_token)
+        return VisibleKeys(at.num_queries, drop_own_token=hides_own_token, varlen=varlen, window=window)
 
 
 def _as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -165,208 +344,6 @@ def _as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
             f"a 4D attention_mask of shape {tuple(attention_mask.shape)}: allowed is (batch, 1, q_len, kv_len)"
         )
     return attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask.bool()
-
-
-class _MaskBuilder:
-    """The arguments of [`build_visible_keys`], and how a mask follows from them and the kind of layer.
-
-    The first `num_tokens_before` of the new tokens have no queries.
-    """
-
-    def __init__(
-        self,
-        config: LCKVLlamaConfig,
-        layout: KVLayout,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        document_ids: torch.Tensor | None,
-        num_queries: int,
-    ) -> None:
-        self.config, self.layout, self.past_key_values = config, layout, past_key_values
-        self.attention_mask, self.document_ids = attention_mask, document_ids
-        if attention_mask is not None and attention_mask.ndim == 4:
-            self.attention_mask = attention_mask[:, :, -num_queries:]
-        self.batch_size, self.q_length = inputs_embeds.shape[0], num_queries
-        self.num_tokens_before = inputs_embeds.shape[1] - num_queries
-        self.dtype, self.device = inputs_embeds.dtype, inputs_embeds.device
-        self.is_unpadded = self._nothing_is_padded()  # waits for the device, so once
-
-    def kind_of(self, layer: LayerPlan) -> MaskKind:
-        """The kind of mask that `layer` needs."""
-        return MaskKind(
-            hides_own_token=layer.is_upward or self.config.force_nodiag,
-            window=self.config.sliding_window if layer.is_sliding else None,
-            geometry_layer=self._geometry_layer(layer.layer_idx),
-            num_queries=self.q_length,
-        )
-
-    def _geometry_layer(self, layer_idx: int) -> int:
-        """The lowest owner with as many cached keys as the layer reads: some owners drop old keys, some do not."""
-        if self.past_key_values is None:
-            return 0
-        window = self.layout.store(self.layout.sources[layer_idx][0].owner).window
-        return next(store.owner for store in self.layout.stores if store.window == window)
-
-    def build(self, kind: MaskKind) -> VisibleKeys:
-        """What the queries of layers of this kind see."""
-        implementation = self.config._attn_implementation
-        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-            return VisibleKeys(self.q_length)
-        at = self._geometry(kind.geometry_layer)
-        window = kind.window
-        if window is not None and isinstance(at.q_offset, int) and at.q_offset + self.q_length <= window:
-            window = None
-        is_plain = window is None and self.document_ids is None and self.is_unpadded
-        if implementation in FLASH_ATTENTION:
-            return self._flash(kind, at.kv_length, window, at.key_positions)
-        if implementation == "sdpa" and is_plain and isinstance(at.q_offset, int) and self._is_aligned(at.kv_length):
-            return VisibleKeys(self.q_length, drop_own_token=kind.hides_own_token)
-        return self._dense_or_block(kind.hides_own_token, window, at)
-
-    def _geometry(self, layer_idx: int) -> Geometry:
-        """Where the keys in this layer's cache and the queries lie."""
-        num_new_tokens = self.num_tokens_before + self.q_length
-        if self.past_key_values is None:
-            return Geometry(num_new_tokens, 0, self.num_tokens_before)
-        q_offset = self.past_key_values.get_seq_length(layer_idx) + self.num_tokens_before
-        if isinstance(q_offset, torch.Tensor):
-            q_offset = q_offset.to(self.device)
-        kv_length, kv_offset = self.past_key_values.get_mask_sizes(num_new_tokens, layer_idx)
-        return Geometry(kv_length, kv_offset, q_offset, self._key_positions(layer_idx))
-
-    def _key_positions(self, layer_idx: int) -> torch.Tensor | None:
-        """The position of each key, `(batch, kv_len)`; `None` where they are consecutive."""
-        if not isinstance(self.past_key_values, SharingCache):
-            return None
-        positions = self.past_key_values.get_key_positions(self.num_tokens_before + self.q_length, layer_idx)
-        return None if positions is None else positions.to(self.device).expand(self.batch_size, -1)
-
-    def _is_aligned(self, kv_length: int) -> bool:
-        """Whether causality follows from the lengths: nothing cached, or one query behind all keys."""
-        return kv_length == self.q_length or (self.q_length == 1 and not is_compileable(self.past_key_values))
-
-    def _nothing_is_padded(self) -> bool:
-        if self.attention_mask is None:
-            return True
-        if self.attention_mask.ndim == 4 or torch.compiler.is_compiling():
-            return False
-        return bool(self.attention_mask.all())
-
-    def _dense_or_block(self, hides_own_token: bool, window: int | None, at: Geometry) -> VisibleKeys:
-        """A mask from transformers' own function for the backend, with our rule for who sees whom."""
-        allowed = padding = None
-        if self.attention_mask is not None and self.attention_mask.ndim == 4:
-            allowed = self._allowed_pairs(self.attention_mask, at)
-        else:
-            padding = prepare_padding_mask(self.attention_mask, at.kv_length, at.kv_offset)
-        sees = build_rule(at, hides_own_token, window, padding, self._documents_with_room(at), allowed)
-        sees_nothing, mask_function = None, sees
-        if hides_own_token or padding is not None or allowed is not None:
-            if allowed is not None or at.key_positions is not None:
-                nothing = self._rows_without_keys(sees, at)
-            else:
-                nothing = self._rows_without_earlier_keys(hides_own_token, window, padding, at.q_offset)
-            sees_nothing = nothing if hides_own_token else None
-            mask_function = or_own_token(sees, nothing, at)
-        is_sdpa = self.config._attn_implementation == "sdpa"
-        has_reach = is_sdpa and at.key_positions is None and self._ends_with_the_last_query()
-        mask = self._mask(mask_function, at)
-        return VisibleKeys(self.q_length, mask, sees_nothing=sees_nothing, reach=window if has_reach else None)
-
-    def _documents_with_room(self, at: Geometry) -> torch.Tensor | None:
-        """The tokens' documents, `(batch, kv_offset + kv_len)`: a static cache has room behind them."""
-        if self.document_ids is None:
-            return None
-        room = max(0, at.kv_length + at.kv_offset - self.document_ids.shape[1])
-        return pad(self.document_ids, (0, room), value=-1)
-
-    def _mask(self, mask_function: MaskFunction, at: Geometry) -> torch.Tensor | BlockMask:
-        """What the backend takes for such a rule."""
-        if self.config._attn_implementation == "flex_attention" and self.device.type == "cpu":
-            return self._block_mask_on_cpu(mask_function, at)
-        return ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-            batch_size=self.batch_size,
-            q_length=self.q_length,
-            kv_length=at.kv_length,
-            q_offset=at.q_offset,
-            kv_offset=at.kv_offset,
-            mask_function=mask_function,
-            attention_mask=None,
-            allow_is_causal_skip=False,
-            dtype=self.dtype,
-            config=self.config,
-            use_vmap=False,
-            device=self.device,
-        )
-
-    def _ends_with_the_last_query(self) -> bool:
-        """Whether no key lies behind the last query's, as empty slots of a static cache do."""
-        return not is_compileable(self.past_key_values)
-
-    def _allowed_pairs(self, attention_mask: torch.Tensor, at: Geometry) -> torch.Tensor:
-        """The part `(batch, q_len, kv_len)` of a 4D mask for the keys that there are, false where it has none."""
-        allowed = attention_mask[:, 0].expand(self.batch_size, -1, -1)
-        if at.key_positions is not None:
-            return allowed.gather(2, at.key_positions[:, None].clamp(min=0).expand(-1, self.q_length, -1))
-        allowed = allowed[..., at.kv_offset : at.kv_offset + at.kv_length]
-        return pad(allowed, (0, at.kv_length - allowed.shape[-1]))
-
-    def _block_mask_on_cpu(self, mask_function: MaskFunction, at: Geometry) -> BlockMask:
-        """What transformers' function does, but without compiling it: inductor's C++ for such masks does not build."""
-        return create_block_mask(
-            mask_mod=add_offsets_to_mask_function(mask_function, cast(int, at.q_offset), at.kv_offset),
-            B=self.batch_size,
-            H=None,
-            Q_LEN=self.q_length,
-            KV_LEN=at.kv_length,
-            device=self.device,
-        )
-
-    def _rows_without_keys(self, sees: MaskFunction, at: Geometry) -> torch.Tensor:
-        """Which queries see no key at all, `(batch, q_len)`, by trying every pair."""
-        batch_idx = torch.arange(self.batch_size, device=self.device)[:, None, None]
-        q_idx = torch.arange(self.q_length, device=self.device)[None, :, None] + at.q_offset
-        kv_idx = torch.arange(at.kv_length, device=self.device)[None, None, :] + at.kv_offset
-        return ~sees(batch_idx, None, q_idx, kv_idx).any(dim=-1)  # (batch, q_len, kv_len) -> (batch, q_len)
-
-    def _rows_without_earlier_keys(
-        self, hides_own_token: bool, window: int | None, padding: torch.Tensor | None, q_offset: int | torch.Tensor
-    ) -> torch.Tensor:
-        """The same `(batch, q_len)` by counting the keys of each query's span, without a matrix of pairs."""
-        stop = torch.arange(self.q_length, device=self.device)[None, :].expand(self.batch_size, -1) + q_offset
-        first = torch.zeros_like(stop) if window is None else (stop - window + 1).clamp(min=0)
-        if self.document_ids is not None:
-            first = torch.maximum(first, _document_starts(self.document_ids).gather(1, stop))
-        if not hides_own_token:
-            stop = stop + 1
-        if padding is None:
-            return first >= stop
-        num_keys_before = pad(padding.long().cumsum(dim=1), (1, 0))
-        return num_keys_before.gather(1, stop) == num_keys_before.gather(1, first.minimum(stop))
-
-    def _flash(
-        self, kind: MaskKind, kv_length: int, window: int | None, key_positions: torch.Tensor | None
-    ) -> VisibleKeys:
-        """Flash attention is causal and windowed by itself; only padding and documents have to be cut out."""
-        if self.attention_mask is not None and self.attention_mask.ndim == 4:
-            raise ValueError("flash attention takes no 4D attention_mask: use attn_implementation='sdpa'")
-        if is_compileable(self.past_key_values):
-            raise ValueError("flash attention takes no static cache: use attn_implementation='sdpa'")
-        varlen = None
-        if self.document_ids is not None:
-            varlen = cut_packed(self.document_ids[:, :kv_length], self.q_length, kind.hides_own_token)
-        elif not self.is_unpadded:
-            padding = prepare_padding_mask(self.attention_mask, kv_length, 0)
-            assert padding is not None
-            padding = padding[:, -kv_length:] if key_positions is None else _at_positions(padding, key_positions)
-            varlen = cut_padded(padding, self.q_length, kind.hides_own_token)
-        return VisibleKeys(self.q_length, drop_own_token=kind.hides_own_token, varlen=varlen, window=window)
-
-
-def _at_positions(padding: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-    """Which keys `(batch, kv_len)` belong to a token, and one that is no padding."""
-    return padding.gather(1, key_positions.clamp(min=0)) & (key_positions >= 0)
 
 
 def _document_starts(document_ids: torch.Tensor) -> torch.Tensor:
@@ -408,6 +385,8 @@ def build_rule(
     kv_offset, q_offset, key_positions = at.kv_offset, at.q_offset, at.key_positions
 
     def sees(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        # Backends count keys by where they lie. In a ring or behind a sink that is not where the token stands in the
+        # text, which is what causality and windows are about: so the slot is looked up first.
         index = kv_idx - kv_offset
         if key_positions is not None:
             kv_idx = key_positions[batch_idx, index]

@@ -139,17 +139,14 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        config, num_tokens = self.config, inputs_embeds.shape[1]
-        use_cache = config.use_cache if use_cache is None else use_cache
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
-            past_key_values = DynamicCache(config=config)
-        wants_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        wants_attentions = config.output_attentions if output_attentions is None else output_attentions
-        trace = Trace(
-            hidden_states=[inputs_embeds] if wants_hidden_states else None,
-            attentions={} if wants_attentions else None,
-            residuals=[] if output_kv_residual else None,
-        )
+            past_key_values = DynamicCache(config=self.config)
+        trace = self._new_trace(inputs_embeds, output_hidden_states, output_attentions, output_kv_residual)
+        num_tokens = inputs_embeds.shape[1]
+        num_outputs = None  # all, also for positions in a tensor and where every layer's output is returned
+        if isinstance(logits_to_keep, int) and 0 < logits_to_keep < num_tokens and not trace.wants_each_layer:
+            num_outputs = logits_to_keep
         is_sequential = self._begin(past_key_values, attention_mask, position_ids, num_tokens, trace)
         has_past = has_cached_tokens(past_key_values, self.layout)
         document_ids = None
@@ -157,14 +154,10 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             position_ids = self._next_positions(num_tokens, past_key_values, inputs_embeds.device)
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
-        # All outputs are wanted for 0, for positions in a tensor, and where each layer's are returned.
-        num_outputs = None
-        if isinstance(logits_to_keep, int) and 0 < logits_to_keep < num_tokens and not trace.wants_each_layer:
-            num_outputs = logits_to_keep
         visible_keys: list[VisibleKeys | None] = []
         if not is_sequential:
             visible_keys = build_visible_keys(
-                config, self.layout, inputs_embeds, attention_mask, past_key_values, document_ids, num_outputs
+                self.config, self.layout, inputs_embeds, attention_mask, past_key_values, document_ids, num_outputs
             )
         stack = self.stack_class(
             self.layers,
@@ -183,6 +176,23 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         else:
             hidden_states = stack.run(inputs_embeds)
         return self._outputs(trace, self.norm(hidden_states), past_key_values if use_cache else None)
+
+    def _new_trace(
+        self,
+        inputs_embeds: torch.Tensor,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+        output_kv_residual: bool,
+    ) -> Trace:
+        """What the call shall report: what it asks for, and where it says nothing, the configuration."""
+        config = self.config
+        wants_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_attentions = config.output_attentions if output_attentions is None else output_attentions
+        return Trace(
+            hidden_states=[inputs_embeds] if wants_hidden_states else None,
+            attentions={} if wants_attentions else None,
+            residuals=[] if output_kv_residual else None,
+        )
 
     def _outputs(
         self, trace: Trace, hidden_states: torch.Tensor, past_key_values: Cache | None

@@ -201,6 +201,8 @@ class Stack:
         gradient: it flows through the KV of the graded passes alone.
         """
         owners = self._owners_read_upward(cycle)
+        # New tokens are to read the cached ones from the first pass on. Without any, an owner that has not written is
+        # missing from `states`, and its readers skip attention instead of attending to zeros.
         if self.has_past:
             states = states | self._past_states(owners, hidden_states)
         num_ungraded, passes = 0, self.passes
@@ -208,9 +210,12 @@ class Stack:
             while num_ungraded < passes.num_ungraded:
                 before, states = states, self._run_draft(cycle, hidden_states, states)
                 num_ungraded += 1
+                # The first pass has nothing to be compared with: its upward readers have read zeros.
                 if passes.tolerance is not None and num_ungraded > 1:
                     if relative_change(before, states, owners) < passes.tolerance:
                         break
+        # From here on, `states` carry gradient: a loss behind the last pass reaches the projections of the owners
+        # through what the graded pass before it wrote.
         for _ in range(passes.num_graded - 1):
             states = self._run_draft(cycle, hidden_states, states)
         before = states
@@ -227,6 +232,8 @@ class Stack:
         Nobody needs what leaves the top layer, so that layer only writes; an owner that no layer below the top reads
         does not even do that.
         """
+        # A copy, in which layers find what owners below them have just written, and of those above what the pass
+        # before wrote. The dictionary before it stays as it was, to be compared with.
         states, top = dict(states), cycle.stop - 1
         read_again = {source.owner for read in self.layout.sources[cycle.start : top] for source in read}
         peek = None if self.cache is None else CachePeeker(self.cache)
