@@ -25,6 +25,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from lckv import hydra_store  # noqa: E402
+from tests import commands  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -76,9 +77,7 @@ def literals() -> Iterator[None]:
 def run_module(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python -m MODULE ARGUMENTS...` in the empty folder `tmp_path` and returns the finished process."""
 
-    def run(module: str, *arguments: str, timeout: float = 50, **options) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", module, *arguments]
-        options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": timeout, **options}
-        return subprocess.run(command, check=False, **options)
+    def run(module: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+        return commands.run([sys.executable, "-m", module, *arguments], tmp_path, **options)
 
     return run

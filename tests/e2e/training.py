@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests import commands
+
 # Sixty steps last a few seconds: long enough to be killed in the middle, wherever that is.
 SETTINGS = [
     "debug=default",
@@ -33,8 +35,7 @@ def command(corpus: Path, run_dir: Path, *settings: str) -> list[str]:
 
 
 def run(arguments: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    options: dict[str, Any] = {"cwd": cwd, "capture_output": True, "text": True, "timeout": 100}
-    return subprocess.run(arguments, check=False, env={**os.environ, **environment}, **options)
+    return commands.run(arguments, cwd, timeout=100, env={**os.environ, **environment})
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

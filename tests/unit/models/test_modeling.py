@@ -89,16 +89,16 @@ def test_any_pattern_parallel_cached_checkpointed_and_token_by_token_agree(layer
 @given(layer_types_strings)
 def test_any_pattern_compiles_in_one_graph(layer_types):
     torch._dynamo.reset()
-    model = tiny_model(layer_types)
+    model = tiny_model(layer_types, forward_passes=1)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     input_ids = token_ids(2, 6)
     assert_close(compiled(input_ids, use_cache=False).logits, model(input_ids, use_cache=False).logits, 1e-6)
 
 
-@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4", pytest.param("1s_1s_3s_3s", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_2_2_3", pytest.param("1s_1s_3s_3s", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph_equals_eager(layer_types):
     torch._dynamo.reset()
-    model = tiny_model(layer_types).train()
+    model = tiny_model(layer_types, forward_passes=1).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     input_ids = token_ids(2, LENGTH)
     position_ids = torch.cat([torch.arange(4), torch.arange(LENGTH - 4)])[None].expand(2, -1)
