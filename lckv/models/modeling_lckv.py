@@ -82,10 +82,10 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
 
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.sharing_plan, self.layout = config.sharing_plan, config.kv_layout
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        # Without a `padding_idx`, whose row torch never trains: many tokenizers pad with a token of the text.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             [LCKVDecoderLayer(config, layer_idx) for layer_idx in range(len(config.sharing_plan.layers))]
         )
@@ -132,15 +132,19 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             kwargs: passed on to the attention backend.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for options that
-                `use_sequential`, a cache that takes single tokens or the attention backend does not have.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for a cache together with
+                gradient checkpointing; for options that `use_sequential`, a cache that takes single tokens or the
+                attention backend does not have.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputes and past_key_values is not None:
+            raise ValueError("gradient checkpointing runs layers twice, which would write to a cache twice: give none")
+        if use_cache and past_key_values is None and not recomputes:
             past_key_values = DynamicCache(config=self.config)
         trace = self._new_trace(inputs_embeds, output_hidden_states, output_attentions, output_kv_residual)
         num_tokens = inputs_embeds.shape[1]

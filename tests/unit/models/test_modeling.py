@@ -256,6 +256,37 @@ def test_options_that_sequential_does_not_have_are_refused():
         model.train()(input_ids)
 
 
+@pytest.mark.parametrize("cache_class", [DynamicCache, SinkKVCache])
+def test_a_cache_is_not_written_twice_by_recomputation(cache_class):
+    model = tiny_model("0_0_2_2").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    cache = cache_class(config=model.config)
+    with pytest.raises(ValueError, match="would write to a cache twice"):
+        model(token_ids(1, LENGTH), past_key_values=cache)
+    with torch.no_grad():  # where nothing is recomputed
+        model(token_ids(1, LENGTH), past_key_values=cache)
+    assert cache.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+def test_a_token_that_pads_begins_and_ends_texts_is_learned(tie_word_embeddings):
+    """GPT-2's habit: one token for all three, so that the first position of every document reads its embedding."""
+    model = tiny_model(
+        "0_2_2_3", pad_token_id=5, bos_token_id=5, eos_token_id=5, tie_word_embeddings=tie_word_embeddings
+    )
+    input_ids = token_ids(2, LENGTH)
+    input_ids[:, 0] = 5
+    model(input_ids, labels=input_ids).loss.backward()
+    assert model.model.embed_tokens.weight[5].abs().min() > 0
+    gradient = model.model.embed_tokens.weight.grad[5]
+    assert gradient.abs().max() > 0
+    labels = torch.full_like(input_ids, -100)
+    labels[:, 1] = input_ids[:, 1]
+    model.zero_grad()
+    model(input_ids, labels=labels).loss.backward()  # what only the first position predicts teaches its row
+    assert model.model.embed_tokens.weight.grad[5].abs().max() > 0
+
+
 def test_a_cache_that_takes_single_tokens_is_named_where_that_is_in_the_way():
     model = tiny_model("0_2_2_3")
     cache = SinkKVCache(model.config, num_sinks=1, window=3)
