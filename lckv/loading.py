@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from lckv.config.names import DTYPES
 from lckv.errors import UserError, near_miss
+from lckv.gguf_settings import complete_config
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.models.families import read_config
 from lckv.training.run_folder import RunFolder
@@ -88,7 +89,8 @@ class Checkpoint:
             UserError: if it cannot be read.
         """
         with self.loading("the configuration"):
-            return PretrainedConfig.get_config_dict(self.path, **self.arguments())[0]
+            values: dict[str, Any] = PretrainedConfig.get_config_dict(self.path, **self.arguments())[0]
+            return values if self.gguf_file is None else complete_config(Path(self.path, self.gguf_file), values)
 
     def load_config(self) -> LCKVLlamaConfig:
         """The configuration as one of ours; see [`lckv.models.families.read_config`].

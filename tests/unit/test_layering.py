@@ -25,7 +25,7 @@ LAYERS = [
     ["data", "models", "logits"],
     ["cache"],
     ["evaluation", "training"],
-    ["loading"],
+    ["gguf_settings", "loading"],
     ["building"],
     ["engine"],
     ["generation"],

@@ -3,13 +3,24 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lckv.errors import UserError
 from lckv.loading import find_device, load_model
+from lckv.models import LCKVLlamaForCausalLM
 from tests.reference import tiny_model, token_ids
 from tests.tiny import byte_tokenizer
 
@@ -83,8 +94,89 @@ def test_a_gguf_file(tmp_path):
     assert tokenizer.decode(tokenizer("abc", add_special_tokens=False)["input_ids"]) == "abc"
 
 
-def write_gguf(gguf, path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FACTORS = [1.0, 1.5, 1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("rope", "settings"),
+    [
+        (LLAMA3 | {"original_max_position_embeddings": 8192}, {}),
+        (LLAMA3 | {"original_max_position_embeddings": 64}, {"rope.scaling.original_context_length": 64}),
+        ({"rope_type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS, "attention_factor": 1.0}, {}),
+        ({"rope_type": "linear", "factor": 4.0}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
+        ({"rope_type": "linear", "factor": 2.0}, {"rope.scale_linear": 2.0}),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, YARN),
+        ({"rope_type": "default"}, {"rope.scaling.type": "none", "attention.key_length": 8, "expert_count": 0}),
+    ],
+)
+def test_a_gguf_file_says_how_positions_are_scaled(tmp_path, rope, settings):
+    """Scalings by frequency are a tensor, computed here by transformers' own functions; the others are settings."""
+    gguf = pytest.importorskip("gguf")
+    rope = {"rope_theta": 500.0, "original_max_position_embeddings": 256, **rope}
+    llama = llama_folder(tmp_path / "llama", rope_parameters=rope, max_position_embeddings=256)
+    tensors = {}
+    if rope["rope_type"] in ("llama3", "longrope"):
+        plain = 500.0 ** -(torch.arange(0, 8, 2) / 8)
+        scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](llama.config, "cpu")
+        tensors["rope_freqs.weight"] = plain / scaled
+    path = tmp_path / "tiny.gguf"
+    write_gguf(gguf, path, llama, byte_tokenizer(), settings=settings, tensors=tensors)
+    model, _ = load_model(str(path))
+    assert model.config.rope_parameters["rope_type"] == rope["rope_type"]
+    input_ids = token_ids(1, 200)
+    torch.testing.assert_close(model(input_ids).logits, llama(input_ids).logits, atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path / "saved")
+    again = LCKVLlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(again(input_ids).logits, llama(input_ids).logits, atol=1e-4, rtol=0)
+
+
+def test_a_gguf_file_says_that_attention_has_a_window(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    llama = llama_folder(tmp_path / "llama")
+    path = tmp_path / "tiny.gguf"
+    write_gguf(gguf, path, llama, byte_tokenizer(), settings={"attention.sliding_window": 5})
+    model, _ = load_model(str(path))
+    assert model.config.sharing_plan.layer_types == "0s_1s_2s" and model.config.sliding_window == 5
+    mistral = MistralForCausalLM(MistralConfig.from_dict(llama.config.to_dict() | {"sliding_window": 5})).eval()
+    mistral.load_state_dict(llama.state_dict())
+    torch.testing.assert_close(model(token_ids(2, 24)).logits, mistral(token_ids(2, 24)).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensors", "answer"),
+    [
+        ({"attention.scale": 0.1}, {}, r"says llama\.attention\.scale=0\.1"),
+        ({"attn_logit_softcapping": 50.0}, {}, "says llama.attn_logit_softcapping=50.0"),
+        ({"rope.dimension_count": 4}, {}, "says llama.rope.dimension_count=4; allowed is the width of a head, 8"),
+        ({"rope.scaling.type": "longrope"}, {}, "rope.scaling.type=longrope; allowed are none, linear, yarn"),
+        ({}, {"rope_factors_long.weight": torch.ones(4)}, "holds rope_factors_long.weight"),
+    ],
+)
+def test_what_a_gguf_file_says_and_no_model_here_does_is_refused_by_name(tmp_path, settings, tensors, answer):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "tiny.gguf"
+    llama = llama_folder(tmp_path / "llama")
+    write_gguf(gguf, path, llama, byte_tokenizer(), settings=settings, tensors=tensors)
+    with pytest.raises(UserError, match=answer):
+        load_model(str(path))
+
+
+def write_gguf(
+    gguf: Any,
+    path: Path,
+    llama: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: dict[str, float | str] | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> None:
     config, writer = llama.config, gguf.GGUFWriter(path, "llama")
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for name, value in (settings or {}).items():
+        add[type(value)](f"llama.{name}", value)
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, tensor.float().numpy())
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

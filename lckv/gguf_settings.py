@@ -1,0 +1,179 @@
+"""What a GGUF file says about positions and attention, and transformers' reader leaves out.
+
+transformers reads the sizes and the base of the rotary embedding, and passes over all else. A model that is missing a
+scaling or a window computes something else than the file means, without a word. So every setting of the file is either
+read there, read here, or refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lckv.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderField
+
+_READ_BY_TRANSFORMERS = frozenset(
+    {
+        "context_length",
+        "block_count",
+        "feed_forward_length",
+        "embedding_length",
+        "vocab_size",
+        "rope.freq_base",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.layer_norm_rms_epsilon",
+    }
+)
+_READ_HERE = frozenset(
+    {
+        "rope.dimension_count",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "rope.scaling.attn_factor",
+        "rope.scaling.original_context_length",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "rope.scale_linear",  # what the two above were called once
+        "attention.key_length",
+        "attention.value_length",
+        "attention.sliding_window",
+    }
+)
+_WITHOUT_EFFECT = frozenset({"rope.scaling.finetuned", "tensor_data_layout"})
+_FREQUENCIES = "rope_freqs.weight"
+_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_LENGTH = 1.0, 4.0, 8192
+
+
+def complete_config(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds what transformers has not read to what it has.
+
+    Args:
+        path: the file.
+        values: a configuration as transformers reads it from there.
+
+    Returns:
+        The same with the scaling of the rotary embedding, and with the window of attention.
+
+    Raises:
+        UserError: for a setting that the models here do not have.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    architecture = _value(reader.fields["general.architecture"])
+    settings = {
+        name.removeprefix(f"{architecture}."): _value(field)
+        for name, field in reader.fields.items()
+        if name.startswith(f"{architecture}.")
+    }
+    for name, value in settings.items():
+        # Files say of what their architecture might have, and they have not, that it is 0 or "none".
+        if name not in _READ_BY_TRANSFORMERS | _READ_HERE | _WITHOUT_EFFECT and value not in (0, "", "none"):
+            raise UserError(f"says {architecture}.{name}={value}, which the models here do not have")
+    completed = dict(values)
+    head_dim = _head_dim(settings, architecture)
+    theta = float(settings.get("rope.freq_base", 10000.0))
+    completed["rope_parameters"] = {"rope_theta": theta, **_scaling(reader, settings, theta, head_dim)}
+    completed.pop("rope_theta", None)
+    if window := settings.get("attention.sliding_window"):
+        if architecture not in ("llama", "mistral"):
+            raise UserError(f"says {architecture}.attention.sliding_window={window}, but not of which layers")
+        completed |= {"model_type": "mistral", "sliding_window": int(window)}
+    return completed
+
+
+def _head_dim(settings: Mapping[str, Any], architecture: str) -> int:
+    """The width of a head, all of which is to be rotated, and which keys and values are to share."""
+    head_dim = int(settings["embedding_length"]) // int(settings["attention.head_count"])
+    head_dim = int(settings.get("attention.key_length", head_dim))
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if settings.get(name, head_dim) != head_dim:
+            raise UserError(f"says {architecture}.{name}={settings[name]}; allowed is the width of a head, {head_dim}")
+    return head_dim
+
+
+def _scaling(reader: GGUFReader, settings: Mapping[str, Any], theta: float, head_dim: int) -> dict[str, Any]:
+    """How the rotary embedding is stretched, in transformers' words."""
+    length = int(settings.get("rope.scaling.original_context_length", settings["context_length"]))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if unknown := next((name for name in tensors if name.startswith("rope_") and name != _FREQUENCIES), None):
+        raise UserError(f"holds {unknown}, which the models here do not have")
+    if _FREQUENCIES in tensors:
+        divisors = np.array(tensors[_FREQUENCIES].data, dtype=np.float64).flatten()
+        return _scaling_by_frequency(divisors, settings, theta, head_dim, length)
+    kind = settings.get("rope.scaling.type")
+    factor = float(settings.get("rope.scaling.factor", settings.get("rope.scale_linear", 1.0)))
+    if kind is None:
+        kind = "linear" if factor != 1.0 else "none"
+    if kind == "none":
+        return {"rope_type": "default"}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise UserError(f"says rope.scaling.type={kind}; allowed are none, linear, yarn and a tensor {_FREQUENCIES}")
+    betas = {
+        name: float(settings[f"rope.scaling.yarn_{name}"])
+        for name in ("beta_fast", "beta_slow")
+        if f"rope.scaling.yarn_{name}" in settings
+    }
+    # Beyond what the factor implies, 0.1 * ln(factor) + 1, which transformers works out by itself.
+    attention = float(settings.get("rope.scaling.attn_factor", 1.0)) * (0.1 * math.log(factor) + 1.0)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": length,
+        "attention_factor": attention,
+        **betas,
+    }
+
+
+def _scaling_by_frequency(
+    divisors: np.ndarray, settings: Mapping[str, Any], theta: float, head_dim: int, length: int
+) -> dict[str, Any]:
+    """What divides each of the `(head_dim / 2,)` frequencies: by Llama 3's formula if it is that, else as a list."""
+    factor = float(divisors.max())
+    for original in {length, _LLAMA3_LENGTH}:
+        if factor > 1 and np.allclose(divisors, llama3_divisors(theta, head_dim, factor, original), rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": _LLAMA3_LOW,
+                "high_freq_factor": _LLAMA3_HIGH,
+                "original_max_position_embeddings": original,
+            }
+    return {
+        "rope_type": "longrope",
+        "short_factor": divisors.tolist(),
+        "long_factor": divisors.tolist(),
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": int(settings["context_length"]),
+    }
+
+
+def llama3_divisors(theta: float, head_dim: int, factor: float, original_length: int) -> np.ndarray:
+    """What Llama 3.1's scaling divides each frequency by, `(head_dim / 2,)`.
+
+    Fast frequencies stay, slow ones are divided by `factor`; between a fourth and all of the original length, counted
+    in turns, the frequency is a mixture of both.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = original_length * frequencies / (2 * math.pi)
+    kept = np.clip((turns - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0.0, 1.0)
+    return 1.0 / ((1.0 - kept) / factor + kept)
+
+
+def _value(field: ReaderField) -> Any:
+    """A number or a text; for a list, that it is one."""
+    from gguf import GGUFValueType
+
+    if field.types[0] == GGUFValueType.STRING:
+        return bytes(field.parts[-1]).decode()
+    return field.parts[-1][0].item() if field.types[0] != GGUFValueType.ARRAY else "a list"
