@@ -15,11 +15,10 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from lckv.config import TeacherConfig
 from lckv.errors import UserError
+from lckv.evaluation.perplexity import IGNORE_INDEX
 from lckv.training.trainer import LCKVTrainer
 
 logger = logging.getLogger(__name__)
-
-IGNORE_INDEX = -100
 
 _NUM_BLOCKS_FOR_SCALES = 8
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from statistics import median_high
 from typing import Any
 
 from rich.console import Console
@@ -34,8 +35,8 @@ _OF_ONE_RUN = ("sharing", "model.layer_types", "model.num_hidden_layers", "run_n
 
 def median_speed(lines: Sequence[dict[str, Any]]) -> float | None:
     """Tokens per second of training, from the lines of `metrics.jsonl`; `None` if nothing was trained."""
-    speeds = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
-    return speeds[len(speeds) // 2] if speeds else None
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    return median_high(speeds) if speeds else None
 
 
 def build_results(
@@ -48,17 +49,7 @@ def build_results(
     sample_prompt: str,
     llama_sizes: ModelSizes | None = None,
 ) -> dict[str, Any]:
-    """Gathers the results of a run from the last lines of its metrics.
-
-    Args:
-        model: the trained model.
-        data: what it was trained and evaluated on.
-        lines: the lines of `metrics.jsonl`.
-        run_name: name of the run.
-        num_processes: how many processes trained together.
-        sample_prompt: what the samples start with.
-        llama_sizes: of the Llama that KV bytes are compared with; None: the model's own.
-    """
+    """Gathers the results of a run from `lines`, its metrics; KV bytes are compared with those of `llama_sizes`."""
     train = [line for line in lines if "loss" in line]
     evaluation = [line for line in lines if "eval_loss" in line][-1]
     samples = [line["sample"] for line in train if "sample" in line]
