@@ -27,17 +27,13 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None) -> None:
             layer.compile(backend=backend, mode=mode)
 
 
-def use_liger_kernels(model: PreTrainedModel) -> int:
+def use_liger_kernels(model: PreTrainedModel) -> None:
     """Exchanges every norm, gated SiLU MLP and the loss of a Llama-shaped model for Liger's; names and weights stay.
 
     transformers' own switch knows models by their type and leaves others as they are without a word.
-
-    Returns:
-        The number of modules exchanged.
     """
     from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
 
-    exchanged = 0
     for name, module in list(model.named_modules()):
         fused: nn.Module | None = None
         if type(module) is LlamaRMSNorm:
@@ -48,9 +44,7 @@ def use_liger_kernels(model: PreTrainedModel) -> int:
             fused.to(next(module.parameters()))
             fused.load_state_dict(module.state_dict())
             model.set_submodule(name, fused)
-            exchanged += 1
     model.loss_function = liger_causal_lm_loss
-    return exchanged
 
 
 def liger_causal_lm_loss(

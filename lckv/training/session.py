@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from lckv.config import TrainConfig
 from lckv.data import TokenizedData, collate
 from lckv.errors import UserError
-from lckv.evaluation.model_costs import costs_of, llama_sizes_of, sharing_plan_of
+from lckv.evaluation.model_costs import costs_of, sharing_plan_of
 from lckv.storage import write_json
 from lckv.training import callbacks as ours
 from lckv.training.acceleration import compile_layers, use_liger_kernels
@@ -81,8 +81,8 @@ class Session:
         self.trainer = trainer_class(
             model,
             args,
-            data.train,
-            data.validation,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
             eval_num_bytes=data.validation_num_bytes,
             build_optimizer=partial(build_optimizer, cfg=cfg.optim),
             checkpoints=folder.checkpoints,
@@ -137,13 +137,12 @@ class Session:
             The results; `None` in every process but the first.
         """
         if self.checkpoint:
-            self._print(f"going on from {self.checkpoint}")
+            self.console.print(f"going on from {self.checkpoint}")
         try:
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         except KeyboardInterrupt:
-            self._print(
-                f"interrupted; the same command goes on from {self.folder.checkpoints.latest() or 'the start'}"
-            )
+            latest = self.folder.checkpoints.latest() or "the start"
+            self.console.print(f"interrupted; the same command goes on from {latest}")
             raise
         finally:
             self.progress.close()
@@ -152,26 +151,13 @@ class Session:
         self.trainer.accelerator.wait_for_everyone()
         return results
 
-    def _print(self, text: str) -> None:
-        if self.trainer.is_world_process_zero():
-            self.console.print(text)
-
     def _write_results(self) -> dict[str, Any]:
-        lines = self.folder.read_metrics()
-        results = build_results(
-            self.model,
-            self.data,
-            lines,
-            run_name=self.cfg.run_name or self.folder.path.name,
-            num_processes=self.trainer.args.world_size,
-            sample_prompt=self.cfg.trainer.sample_prompt,
-            llama_sizes=llama_sizes_of(self.model, asdict(self.cfg)),
-        )
+        results = build_results(self.cfg, self.model, self.data, self.folder, self.args.world_size)
         if self.evaluations is not None:
             # A run that goes on from its last step has evaluated in an earlier session.
             figures = self.evaluations.figures or self.evaluations.run()
             results["evaluations"] = dict(figures)
         title = f"{results['run_name']}   {results['layer_types']}"
-        plot_loss(lines, self.folder.loss_plot, title=title, unigram_loss=results["unigram_loss"])
+        plot_loss(self.folder.read_metrics(), self.folder.loss_plot, title=title, unigram_loss=results["unigram_loss"])
         write_json(self.folder.results, results)
         return results

@@ -60,21 +60,18 @@ class LCKVTrainer(Trainer):
     Args:
         model: the model.
         args: built by [`build_training_arguments`].
-        train_dataset: blocks to train on.
-        eval_dataset: blocks to evaluate on.
-        eval_num_bytes: UTF-8 bytes of the text that these predict.
+        eval_num_bytes: UTF-8 bytes of the text that the blocks of `eval_dataset` predict.
         build_optimizer: makes the optimizer for a model.
         checkpoints: where checkpoints go.
         periods: log every so many steps, beside what `args` says about logging.
-        **kwargs: further arguments of `Trainer`, `processing_class` with the tokenizer among them.
+        **kwargs: further arguments of `Trainer`: `train_dataset` and `eval_dataset`, blocks each; `processing_class`,
+            the tokenizer, which is saved with the model; and `data_collator`.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
-        train_dataset: Dataset,
-        eval_dataset: Blocks,
         *,
         eval_num_bytes: int | None,
         build_optimizer: Callable[[nn.Module], Optimizer],
@@ -82,28 +79,21 @@ class LCKVTrainer(Trainer):
         periods: Sequence[int | None] = (),
         **kwargs: Any,
     ) -> None:
+        super().__init__(model, args, **kwargs)
         # Blocks per optimizer step.
         self.global_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.order = TrainingOrder(
-            num_blocks=len(train_dataset),  # type: ignore[arg-type]
+            num_blocks=len(cast(Blocks, self.train_dataset)),
             num_samples=args.max_steps * self.global_batch_size,
             seed=args.seed,
         )
         self.on_eval_batch: Callable[[int, int], None] | None = None
         self._eval_num_bytes = eval_num_bytes
-        self._run_dir = checkpoints.path.parent
         self._build_optimizer = build_optimizer
         self._checkpoints = checkpoints
         self._periods = periods
         self._residuals: list[Tensor] = []
         self._window: list[tuple[dict[str, Any], Tensor]] = []  # micro batches of this step and their losses
-        super().__init__(
-            model,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=cast(Dataset, eval_dataset),
-            **kwargs,
-        )
         plan = getattr(model.config, "sharing_plan", None)  # models of other families have none
         self._has_residual = plan is not None and plan.has_cycles
 
@@ -263,7 +253,7 @@ class LCKVTrainer(Trainer):
         start = self.state.global_step * self.global_batch_size
         start += (number * self.args.world_size + self.args.process_index) * size
         indices = list(islice(self.order, start, start + size))
-        dump = self._run_dir / f"nonfinite_step{step}_rank{self.args.process_index}.pt"
+        dump = self._checkpoints.path.parent / f"nonfinite_step{step}_rank{self.args.process_index}.pt"
         tensors = {name: value.cpu() for name, value in inputs.items() if torch.is_tensor(value)}
         with new_file(dump) as file:
             torch.save({"step": step, "loss": loss, "block_indices": indices, "batch": tensors}, file)
