@@ -68,7 +68,9 @@ def run(main: Callable[[Any], Any], config_name: str) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        mistake = _mistake(error) or (None if error is job.bug else _mistake_in_the_configuration(error, job.schema))
+        mistake = _mistake(error)
+        if mistake is None and error is not job.bug:
+            mistake = _mistake_in_the_configuration(error, hydra_store.SCHEMAS[config_name])
         if mistake is None:
             raise
         job.report(mistake)
@@ -131,11 +133,6 @@ class _Job:
         self.arguments = arguments
         self.has_failed = False
         self.bug: Exception | None = None
-
-    @property
-    def schema(self) -> type:
-        """The root dataclass."""
-        return hydra_store.SCHEMAS[self.config_name]
 
     def __call__(self, composed: DictConfig) -> Any:
         sys.argv[1:] = self.arguments  # what a run says to type next begins with them
