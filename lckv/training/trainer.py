@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
@@ -233,7 +233,7 @@ class LCKVTrainer(Trainer):
         remedy = "make room and run the same command: training is not repeated"
         with saving("the trained model", path.parent, remedy), new_folder(path, replaces=True) as folder:
             model.save_pretrained(folder, state_dict=state_dict)
-            self.processing_class.save_pretrained(folder)
+            cast(PreTrainedTokenizerBase, self.processing_class).save_pretrained(folder)
 
     # What must not happen.
 
@@ -257,7 +257,8 @@ class LCKVTrainer(Trainer):
         tensors = {name: value.cpu() for name, value in inputs.items() if torch.is_tensor(value)}
         with new_file(dump) as file:
             torch.save({"step": step, "loss": loss, "block_indices": indices, "batch": tensors}, file)
-        text = str(self.processing_class.decode(tensors["input_ids"][0, :24], skip_special_tokens=True))
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        text = str(tokenizer.decode(tensors["input_ids"][0, :24], skip_special_tokens=True))
         shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
         raise UserError(
             f"step {step}: the loss is {loss} on training blocks {shown}, the first beginning "
