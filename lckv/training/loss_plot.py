@@ -15,14 +15,7 @@ from lckv.training.callbacks import text_loss
 
 
 def plot_loss(lines: Sequence[dict[str, Any]], path: Path, *, title: str, unigram_loss: float | None) -> None:
-    """Draws training and validation loss against tokens, with the unigram model's loss as a line to be below of.
-
-    Args:
-        lines: the lines of `metrics.jsonl`.
-        path: the PNG to write.
-        title: what was trained.
-        unigram_loss: nats per token of the unigram model on the validation text.
-    """
+    """Draws the losses in the lines of `metrics.jsonl` against tokens, with a line for the unigram model."""
     train = [(line["tokens"], text_loss(line)) for line in lines if "loss" in line]
     validation = [(line["tokens"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")

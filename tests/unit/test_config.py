@@ -29,7 +29,7 @@ from lckv.conversion import METHODS
 from lckv.data import SOURCES
 from lckv.errors import UserError
 from lckv.evaluation import MODULES
-from lckv.hydra_store import NAMED_OPTIONS, config_dir, register_schemas
+from lckv.hydra_store import NAMED_OPTIONS, config_dir, register_schema
 from lckv.model_arguments import model_arguments, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
@@ -42,7 +42,7 @@ CONF = config_dir()
 
 def options(group: str) -> list[str]:
     """What Hydra knows, whether by a file or by a registered name."""
-    register_schemas()
+    register_schema("train")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
 

@@ -16,7 +16,7 @@ from lckv.data import TokenizedData, build_dataset, build_tokenizer
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.training.arguments import build_training_arguments
-from lckv.training.evaluation_callback import build_evaluate
+from lckv.training.callbacks import build_evaluate
 from lckv.training.run_folder import RunFolder
 from lckv.training.session import Session
 
