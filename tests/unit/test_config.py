@@ -25,7 +25,7 @@ from lckv.config import (
 from lckv.config.cache import cache_options
 from lckv.config.data import SMALLEST_BPE, SPECIAL_TOKENS
 from lckv.config.evaluation import EVALUATIONS
-from lckv.conversion import METHODS
+from lckv.conversion.methods import METHODS
 from lckv.data import SOURCES
 from lckv.errors import UserError
 from lckv.evaluation import MODULES
