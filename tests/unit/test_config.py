@@ -28,7 +28,7 @@ from lckv.config.evaluation import EVALUATIONS
 from lckv.conversion.methods import METHODS
 from lckv.data import SOURCES
 from lckv.errors import UserError
-from lckv.evaluation import MODULES
+from lckv.evaluation.evaluations import FUNCTIONS
 from lckv.hydra_store import NAMED_OPTIONS, config_dir, register_schemas
 from lckv.model_arguments import model_arguments, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
@@ -96,7 +96,7 @@ def test_what_is_known_of_names_before_torch_is_what_is_registered_behind_it():
         (names.SOURCES, SOURCES),
         (names.TRACKERS, LOGGERS),
         (names.TRAINABLE, TRAINABLE),
-        (EVALUATIONS, MODULES),
+        (EVALUATIONS, FUNCTIONS),
     ):
         assert sorted(declared) == sorted(registered)
     for name, cache in CACHES._entries.items():
