@@ -57,7 +57,8 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
 
     from lckv.building import build_model, build_teacher, check_activation
     from lckv.conversion.pipeline import adopt_init, convert_init
-    from lckv.data import build_dataset, build_tokenizer
+    from lckv.data.dataset import build_dataset
+    from lckv.data.tokenizer import build_tokenizer
     from lckv.training.arguments import build_training_arguments
     from lckv.training.callbacks import check_sample_prompt
     from lckv.training.evaluation_callback import build_evaluate

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lckv.console import arguments_of_this_run, command, python
 from lckv.costs import ModelSizes
-from lckv.data import TokenizedData
+from lckv.data.dataset import TokenizedData
 from lckv.environment import describe_hardware, versions
 from lckv.evaluation.evaluations import scalar_figures
 from lckv.evaluation.model_costs import cost_figures, sharing_plan_of

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from lckv.config import TrainConfig
 from lckv.costs import ModelSizes
-from lckv.data import TokenizedData, collate
+from lckv.data.dataset import TokenizedData, collate
 from lckv.errors import UserError
 from lckv.evaluation.model_costs import costs_of, sharing_plan_of
 from lckv.model_arguments import model_arguments

@@ -26,7 +26,7 @@ from lckv.config.cache import cache_options
 from lckv.config.data import SMALLEST_BPE, SPECIAL_TOKENS
 from lckv.config.evaluation import EVALUATIONS
 from lckv.conversion.methods import METHODS
-from lckv.data import SOURCES
+from lckv.data.sources import SOURCES
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import FUNCTIONS
 from lckv.hydra_store import NAMED_OPTIONS, config_dir, register_schemas
