@@ -40,7 +40,6 @@ class InputMoments:
         self.has_ones = has_ones
         self.num_tokens = 0
         self._sums: dict[Pair, Tensor] = {}
-        self._inputs: dict[int, Tensor] = {}
 
     def __getitem__(self, pair: Pair) -> Tensor:
         """The mean for layers `pair`, `(inputs of the one, inputs of the other)`, on the CPU, where weights are."""

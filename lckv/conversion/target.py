@@ -26,7 +26,6 @@ from lckv.storage import new_folder, write_json
 RECORD = "conversion.json"
 """The file that says where a converted model comes from."""
 
-
 Make = Callable[[int, tuple[int, ...]], dict[str, Tensor]]
 """Gives what a method makes for an owner and its readers."""
 
@@ -58,9 +57,11 @@ def converted_tensors(
     made: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         layer_idx = _layer_of(name)
-        owners = [] if layer_idx is None else [layer_idx, plan.kv_source[layer_idx]]
-        if layer_idx is None and name not in tensors:
-            owners = list(to_make)
+        if layer_idx is not None:
+            # With the keys and values that the layer owns, or as one of those that read another's.
+            owners = [layer_idx, plan.kv_source[layer_idx]]
+        else:
+            owners = [] if name in tensors else list(to_make)
         for owner in owners:
             if owner in to_make and name not in made:
                 made |= make(owner, to_make.pop(owner))
