@@ -57,7 +57,8 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
 
     from lckv.building import build_model, build_teacher
     from lckv.conversion.pipeline import adopt_init, convert_init
-    from lckv.data import build_dataset, build_tokenizer
+    from lckv.data.dataset import build_dataset
+    from lckv.data.tokenizer import build_tokenizer
     from lckv.training.arguments import build_training_arguments
     from lckv.training.callbacks import build_evaluate, check_sample_prompt
     from lckv.training.loggers import check_loggers

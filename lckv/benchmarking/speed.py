@@ -13,11 +13,10 @@ from lckv.cache import KVCache
 from lckv.config import EvaluationConfig
 from lckv.console import track
 from lckv.errors import UserError
-from lckv.evaluation.evaluations import EVALUATIONS, Subject
+from lckv.evaluation.evaluations import Subject
 from lckv.models import LCKVLlamaForCausalLM
 
 
-@EVALUATIONS.register("speed")
 def evaluate_speed(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
     """Tokens per second of the prefill of one sequence and of decoding a batch, and the bytes that went through.
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lckv.config import TrainConfig
 from lckv.console import arguments_of_this_run, command, python
-from lckv.data import TokenizedData
+from lckv.data.dataset import TokenizedData
 from lckv.environment import describe_hardware, versions
 from lckv.evaluation.evaluations import scalar_figures
 from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of

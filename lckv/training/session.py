@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
 from lckv.config import TrainConfig
-from lckv.data import TokenizedData, collate
+from lckv.data.dataset import TokenizedData, collate
 from lckv.errors import UserError
 from lckv.evaluation.model_costs import costs_of, sharing_plan_of
 from lckv.storage import write_json

@@ -25,10 +25,10 @@ from lckv.config import (
 from lckv.config.cache import cache_options
 from lckv.config.data import SMALLEST_BPE, SPECIAL_TOKENS
 from lckv.config.evaluation import EVALUATIONS
-from lckv.conversion import METHODS
-from lckv.data import SOURCES
+from lckv.conversion.methods import METHODS
+from lckv.data.sources import SOURCES
 from lckv.errors import UserError
-from lckv.evaluation import MODULES
+from lckv.evaluation.evaluations import FUNCTIONS
 from lckv.hydra_store import NAMED_OPTIONS, config_dir, register_schema
 from lckv.model_arguments import model_arguments, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
@@ -96,7 +96,7 @@ def test_what_is_known_of_names_before_torch_is_what_is_registered_behind_it():
         (names.SOURCES, SOURCES),
         (names.TRACKERS, LOGGERS),
         (names.TRAINABLE, TRAINABLE),
-        (EVALUATIONS, MODULES),
+        (EVALUATIONS, FUNCTIONS),
     ):
         assert sorted(declared) == sorted(registered)
     for name, cache in CACHES._entries.items():
