@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lckv.charts import save_chart
 from lckv.config import EvaluationConfig, NeedleConfig
 from lckv.console import track
 from lckv.errors import UserError
@@ -74,7 +75,7 @@ def needle(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
         "seed": subject.seed,
     }
     if subject.folder is not None:
-        draw_needle(figures, subject.folder / "needle.png", title="needle in a haystack")
+        save_chart(draw_needle(figures), subject.folder / "needle.png")
     return figures
 
 
