@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from lckv.benchmarking.contenders import CacheChoice, checkpoint_labels, choose_caches, combine, random_model
-from lckv.benchmarking.recording import RecordsTraffic
+from lckv.benchmark import load_models
+from lckv.benchmarking.measuring import CacheChoice, choose_caches, combine
+from lckv.benchmarking.settings import checkpoint_labels
+from lckv.benchmarking.traffic import RecordsTraffic
 from lckv.cache import DynamicKVCache, StaticKVCache
+from lckv.config import BenchmarkConfig
 from lckv.errors import UserError
 from tests.reference import tiny_model
 
@@ -32,7 +35,7 @@ def test_every_model_meets_every_cache():
     both = combine(models, choose_caches(["dynamic", "static"], {}))
     assert [each.label for each in both] == ["a, dynamic", "a, static", "b, dynamic", "b, static"]
     assert both[0].model is both[1].model
-    assert both[2].config.sharing_plan.layer_types == "0_0"
+    assert both[2].model.config.sharing_plan.layer_types == "0_0"
 
 
 def test_a_cache_of_fixed_length_gets_the_length_unless_told():
@@ -52,9 +55,10 @@ def test_checkpoints_are_called_by_what_tells_them_apart():
 
 def test_random_weights_depend_on_the_seed_alone():
     sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2)
-    first, again, other = (
-        random_model({"layer_types": "0_0", **sizes}, torch.device("cpu"), torch.bfloat16, seed) for seed in (1, 1, 2)
-    )
-    assert first.dtype == torch.bfloat16 and not first.training
+    arguments = dict.fromkeys(("a", "b"), {"layer_types": "0_0", **sizes})
+    models = load_models(BenchmarkConfig(device="cpu", dtype="bfloat16", seed=1), arguments)
+    first, again = models.values()
+    (other,) = load_models(BenchmarkConfig(device="cpu", seed=2), {"a": arguments["a"]}).values()
+    assert (first.dtype, other.dtype) == (torch.bfloat16, torch.float32) and not first.training
     assert torch.equal(first.lm_head.weight, again.lm_head.weight)
-    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight.bfloat16())
