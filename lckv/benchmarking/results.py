@@ -159,8 +159,7 @@ def _contender(result: Measurements, first: Measurements, workload: Workload) ->
         "kv_bytes_per_token": {"resident": resident, "written": result.written_bytes, "read": result.read_bytes},
         **{name: _summary(seconds, getattr(first, name)) for name, seconds in times.items()},
         "batches": [_batch(batch, first, workload) for batch in result.batches],
-        "budget_growth": growth(result, first),
-        "planned_budget_growth": planned_growth(result, first),
+        **_growth(result, first),
     }
 
 
@@ -176,19 +175,14 @@ def _summary(values: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
     return {"rounds": list(values), "median": median(values), "to_first": ratio(values, base)}
 
 
-def growth(result: Measurements, first: Measurements) -> float | None:
-    """How many times the sequences of the first contender fit into the budget."""
-    mine, other = result.budget_batch, first.budget_batch
-    return None if mine is None or other is None or not other.batch_size else mine.batch_size / other.batch_size
-
-
-def planned_growth(result: Measurements, first: Measurements) -> float | None:
-    """The same without rounding to whole sequences: the ratio of the planned bytes of one."""
+def _growth(result: Measurements, first: Measurements) -> dict[str, float | None]:
+    """How many times the first contender's sequences fit into the budget: as whole ones, and by the plan's bytes."""
     mine, other = result.budget_batch, first.budget_batch
     if mine is None or other is None:
-        return None
-    mine_per_sequence = mine.planned_kv_bytes / max(1, mine.batch_size)
-    return other.planned_kv_bytes / max(1, other.batch_size) / mine_per_sequence
+        return {"budget_growth": None, "planned_budget_growth": None}
+    mine_bytes, other_bytes = (each.planned_kv_bytes / max(1, each.batch_size) for each in (mine, other))
+    growth = mine.batch_size / other.batch_size if other.batch_size else None
+    return {"budget_growth": growth, "planned_budget_growth": other_bytes / mine_bytes}
 
 
 Figures = Mapping[str, Any]

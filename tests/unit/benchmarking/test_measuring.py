@@ -4,15 +4,50 @@ import pytest
 import torch
 
 from lckv.benchmarking import measuring
-from lckv.benchmarking.measuring import Bench, choose_caches, combine, measure
+from lckv.benchmarking.measuring import Bench, CacheChoice, choose_caches, combine, measure
 from lckv.benchmarking.settings import Workload
-from lckv.benchmarking.traffic import record_reads
-from lckv.cache import CACHES, DynamicKVCache
+from lckv.benchmarking.traffic import RecordsTraffic, record_reads
+from lckv.cache import CACHES, DynamicKVCache, StaticKVCache
 from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError
 from tests.reference import PATTERNS, tiny_model, token_ids
 
 WORKLOAD = Workload(prompt_length=9, new_tokens=3, rounds=1)
+
+
+def test_caches_by_name_and_with_options():
+    assert choose_caches(["dynamic"], {}) == [CacheChoice("dynamic")]
+    chosen = choose_caches(["dynamic", "sink", {"name": "sink", "num_sinks": 2}], {"window": 8, "num_sinks": 3})
+    assert [choice.options for choice in chosen] == [
+        {},
+        {"window": 8, "num_sinks": 3},
+        {"window": 8, "num_sinks": 2},
+    ]
+    assert chosen[2].label == "sink window=8 num_sinks=2"
+
+
+def test_the_same_cache_twice_is_refused():
+    with pytest.raises(UserError, match="caches: 'dynamic' is there twice"):
+        choose_caches(["dynamic", {"name": "dynamic"}], {})
+
+
+def test_every_model_meets_every_cache():
+    models = {"a": tiny_model("0_1"), "b": tiny_model("0_0")}
+    assert [each.label for each in combine(models, choose_caches(["dynamic"], {}))] == ["a", "b"]
+    both = combine(models, choose_caches(["dynamic", "static"], {}))
+    assert [each.label for each in both] == ["a, dynamic", "a, static", "b, dynamic", "b, static"]
+    assert both[0].model is both[1].model
+    assert both[2].model.config.sharing_plan.layer_types == "0_0"
+
+
+def test_a_cache_of_fixed_length_gets_the_length_unless_told():
+    model = tiny_model("0_0")
+    default, given = combine({"m": model}, choose_caches(["static", {"name": "static", "max_length": 7}], {}))
+    assert default.new_cache(30).options()["max_length"] == 30
+    assert given.new_cache(30).options()["max_length"] == 7
+    recording = default.new_cache(30, RecordsTraffic)
+    assert isinstance(recording, RecordsTraffic) and isinstance(recording, StaticKVCache)
+    assert type(combine({"m": model}, choose_caches(["dynamic"], {}))[0].new_cache(30)) is DynamicKVCache
 
 
 def bench_of(layer_types, cache="dynamic", workload=WORKLOAD, **options):

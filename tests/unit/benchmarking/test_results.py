@@ -12,9 +12,7 @@ from lckv.benchmarking.results import (
     as_dict,
     draw_results,
     failures,
-    growth,
     median,
-    planned_growth,
     print_report,
     ratio,
     tokens_per_second,
@@ -89,11 +87,14 @@ def test_the_data_has_every_figure():
 
 
 def test_growth_needs_both_batches():
-    assert growth(failed(), result("a", 1)) is None and planned_growth(result("a", 1), failed()) is None
+    def growths(mine, first):
+        candidate = as_dict([first, mine], WORKLOAD, ENVIRONMENT, 3)["candidates"][1]
+        return candidate["budget_growth"], candidate["planned_budget_growth"]
+
+    assert growths(failed(), result("a", 1)) == growths(result("a", 1), failed()) == (None, None)
     none_fits = result("a", 1)
-    none_fits.batches[1].batch_size = 0
-    assert growth(result("b", 2), none_fits) is None
-    assert planned_growth(result("b", 2), none_fits) == 8.0  # planned for one sequence where none fits
+    none_fits.batches[1].batch_size, none_fits.batches[1].seconds = 0, []
+    assert growths(result("b", 2), none_fits) == (None, 8.0)  # planned for one sequence where none fits
 
 
 def text_of(results, workload=WORKLOAD, num_rounds=3):
