@@ -69,13 +69,13 @@ class Cohort:
             `versus_llama`, training on a token relative to it, `flops_ratio` and `time_ratio`, `speed` (tokens per
             second), and `train_flops`; `None` stands for what is not known.
         budgets: from large to small.
-        front: groups that are better than all that need as few bytes or fewer, from few bytes to many.
+        front: labels of groups that are better than all that need as few bytes or fewer, from few bytes to many.
     """
 
     name: str
     groups: DataFrame
     budgets: list[Budget]
-    front: list[Row]
+    front: list[str]
 
     @property
     def candidates(self) -> list[Row]:
@@ -166,7 +166,7 @@ def _cohort(name: str, groups: Sequence[Group], metric: Metric) -> Cohort:
     candidates = frame.dropna(subset=["quality", "written", "fraction"])
     candidates = candidates.assign(cost=[metric.cost(quality.mean) for quality in candidates["quality"]])
     budgets = [_budget(fraction, candidates) for fraction in budgets_of(candidates["fraction"])]
-    return Cohort(name, frame, budgets, list(pareto_front(candidates).itertuples()))
+    return Cohort(name, frame, budgets, list(pareto_front(candidates)["label"]))
 
 
 def _measure(runs: DataFrame, metric: Metric) -> Group:

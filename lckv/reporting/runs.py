@@ -61,9 +61,12 @@ def read_runs(folder: Path) -> DataFrame:
     Raises:
         UserError: if there is no such folder, or no run in it.
     """
-    _check_folder(folder)
-    paths = sorted(set(_run_folders(folder, set())))
-    if not paths:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"folder={folder}: is a file; give the folder that holds the runs")
+    if not folder.is_dir():
+        siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        raise UserError(f"folder={folder}: there is no such folder{near_miss(folder.name, siblings)}")
+    if not (paths := sorted(_run_folders(folder, set()))):
         raise UserError(
             f"folder={folder}: holds no run; a run folder has a config.yaml, which python -m lckv.train writes"
         )
@@ -71,16 +74,6 @@ def read_runs(folder: Path) -> DataFrame:
         {"name": path.name if path == folder else path.relative_to(folder).as_posix(), **_read_run(path)}
         for path in paths
     )
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.is_dir():
-        return
-    if folder.exists():
-        raise UserError(f"folder={folder}: is a file; give the folder that holds the runs")
-    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    hint = near_miss(folder.name, siblings)
-    raise UserError(f"folder={folder}: there is no such folder{hint}")
 
 
 def _run_folders(folder: Path, seen: set[Path]) -> Iterator[Path]:

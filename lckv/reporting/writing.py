@@ -23,7 +23,7 @@ from lckv.errors import UserError
 from lckv.reporting.analysis import Cohort, Report
 from lckv.reporting.grouping import Row
 from lckv.reporting.pictures import Picture, pictures_of
-from lckv.reporting.pictures.base import PALETTE, RC, Style, draw_on_paper, draw_panel, inline_svg, styles_of
+from lckv.reporting.pictures.base import PALETTE, RC, Style, draw_on_paper, inline_svg, styles_of
 from lckv.reporting.pictures.losses import KINDS, curves_of
 from lckv.reporting.pictures.needles import needle_maps
 from lckv.reporting.runs import first_known, table
@@ -129,15 +129,15 @@ def escape_markdown(text: str) -> str:
 
 
 def _inline(picture: Picture) -> list[dict[str, Any]]:
-    panels: list[dict[str, Any]] = []
     scale = _SINGLE if len(picture.panels) == 1 else _ONE_OF_MANY
-    for number, panel in enumerate(picture.panels):
-        # Text stays text, in the fonts of the page: it can be searched, and is small.
-        with rc_context({**RC, "svg.fonttype": "none"}):
-            figure, hits = draw_panel(panel)
-            svg = inline_svg(figure, hits, f"{picture.name}{number}", f"{picture.title} {panel.title}".strip())
-        panels.append({"title": panel.title, "svg": svg, "width": round(panel.size[0] * scale)})
-    return panels
+    return [
+        {
+            "title": panel.title,
+            "svg": inline_svg(panel, f"{picture.name}{number}", f"{picture.title} {panel.title}".strip()),
+            "width": round(panel.size[0] * scale),
+        }
+        for number, panel in enumerate(picture.panels)
+    ]
 
 
 def figures_of(report: Report) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _cohort(cohort: Cohort, report: Report) -> dict[str, Any]:
         "name": cohort.name,
         "provenance": cohort.provenance,
         "groups": [_group(row, report) for row in cohort.groups.itertuples()],
-        "pareto_front": [row.label for row in cohort.front],
+        "pareto_front": cohort.front,
         "budgets": budgets,
     }
 
@@ -233,8 +233,14 @@ def print_report(report: Report, files: Sequence[Path], console: Console) -> Non
 def _table(table: Table, width: int) -> RichTable:
     left_out = _LEFT_OUT if width >= _WIDE else (*_LEFT_OUT, "perplexity")
     shown = [place for place, column in enumerate(table.columns) if column not in left_out]
-    plain: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "collapse_padding": True}
-    drawn = RichTable(title=table.title, title_justify="left", **plain)
+    drawn = RichTable(
+        title=table.title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for place in shown:
         is_text = place in table.text_columns
         name = _SHORT.get(table.columns[place], table.columns[place])

@@ -17,6 +17,7 @@ from math import ceil
 from typing import Any
 
 import numpy
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -193,17 +194,19 @@ def add_hits(
     return {gid: list(texts)}
 
 
-def inline_svg(figure: Figure, hits: HitTexts, name: str, description: str) -> str:
-    """The figure as an `<svg>` element.
+def inline_svg(panel: Panel, name: str, description: str) -> str:
+    """A panel as an `<svg>` element of a page.
 
     Args:
-        figure: drawn with the fonts as text, see `lckv.reporting.html`.
-        hits: the texts of its invisible markers.
+        panel: what is drawn.
         name: what its identifiers begin with; no other picture of the page has it.
         description: for those who do not see it.
     """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    # Text stays text, in the fonts of the page: it can be searched, and is small.
+    with rc_context({**RC, "svg.fonttype": "none"}):
+        figure, hits = draw_panel(panel)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -31,7 +31,7 @@ def draw_tradeoff(report: Report, styles: Mapping[str, Style]) -> Picture | None
     if len(candidates) < 2:
         return None
     metric, label = report.metric, report.metric.label
-    fronts = [[row.label for row in cohort.front] for cohort in report.cohorts if len(cohort.front) > 1]
+    fronts = [cohort.front for cohort in report.cohorts if len(cohort.front) > 1]
     edge = _edge([row.quality.mean for row in candidates], metric)
     points = _lay_out(candidates, metric, edge)
     is_crowded = len(points) > _MAX_LABELS
