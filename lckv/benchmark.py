@@ -65,7 +65,8 @@ def load_models(cfg: BenchmarkConfig, arguments: dict[str, dict[str, Any]]) -> d
     models = {}
     for label, each in arguments.items():
         torch.manual_seed(cfg.seed)
-        models[label] = LCKVLlamaForCausalLM(LCKVLlamaConfig(**each)).to(device=device, dtype=dtype).eval()
+        model = LCKVLlamaForCausalLM(LCKVLlamaConfig(**each))
+        models[label] = model.to(device=device, dtype=dtype).eval()  # type: ignore[call-arg]
     for label, path in checkpoint_labels(cfg.checkpoints, taken=list(models)).items():
         try:
             models[label], _ = load_model(path, device=cfg.device, dtype=cfg.dtype)

@@ -253,8 +253,8 @@ def _budget_table(figures: Figures) -> Table:
         "batch": ["-" if batch is None else f"{batch['batch_size']}" for batch in batches],
         "growth": grown,
         "by the plan": planned,
-        "KV bytes": [_bytes(batch and batch["kv_bytes"]) for batch in batches],
-        "decode peak": [_bytes(batch and batch["peak_bytes"]) for batch in batches],
+        "KV bytes": [_bytes(None if batch is None else batch["kv_bytes"]) for batch in batches],
+        "decode peak": [_bytes(None if batch is None else batch["peak_bytes"]) for batch in batches],
         "tokens/s": [_speed(batch) for batch in batches],
     }
     return _table(f"Largest batch in {_bytes(figures['workload']['kv_budget'])} of KV", figures, columns)
@@ -275,7 +275,7 @@ def _bytes_table(figures: Figures) -> Table:
         "prefill\npeak": [_bytes(each["prefill_peak_bytes"]) for each in candidates],
     }
     for size in workload["batch_sizes"]:
-        peaks = [batch and batch["peak_bytes"] for batch in _batches(figures, size)]
+        peaks = [None if batch is None else batch["peak_bytes"] for batch in _batches(figures, size)]
         columns[f"decode peak,\nbatch {size}"] = [_bytes(peak) for peak in peaks]
     return _table("Bytes", figures, columns | {"weights": [_bytes(each["weight_bytes"]) for each in candidates]})
 
@@ -354,7 +354,7 @@ def _draw_speed(axes: Axes, figures: Figures) -> None:
     if figures["workload"]["kv_budget"] is not None:
         sizes["largest batch in the budget"] = None
     groups = {
-        name: [batch and batch["tokens_per_second"]["median"] for batch in _batches(figures, size)]
+        name: [None if batch is None else batch["tokens_per_second"]["median"] for batch in _batches(figures, size)]
         for name, size in sizes.items()
     }
     _draw_bars(axes, groups, "{:,.4g}")

@@ -214,6 +214,7 @@ def draw_frontier(report: SearchReport, path: Path) -> None:
         axes.axhline(known[0][1], color="0.45", linestyle="--", linewidth=1.2, label="source")
         style: dict[str, Any] = {"color": "#3b6ea8", "markersize": 7}
         for marker, point in zip(cycle(_MARKERS), report.baselines, strict=False):
+            assert point.perplexity is not None
             axes.plot(point.kv_bytes_per_token, point.perplexity, marker, label=point.name, **style)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,.4g}")

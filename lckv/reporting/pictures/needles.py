@@ -52,7 +52,7 @@ def needle_maps(groups: Sequence[Row]) -> list[NeedleMap]:
 
 def _of_run(evaluations: Mapping[str, Any]) -> tuple[list[float], list[float], numpy.ndarray] | None:
     """Lengths, depths and accuracies `(num_depths, num_lengths)` of a run; `None` where they are not all there."""
-    needle = evaluations.get("needle")
+    needle: Any = evaluations.get("needle")
     try:
         lengths, depths, cells = needle["lengths"], needle["depths"], numpy.array(needle["accuracy"], dtype=float)
         is_whole = cells.size > 0 and cells.shape == (len(depths), len(lengths))
