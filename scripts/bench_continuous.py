@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.benchmarking.measurements import median, ratio
+from lckv.benchmarking.results import median, ratio
 from lckv.benchmarking.ways import milliseconds, read_arguments, show, take_turns
 from lckv.cache import DynamicKVCache, PagedKVCache
 from lckv.engine.continuous import ContinuousBatcher

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lckv.benchmarking.contenders import CacheChoice, Contender
-from lckv.benchmarking.measurements import Workload, median, tokens_per_second
-from lckv.benchmarking.measuring import FAILURES, Bench, describe
+from lckv.benchmarking.measuring import FAILURES, Bench, CacheChoice, Contender, describe
+from lckv.benchmarking.results import median, tokens_per_second
+from lckv.benchmarking.settings import Workload
 from lckv.cache import KVCache
 from lckv.config import EvaluationConfig
 from lckv.console import track

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lckv.charts import save_chart
 from lckv.config import EvaluationConfig, NeedleConfig
 from lckv.console import track
 from lckv.errors import UserError
@@ -234,7 +235,7 @@ def needle(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
         "seed": subject.seed,
     }
     if subject.folder is not None:
-        draw_needle(figures, subject.folder / "needle.png", title="needle in a haystack")
+        save_chart(draw_needle(figures), subject.folder / "needle.png")
     return figures
 
 

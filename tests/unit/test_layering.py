@@ -20,7 +20,7 @@ LAYERS = [
     ["errors", "registry", "byte_sizes", "storage", "console", "environment", "processes"],
     ["patterns"],
     ["layout", "iteration"],
-    ["costs", "iso", "config", "hydra_store", "run_names", "overrides", "drawing"],
+    ["costs", "iso", "config", "hydra_store", "run_names", "overrides", "drawing", "charts"],
     ["model_arguments"],
     ["data", "models", "logits"],
     ["cache"],
