@@ -7,8 +7,7 @@ import os
 from typing import Any
 
 from lckv import cli
-from lckv.benchmarking.folder import OutputFolder
-from lckv.benchmarking.settings import build_workload, check_iteration, random_models
+from lckv.benchmarking.settings import OutputFolder, build_workload, check_iteration, checkpoint_labels, random_models
 from lckv.config import BenchmarkConfig, validate
 from lckv.console import new_console
 from lckv.errors import UserError
@@ -28,47 +27,46 @@ def main(cfg: BenchmarkConfig) -> None:
     folder = OutputFolder(cfg.output_dir, overwrite=cfg.overwrite, plot_format=cfg.plot_format)
 
     # Behind the checks: importing torch and transformers takes seconds.
-    from lckv.benchmarking.contenders import choose_caches, combine
-    from lckv.benchmarking.measuring import InterruptedMeasurement, measure
-    from lckv.benchmarking.plots import plot_results
-    from lckv.benchmarking.summary import as_dict, environment_of, print_report
+    from lckv.benchmarking.measuring import choose_caches, combine, measure
+    from lckv.benchmarking.results import as_dict, draw_results, environment_of, print_report
+    from lckv.charts import save_chart
 
     caches = choose_caches(cfg.caches or [cfg.cache.name], cfg.cache.options())
-    models = _load_models(cfg, arguments)
+    models = load_models(cfg, arguments)
     configs = {label: model.config for label, model in models.items()}
     check_iteration(workload.prefill_passes, workload.prefill_tolerance, configs)
-    interruption = None
     with folder.claimed():
-        try:
-            results, num_rounds = measure(combine(models, caches), workload), workload.rounds
-        except InterruptedMeasurement as error:
-            results, num_rounds, interruption = error.results, error.num_rounds, error
+        results, num_rounds = measure(combine(models, caches), workload)
         environment = environment_of(next(iter(models.values())).device)
         figures = as_dict(results, workload, environment, num_rounds)
         folder.write(figures)
-        plot_results(results, workload, folder.plot)
+        save_chart(draw_results(figures), folder.plot)
     console = new_console(is_wide=True)
     if cfg.json:
         console.print_json(json.dumps(figures))
     else:
-        print_report(results, workload, environment, num_rounds, console)
+        print_report(figures, console)
         console.print(f"written: {folder.results}, {folder.plot}")
-    if interruption is not None:
-        raise interruption
+    if figures["is_interrupted"]:
+        raise KeyboardInterrupt
 
 
-def _load_models(cfg: BenchmarkConfig, arguments: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def load_models(cfg: BenchmarkConfig, arguments: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """All models by their labels, on the device."""
     import torch
 
-    from lckv.benchmarking.contenders import checkpoint_labels, random_model
     from lckv.loading import find_device, load_model
+    from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     device = find_device(cfg.device)
     dtype = getattr(torch, cfg.model.dtype if cfg.dtype == "auto" else cfg.dtype)
-    models = {label: random_model(each, device, dtype, cfg.seed) for label, each in arguments.items()}
+    models = {}
+    for label, each in arguments.items():
+        torch.manual_seed(cfg.seed)
+        model = LCKVLlamaForCausalLM(LCKVLlamaConfig(**each))
+        models[label] = model.to(device=device, dtype=dtype).eval()  # type: ignore[call-arg]
     for label, path in checkpoint_labels(cfg.checkpoints, taken=list(models)).items():
         try:
             models[label], _ = load_model(path, device=cfg.device, dtype=cfg.dtype)

@@ -5,18 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import ACT2FN
 
-from lckv.config import ModelConfig, TeacherConfig, TrainConfig
-from lckv.errors import UserError, check_choice
+from lckv.config import TeacherConfig, TrainConfig
+from lckv.errors import UserError
 from lckv.loading import load_model
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-
-
-def check_activation(model: ModelConfig) -> None:
-    """Raises a UserError for an activation function that transformers does not have, naming those that it has."""
-    check_choice("model.hidden_act", model.hidden_act, ACT2FN)
 
 
 def build_model(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, init: Path | None) -> PreTrainedModel:

@@ -9,13 +9,13 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,7 +31,6 @@ from lckv.config.keys import keys_of
 from lckv.errors import UserError, near_miss
 from lckv.run_names import default_run_name, file_name
 from lckv.storage import CANNOT_WRITE
-from lckv.sweeps import FailedJob, missing_extra
 from lckv.training.run_folder import RunFolder, recorded_failure
 
 logger = logging.getLogger(__name__)
@@ -39,6 +38,12 @@ logger = logging.getLogger(__name__)
 _GROUPS_WITHOUT_KEY = ("experiment", "debug")
 _CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)  # ValueError: Hydra's own checks
 _NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
+_EXTRAS = {
+    "hydra/launcher": {"joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"},
+    "hydra/sweeper": {"optuna": "sweep"},
+}
+"""The extra of this package that brings an option of Hydra's own plugins."""
 
 
 def run(main: Callable[[Any], Any], config_name: str) -> None:
@@ -55,17 +60,23 @@ def run(main: Callable[[Any], Any], config_name: str) -> None:
     """
     # Else Hydra itself prints exceptions and exits, before anything here can see them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv[1:] = _prepare_arguments(sys.argv[1:], hydra_store.SCHEMAS[config_name])
-    mistakes = _Mistakes(config_name)
-    job = _Job(main, mistakes, sys.argv[1:])
+    sys.argv[1:] = _prepare_arguments(sys.argv[1:], config_name)
+    job = _Job(main, config_name, sys.argv[1:])
     FailedJob.received.clear()
     try:
-        with mistakes.reported(""), mistakes.composing():
-            hydra.main(config_path=str(hydra_store.config_dir()), config_name=config_name, version_base="1.3")(job)()
+        hydra.main(config_path=str(hydra_store.config_dir()), config_name=config_name, version_base="1.3")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
-    mistakes.report_received()
-    if mistakes.num_reported:
+    except Exception as error:
+        mistake = _mistake(error)
+        if mistake is None and error is not job.bug:
+            mistake = _mistake_in_the_configuration(error, hydra_store.SCHEMAS[config_name])
+        if mistake is None:
+            raise
+        job.report(mistake)
+    for line in FailedJob.received:  # of jobs in other processes, whose output may have gone elsewhere
+        job.report(line)
+    if job.has_failed:
         sys.exit(2)
 
 
@@ -85,8 +96,7 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
     Raises:
         UserError: if the arguments are wrong.
     """
-    schema = hydra_store.SCHEMAS[config_name]
-    given = _prepare_arguments(arguments, schema)
+    given = _prepare_arguments(arguments, config_name)
     try:
         with hydra.initialize_config_dir(str(hydra_store.config_dir()), version_base="1.3"):
             composed = hydra.compose(config_name, given, return_hydra_config=True)
@@ -97,42 +107,90 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
     except UserError:
         raise
     except _CONFIG_ERRORS as error:
-        raise UserError(describe(error, schema)) from error
+        raise UserError(describe(error, hydra_store.SCHEMAS[config_name])) from error
 
 
-def _prepare_arguments(arguments: Sequence[str], schema: type) -> list[str]:
+def _prepare_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
     """Makes arguments for Hydra, and registers what it needs to compose them."""
+    schema = hydra_store.SCHEMAS[config_name]
     others, literals = overrides.take_literals(arguments, literal_keys(schema))
-    hydra_store.register_schemas()
+    hydra_store.register_schema(config_name)
     hydra_store.register_literals({key: overrides.escape(text) for key, text in literals.items()})
     return overrides.quote_overrides(overrides.flags_first(others), open_keys(schema))
 
 
 class _Job:
-    """What Hydra calls with each composed configuration, perhaps in another process, which gets a pickled copy."""
+    """What Hydra calls with each composed configuration, perhaps in another process, which gets a pickled copy.
 
-    def __init__(self, main: Callable[[Any], Any], mistakes: _Mistakes, arguments: list[str]) -> None:
+    Attributes:
+        has_failed: whether a mistake was printed.
+        bug: the exception that was let pass.
+    """
+
+    def __init__(self, main: Callable[[Any], Any], config_name: str, arguments: list[str]) -> None:
         self.main = main
-        self.mistakes = mistakes
+        self.config_name = config_name
         self.arguments = arguments
+        self.has_failed = False
+        self.bug: Exception | None = None
 
     def __call__(self, composed: DictConfig) -> Any:
         sys.argv[1:] = self.arguments  # what a run says to type next begins with them
         hydra_cfg = typing.cast(DictConfig, HydraConfig.get())
-        with self.mistakes.reported(job_name(hydra_cfg) if hydra_cfg.mode == RunMode.MULTIRUN else ""):
+        name = job_name(hydra_cfg) if is_in_a_sweep() else ""
+        try:
             cfg = _to_dataclass(composed, hydra_cfg)
-            is_run = type(cfg) is config.TrainConfig and hydra_cfg.mode == RunMode.MULTIRUN
+            is_run = type(cfg) is config.TrainConfig and is_in_a_sweep()
             with recorded_failure(RunFolder(cfg.run_dir), cfg, task_overrides()) if is_run else nullcontext():
                 validate(cfg, task_overrides())
             return self.main(cfg)
-        return FailedJob(self.mistakes.last)
+        except Exception as error:
+            mistake = _mistake(error)
+            if mistake is None and not name:
+                self.bug = error
+                raise
+            if mistake is None:
+                logger.error("%s has failed", name, exc_info=error)
+                mistake = f"{type(error).__name__}: {error}"
+            return FailedJob(self.report(f"{name}: {mistake}" if name else mistake))
+
+    def report(self, message: str) -> str:
+        """Prints a mistake as one line, and returns it."""
+        line = " ".join(message.split())
+        sys.stderr.write(f"lckv.{self.config_name}: error: {line}\n")
+        self.has_failed = True
+        return line
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"main": _importable(self.main)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        hydra_store.register_schemas()  # Hydra composes the configuration once more where the job runs
+        hydra_store.register_schema(self.config_name)  # Hydra composes once more where the job runs
+
+
+class FailedJob:
+    """What a failed job returns in place of a result, so that the launcher and the sweeper go on with the others.
+
+    Hydra drops what jobs return. So in a process that gets this object from another one, as with joblib, submitit and
+    Ray, it leaves its reason in `received` when it arrives.
+    """
+
+    received: ClassVar[list[str]] = []
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return self.reason
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return _receive, (self.reason,)
+
+
+def _receive(reason: str) -> FailedJob:
+    FailedJob.received.append(reason)
+    return FailedJob(reason)
 
 
 def _importable(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -146,75 +204,29 @@ def _importable(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return typing.cast(Callable[[Any], Any], getattr(importlib.import_module(spec.name), main.__name__))
 
 
-class _Mistakes:
-    """Prints the user's mistakes, one line each; other exceptions pass, unless they come from one job of many."""
+def _mistake(error: Exception) -> str | None:
+    """What to say of a mistake of the user, or of a file that cannot be written; None for other exceptions."""
+    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+        sys.exit(141)
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return f"{error.filename or 'a file'}: {error.strerror}; check permissions and free space"
+    if isinstance(error, OSError) and error.errno in _NO_PATH:
+        return f"{error.filename}: {error.strerror}; give another path"
+    return None
 
-    def __init__(self, config_name: str) -> None:
-        self.config_name = config_name
-        self.num_reported = 0
-        self.last = ""
-        self._from_job: Exception | None = None
 
-    @contextmanager
-    def reported(self, job: str) -> Iterator[None]:
-        """Reports user errors and files that cannot be written; of a sweep's `job`, every exception."""
-        try:
-            yield
-        except UserError as error:
-            self._report(job, str(error))
-        except BrokenPipeError:  # whoever read the output has seen enough, such as `head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
-            sys.exit(141)
-        except OSError as error:
-            if error.errno in CANNOT_WRITE:
-                self._report(job, f"{error.filename or 'a file'}: {error.strerror}; check permissions and free space")
-            elif error.errno in _NO_PATH:
-                self._report(job, f"{error.filename}: {error.strerror}; give another path")
-            else:
-                self._unexpected(job, error)
-        except Exception as error:
-            self._unexpected(job, error)
-
-    def _unexpected(self, job: str, error: Exception) -> None:
-        """Lets an exception pass, or reports it if other jobs of a sweep are to go on."""
-        if not job:
-            self._from_job = error
-            raise error
-        logger.error("%s has failed", job, exc_info=error)
-        self._report(job, f"{type(error).__name__}: {error}")
-
-    @contextmanager
-    def composing(self) -> Iterator[None]:
-        """Reports what Hydra finds wrong with the configuration, and launchers with the machine; not bugs in jobs."""
-        try:
-            yield
-        except _CONFIG_ERRORS as error:
-            if error is self._from_job or isinstance(error, UserError):
-                raise
-            self._report("", describe(error, hydra_store.SCHEMAS[self.config_name]))
-        except RuntimeError as error:  # a launcher's, such as of SLURM that is not there
-            if error is self._from_job:
-                raise
-            self._report("", self._describe_launch(error))
-
-    @staticmethod
-    def _describe_launch(error: RuntimeError) -> str:
-        if isinstance(error, BrokenExecutor):
-            return "a process of the sweep was killed; the same command again goes on with what is unfinished"
+def _mistake_in_the_configuration(error: Exception, schema: type) -> str | None:
+    """The same for what Hydra finds wrong with the configuration, and launchers with the machine."""
+    if isinstance(error, _CONFIG_ERRORS):
+        return describe(error, schema)
+    if isinstance(error, BrokenExecutor):
+        return "a process of the sweep was killed; the same command again goes on with what is unfinished"
+    if isinstance(error, RuntimeError):  # such as of SLURM that is not there
         return f"the launcher has failed: {error}"
-
-    def report_received(self) -> None:
-        """Reports the jobs of a sweep that have failed in other processes, whose output may have gone elsewhere."""
-        for line in FailedJob.received:
-            self._print(line)
-
-    def _report(self, job: str, message: str) -> None:
-        self._print(f"{job}{': ' if job else ''}{' '.join(message.split())}")
-
-    def _print(self, line: str) -> None:
-        sys.stderr.write(f"lckv.{self.config_name}: error: {line}\n")
-        self.last = line
-        self.num_reported += 1
+    return None
 
 
 def prepare(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
@@ -294,8 +306,8 @@ def describe(error: Exception, schema: type) -> str:
     cause = next((each for each in chain if isinstance(each, OmegaConfBaseException)), error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        if (extra := missing_extra(group, option)) is not None:
-            return extra
+        if (extra := _EXTRAS.get(group, {}).get(option)) is not None:
+            return f"{group}={option}: is not installed; pip install 'lckv[{extra}]'"
         options = [str(name) for name in error.options or ()]
         if group == "cache" and not issubclass(schema, config.EvaluateConfig):
             options.remove("none")  # generation cannot do without

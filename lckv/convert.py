@@ -25,7 +25,9 @@ def main(cfg: ConvertConfig) -> None:
     out = given.resolve()
 
     # Behind the checks: importing torch and transformers takes seconds.
-    from lckv.conversion import Source, adopt_source, convert
+    from lckv.conversion.pipeline import convert
+    from lckv.conversion.settings import adopt_source
+    from lckv.conversion.source import Source
 
     check_new_folder(given)
     set_num_threads(cfg.trainer.num_threads)
@@ -57,7 +59,7 @@ def _train(cfg: TrainConfig, out: Path, max_shard_size: int) -> None:
     It is trained in `model.dtype`, and written in the source's type. The run folder stays: it has the curves, and if
     the training is interrupted the same command goes on from there.
     """
-    from lckv.conversion import write_trained
+    from lckv.conversion.target import write_trained
     from lckv.training.run_folder import RunFolder
 
     path = out.with_name(f"{out.name}-training")

@@ -7,7 +7,7 @@ readers: on the left to layers below it, which read upward, and on the right to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,12 +20,12 @@ from lckv.storage import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FILE_TYPES = (".svg", ".png", ".pdf")
 
 _MAX_DRAWN_LAYERS = 32
 _MAX_LANES = 8
-_PANELS_PER_ROW = 3
 _HEADER, _FOOTER, _GAP = 0.78, 0.6, 0.25  # inches: text does not shrink with the rows
 _TERMINAL_COLORS = ("green", "blue", "yellow", "magenta", "cyan", "red", "bright_blue", "bright_green")
 # After Okabe and Ito's palette, which colour-blind readers can tell apart, darkened for white text and for print.
@@ -75,13 +75,8 @@ class _Lane(NamedTuple):
     joined: list[int]  # the owner and its readers, in order
     column: int
 
-    @property
-    def first(self) -> int:
-        return self.joined[0]
-
-    @property
-    def last(self) -> int:
-        return self.joined[-1]
+    def passes(self, layer_idx: int) -> bool:
+        return self.joined[0] <= layer_idx <= self.joined[-1]
 
 
 def _lanes(plan: SharingPlan, *, upward: bool) -> list[_Lane]:
@@ -93,7 +88,7 @@ def _lanes(plan: SharingPlan, *, upward: bool) -> list[_Lane]:
     lanes: list[_Lane] = []
     for owner, layers in sorted(joined.items(), key=lambda item: item[1][-1] - item[1][0]):
         if len(layers) > 1:
-            taken = {lane.column for lane in lanes if lane.first <= layers[-1] and layers[0] <= lane.last}
+            taken = {lane.column for lane in lanes if lane.joined[0] <= layers[-1] and layers[0] <= lane.joined[-1]}
             lanes.append(_Lane(owner, layers, next(column for column in count() if column not in taken)))
     return lanes
 
@@ -112,7 +107,7 @@ def _append_lanes(text: Text, plan: SharingPlan, lanes: list[_Lane], layer: Laye
     color = _color(plan, (reader or joined[0]).owner, _TERMINAL_COLORS) if joined else ""
     cells = [(head, color)]
     for column in range(_num_lanes(lanes)):
-        lane = next((lane for lane in lanes if lane.column == column and lane.first <= here <= lane.last), None)
+        lane = next((lane for lane in lanes if lane.column == column and lane.passes(here)), None)
         line = "─" if column <= reach else " "
         cells.append((line, color))
         if lane is None:
@@ -126,13 +121,10 @@ def _append_lanes(text: Text, plan: SharingPlan, lanes: list[_Lane], layer: Laye
 
 def _corner(lane: _Lane, here: int, is_crossed: bool, is_left: bool) -> str:
     """The character where a row meets a lane."""
-    if here not in lane.joined:
-        return "┼" if is_crossed else "│"
-    if lane.first < here < lane.last:
-        return "┼" if is_crossed else ("├" if is_left else "┤")
-    if here == lane.last:
-        return "┬" if is_crossed else ("╭" if is_left else "╮")
-    return "┴" if is_crossed else ("╰" if is_left else "╯")
+    place = 0 if here == lane.joined[-1] else 2 if here == lane.joined[0] else 1  # on top, at the bottom, or between
+    if not is_crossed and here not in lane.joined:
+        return "│"
+    return ("┬┼┴" if is_crossed else "╭├╰" if is_left else "╮┤╯")[place]
 
 
 def _color(plan: SharingPlan, owner: int, colors: Sequence[str]) -> str:
@@ -162,8 +154,8 @@ def _alike(layer: LayerPlan) -> tuple[Any, ...]:
     return (layer.computes_kv, layer.is_sliding, layer.is_upward, "own" if own else layer.kv_source)
 
 
-def save_drawing(plans: SharingPlan | Mapping[str, SharingPlan], file: str | Path) -> None:
-    """Draws one plan, or several side by side under their names, into an SVG, PNG or PDF file.
+def save_drawing(plan: SharingPlan, file: str | Path) -> None:
+    """Draws a plan into an SVG, PNG or PDF file.
 
     Raises:
         UserError: if the file's ending is another one, or it cannot be written.
@@ -177,29 +169,16 @@ def save_drawing(plans: SharingPlan | Mapping[str, SharingPlan], file: str | Pat
             f"{path}: cannot draw a {path.suffix or 'file without ending'}; "
             f"allowed are {', '.join(FILE_TYPES)}{near_miss(path.suffix, FILE_TYPES)}"
         )
-    if isinstance(plans, SharingPlan):
-        plans = {"": plans}
-    panels = [_Panel(name, plan) for name, plan in plans.items()]
-    rows = [panels[start : start + _PANELS_PER_ROW] for start in range(0, len(panels), _PANELS_PER_ROW)]
-    tallest = max(panel.plan.num_hidden_layers for panel in panels)
-    unit = min(0.42, max(0.24, 9 / tallest))  # inches per layer
-    width = max(5.2, *(sum(panel.inches(unit) + _GAP for panel in row) + _GAP for row in rows))
-    heights = [max(panel.plan.num_hidden_layers for panel in row) * unit + _HEADER for row in rows]
-    height = sum(heights) + _FOOTER
+    drawing = _Drawing(plan)
+    unit = min(0.42, max(0.24, 9 / plan.num_hidden_layers))  # inches per layer
+    own_width, own_height = drawing.inches(unit), plan.num_hidden_layers * unit
+    width, height = max(5.2, own_width + _GAP + _GAP), own_height + _HEADER + _FOOTER
     with rc_context({"svg.hashsalt": "lckv", "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(width, height))
-        top = height
-        for row, row_height in zip(rows, heights, strict=True):
-            spare = width - sum(panel.inches(unit) for panel in row)
-            x = gap = spare / (len(row) + 1)
-            for panel in row:
-                panel_width, panel_height = panel.inches(unit), panel.plan.num_hidden_layers * unit
-                y = top - _HEADER - panel_height
-                axes = figure.add_axes((x / width, y / height, panel_width / width, panel_height / height))
-                panel.draw(axes, panel_width / unit, unit)
-                x += panel_width + gap
-            top -= row_height
-        _draw_legend(figure, panels, _FOOTER * 0.42 / height)
+        left, bottom = (width - own_width) / 2, height - _HEADER - own_height
+        axes = figure.add_axes((left / width, bottom / height, own_width / width, own_height / height))
+        drawing.draw(axes, own_width / unit, unit)
+        _draw_legend(figure, plan, _FOOTER * 0.42 / height)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_file(path) as file:
@@ -208,31 +187,26 @@ def save_drawing(plans: SharingPlan | Mapping[str, SharingPlan], file: str | Pat
             raise UserError(f"{path}: the drawing cannot be written there: {error.strerror}") from error
 
 
-class _Panel:
-    """One plan in a picture. Coordinates are in rows: layer *i* is at height *i*, its box around x = 0."""
+class _Drawing:
+    """A plan as a picture. Coordinates are in rows: layer *i* is at height *i*, its box around x = 0."""
 
     box_width = 3.9
     box_height = 0.74
 
-    def __init__(self, name: str, plan: SharingPlan) -> None:
-        self.name = name
+    def __init__(self, plan: SharingPlan) -> None:
         self.plan = plan
         self.cycles = [segment for segment in plan.segments if segment.is_cycle]
         left = [_bulge(layer) for layer in plan.layers if layer.is_upward]
         right = [_bulge(layer) for layer in plan.layers if layer.kv_source < layer.layer_idx]
         self.left = self.box_width / 2 + max(left, default=0.0) + 0.15
         self.right = self.box_width / 2 + max(right, default=0.0) + 0.15 + (1.0 if self.cycles else 0.0)
+        string = plan.layer_types if len(plan.layer_types) <= 48 else f"{plan.layer_types[:44]}…"
+        share = 100 * len(plan.kv_owners) / plan.num_hidden_layers
+        self.title = string, f"{len(plan.kv_owners)} of {plan.num_hidden_layers} layers write KV: {share:.3g} %"
 
     def inches(self, unit: float) -> float:
         """Width in inches, with the title, if a row is `unit` inches high."""
-        return max((self.left + self.right) * unit, *(0.072 * len(line) for line in self._title()))
-
-    def _title(self) -> list[str]:
-        plan = self.plan
-        string = plan.layer_types if len(plan.layer_types) <= 48 else f"{plan.layer_types[:44]}…"
-        share = 100 * len(plan.kv_owners) / plan.num_hidden_layers
-        size = f"{len(plan.kv_owners)} of {plan.num_hidden_layers} layers write KV: {share:.3g} %"
-        return [self.name, string, size] if self.name else [string, size]
+        return max((self.left + self.right) * unit, *(0.072 * len(line) for line in self.title))
 
     def draw(self, axes: Axes, width: float, unit: float) -> None:
         """Draws into `axes`, `width` rows wide, each `unit` inches high."""
@@ -248,18 +222,11 @@ class _Panel:
                 self._draw_arc(axes, layer)
         for layer in self.plan.layers:
             self._draw_box(axes, layer, font_size)
-        self._draw_title(axes)
-
-    def _draw_title(self, axes: Axes) -> None:
-        for index, line in enumerate(reversed(self._title())):
-            style: dict[str, Any] = {"fontsize": 9, "color": "black", "family": "DejaVu Sans Mono"}
-            if index == 0:
-                style |= {"color": "#555555", "family": "DejaVu Sans"}
-            if self.name and line == self.name:
-                style |= {"fontsize": 11, "fontweight": "bold", "family": "DejaVu Sans"}
+        styles = ("black", "DejaVu Sans Mono", 21), ("#555555", "DejaVu Sans", 7)
+        for line, (color, family, height) in reversed(list(zip(self.title, styles, strict=True))):
             axes.annotate(
-                line, (0.5, 1.0), (0, 7 + 14 * index), xycoords="axes fraction", textcoords="offset points",
-                ha="center", va="bottom", **style,
+                line, (0.5, 1.0), (0, height), xycoords="axes fraction", textcoords="offset points",
+                ha="center", va="bottom", fontsize=9, color=color, family=family,
             )  # fmt: skip
 
     def _draw_box(self, axes: Axes, layer: LayerPlan, font_size: float) -> None:
@@ -338,13 +305,12 @@ def _bulge(layer: LayerPlan) -> float:
     return 0.35 + 0.5 * math.pow(abs(layer.kv_source - layer.layer_idx), 0.6)
 
 
-def _draw_legend(figure: Any, panels: Iterable[_Panel], y: float) -> None:
+def _draw_legend(figure: Figure, plan: SharingPlan, y: float) -> None:
     """Names what occurs in the picture, and nothing else."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    layers = [layer for panel in panels for layer in panel.plan.layers]
-    grey = "#666666"
+    layers, grey = plan.layers, "#666666"
     entries: list[tuple[Any, str]] = [(Patch(facecolor=grey, edgecolor=grey), "computes KV")]
     if any(not layer.computes_kv for layer in layers):
         entries.append((Patch(facecolor="white", edgecolor=grey), "computes none"))

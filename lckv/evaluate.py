@@ -42,7 +42,7 @@ def main(cfg: EvaluateConfig) -> None:
 
     from lckv.cache.base import check_offloading
     from lckv.evaluation.evaluations import Subject, run_evaluations
-    from lckv.evaluation.table import show_results
+    from lckv.evaluation.results_file import show_results
     from lckv.loading import find_checkpoint, find_run, load_model, set_attention
 
     check_offloading(cfg.cache.offloading)

@@ -49,8 +49,11 @@ NAMED_OPTIONS: dict[str, Iterable[str]] = {
 
 
 @cache
-def register_schemas() -> None:
-    """Tells Hydra the dataclasses, as `<name>_schema`, the named options, and the functions that YAML files use."""
+def register_schema(config_name: str) -> None:
+    """Tells Hydra a root dataclass, as `<config_name>_schema`, the named options, and the functions of YAML files.
+
+    No other one: Hydra copies all that it was told whenever it composes, and for a help text hundreds of times.
+    """
     OmegaConf.register_new_resolver(
         "lckv.first_given", lambda *values: next(value for value in values if value is not None), replace=True
     )
@@ -58,11 +61,11 @@ def register_schemas() -> None:
         "lckv.temporary_folder", lambda name: str(Path(gettempdir()) / f"{name}-{os.getuid()}"), replace=True
     )
     OmegaConf.register_new_resolver("lckv.groups", _list_groups, replace=True)
-    for name, schema in SCHEMAS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema, provider="lckv")
+    store = ConfigStore.instance()
+    store.store(name=f"{config_name}_schema", node=SCHEMAS[config_name], provider="lckv")
     for group, options in NAMED_OPTIONS.items():
         for name in options:
-            ConfigStore.instance().store(group=group, name=name, node={"name": name}, provider="lckv")
+            store.store(group=group, name=name, node={"name": name}, provider="lckv")
     register_literals({})
 
 

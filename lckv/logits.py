@@ -1,8 +1,12 @@
-"""Logits that no token can be chosen from: found, and said, in one way wherever text is made."""
+"""From logits to the next token, and logits that none can be chosen from: in one way wherever text is made."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
+from transformers import LogitsProcessorList
 
 from lckv.errors import UserError
 
@@ -24,3 +28,27 @@ def check_logits(logits: torch.Tensor, what: str) -> None:
     if not are_finite(logits).all():
         reason = "the weights are broken, or the type is too narrow for them; try dtype=float32"
         raise UserError(f"{what} are {NOT_FINITE}: {reason}")
+
+
+def choose_token(
+    logits: torch.Tensor,
+    processors: LogitsProcessorList,
+    earlier: Sequence[int],
+    *,
+    samples: bool,
+    generator: torch.Generator | None,
+) -> int:
+    """The next token, as transformers' `generate()` would choose it.
+
+    Args:
+        logits: `(1, vocab_size)`.
+        processors: what is done to them, in float32.
+        earlier: tokens that processors look back on.
+        samples: whether to draw; else the likeliest is taken.
+        generator: draws; `None` for torch's own.
+    """
+    input_ids = torch.tensor([list(earlier)], dtype=torch.long, device=logits.device)
+    scores = processors(cast(torch.LongTensor, input_ids), cast(torch.FloatTensor, logits.float()))
+    if samples:
+        return int(torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=generator))
+    return int(scores.argmax())

@@ -31,13 +31,11 @@ def resolve_layer_types(cfg: TrainConfig) -> str:
     num_hidden_layers = model.num_hidden_layers
     if num_hidden_layers is None:
         num_hidden_layers = model.default_num_hidden_layers
-    parameters = {item.name: getattr(cfg.sharing, item.name) for item in fields(cfg.sharing) if item.name != "name"}
-    given = {name: value for name, value in parameters.items() if value is not None}
     try:
-        return build_layer_types(cfg.sharing.name, num_hidden_layers, **given)
+        return build_layer_types(cfg.sharing.name, num_hidden_layers, **cfg.sharing.options())
     except UserError as error:  # names a parameter without its group
         name = str(error).partition("=")[0]
-        group = "sharing." if name in parameters else "model." if name == "num_hidden_layers" else ""
+        group = "sharing." if hasattr(cfg.sharing, name) else "model." if name == "num_hidden_layers" else ""
         raise UserError(f"{group}{error}") from None
 
 

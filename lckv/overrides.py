@@ -155,18 +155,10 @@ def check_is_text(value: Any, key: str, files: Iterable[Path] = ()) -> None:
 
 
 def _unquoted(file: Path, name: str) -> Iterator[tuple[str, int]]:
-    """Yields text and line number (from 1) of every unquoted value of the key `name` in a YAML file."""
-    pending: list[yaml.Node | None] = [yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, yaml.SequenceNode):
-            pending += node.value
-        elif isinstance(node, yaml.MappingNode):
-            for key_node, value_node in node.value:
-                pending.append(value_node)
-                is_named = isinstance(key_node, yaml.ScalarNode) and key_node.value.rpartition(".")[2] == name
-                if is_named and isinstance(value_node, yaml.ScalarNode) and value_node.style is None:
-                    yield value_node.value, value_node.start_mark.line + 1
+    """Yields text and line number (from 1) of every value of the key `name` in a YAML file that has no quotes."""
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for found in re.finditer(rf"\b{name}\s*:\s*([\w.-]+)(?=,?\s|\}}|$)", line.partition("#")[0]):
+            yield found[1], number
 
 
 def config_files(folders: Sequence[Path], config_name: str, choices: dict[str, Any]) -> list[Path]:

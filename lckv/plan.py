@@ -69,7 +69,8 @@ def build_report(cfg: PlanConfig) -> PlanReport:
         UserError: if the configuration is wrong, or does not say how large the vocabulary is.
     """
     if cfg.init.source is not None:
-        from lckv.conversion import Source, adopt_source  # takes transformers along, which nothing else here needs
+        from lckv.conversion.settings import adopt_source  # takes transformers along, which nothing else here needs
+        from lckv.conversion.source import Source
 
         cfg = adopt_source(cfg, Source.find(cfg.init.source, revision=cfg.init.revision, key="init.source").config)
     vocab_size = _vocab_size(cfg)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import psutil  # type: ignore[import-untyped]
 
-from lckv.errors import UserError, check_whole_number
+from lckv.errors import UserError
 
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """What launchers say how many processes there are in: torchrun's and accelerate's, and those of MPI."""
@@ -58,20 +58,13 @@ def prepare_process(num_threads: int | None) -> None:
         logging.getLogger("lckv").setLevel(logging.ERROR)
 
 
-def set_num_threads(num_threads: int | None) -> int:
-    """Sets torch's threads: the given number, $OMP_NUM_THREADS, or this process's share of the physical cores.
-
-    Raises:
-        UserError: if the number is below 1.
-    """
+def set_num_threads(num_threads: int | None) -> None:
+    """Sets torch's threads: the given number, $OMP_NUM_THREADS, or this process's share of the physical cores."""
     import torch
 
-    if num_threads is not None:
-        check_whole_number("trainer.num_threads", num_threads)
     if num_threads is None and "OMP_NUM_THREADS" not in os.environ:
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = min(usable, psutil.cpu_count(logical=False) or usable)
         num_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    return torch.get_num_threads()

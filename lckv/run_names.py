@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,8 +14,7 @@ def default_run_name(cfg: TrainConfig) -> str:
     if cfg.model.layer_types is not None:
         sharing = str(cfg.model.layer_types)
     else:
-        parameters = [(item.name, getattr(cfg.sharing, item.name)) for item in fields(cfg.sharing)[1:]]
-        sharing = cfg.sharing.name + "".join(f"-{name}{value}" for name, value in parameters if value is not None)
+        sharing = cfg.sharing.name + "".join(f"-{name}{value}" for name, value in cfg.sharing.options().items())
     model = cfg.model.name if cfg.init.source is None else f"{source_name(cfg.init.source)}-{cfg.init.method}"
     iso = f"-iso_{cfg.iso}" if cfg.iso is not None else ""
     return file_name(f"{model}-{sharing}{iso}-seed{cfg.seed}")

@@ -16,9 +16,9 @@ def main(cfg: SearchConfig) -> None:
     assert cfg.source is not None  # checked
 
     # Behind the check: importing torch and transformers takes seconds.
-    from lckv.conversion import Source
     from lckv.conversion.search_report import write_report
     from lckv.conversion.search_session import SearchSession
+    from lckv.conversion.source import Source
     from lckv.processes import set_num_threads
 
     out = None if cfg.out is None else Path(cfg.out).expanduser()

@@ -225,9 +225,7 @@ def _hidden(path: Path, kind: str, suffix: str = "") -> Path:
 
 def _take_place(written: Path, path: Path) -> None:
     try:
-        if path.is_dir():
-            path.rmdir()
-        os.replace(written, path)
+        os.replace(written, path)  # of folders, an empty one gives way
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise

@@ -55,12 +55,12 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     # Behind the checks: importing torch and transformers takes seconds.
     from transformers import set_seed
 
-    from lckv.building import build_model, build_teacher, check_activation
+    from lckv.building import build_model, build_teacher
     from lckv.conversion.pipeline import adopt_init, convert_init
-    from lckv.data import build_dataset, build_tokenizer
+    from lckv.data.dataset import build_dataset
+    from lckv.data.tokenizer import build_tokenizer
     from lckv.training.arguments import build_training_arguments
-    from lckv.training.callbacks import check_sample_prompt
-    from lckv.training.evaluation_callback import build_evaluate
+    from lckv.training.callbacks import build_evaluate, check_sample_prompt
     from lckv.training.loggers import check_loggers
     from lckv.training.run_summary import show_results
     from lckv.training.session import Session
@@ -68,7 +68,6 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     prepare_process(cfg.trainer.num_threads)
     console = new_console(is_quiet=not is_main_process())
     cfg, source = adopt_init(cfg, folder)
-    check_activation(cfg.model)
     args = build_training_arguments(cfg)
     check_loggers(cfg.logger)
     if is_main_process():

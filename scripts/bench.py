@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lckv.benchmarking.measurements import ratio
+from lckv.benchmarking.results import ratio
 from lckv.benchmarking.ways import milliseconds, read_arguments, show, take_turns
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.models.masks import VisibleKeys

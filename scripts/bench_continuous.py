@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.benchmarking.measurements import median, ratio
+from lckv.benchmarking.results import median, ratio
 from lckv.benchmarking.ways import milliseconds, read_arguments, show, take_turns
 from lckv.cache import DynamicKVCache, PagedKVCache
 from lckv.engine.continuous import ContinuousBatcher
@@ -79,7 +79,7 @@ def gather_ways(num_rows: int = 8, length: int = 1024, num_heads: int = 4, head_
     cache = PagedKVCache(config, page_size=16)
     states, new = torch.randn(num_rows, num_heads, length, head_dim), torch.randn(num_rows, num_heads, 1, head_dim)
     cache.update(states, states, 0)
-    layer, tables = cache.owners()[0], [sequence.tables[0].pages for sequence in cache.book.rows]
+    layer, tables = cache.owners()[0], [sequence.tables[None].pages for sequence in cache.rows]
 
     def gather() -> torch.Tensor:
         cache.begin_forward(config, None, 1)  # so that slots are worked out anew, as in every step

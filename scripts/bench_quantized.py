@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lckv.benchmarking.measurements import ratio
+from lckv.benchmarking.results import ratio
 from lckv.benchmarking.ways import draw, read_arguments, show, take_turns
 from lckv.cache import KVCache, build_cache
 from lckv.cache.quantization import GroupCodec

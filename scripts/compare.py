@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
+from lckv.charts import new_chart, save_chart, tidy
 from lckv.console import new_console, python
 
 ROWS = {
@@ -42,7 +42,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def draw(runs: list[dict[str, Any]], picture: Path) -> None:
     """Draws the runs' validation losses over the training tokens."""
-    axes = (figure := Figure(figsize=(8, 5), dpi=150, layout="constrained")).subplots()
+    figure, (axes,) = new_chart()
     axes.axhline(runs[0]["unigram_loss"], color="0.45", linestyle="--", linewidth=1.2, label="unigram model")
     for run in runs:
         points = [(line["tokens"], line["eval_loss"]) for line in run["lines"] if "eval_loss" in line]
@@ -50,10 +50,9 @@ def draw(runs: list[dict[str, Any]], picture: Path) -> None:
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.8, label=label)
     axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False)
-    figure.savefig(picture)
+    save_chart(figure, picture)
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def _is_group(key: str) -> bool:
 
 @cache
 def _composed(command: str, groups: tuple[str, ...]) -> DictConfig:
-    hydra_store.register_schemas()
+    hydra_store.register_schema(command)
     with initialize_config_dir(str(hydra_store.config_dir()), version_base="1.3"):
         return compose(command, list(groups), return_hydra_config=True)
 

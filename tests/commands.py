@@ -17,6 +17,7 @@ _LIBRARIES = [
     "datasets",
     "huggingface_hub",
     "hydra",
+    "matplotlib.pyplot",
     "pandas",
     "rich.console",
     "torch",

@@ -1,6 +1,7 @@
 """Small models whose owners keep other things than a key and a value of equal width, as a real latent attention would.
 
 `KINDS` names them; each is a configuration with a layout of its own, and an attention that writes and reads it.
+`CASES` are patterns and configurations for tests that need no model, as they give caches random streams.
 """
 
 import torch
@@ -12,6 +13,8 @@ from lckv.models.attention import LCKVAttention, apply_rotary
 from tests.reference import tiny_config
 
 LATENT = 96
+KEYS, VALUES = Stream("keys", 2, 8, is_rotated=True), Stream("values", 2, 8)  # rotated as the tiny model rotates
+WIDE_VALUES = Stream("values", 4, 16)
 
 
 def _layout(config, streams, sources):
@@ -42,11 +45,36 @@ class SplitConfig(LCKVLlamaConfig):
 
     @property
     def kv_layout(self) -> KVLayout:
-        keys, values = Stream("keys", 2, 8, is_rotated=True), Stream("values", 2, 8)
         lowest, *others = self.sharing_plan.kv_owners
-        streams = {lowest: (keys, values)} | dict.fromkeys(others, (keys,))
+        streams = {lowest: (KEYS, VALUES)} | dict.fromkeys(others, (KEYS,))
         sources = [(StreamSource(source, 0), StreamSource(lowest, 1)) for source in self.sharing_plan.kv_source]
         return _layout(self, streams, sources)
+
+
+class CrossedConfig(LCKVLlamaConfig):
+    """Keys and values of unequal heads and widths; layer 1 reads the keys of one owner and the values of another."""
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        above = (StreamSource(2, 0), StreamSource(2, 1))
+        sources = [(StreamSource(0, 0), StreamSource(0, 1)), (StreamSource(0, 0), StreamSource(2, 1)), above, above]
+        return _layout(self, {0: (KEYS, VALUES), 2: (KEYS, WIDE_VALUES)}, sources)
+
+
+class HalvesConfig(LCKVLlamaConfig):
+    """Owners that keep only one of the two."""
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        return _layout(self, {0: (KEYS,), 1: (WIDE_VALUES,)}, [(StreamSource(0, 0), StreamSource(1, 0))] * 3)
+
+
+CASES = {
+    "latent": ("0_1s_1s_0", LatentConfig),
+    "latent-and-rotated-key": ("0s_1s_2_2", RotatedLatentConfig),
+    "crossed": ("0_0_2_2", CrossedConfig),
+    "halves": ("0s_1s_1s", HalvesConfig),
+}
 
 
 class LatentAttention(LCKVAttention):

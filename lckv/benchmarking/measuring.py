@@ -1,4 +1,4 @@
-"""Measures contenders: bytes on one generation that is not timed, then prefill and decoding, timed.
+"""Measures contenders, models with a cache each: bytes on one generation that is not timed, then times.
 
 They take turns, so that other load on the machine falls on all of them.
 """
@@ -6,32 +6,115 @@ They take turns, so that other load on the machine falls on all of them.
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
-from lckv.benchmarking.contenders import Contender
-from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Workload
-from lckv.benchmarking.memory import peak_bytes
-from lckv.benchmarking.recording import RecordsTraffic, record_reads
-from lckv.cache import KVCache, PagedKVCache
+from lckv.benchmarking.results import BatchMeasurements, Measurements
+from lckv.benchmarking.settings import Workload
+from lckv.benchmarking.traffic import RecordsTraffic, peak_bytes, record_reads
+from lckv.cache import CACHES, KVCache, PagedKVCache, build_cache
+from lckv.config.keys import once
 from lckv.console import track
-from lckv.costs import FlopsPerToken, ModelSizes, count_flops, count_kv_bytes
+from lckv.costs import ModelSizes, count_flops, count_kv_bytes
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.prefill import PrefillReport, prefill
 from lckv.iteration import Iteration
 from lckv.logits import check_logits
+from lckv.models import LCKVLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 
 FAILURES = (UserError, RuntimeError, ValueError, NotImplementedError, ImportError, MemoryError)
 """What a model, a cache or the memory may refuse; anything else is a fault of the program and ends it."""
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """A cache by name, with the options that it gets."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Name and options, such as `quantized bits=4`."""
+        return " ".join([self.name, *(f"{name}={value}" for name, value in self.options.items())])
+
+
+@dataclass
+class Contender:
+    """A model with a cache.
+
+    Attributes:
+        label: what the table and the plot call it; unique.
+        model: in evaluation mode, on its device; contenders that differ in the cache share one.
+        cache: which cache it uses.
+    """
+
+    label: str
+    model: LCKVLlamaForCausalLM
+    cache: CacheChoice
+
+    def new_cache(self, max_length: int, base: type[KVCache] | None = None) -> KVCache:
+        """Makes an empty cache.
+
+        Args:
+            max_length: of a cache that is made for a fixed length, unless its options say otherwise.
+            base: a class to mix in, such as one that counts.
+
+        Raises:
+            UserError: if the model or the options are not fit for the cache.
+        """
+        options = dict(self.cache.options)
+        if "max_length" in _option_names(self.cache.name):
+            options.setdefault("max_length", max_length)
+        if base is None:
+            return build_cache(self.cache.name, self.model.config, **options)
+        cache_class = CACHES[self.cache.name].class_for(options)
+        mixed = type(f"{base.__name__}{cache_class.__name__}", (base, cache_class), {})
+        return mixed(self.model.config, **options)
+
+
+def choose_caches(given: Sequence[Any], common: dict[str, Any]) -> list[CacheChoice]:
+    """The caches to compare.
+
+    Args:
+        given: names, or mappings with `name` and options.
+        common: options for every cache that has them and does not say otherwise.
+
+    Raises:
+        UserError: for an unknown cache, and one that is given twice.
+    """
+    choices = []
+    for entry in given:
+        own = {"name": entry} if isinstance(entry, str) else dict(entry)
+        name = own.pop("name")
+        known = _option_names(name)
+        choices.append(CacheChoice(name, {key: value for key, value in common.items() if key in known} | own))
+    once("caches", [choice.label for choice in choices])
+    return choices
+
+
+def _option_names(cache_name: str) -> set[str]:
+    return set(inspect.signature(CACHES[cache_name]).parameters) - {"config"}
+
+
+def combine(models: dict[str, LCKVLlamaForCausalLM], caches: Sequence[CacheChoice]) -> list[Contender]:
+    """Every model with every cache; labels name the cache where there are several."""
+    return [
+        Contender(label if len(caches) == 1 else f"{label}, {cache.label}", model, cache)
+        for label, model in models.items()
+        for cache in caches
+    ]
 
 
 class Bench:
@@ -46,24 +129,19 @@ class Bench:
         self.contender, self.workload = contender, workload
         self.model, self.device, self.dtype = contender.model, contender.model.device, contender.model.dtype
         self.repeats_are_copies = True
-        self._plan = contender.config.sharing_plan
-        self._sizes = ModelSizes.from_config(contender.config)
+        config, passes = self.model.config, workload.prefill_passes
+        plan, sizes = config.sharing_plan, ModelSizes.from_config(config)
+        iteration = Iteration(config.forward_passes if passes is None else passes, config.backward_passes)
+        prompt = count_flops(plan, sizes, workload.prompt_length, iteration)  # on the average of its tokens
         self.result = Measurements(
             label=contender.label,
-            layer_types=self._plan.layer_types,
+            layer_types=plan.layer_types,
             cache=contender.cache.name,
             cache_options=contender.cache.options,
-            kv_bytes=count_kv_bytes(self._plan, self._sizes, workload.length, str(self.dtype).removeprefix("torch.")),
-            flops=self._count_flops(),
+            kv_bytes=count_kv_bytes(plan, sizes, workload.length, str(self.dtype).removeprefix("torch.")),
+            flops=replace(prompt, decode=count_flops(plan, sizes, workload.length).decode),
             weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
         )
-
-    def _count_flops(self) -> FlopsPerToken:
-        """Decoding as the last token, prefill on the average of the prompt's tokens."""
-        config, passes = self.contender.config, self.workload.prefill_passes
-        iteration = Iteration(config.forward_passes if passes is None else passes, config.backward_passes)
-        prompt = count_flops(self._plan, self._sizes, self.workload.prompt_length, iteration)
-        return replace(prompt, decode=count_flops(self._plan, self._sizes, self.workload.length).decode)
 
     def planned_bytes(self, length: int, batch_size: int) -> int:
         """What the cache will hold for `batch_size` sequences of `length` tokens, by arithmetic."""
@@ -72,6 +150,23 @@ class Bench:
     def new_cache(self, base: type[KVCache] | None = None) -> KVCache:
         """An empty cache."""
         return self.contender.new_cache(self.workload.length, base)
+
+    def check_budget(self) -> None:
+        """Refuses a budget that does not hold one token of one sequence.
+
+        Raises:
+            UserError: naming both numbers.
+        """
+        budget = self.workload.kv_budget
+        try:
+            needed = 0 if budget is None else self.planned_bytes(1, 1)
+        except FAILURES:  # the cache cannot be made, which it will say itself
+            return
+        if budget is not None and needed > budget:
+            raise UserError(
+                f"kv_budget={budget}: one token of one sequence needs {needed} bytes of KV in {self.result.label}; "
+                "allowed is that or more"
+            )
 
     @torch.inference_mode()
     def inspect(self) -> None:
@@ -117,13 +212,15 @@ class Bench:
             yield BatchMeasurements(batch_size, False, self.planned_bytes(self.workload.length, batch_size))
         if self.workload.kv_budget is None:
             return
-        length, planner = self.workload.length, self.new_cache()
+        length, planner, limit = self.workload.length, self.new_cache(), self.workload.max_batch_size
+        if isinstance(planner, PagedKVCache):  # what fits into pools of fixed size does not show in their bytes
+            num_fitting = planner.max_sequences(length)
+            limit = limit if num_fitting is None else min(limit, num_fitting)
 
         def planned(batch_size: int) -> int:
             return planner.planned_bytes(length, batch_size, self.dtype)
 
-        batch_sizes = range(1, self._batch_limit(planner) + 1)
-        batch_size = bisect_right(batch_sizes, self.workload.kv_budget, key=planned)  # how many of them fit
+        batch_size = bisect_right(range(1, limit + 1), self.workload.kv_budget, key=planned)  # how many of them fit
         batch = BatchMeasurements(batch_size, True, planned(max(1, batch_size)))
         if batch_size == 0:
             batch.error = (
@@ -131,12 +228,6 @@ class Bench:
                 f"and the budget is {self.workload.kv_budget:,}"
             )
         yield batch
-
-    def _batch_limit(self, planner: KVCache) -> int:
-        """The largest batch to look at: what fits into pools of fixed size does not show in their bytes."""
-        limit = self.workload.max_batch_size
-        num_fitting = planner.max_sequences(self.workload.length) if isinstance(planner, PagedKVCache) else None
-        return limit if num_fitting is None else min(limit, num_fitting)
 
     def _inspect_batch(self, batch: BatchMeasurements, base: KVCache, report: PrefillReport) -> None:
         """The peak of the last decoding step, and the size of the cache behind it."""
@@ -212,7 +303,7 @@ class Bench:
         """Random tokens, `(batch, prompt_length)`: equal for all contenders with the same vocabulary."""
         generator = torch.Generator().manual_seed(self.workload.seed)
         size = (batch_size, self.workload.prompt_length)
-        return torch.randint(self.contender.config.vocab_size, size, generator=generator).to(self.device)
+        return torch.randint(self.contender.model.config.vocab_size, size, generator=generator).to(self.device)
 
     def _decode(self, cache: KVCache, logits: torch.Tensor, num_steps: int) -> torch.Tensor:
         """Decodes greedily; `logits` `(batch, vocab_size)` and the returned last token `(batch, 1)`."""
@@ -252,30 +343,21 @@ def describe(error: BaseException) -> str:
     return f"out of memory: {text}" if is_out_of_memory(error) else text
 
 
-class InterruptedMeasurement(KeyboardInterrupt):
-    """Ctrl-C when at least one round was over.
-
-    Args:
-        results: of the rounds that all contenders have ended.
-        num_rounds: how many these are.
-    """
-
-    def __init__(self, results: list[Measurements], num_rounds: int) -> None:
-        super().__init__()
-        self.results, self.num_rounds = results, num_rounds
-
-
-def measure(contenders: Sequence[Contender], workload: Workload) -> list[Measurements]:
+def measure(contenders: Sequence[Contender], workload: Workload) -> tuple[list[Measurements], int]:
     """Measures all contenders: bytes first, one after the other, then times in rounds.
 
     A contender that fails keeps its reason in `error`, and the others go on.
 
+    Returns:
+        What is known of each, and how many rounds all of them have ended: Ctrl-C may leave fewer than there should be,
+        but passes as it is before the end of the first.
+
     Raises:
         UserError: if not one token of one sequence fits into the budget, and if every contender has failed.
-        InterruptedMeasurement: for Ctrl-C after a round; before that, it passes as it is.
     """
     benches = [Bench(contender, workload) for contender in contenders]
-    check_budget(benches, workload.kv_budget)
+    for bench in benches:
+        bench.check_budget()
     inspections = [(bench, bench.inspect) for bench in benches]
     schedule = inspections + [(bench, bench.run_round) for bench in benches] * workload.rounds
     num_done = 0
@@ -288,40 +370,13 @@ def measure(contenders: Sequence[Contender], workload: Workload) -> list[Measure
                         logger.warning("%s: %s", bench.result.label, bench.result.error)
                 num_done += 1
     except KeyboardInterrupt:
-        num_rounds = num_done // len(benches) - 1  # the first time round, bytes were counted
-        if num_rounds < 1:
+        if num_done < 2 * len(benches):  # the first time round, bytes are counted
             raise
-        raise InterruptedMeasurement(_results(benches, num_rounds), num_rounds) from None
-    return _results(benches, workload.rounds)
-
-
-def _results(benches: Sequence[Bench], num_rounds: int) -> list[Measurements]:
-    """What is known after this many rounds."""
-    results = [bench.result for bench in benches]
+    results, num_rounds = [bench.result for bench in benches], num_done // len(benches) - 1
     if all(result.error is not None for result in results):
         raise UserError("; ".join(f"{result.label}: {result.error}" for result in results))
     for result in results:
         times = [result.prefill_seconds, result.first_token_seconds, *(batch.seconds for batch in result.batches)]
         for seconds in times:  # without those of a round that not all have ended
             del seconds[num_rounds:]
-    return results
-
-
-def check_budget(benches: Sequence[Bench], budget: int | None) -> None:
-    """Refuses a budget that does not hold one token of one sequence of every contender.
-
-    Raises:
-        UserError: naming both numbers.
-    """
-    if budget is None:
-        return
-    for bench in benches:
-        try:
-            needed = bench.planned_bytes(1, 1)
-        except FAILURES:  # its cache cannot be made, which it will say itself
-            continue
-        if needed > budget:
-            raise UserError(
-                f"kv_budget={budget}: one token of one sequence needs {needed} bytes of KV in {bench.result.label}; "
-                "allowed is that or more"
-            )
+    return results, num_rounds

@@ -1,23 +1,54 @@
-"""Checks a benchmark's configuration, before anything is loaded, and turns it into what is measured."""
+"""Checks a benchmark's configuration, before anything is loaded: what is measured, and where the results go."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lckv.benchmarking.measurements import Workload
 from lckv.byte_sizes import parse_bytes
 from lckv.config import BenchmarkConfig, ModelConfig, SharingConfig, TokenizerConfig, TrainConfig
 from lckv.errors import UserError, near_miss
 from lckv.iteration import CONVERGE
 from lckv.model_arguments import model_arguments
 from lckv.patterns import PATTERNS
+from lckv.storage import numbered, write_json
 
 if TYPE_CHECKING:  # importing it takes seconds, and most mistakes are found without
     from lckv.models import LCKVLlamaConfig
 
 DEFAULT_PATTERNS = ("llama", "cla", "yoco", "lckv", "sandwich_middle")
+_DEFAULT_FOLDER = Path("runs") / "benchmark"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every contender has to do: the settings of these names in [`lckv.config.BenchmarkConfig`], checked.
+
+    Attributes:
+        kv_budget: bytes; `None`: no batch is sought that fills it.
+    """
+
+    prompt_length: int
+    new_tokens: int
+    batch_sizes: tuple[int, ...] = (1,)
+    kv_budget: int | None = None
+    max_batch_size: int = 4096
+    rounds: int = 5
+    prefill_chunk: int | None = None
+    prefill_passes: int | str | None = None
+    prefill_tolerance: float | None = None
+    seed: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence at its end."""
+        return self.prompt_length + self.new_tokens
 
 
 def build_workload(cfg: BenchmarkConfig) -> Workload:
@@ -42,6 +73,21 @@ def random_models(cfg: BenchmarkConfig) -> dict[str, dict[str, Any]]:
             raise UserError(f"patterns[{index}]={pattern}: is there twice; leave one of them out")
         arguments[pattern] = _arguments(cfg.model, pattern, f"patterns[{index}]")
     return arguments
+
+
+def checkpoint_labels(paths: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+    """A short name for every checkpoint: the last parts of its path that tell it from the others.
+
+    Args:
+        paths: of the checkpoints.
+        taken: names that are not free.
+    """
+    labels: dict[str, str] = {}
+    for path in paths:
+        parts = path.rstrip("/").split("/")
+        names = ["/".join(parts[start:]) for start in reversed(range(len(parts)))]
+        labels[next(name for name in [*names, f"{path} "] if name not in labels and name not in taken)] = path
+    return labels
 
 
 def check_iteration(passes: Any, tolerance: float | None, configs: Mapping[str, LCKVLlamaConfig]) -> None:
@@ -87,3 +133,73 @@ def _arguments(model: ModelConfig, pattern: Any, key: str) -> dict[str, Any]:
         return model_arguments(cfg, model.vocab_size or TokenizerConfig().vocab_size)
     except UserError as error:
         raise UserError(str(error).replace("model.layer_types", key, 1)) from None
+
+
+class OutputFolder:
+    """Holds `benchmark.json` and the picture beside it.
+
+    Args:
+        path: the folder; `None` takes the first of `runs/benchmark`, `runs/benchmark-2`, ... that does not exist.
+        overwrite: whether the results of an earlier run there may be replaced.
+        plot_format: of the picture.
+
+    Raises:
+        UserError: if the folder holds results, or is a file.
+    """
+
+    def __init__(self, path: str | None, *, overwrite: bool, plot_format: str) -> None:
+        self.path = _DEFAULT_FOLDER if path is None else Path(path)
+        self._is_named, self._overwrite, self._plot_format = path is not None, overwrite, plot_format
+        if path is not None and self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir={path}: is a file; name a folder")
+        if path is not None and self.results.exists() and not overwrite:
+            raise UserError(
+                f"output_dir={path}: holds the results of an earlier run; name another folder, or give overwrite=true"
+            )
+
+    @property
+    def results(self) -> Path:
+        """The file with the figures."""
+        return self.path / "benchmark.json"
+
+    @property
+    def plot(self) -> Path:
+        """The file with the picture."""
+        return self.path / f"benchmark.{self._plot_format}"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder, so that no run that begins meanwhile takes it, too; if it stays empty, it goes again."""
+        is_new = not self._is_named or not self.path.exists()
+        if self._is_named:
+            self.path.mkdir(parents=True, exist_ok=True)
+        else:
+            self.path = _make_first_free(self.path)
+        try:
+            yield
+        finally:
+            if is_new and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def write(self, figures: dict[str, Any]) -> None:
+        """Writes the figures inside `claimed`.
+
+        If another run has left its own there since this one began, it takes a numbered folder beside it.
+        """
+        try:
+            self.results.touch(exist_ok=self._overwrite)
+        except FileExistsError:
+            taken, self.path = self.path, _make_first_free(self.path)
+            logger.warning("%s has got the results of another run meanwhile; these go to %s", taken, self.path)
+        write_json(self.results, figures)
+
+
+def _make_first_free(path: Path) -> Path:
+    """Makes the first of `path`, `path-2`, ... that does not exist; of several runs, each gets one of its own."""
+    folders = numbered(path)
+    while True:
+        try:  # asked beforehand whether it exists, another process could come in between
+            (folder := next(folders)).mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue

@@ -6,18 +6,17 @@ from typing import Any
 
 import torch
 
-from lckv.benchmarking.contenders import CacheChoice, Contender
-from lckv.benchmarking.measurements import Workload, median, tokens_per_second
-from lckv.benchmarking.measuring import FAILURES, Bench, describe
+from lckv.benchmarking.measuring import FAILURES, Bench, CacheChoice, Contender, describe
+from lckv.benchmarking.results import median, tokens_per_second
+from lckv.benchmarking.settings import Workload
 from lckv.cache import KVCache
 from lckv.config import EvaluationConfig
 from lckv.console import track
 from lckv.errors import UserError
-from lckv.evaluation.evaluations import EVALUATIONS, Subject
+from lckv.evaluation.evaluations import Subject
 from lckv.models import LCKVLlamaForCausalLM
 
 
-@EVALUATIONS.register("speed")
 def evaluate_speed(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
     """Tokens per second of the prefill of one sequence and of decoding a batch, and the bytes that went through.
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.table import Table
 
-from lckv.benchmarking.measurements import median, ratio
+from lckv.benchmarking.results import median, ratio
+from lckv.charts import new_chart, save_chart
 from lckv.console import new_console, track
 from lckv.storage import write_json
 
@@ -96,11 +95,8 @@ def _shown(value: Any) -> str:
 
 def draw(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], xlabel: str, path: Path) -> None:
     """Draws curves, by their label, into panels side by side, by what is on their vertical axis."""
-    figure = Figure(figsize=(1.5 + 4 * len(panels), 3.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (ylabel, curves) in zip(
-        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
-    ):
+    figure, all_axes = new_chart((1.5 + 4 * len(panels), 3.8), num_columns=len(panels))
+    for axes, (ylabel, curves) in zip(all_axes, panels.items(), strict=True):
         for label, (x, y) in curves.items():
             axes.plot(x, y, label=label, marker="o" if len(x) < 50 else None, markersize=4)
         axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -108,4 +104,4 @@ def draw(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float
         if len(curves) > 1:
             axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_chart(figure, path)

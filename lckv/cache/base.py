@@ -34,8 +34,7 @@ def build_cache(name: str, config: Any, **options: Any) -> KVCache:
         UserError: for an unknown name or option, a value out of range, and options that the model does not allow.
     """
     cache_class = CACHES[name]
-    parameters = dict(inspect.signature(cache_class).parameters)
-    parameters.pop("config")
+    parameters = _option_parameters(cache_class)
     allowed = list(parameters)
     for option in options:
         if option not in allowed:
@@ -47,6 +46,10 @@ def build_cache(name: str, config: Any, **options: Any) -> KVCache:
         if parameter.default is parameter.empty and option not in options:
             raise UserError(f"cache {name!r} needs {option!r}: give cache.{option}")
     return cache_class.class_for(options)(config, **options)
+
+
+def _option_parameters(cache_class: type[KVCache]) -> dict[str, inspect.Parameter]:
+    return {name: each for name, each in inspect.signature(cache_class).parameters.items() if name != "config"}
 
 
 def check_offloading(offloading: bool | None) -> None:
@@ -97,8 +100,8 @@ class KVCache(SharingCache, ABC):
         """Makes the empty store of one owner."""
 
     def options(self) -> dict[str, Any]:
-        """The arguments, beside `config`, that make an empty cache like this one."""
-        return {}
+        """The arguments, beside `config`, that make an empty cache like this one: attributes of the same name."""
+        return {name: getattr(self, name) for name in _option_parameters(type(self))}
 
     def storage(self, layer_idx: int) -> KVLayer:
         """The store that holds what layer `layer_idx` reads; of several, that of the first stream."""
@@ -216,7 +219,7 @@ class KVCache(SharingCache, ABC):
         of those before them.
         """
         layer = self.layers[layer_idx]
-        if not isinstance(layer, KVLayer) or not layer.is_initialized:
+        if not isinstance(layer, KVLayer) or not layer.streams:
             return streams
         differ = False
         for held, new in zip(layer.streams, streams, strict=True):

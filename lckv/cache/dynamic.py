@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from lckv.cache.base import CACHES, KVCache
-from lckv.cache.layers import KVLayer, join, writable
+from lckv.cache.layers import KVLayer, join, roll_ring, writable
 from lckv.layout import Store
 from lckv.models.sharing_cache import Streams
 
@@ -23,9 +21,7 @@ class FullLayer(KVLayer):
         """Appends, and returns everything."""
         if not self.is_initialized:
             self.lazy_initialization(*streams)
-        self.streams = join(
-            self.streams, streams
-        )  # a copy even at first: the model's tensors are parts of larger ones
+        self.streams = join(self.streams, streams)  # a copy even at first: the model's are parts of larger tensors
         self.seq_length += streams[0].shape[2]
         return self.streams
 
@@ -51,13 +47,10 @@ class RingLayer(KVLayer):
         is_ring: whether the tensors are a ring.
     """
 
-    scalar_names = ("seq_length", "num_kept", "is_ring", "record_past")
+    scalars = {"seq_length": 0, "num_kept": 0, "is_ring": False, "record_past": False}
     window: int
-
-    def __init__(self, store: Store) -> None:
-        super().__init__(store)
-        self.num_kept = 0
-        self.is_ring = False
+    num_kept: int
+    is_ring: bool
 
     def count_kept(self) -> int:
         """How many of the last tokens are here."""
@@ -95,24 +88,19 @@ class RingLayer(KVLayer):
             left = tuple(states[:, :, :stop] for states in self._in_order())
             self._lay_out(left, self.seq_length + tokens_to_remove, self.num_kept + tokens_to_remove)
 
-    def reset(self) -> None:
-        """Forgets everything."""
-        super().reset()
-        self.num_kept, self.is_ring = 0, False
-
     def _in_order(self) -> Streams:
         """Everything in the tensors, oldest first."""
         if not self.is_ring:
             return self.streams
         oldest = self.seq_length % self.window
-        return tuple(states.roll(-oldest, dims=2) for states in self.streams)
+        return tuple(roll_ring(states, -oldest) for states in self.streams)
 
     def _lay_out(self, streams: Streams, seq_length: int, num_kept: int) -> None:
         """Fills the tensors anew with the last of these tokens, which are in order and end at `seq_length`."""
         num_slots = min(seq_length, self.window)
         self.seq_length, self.num_kept, self.is_ring = seq_length, min(num_kept, num_slots), num_slots == self.window
         oldest = seq_length % self.window if self.is_ring else 0
-        self.streams = tuple(_last_tokens(states, num_slots).roll(oldest, dims=2) for states in streams)
+        self.streams = tuple(roll_ring(_last_tokens(states, num_slots), oldest) for states in streams)
 
     def _overwrite_oldest(self, streams: Streams) -> None:
         num_new = streams[0].shape[2]
@@ -135,10 +123,6 @@ class DynamicKVCache(KVCache):
     """Grows with the text; owners whose readers all have a window keep only the window."""
 
     name = "dynamic"
-
-    def options(self) -> dict[str, Any]:
-        """Whether it lives in the CPU's memory."""
-        return {"offloading": self.offloading}
 
     def make_layer(self, store: Store) -> KVLayer:
         """A growing store, or a ring of the window's tokens."""

@@ -30,18 +30,23 @@ class KVLayer(CacheLayerMixin):
             empty until the first tokens come.
         seq_length: tokens seen so far, dropped ones included.
         record_past: whether tokens that leave the window stay until the next `crop`.
+        scalars: the attributes that are saved beside the tensors, as they are in an empty layer.
     """
 
     is_croppable = True
-    scalar_names: ClassVar[tuple[str, ...]] = ("seq_length",)
+    scalars: ClassVar[dict[str, Any]] = {"seq_length": 0}
 
     def __init__(self, store: Store) -> None:
         # Not the parent's: it would set `keys` and `values`, which are read from the streams here.
         self.store, self.window = store, store.window
         self.names = tuple(stream.name for stream in store.streams)
         self.streams: Streams = ()
-        self.seq_length = 0
-        self.record_past = False
+        self.seq_length, self.record_past = 0, False
+        self._set_scalars(self.scalars)
+
+    def _set_scalars(self, scalars: Mapping[str, Any]) -> None:
+        for name, value in scalars.items():
+            setattr(self, name, copy.copy(value))
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -121,10 +126,6 @@ class KVLayer(CacheLayerMixin):
         """The most tokens that the layer keeps; -1 if there is no limit."""
         return -1 if self.window is None else self.window
 
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in older transformers."""
-        return self.get_max_length()
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many tokens `write` will return for `query_length` new ones, and which token is the first of them."""
         num_past = self.seq_length if self.window is None else min(self.seq_length, self.window - 1)
@@ -165,12 +166,11 @@ class KVLayer(CacheLayerMixin):
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What has to be saved: tensors, and plain numbers."""
-        return self.tensors(), {name: getattr(self, name) for name in self.scalar_names}
+        return self.tensors(), {name: getattr(self, name) for name in self.scalars}
 
     def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
         """Takes on a saved state."""
-        for name, value in scalars.items():
-            setattr(self, name, value)
+        self._set_scalars(scalars)
         if tensors:
             self.take_tensors(tensors)
             self.dtype, self.device = self.streams[0].dtype, self.streams[0].device
@@ -190,7 +190,8 @@ class KVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.streams, self.record_past, self.seq_length = (), False, 0
+        self.streams, self.seq_length, self.record_past = (), 0, False
+        self._set_scalars(self.scalars)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row *i* becomes row `beam_idx[i]`."""
@@ -264,8 +265,6 @@ class ReaderLayer(CacheLayerMixin):
         """The most tokens that the owner keeps."""
         return self.owner.get_max_length()
 
-    get_max_cache_shape = get_max_length
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The owner's."""
         return self.owner.get_mask_sizes(query_length)
@@ -280,6 +279,16 @@ class ReaderLayer(CacheLayerMixin):
 def join(past: Streams, new: Streams) -> Streams:
     """For each stream `(batch, num_heads, kv_len, head_dim)`, the past tokens and then the new ones."""
     return tuple(torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
+
+
+def roll_ring(states: torch.Tensor, num_steps: int, num_fixed: int = 0) -> torch.Tensor:
+    """`(batch, num_heads, num_slots, head_dim)` with all slots but the first `num_fixed` moved on in a circle.
+
+    In a ring the token at position *p* lies in slot `p % num_slots`, so that the oldest of those that end at
+    `seq_length` lies in slot `seq_length % num_slots`: as many steps turn tokens in order into a ring, and back.
+    """
+    ring = states[:, :, num_fixed:].roll(num_steps, dims=2)
+    return torch.cat([states[:, :, :num_fixed], ring], dim=2) if num_fixed else ring
 
 
 def writable(states: torch.Tensor) -> torch.Tensor:

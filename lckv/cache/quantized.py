@@ -76,7 +76,7 @@ class QuantizedLayer(EncodingLayer):
         residual_length: the fewest recent tokens that stay as they are.
     """
 
-    scalar_names = ("seq_length", "record_past")
+    scalars = {"seq_length": 0, "record_past": False}
 
     def __init__(self, store: Store, codecs: tuple[GroupCodec, ...], group_size: int, residual_length: int) -> None:
         super().__init__(store)
@@ -262,10 +262,6 @@ class QuantizedOptions:
             for stream in streams
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """The options by name."""
-        return asdict(self)
-
 
 @CACHES.register("quantized")
 class QuantizedKVCache(KVCache):
@@ -323,4 +319,4 @@ class QuantizedKVCache(KVCache):
 
     def options(self) -> dict[str, Any]:
         """The arguments, beside `config`, that make an empty cache like this one."""
-        return self.quantization.as_dict()
+        return asdict(self.quantization)

@@ -15,11 +15,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lckv.cache.base import CACHES, KVCache
 from lckv.cache.dynamic import RingLayer
-from lckv.cache.layers import KVLayer, check_crop, join, writable
+from lckv.cache.layers import KVLayer, check_crop, join, roll_ring, writable
 from lckv.errors import UserError, check_whole_number
 from lckv.layout import Store
 from lckv.models.attention import PositionEmbeddings, apply_rotary
 from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.padding import count_padding
 from lckv.models.sharing_cache import Streams
 
 GROWING_ROPE_TYPES = ("dynamic", "longrope")
@@ -73,36 +74,33 @@ class Movable(KVLayer):
     """A store whose rotated streams can be counted from a later token than the text's first.
 
     Attributes:
-        offset: the window's tokens are rotated as if the text had begun that many tokens later.
+        num_sinks: how many of its first tokens stay as they are, whatever is counted.
+        offset: the other tokens are rotated as if the text had begun that many tokens later.
     """
+
+    num_sinks = 0
+    offset: int
 
     def __init__(self, store: Store, rotation: KeyRotation) -> None:
         super().__init__(store)
-        self.rotation, self.offset = rotation, 0
+        self.rotation = rotation
 
     def rotated(self, streams: Streams, shifts: list[int]) -> Streams:
         """These `(batch, num_heads, num_tokens, head_dim)`, the rotated ones moved on by `shifts` positions."""
         pairs = zip(self.store.streams, streams, strict=True)
         return tuple(self.rotation(states, shifts) if stream.is_rotated else states for stream, states in pairs)
 
-    def moved_window(self, shifts: list[int]) -> Streams:
-        """All tensors, with the window moved on by `shifts` positions."""
-        return self.rotated(self.streams, shifts)
-
     def rebase(self, offset: int) -> None:
         """Rotates the window, in place of the text's beginning, to count from token `offset`."""
         if self.is_initialized:
-            self.streams = self.moved_window([self.offset - offset])
+            sinks = tuple(states[:, :, : self.num_sinks] for states in self.streams)
+            window = tuple(states[:, :, self.num_sinks :] for states in self.streams)
+            self.streams = join(sinks, self.rotated(window, [self.offset - offset]))
         self.offset = offset
 
     def has_settled(self) -> bool:
         """Whether all of the window may be counted from a later token."""
         return not self.record_past
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        super().reset()
-        self.offset = 0
 
 
 class SinkLayer(Movable):
@@ -124,14 +122,14 @@ class SinkLayer(Movable):
         is_ring: whether the window is laid out as a ring.
     """
 
-    scalar_names = ("seq_length", "offset", "padding", "is_ring", "record_past")
+    scalars = {"seq_length": 0, "offset": 0, "padding": [], "is_ring": False, "record_past": False}
     window: int
+    padding: list[int]
+    is_ring: bool
 
     def __init__(self, store: Store, num_sinks: int, window: int, rotation: KeyRotation) -> None:
         super().__init__(store, rotation)
         self.num_sinks, self.window, self.capacity = num_sinks, window, num_sinks + window
-        self.padding: list[int] = []
-        self.is_ring = False
 
     def get_max_length(self) -> int:
         """The most tokens that the layer keeps."""
@@ -202,20 +200,9 @@ class SinkLayer(Movable):
         self.change_tensors(lambda states: self._cut_back(states, num_left))
         self.seq_length, self.is_ring = num_left, self.streams[0].shape[2] == self.capacity
 
-    def moved_window(self, shifts: list[int]) -> Streams:
-        """All tensors, with the window moved on by `shifts` positions, and the sinks as they came."""
-        sinks = tuple(states[:, :, : self.num_sinks] for states in self.streams)
-        window = tuple(states[:, :, self.num_sinks :] for states in self.streams)
-        return join(sinks, self.rotated(window, shifts))
-
     def has_settled(self) -> bool:
         """Whether the sinks of every row stay from now on."""
         return self.seq_length >= self.capacity + max(self.padding, default=0) and not self.record_past
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        super().reset()
-        self.padding, self.is_ring = [], False
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch, in this order."""
@@ -305,19 +292,17 @@ class SinkLayer(Movable):
         """The sinks, then the window, oldest first."""
         if not self.is_ring:
             return states
-        window = states[:, :, self.num_sinks :].roll(self.num_sinks - self._ring_slot(), dims=2)
-        return torch.cat([states[:, :, : self.num_sinks], window], dim=2)
+        return roll_ring(states, self.num_sinks - self._ring_slot(), self.num_sinks)
 
     def _as_ring(self, states: torch.Tensor, seq_length: int) -> torch.Tensor:
         """The same for a full tensor in order, the other way round."""
-        window = states[:, :, self.num_sinks :].roll((seq_length - self.num_sinks) % self.window, dims=2)
-        return torch.cat([states[:, :, : self.num_sinks], window], dim=2)
+        return roll_ring(states, (seq_length - self.num_sinks) % self.window, self.num_sinks)
 
 
 class MovableRingLayer(Movable, RingLayer):
     """A ring whose tokens can be counted from a later one, like a [`SinkLayer`]'s."""
 
-    scalar_names = (*RingLayer.scalar_names, "offset")  # type: ignore[assignment]  # one more than the ring has
+    scalars = {**RingLayer.scalars, "offset": 0}
 
 
 @CACHES.register("sink")
@@ -356,10 +341,6 @@ class SinkKVCache(KVCache):
         _check_rope_type(config)
         self.span = max(num_sinks + window, *(layer.get_max_length() for layer in self._movable()))
 
-    def options(self) -> dict[str, Any]:
-        """The arguments, beside `config`, that make an empty cache like this one."""
-        return {"num_sinks": self.num_sinks, "window": self.window}
-
     def make_layer(self, store: Store) -> KVLayer:
         """Sinks and window, or a ring of the tokens that the owner's readers see."""
         if store.window is not None:
@@ -376,7 +357,7 @@ class SinkKVCache(KVCache):
         super().begin_forward(config, attention_mask, num_new_tokens)
         if attention_mask is None or attention_mask.ndim != 2:
             return
-        padding = _count_padding(attention_mask)
+        padding = [] if attention_mask[:, 0].all() else count_padding(attention_mask)
         for layer in self._sink_layers():
             layer.padding = padding
 
@@ -417,13 +398,6 @@ class SinkKVCache(KVCache):
 
     def _movable(self) -> list[Movable]:
         return [layer for layer in self.layers if isinstance(layer, Movable)]
-
-
-def _count_padding(attention_mask: torch.Tensor) -> list[int]:
-    """How many zeros each row of `(batch, seq_len)` begins with; empty if none does."""
-    if attention_mask[:, 0].all():
-        return []
-    return (attention_mask.bool().cumsum(dim=1) == 0).sum(dim=1).tolist()
 
 
 def _check_rope_type(config: Any) -> None:

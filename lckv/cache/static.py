@@ -31,7 +31,7 @@ class StaticLayer(KVLayer):
     """
 
     is_compileable = True
-    scalar_names: ClassVar[tuple[str, ...]] = ()
+    scalars: ClassVar[dict[str, Any]] = {}  # the number of tokens is saved, but no attribute
 
     def __init__(self, store: Store, num_slots: int) -> None:
         super().__init__(store)
@@ -42,7 +42,7 @@ class StaticLayer(KVLayer):
     def lazy_initialization(self, *streams: torch.Tensor) -> None:
         """Makes the tensors, once and for all, for streams `(batch, num_heads, q_len, head_dim)`."""
         self.dtype, self.device = streams[0].dtype, streams[0].device
-        self._adopt(tuple(map(self._slots_for, streams)), self.num_seen)
+        self._adopt(tuple(states.new_zeros(*states.shape[:2], self.num_slots, states.shape[3]) for states in streams))
 
     def get_seq_length(self) -> int:
         """Tokens seen so far; a tensor as soon as there are any, as transformers' static caches have it."""
@@ -101,10 +101,11 @@ class StaticLayer(KVLayer):
         """The used slots, and the number of tokens."""
         num_used = min(int(self.num_seen), self.num_slots)
         used = {name: tensor[:, :, :num_used].contiguous() for name, tensor in self.tensors().items()}
-        return used, {"seq_length": int(self.num_seen)}
+        return used, {"seq_length": int(self.num_seen), **super().state()[1]}
 
     def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
         """Takes on a saved state."""
+        self._set_scalars({name: scalars[name] for name in self.scalars})
         if tensors:
             used = [tensors[name] for name in self.names]
             self.lazy_initialization(*used)
@@ -117,12 +118,13 @@ class StaticLayer(KVLayer):
         forked = super().fork()
         forked.num_seen = self.num_seen.clone()
         if self.is_initialized:
-            forked._adopt(forked.streams, forked.num_seen)
+            forked._adopt(forked.streams)
         return forked
 
     def reset(self) -> None:
         """Forgets everything; the tensors stay, and with them what has been compiled for their addresses."""
         self.record_past = False
+        self._set_scalars(self.scalars)
         self.num_seen.zero_()
         for slots in self.streams:
             slots.zero_()
@@ -131,7 +133,7 @@ class StaticLayer(KVLayer):
         """Holds what `change` makes of each tensor; in place if there are as many rows as before."""
         changed = tuple(map(change, self.streams))
         if any(new.shape != slots.shape for new, slots in zip(changed, self.streams, strict=True)):
-            self._adopt(changed, self.num_seen)
+            self._adopt(changed)
             return
         for slots, new in zip(self.streams, changed, strict=True):
             slots.copy_(new)
@@ -157,14 +159,9 @@ class StaticLayer(KVLayer):
                 raise ValueError(f"{num_rows} sequences for a cache that holds {num_held}")
         self.lazy_initialization(*streams)
 
-    def _slots_for(self, states: torch.Tensor) -> torch.Tensor:
-        """Empty slots for states `(batch, num_heads, q_len, head_dim)`."""
-        batch_size, num_heads, _, head_dim = states.shape
-        return states.new_zeros(batch_size, num_heads, self.num_slots, head_dim)
-
-    def _adopt(self, streams: Streams, num_seen: torch.Tensor) -> None:
+    def _adopt(self, streams: Streams) -> None:
         """Uses these tensors from now on, at addresses that a CUDA graph may rely on."""
-        num_seen = num_seen.to(streams[0].device)
+        num_seen = self.num_seen.to(streams[0].device)
         if torch.compiler.is_compiling():
             self.streams, self.num_seen = streams, num_seen
             return
@@ -201,13 +198,14 @@ class StaticRingLayer(StaticLayer):
             tokens are left now.
     """
 
+    is_croppable = False
+    scalars = {"high_water": 0}
     window: int
+    high_water: int
 
     def __init__(self, store: Store, window: int) -> None:
         super().__init__(store, window)
         self.window = window
-        self.is_croppable = False
-        self.high_water = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The slots, and the new tokens if there are several."""
@@ -266,21 +264,6 @@ class StaticRingLayer(StaticLayer):
             "use cache 'dynamic'"
         )
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The used slots, and the numbers."""
-        tensors, scalars = super().state()
-        return tensors, scalars | {"high_water": self.high_water}
-
-    def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-        """Takes on a saved state."""
-        super().load_state(tensors, scalars)
-        self.high_water = scalars["high_water"]
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        super().reset()
-        self.high_water = 0
-
     def _slot_positions(self, num_seen: torch.Tensor) -> torch.Tensor:
         """The last token before `num_seen` that belongs into each slot, `(window,)`; negative if there is none.
 
@@ -325,10 +308,6 @@ class StaticKVCache(KVCache):
         if store.window is None or store.window >= self.max_length:
             return StaticLayer(store, self.max_length)
         return StaticRingLayer(store, store.window)
-
-    def options(self) -> dict[str, Any]:
-        """The length."""
-        return {"max_length": self.max_length}
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """The longest text, or the slots of one layer."""

@@ -30,37 +30,24 @@ class CacheConfig(Group):
         offloading: whether to keep everything in the CPU's memory, and on the GPU only what is in use.
     """
 
-    name: str = key("dynamic", one_of(*CACHES, NO_CACHE))
+    name: str = key("dynamic", one_of((*CACHES, NO_CACHE)))
     max_length: int | None = key(None, at_least(), of="static")
     num_sinks: int | None = key(None, at_least(0), of="sink")
     window: int | None = key(None, at_least(), of="sink")
     page_size: int | None = key(None, at_least(), of="paged")
     num_pages: int | None = key(None, at_least(), of="paged quantized")
-    bits: int | None = key(None, one_of(2, 4, 8), of="quantized")
+    bits: int | None = key(None, one_of((2, 4, 8)), of="quantized")
     group_size: int | None = key(None, at_least(), of="quantized")
     residual_length: int | None = key(None, at_least(0), of="quantized")
-    key_axis: str | None = key(None, one_of("channel", "token"), of="quantized")
-    value_axis: str | None = key(None, one_of("channel", "token"), of="quantized")
-    layout: str | None = key(None, one_of("dynamic", "paged"), of="quantized")
+    key_axis: str | None = key(None, one_of(("channel", "token")), of="quantized")
+    value_axis: str | None = key(None, one_of(("channel", "token")), of="quantized")
+    layout: str | None = key(None, one_of(("dynamic", "paged")), of="quantized")
     offloading: bool | None = key(None, of="dynamic")
-
-    def options(self) -> dict[str, Any]:
-        """The options that are given."""
-        options = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "name"}
-        return {name: value for name, value in options.items() if value is not None}
 
     @property
     def has_pages(self) -> bool:
         """Whether keys and values are kept in pages."""
         return self.name == "paged" or (self.name == "quantized" and self.layout == "paged")
-
-    def check_is_one(self, prefix: str) -> None:
-        """Refuses to go without a cache, as only evaluations can.
-
-        Raises:
-            UserError: naming the caches.
-        """
-        check_choice(f"{prefix}cache", self.name, CACHES)
 
 
 def one_of_several(name: str, value: Any) -> None:

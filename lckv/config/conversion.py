@@ -10,7 +10,7 @@ from lckv.config.data import DataConfig
 from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, key, literal, one_of, passes
 from lckv.config.model import ModelConfig, SharingConfig
-from lckv.config.names import DIRECTIONS, METHODS, TRAINED
+from lckv.config.names import METHODS, TRAINED
 from lckv.config.training import (
     CalibrationConfig,
     InitConfig,
@@ -19,7 +19,6 @@ from lckv.config.training import (
     TeacherConfig,
     TrainConfig,
     TrainerConfig,
-    a_method,
     seed_of_32_bits,
 )
 from lckv.errors import UserError
@@ -45,7 +44,7 @@ class ConvertConfig(Group):
 
     source: str | None = literal(required=_GIVE_BOTH)
     revision: str | None = None
-    method: str = key("average", a_method)
+    method: str = key("average", one_of(METHODS))
     out: str | None = literal(required=_GIVE_BOTH)
     max_shard_size: str = key("5GB", lambda name, value: parse_bytes(value, name))
     device: str = "auto"
@@ -106,8 +105,8 @@ class SearchConfig(Group):
     source: str | None = literal(required="give one: python -m lckv.search source=MODEL budget=0.5")
     revision: str | None = None
     budget: Any = None
-    method: str = key("subspace", a_method)
-    directions: str = key("down", one_of(*DIRECTIONS))
+    method: str = key("subspace", one_of(METHODS))
+    directions: str = key("down", one_of(("down", "both")))
     beam: int = key(1, at_least())
     shortlist: int = key(4, at_least())
     max_distance: int | None = key(None, at_least())

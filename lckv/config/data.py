@@ -42,7 +42,7 @@ class DataConfig(Group):
         cache_dir: where tokenised blocks and trained tokenizers are kept (None: $LCKV_CACHE, or ~/.cache/lckv).
     """
 
-    name: str = key("bible", one_of(*SOURCES))
+    name: str = key("bible", one_of(SOURCES))
     files: Any = key(None, **_OF_FILES)
     validation_files: Any = key(None, **_OF_FILES)
     document_separator: str | None = key(None, **_OF_FILES)

@@ -12,7 +12,7 @@ from lckv.config.cache import CacheConfig
 from lckv.config.data import DataConfig
 from lckv.config.keys import MODEL_REQUIRED, Group, Rule, at_least, each, key, literal, once, one_of, such_that
 from lckv.config.names import ATTENTIONS, DTYPES, NO_CACHE
-from lckv.errors import UserError, check_choice, check_whole_number
+from lckv.errors import UserError, check_whole_number
 
 EVALUATIONS = ("perplexity", "harness", "needle", "recall", "speed")
 """Each has a group of settings of its name in [`EvaluationConfig`]."""
@@ -26,11 +26,6 @@ _MADE_FOR = "what the model was made for"
 def default_context_length(limit: int, trained_length: int | None) -> int:
     """Tokens that a model sees at once where nothing else is asked for: no positions that are new to it."""
     return min(limit, trained_length or DEFAULT_CONTEXT_LENGTH)
-
-
-def an_evaluation(name: str, value: object) -> None:
-    """The name of one."""
-    check_choice(name, value, EVALUATIONS)
 
 
 def _batch_size(name: str, value: object) -> None:
@@ -210,7 +205,7 @@ class EvaluationConfig(Group):
             cache rounds padding and text together.
     """
 
-    evals: list[str] = key([], each(an_evaluation), once)
+    evals: list[str] = key([], each(one_of(EVALUATIONS)), once)
     batch_size: int = key(8, at_least())
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
@@ -266,15 +261,15 @@ class EvaluateConfig(EvaluationConfig):
         json: whether to print one JSON object instead of the tables.
     """
 
-    evals: list[str] = key(["perplexity"], each(an_evaluation), once)
+    evals: list[str] = key(["perplexity"], each(one_of(EVALUATIONS)), once)
     model: str | None = literal(required=MODEL_REQUIRED)
     revision: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheConfig = field(default_factory=lambda: CacheConfig(name=NO_CACHE))
     out: str | None = literal()
-    attn_implementation: str | None = key(None, one_of(*ATTENTIONS))
+    attn_implementation: str | None = key(None, one_of(ATTENTIONS))
     device: str = "auto"
-    dtype: str = key("auto", one_of("auto", *DTYPES))
+    dtype: str = key("auto", one_of(("auto", *DTYPES)))
     num_threads: int | None = key(None, at_least())
     seed: int = 0
     json: bool = False

@@ -9,8 +9,8 @@ from lckv.byte_sizes import parse_bytes
 from lckv.config.cache import CacheConfig, one_of_several
 from lckv.config.keys import MODEL_REQUIRED, Group, above_zero, at_least, each, key, literal, once, one_of, passes
 from lckv.config.model import ModelConfig
-from lckv.config.names import BATCHINGS, CONTINUOUS, DTYPES, ENDLESS, OFF, PLOT_FORMATS, STATIC, STREAMS, TOKENS
-from lckv.errors import UserError
+from lckv.config.names import BATCHINGS, CACHES, CONTINUOUS, DTYPES, ENDLESS, OFF, STATIC, STREAMS, TOKENS
+from lckv.errors import UserError, check_choice
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -62,7 +62,7 @@ class GenerateConfig(Group):
     prompt: str | None = literal()
     prompt_file: str | None = literal()
     prompts_file: str | None = literal()
-    batching: str | None = key(None, one_of(*BATCHINGS))
+    batching: str | None = key(None, one_of(BATCHINGS))
     batch_size: int | None = key(None, at_least())
     chat: bool | None = None
     system: str | None = literal()
@@ -74,7 +74,7 @@ class GenerateConfig(Group):
     seed: int | None = None
     repetition_penalty: float = 1.0
     num_beams: int = key(1, at_least())
-    stream: str | None = key(None, one_of(*STREAMS))
+    stream: str | None = key(None, one_of(STREAMS))
     prefill_chunk: int | None = key(None, at_least())
     # Not `int | str | None`, which OmegaConf does not know.
     prefill_passes: Any = key(None, passes)
@@ -82,13 +82,13 @@ class GenerateConfig(Group):
     cache: CacheConfig = field(default_factory=CacheConfig)
     compile: bool = key(False, only_with={"cache.name": ("static",)})
     device: str = "auto"
-    dtype: str = key("auto", one_of("auto", *DTYPES))
+    dtype: str = key("auto", one_of(("auto", *DTYPES)))
     num_threads: int | None = key(None, at_least())
     json: bool = False
 
     def check(self, prefix: str) -> None:
         """Refuses ways to batch and to print that cannot be had."""
-        self.cache.check_is_one(prefix)
+        check_choice(f"{prefix}cache", self.cache.name, CACHES)  # only evaluations can go without one
         if self.batching == CONTINUOUS and not self.cache.has_pages:
             raise UserError(
                 f"batching=continuous: cannot be had with cache={self.cache.name}; "
@@ -170,18 +170,18 @@ class BenchmarkConfig(Group):
     prefill_passes: Any = key(None, passes)
     prefill_tolerance: float | None = key(None, above_zero)
     device: str = "auto"
-    dtype: str = key("auto", one_of("auto", *DTYPES))
+    dtype: str = key("auto", one_of(("auto", *DTYPES)))
     num_threads: int | None = key(None, at_least())
     seed: int = 0
     output_dir: str | None = None
     overwrite: bool = False
-    plot_format: str = key("png", one_of(*PLOT_FORMATS))
+    plot_format: str = key("png", one_of(("png", "svg", "pdf")))
     json: bool = False
 
     def check(self, prefix: str) -> None:
         """Refuses sequences that are longer than the models with random weights are made for."""
         if not self.caches:
-            self.cache.check_is_one(prefix)
+            check_choice(f"{prefix}cache", self.cache.name, CACHES)
         length = self.prompt_length + self.new_tokens
         if (self.patterns or not self.checkpoints) and length > self.model.max_position_embeddings:
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import field, fields, is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, cast, get_type_hints
@@ -68,6 +68,11 @@ class Group:
                     rule(name, value)
         self.check(prefix)
 
+    def options(self) -> dict[str, Any]:
+        """What is given beside the name, in a group whose `name` says what other keys have an effect."""
+        values = {item.name: getattr(self, item.name) for item in fields(cast(Any, self)) if item.name != "name"}
+        return {name: value for name, value in values.items() if value is not None}
+
     def check(self, prefix: str) -> None:
         """Refuses values that do not go together.
 
@@ -115,8 +120,8 @@ def at_least(minimum: int = 1, *, or_null: bool = False) -> Rule:
     return rule
 
 
-def one_of(*allowed: object) -> Rule:
-    """One of these."""
+def one_of(allowed: Iterable[object]) -> Rule:
+    """One of these, those that were declared since included."""
     return lambda name, value: check_choice(name, value, allowed)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lckv.config.keys import Group, above_zero, at_least, fraction, key, one_of, passes
 from lckv.config.names import ATTENTIONS, DTYPES
-from lckv.errors import UserError, check_choice
+from lckv.errors import UserError
 from lckv.patterns import PATTERNS
 
 KEPT_WITH_SOURCE = (
@@ -76,8 +76,8 @@ class ModelConfig(Group):
     converge_tolerance: float = key(1e-3, above_zero)
     use_sequential: bool = False
     force_nodiag: bool = False
-    attn_implementation: str = key("sdpa", one_of(*ATTENTIONS))
-    dtype: str = key("float32", one_of(*DTYPES))
+    attn_implementation: str = key("sdpa", one_of(ATTENTIONS))
+    dtype: str = key("float32", one_of(DTYPES))
 
     def check(self, prefix: str) -> None:
         """Refuses sizes that do not fit together."""
@@ -101,7 +101,7 @@ class ModelConfig(Group):
 class SharingConfig(Group):
     """A named sharing pattern and its parameters; None leaves a parameter at the pattern's own default."""
 
-    name: str = key("llama", lambda name, value: check_choice(name, value, PATTERNS))
+    name: str = key("llama", one_of(PATTERNS))
     num_kv_layers: int | None = None
     group_size: int | None = None
     warmup_layers: int | None = None

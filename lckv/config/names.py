@@ -5,19 +5,13 @@ What is behind a name is registered under it where it is built; a test sees to i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
-PRECISIONS = ("fp32", "bf16", "fp16")
 TRAINABLE = ("all", "kv", "qkv")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 TRACKERS = ("tensorboard", "wandb")
 SOURCES = ("bible", "files", "hub")
-ISO = ("params", "kv")
-DIRECTIONS = ("down", "both")
-PLOT_FORMATS = ("png", "svg", "pdf")
 
 CACHES = ("dynamic", "static", "sink", "paged", "quantized")
 NO_CACHE = "none"
@@ -29,29 +23,11 @@ CONTINUOUS, STATIC = BATCHINGS = ("continuous", "static")
 TOKENS, OFF, ENDLESS = STREAMS = ("tokens", "off", "endless")
 """How text may be printed: as it comes, at its end, or without one."""
 
-
-@dataclass(frozen=True)
-class MethodTraits:
-    """What a conversion method needs beside the weights.
-
-    Attributes:
-        is_calibrated: whether it looks at calibration text.
-        is_trained: whether its result is only where a training begins, with the source as the teacher.
-    """
-
-    is_calibrated: bool = False
-    is_trained: bool = False
-
-
-METHODS = {
-    "inherit": MethodTraits(),
-    "average": MethodTraits(),
-    "aligned": MethodTraits(),
-    "activation": MethodTraits(is_calibrated=True),
-    "subspace": MethodTraits(is_calibrated=True),
-    "distill": MethodTraits(is_calibrated=True, is_trained=True),
-}
+METHODS = ["inherit", "average", "aligned", "activation", "subspace", "distill"]
 """How keys and values that layers are to share come from those that each computes in the source."""
 
-CALIBRATED = frozenset(name for name, traits in METHODS.items() if traits.is_calibrated)
-TRAINED = frozenset(name for name, traits in METHODS.items() if traits.is_trained)
+CALIBRATED = frozenset({"activation", "subspace", "distill"})
+"""Those that look at calibration text."""
+
+TRAINED = frozenset({"distill"})
+"""Those whose result is only where a training begins, with the source as the teacher."""

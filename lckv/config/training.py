@@ -10,15 +10,57 @@ from lckv.config.data import DataConfig, TokenizerConfig
 from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, each, key, not_negative, one_of, such_that
 from lckv.config.model import ModelConfig, SharingConfig
-from lckv.config.names import DTYPES, ISO, METHODS, OPTIMIZERS, PRECISIONS, SCHEDULES, TRACKERS, TRAINABLE
-from lckv.config.pass_through import no_key_of_ours
+from lckv.config.names import DTYPES, METHODS, OPTIMIZERS, SCHEDULES, TRACKERS, TRAINABLE
 from lckv.costs import DTYPE_BYTES
-from lckv.errors import UserError, check_choice
+from lckv.errors import UserError
+
+_OF_OURS = {
+    "output_dir": "run_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "run_name": "run_name",
+    "report_to": "logger.names",
+    "per_device_train_batch_size": "trainer.micro_batch_size",
+    "per_device_eval_batch_size": "trainer.eval_batch_size",
+    "gradient_accumulation_steps": "trainer.global_batch_size",
+    "num_train_epochs": "trainer.max_steps",
+    "activation_checkpointing": "trainer.gradient_checkpointing",
+    "bf16": "trainer.precision",
+    "fp16": "trainer.precision",
+    "resume_from_checkpoint": "trainer.resume",
+    "optim": "optim.name",
+    "lr_scheduler_type": "optim.schedule",
+    "lr_scheduler_kwargs": "optim.schedule",
+    "learning_rate": "optim.learning_rate",
+    "warmup_steps": "optim.warmup_steps",
+    "warmup_ratio": "optim.warmup_steps",
+    "weight_decay": "optim.weight_decay",
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
+    "adam_epsilon": "optim.eps",
+    "use_cpu": "the environment variable ACCELERATE_USE_CPU",
+}
+"""Fields of `TrainingArguments` that have a key of another name here, which `trainer.hf` must not contradict."""
+
+# What the loop does in a way of its own, so that the field would have no effect or an undoing one.
+_FIXED = {
+    "eval_strategy", "save_strategy", "logging_strategy", "average_tokens_across_devices", "train_sampling_strategy",
+    "dataloader_drop_last", "disable_tqdm", "logging_nan_inf_filter", "remove_unused_columns", "do_train", "do_eval",
+    "do_predict", "load_best_model_at_end", "ignore_data_skip", "auto_find_batch_size", "save_only_model",
+    "label_smoothing_factor", "n_gpu", "optim_args", "optim_target_modules", "liger_kernel_config", "bf16_full_eval",
+    "fp16_full_eval", "prediction_loss_only", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
+    "eval_do_concat_batches", "eval_use_gather_object", "metric_for_best_model", "greater_is_better",
+}  # fmt: skip
 
 
-def a_method(name: str, value: object) -> None:
-    """The name of a conversion method, those that were declared since included."""
-    check_choice(name, value, METHODS)
+def _no_key_of_ours(name: str, given: dict[str, Any]) -> None:
+    """Fields that have no key of their own here, and that the training loop leaves open."""
+    ours = {item.name: f"trainer.{item.name}" for item in fields(TrainerConfig)} | _OF_OURS
+    for item in given:
+        if item in ours:
+            raise UserError(f"{name}.{item}: set {ours[item]} instead")
+        if item in _FIXED:
+            raise UserError(f"{name}.{item}: is decided by the training loop and cannot be changed")
 
 
 seed_of_32_bits = such_that(lambda value: 0 <= value < 2**32, f"allowed is a whole number, 0 to {2**32 - 1}")
@@ -76,21 +118,15 @@ class TrainerConfig(Group):
     torch_compile_backend: str = key("inductor", only_with={"torch_compile": (True,)})
     torch_compile_mode: str | None = key(None, only_with={"torch_compile": (True,)})
     use_liger_kernel: bool = False
-    precision: str = key("fp32", one_of(*PRECISIONS))
-    trainable: str = key("all", one_of(*TRAINABLE))
+    precision: str = key("fp32", one_of(("fp32", "bf16", "fp16")))
+    trainable: str = key("all", one_of(TRAINABLE))
     max_grad_norm: float = key(
         1.0, such_that(lambda value: 0 <= value < math.inf, "allowed is a number, 0 (no clipping) or more")
     )
     dataloader_num_workers: int = key(0, at_least(0))
     num_threads: int | None = key(None, at_least())
     resume: bool = True
-    hf: dict[str, Any] = key({}, no_key_of_ours)
-
-    def check(self, prefix: str) -> None:
-        """Refuses fields of transformers' that are keys of this group."""
-        for item in fields(self):
-            if item.name in self.hf:
-                raise UserError(f"{prefix}hf.{item.name}: set {prefix}{item.name} instead")
+    hf: dict[str, Any] = key({}, _no_key_of_ours)
 
 
 @dataclass
@@ -111,10 +147,10 @@ class OptimConfig(Group):
         fused: AdamW's one-kernel step; None: where torch has it.
     """
 
-    name: str = key("adamw", one_of(*OPTIMIZERS))
+    name: str = key("adamw", one_of(OPTIMIZERS))
     learning_rate: float = key(1e-3, above_zero)
     min_learning_rate: float | None = key(None, only_with={"schedule": ("cosine", "wsd", "linear")})
-    schedule: str = key("cosine", one_of(*SCHEDULES))
+    schedule: str = key("cosine", one_of(SCHEDULES))
     warmup_steps: int | None = None
     decay_steps: int | None = key(None, only_with={"schedule": ("wsd",)})
     weight_decay: float = key(0.1, not_negative)
@@ -168,9 +204,9 @@ class LoggerConfig(Group):
         mode: wandb's mode, "online" or "offline" (`wandb sync` uploads later).
     """
 
-    names: list[str] = key([], each(one_of(*TRACKERS)))
+    names: list[str] = key([], each(one_of(TRACKERS)))
     project: str = "lckv"
-    mode: str = key("offline", one_of("online", "offline"))
+    mode: str = key("offline", one_of(("online", "offline")))
 
 
 @dataclass
@@ -199,7 +235,7 @@ class InitConfig(CalibrationConfig):
 
     source: str | None = None
     revision: str | None = None
-    method: str = key("average", a_method)
+    method: str = key("average", one_of(METHODS))
 
 
 @dataclass
@@ -225,7 +261,7 @@ class TeacherConfig(Group):
     attention_weight: float = key(1.0, not_negative)
     labels_weight: float = key(0.0, not_negative)
     temperature: float = key(1.0, above_zero)
-    dtype: str = key("auto", one_of("auto", *DTYPES))
+    dtype: str = key("auto", one_of(("auto", *DTYPES)))
 
     def check(self, prefix: str) -> None:
         """Refuses a loss of which nothing is left."""
@@ -261,7 +297,7 @@ class TrainConfig(Group):
     seed: int = key(0, seed_of_32_bits)
     run_name: str | None = None
     run_dir: str | None = None
-    iso: str | None = key(None, one_of(*ISO))
+    iso: str | None = key(None, one_of(("params", "kv")))
     iso_multiple: int = key(8, at_least(), only_with={"iso": ("params",)})
 
     def check(self, prefix: str) -> None:
@@ -321,7 +357,7 @@ class PlanConfig(TrainConfig):
     """
 
     context_length: int | None = key(None, at_least())
-    kv_dtype: str = key("bfloat16", one_of(*DTYPE_BYTES))
+    kv_dtype: str = key("bfloat16", one_of(DTYPE_BYTES))
     converge_passes: int | None = key(None, at_least(0))
     draw: str | None = None
     json: bool = False

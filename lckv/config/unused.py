@@ -33,20 +33,20 @@ class Unused:
     """A row of the table.
 
     Attributes:
-        keys: the settings; the name of a group stands for all of its keys.
+        keys: the settings, with spaces between them; the name of a group stands for all of its keys.
         reason: why they have no effect, if so.
         but: keys of these groups that are not meant.
         is_preset: whether YAML gives them too, so that only the command line counts.
     """
 
-    keys: tuple[str, ...]
+    keys: str
     reason: Reason
-    but: tuple[str, ...] = ()
+    but: str = ""
     is_preset: bool = False
 
     def covers(self, key: str) -> bool:
         """Whether a key is one of those that are meant."""
-        return key not in self.but and any(key == name or key.startswith(f"{name}.") for name in self.keys)
+        return key not in self.but.split() and any(f"{key}.".startswith(f"{name}.") for name in self.keys.split())
 
 
 def validate(cfg: Group, given: Sequence[str] = ()) -> None:
@@ -57,17 +57,7 @@ def validate(cfg: Group, given: Sequence[str] = ()) -> None:
         given: what the command line says of it, in a sweep of this job's.
 
     Raises:
-        UserError: for the first mistake; the message names the key.
-    """
-    check_unused(cfg, given)
-    cfg.validate()
-
-
-def check_unused(cfg: Group, given: Sequence[str] = ()) -> None:
-    """Refuses what is said in vain; the arguments are those of [`validate`].
-
-    Raises:
-        UserError: naming the first of them, and why.
+        UserError: for the first mistake, what is said in vain before all others; the message names the key.
     """
     rows = [row for schema, its_rows in TABLE.items() if isinstance(cfg, schema) for row in its_rows]
     rows += _only_with(type(cfg))
@@ -78,6 +68,7 @@ def check_unused(cfg: Group, given: Sequence[str] = ()) -> None:
         for key, shown in typed if row.is_preset else typed + changed:
             if row.covers(key) and (reason := row.reason(cfg, key)) is not None:
                 raise UserError(f"{shown}: has no effect {reason}")
+    cfg.validate()
 
 
 def _changed(cfg: Group) -> Iterator[tuple[str, Any]]:
@@ -94,7 +85,7 @@ def _only_with(schema: type) -> Iterator[Unused]:
     """A row for each key that has an effect beside some values of another one of its group."""
     for name, declared in keys_of(schema).items():
         for other, values in declared.traits.get("only_with", {}).items():
-            yield Unused((name,), partial(_beside, name.rpartition(".")[0], other, values))
+            yield Unused(name, partial(_beside, name.rpartition(".")[0], other, values))
 
 
 def _beside(group: str, other: str, values: Sequence[Any], cfg: Any, key: str) -> str | None:
@@ -109,15 +100,9 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _unless(
-    keys: str, is_used: Callable[[Any], Any], reason: str, *, but: str = "", is_preset: bool = False
-) -> Unused:
+def _unless(keys: str, is_used: Callable[[Any], Any], reason: str, **options: Any) -> Unused:
     """A row of settings that have an effect where something holds; else the reason is filled in from `cfg`."""
-
-    def why(cfg: Any, key: str) -> str | None:
-        return None if is_used(cfg) else reason.format(cfg=cfg)
-
-    return Unused(tuple(keys.split()), why, tuple(but.split()), is_preset)
+    return Unused(keys, lambda cfg, key: None if is_used(cfg) else reason.format(cfg=cfg), **options)
 
 
 def _brings_its_own(cfg: TrainConfig | ConvertConfig, key: str) -> str | None:
@@ -127,31 +112,21 @@ def _brings_its_own(cfg: TrainConfig | ConvertConfig, key: str) -> str | None:
     return f"on the model {source}, which brings its own; leave it out"
 
 
-def _looks_at_text(cfg: ConvertConfig | SearchConfig) -> bool:
-    return cfg.method in CALIBRATED
-
-
 _NO_TEXT = f"with method={{cfg.method}}, which looks at no text ({', '.join(sorted(CALIBRATED))} do); leave it out"
 _NO_TRAINING = f"with method={{cfg.method}}, which does not train ({', '.join(sorted(TRAINED))} does); leave it out"
 
 
-def _not_of_this_cache(cfg: Any, key: str) -> str | None:
-    name, option = cfg.cache.name, key.removeprefix("cache.")
-    if "." not in key or option == "name" or option in cache_options(name):
+def _of_no_cache_here(cfg: EvaluateConfig | GenerateConfig | BenchmarkConfig, key: str) -> str | None:
+    several = cfg.caches if isinstance(cfg, BenchmarkConfig) else []
+    names = [each if isinstance(each, str) else each.get("name", "") for each in several if each] or [cfg.cache.name]
+    options = [option for name in names for option in cache_options(name)]
+    if "." not in key or key.removeprefix("cache.") in ("name", *options):
         return None
-    if name == NO_CACHE:
-        return f"with cache={name}; choose a cache, or leave it out"
-    return f"with cache={name}, which takes {', '.join(cache_options(name))}; leave it out"
-
-
-def _of_none_of_these_caches(cfg: BenchmarkConfig, key: str) -> str | None:
-    if not cfg.caches:
-        return _not_of_this_cache(cfg, key)
-    names = [each if isinstance(each, str) else each.get("name", "") for each in cfg.caches if each]
-    options = {option for name in names for option in cache_options(name)}
-    if "." not in key or key.removeprefix("cache.") in options:
-        return None
-    return f"on caches of {', '.join(names)}, which take {', '.join(sorted(options))}; leave it out"
+    if several:
+        return f"on caches of {', '.join(names)}, which take {', '.join(sorted(set(options)))}; leave it out"
+    if cfg.cache.name == NO_CACHE:
+        return f"with cache={NO_CACHE}; choose a cache, or leave it out"
+    return f"with cache={cfg.cache.name}, which takes {', '.join(options)}; leave it out"
 
 
 def _evaluations(prefix: str, settings_of: Callable[[Any], EvaluationConfig]) -> tuple[Unused, ...]:
@@ -170,12 +145,12 @@ def _evaluations(prefix: str, settings_of: Callable[[Any], EvaluationConfig]) ->
         return f"on {', '.join(own)}; give {keys}" if own and own == settings.evals else None
 
     return (
-        Unused(tuple(f"{prefix}{name}" for name in EVALUATIONS), not_asked_for),
-        Unused((f"{prefix}batch_size",), all_have_their_own),
+        Unused(" ".join(f"{prefix}{name}" for name in EVALUATIONS), not_asked_for),
+        Unused(f"{prefix}batch_size", all_have_their_own),
     )
 
 
-_CACHE = Unused(("cache",), _not_of_this_cache)
+_CACHE = Unused("cache", _of_no_cache_here)
 _PAGES = _unless("cache.num_pages", lambda cfg: cfg.cache.has_pages, "without cache.layout=paged; leave it out")
 _MODEL = (
     _unless(
@@ -186,9 +161,9 @@ _MODEL = (
         is_preset=True,
     ),
     Unused(
-        ("model", "tokenizer"),
+        "model tokenizer",
         _brings_its_own,
-        but=tuple(f"model.{name}" for name in KEPT_WITH_SOURCE if name != "force_nodiag"),
+        but=" ".join(f"model.{name}" for name in KEPT_WITH_SOURCE if name != "force_nodiag"),
         is_preset=True,
     ),
 )
@@ -198,7 +173,7 @@ _LOOP = (
         lambda cfg: cfg.evaluation.evals,
         "without evaluation.evals, such as evaluation.evals=[perplexity]; leave it out, or give some",
     ),
-    Unused(("evaluation.perplexity.cache_chunk",), lambda cfg, key: "in training; leave it out"),
+    Unused("evaluation.perplexity.cache_chunk", lambda cfg, key: "in training; leave it out"),
     *_evaluations("evaluation.", lambda cfg: cfg.evaluation),
 )
 
@@ -226,7 +201,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
     ),
     ConvertConfig: (
         *_MODEL,
-        _unless("init data", _looks_at_text, _NO_TEXT, is_preset=True),
+        _unless("init data", lambda cfg: cfg.method in CALIBRATED, _NO_TEXT, is_preset=True),
         _unless(
             "trainer optim teacher logger evaluation seed run_name "
             "model.dtype model.attention_dropout model.attn_implementation",
@@ -242,7 +217,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
         ),
         *_LOOP,
     ),
-    SearchConfig: (_unless("calibration_tokens ridge", _looks_at_text, _NO_TEXT),),
+    SearchConfig: (_unless("calibration_tokens ridge", lambda cfg: cfg.method in CALIBRATED, _NO_TEXT),),
     EvaluateConfig: (
         *_evaluations("", lambda cfg: cfg),
         _unless(
@@ -259,7 +234,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
         _PAGES,
     ),
     BenchmarkConfig: (
-        Unused(("model.layer_types",), lambda cfg, key: "here; give patterns=[...]"),
+        Unused("model.layer_types", lambda cfg, key: "here; give patterns=[...]"),
         _unless(
             "model",
             lambda cfg: cfg.patterns or not cfg.checkpoints,
@@ -271,7 +246,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
         _unless(
             "overwrite", lambda cfg: cfg.output_dir is not None, "without output_dir; name the folder, or leave it out"
         ),
-        Unused(("cache",), _of_none_of_these_caches, but=("cache.name",)),
+        _CACHE,
     ),
 }
 """For each root dataclass, and those that derive from it, what may have no effect there."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lckv.console import Bar
-from lckv.data import BlockDataset, collate
+from lckv.data.dataset import BlockDataset, collate
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaForCausalLM
 
@@ -40,10 +40,9 @@ class InputMoments:
         self.has_ones = has_ones
         self.num_tokens = 0
         self._sums: dict[Pair, Tensor] = {}
-        self._inputs: dict[int, Tensor] = {}
 
     def __getitem__(self, pair: Pair) -> Tensor:
-        """The mean for layers `pair`, in float64, on the CPU, where the weights are."""
+        """The mean for layers `pair`, `(inputs of the one, inputs of the other)`, on the CPU, where weights are."""
         first, second = min(pair), max(pair)
         mean = self._sums[first, second] / self.num_tokens
         return mean if pair == (first, second) else mean.T

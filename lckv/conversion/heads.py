@@ -94,7 +94,7 @@ class AttentionHeads:
         return self.output.shape[2]
 
     def permuted(self, order: Tensor) -> AttentionHeads:
-        """The same layer with KV head `order[i]`, and the query heads that read it, in place `i`."""
+        """The same layer with KV head `order[i]` and its query heads in place `i`; `order` is `(num_kv_heads,)`."""
         return replace(
             self,
             query=self.query[order],

@@ -12,7 +12,7 @@ from lckv.conversion.alignment import align
 from lckv.conversion.calibration import InputMoments, Pair
 from lckv.conversion.fitting import fit_mean, fit_subspace
 from lckv.conversion.heads import AttentionHeads, Tensors, layer_prefix, read_finite
-from lckv.conversion.source import EMBEDDINGS, dtype_of
+from lckv.conversion.source import EMBEDDINGS
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan
@@ -49,7 +49,7 @@ class Group:
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor in the source; that of its embeddings for one that it lacks."""
-        return dtype_of(self.tensors, name if name in self.tensors else EMBEDDINGS)
+        return self.tensors[name if name in self.tensors else EMBEDDINGS].dtype
 
     def merged_norm(self) -> Tensor | None:
         """The mean of the readers' key norms, if they have any."""
@@ -137,6 +137,7 @@ def activation(group: Group) -> dict[str, Tensor]:
     return _tensors(group, key, value, {})
 
 
+@register("distill")  # which then learns from the source; see `lckv.training.distillation`
 @register("subspace")
 def subspace(group: Group) -> dict[str, Tensor]:
     """Alignment and fit in one: the shared keys and values from which all readers' own can best be made.
@@ -147,12 +148,6 @@ def subspace(group: Group) -> dict[str, Tensor]:
     heads = {layer: group.heads(layer) for layer in {group.owner, *group.readers}}
     key, value, changed = fit_subspace(heads, group.readers, group.owner, group.moments, group.ridge)
     return _tensors(group, key, value, changed)
-
-
-@register("distill")
-def distill(group: Group) -> dict[str, Tensor]:
-    """What `subspace` makes, which then learns from the source; see [`lckv.training.distillation`]."""
-    return subspace(group)
 
 
 def groups_of(plan: SharingPlan, changed: Collection[int | None] = ()) -> list[tuple[int, tuple[int, ...]]]:

@@ -2,13 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lckv.conversion.merging import Merge, Reach, Spans, Surrogate, layer_types_of, own_spans
-from lckv.conversion.scoring import Converter, Score, Scorer
-from lckv.patterns import SharingPlan, parse_layer_types
+from lckv.conversion.scoring import Score, Scorer
+from lckv.errors import UserError
+from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
+
+
+@dataclass(frozen=True)
+class Span:
+    """Layers `start, ..., stop - 1`, which all read the keys and values of one among them, the `owner`."""
+
+    owner: int
+    start: int
+    stop: int
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers read the owner, itself among them."""
+        return self.stop - self.start
+
+
+Spans = tuple[Span, ...]
+"""A sharing pattern as its spans, from the bottom."""
+
+
+def own_spans(num_layers: int) -> Spans:
+    """The pattern in which every layer reads itself."""
+    return tuple(Span(layer_idx, layer_idx, layer_idx + 1) for layer_idx in range(num_layers))
+
+
+def layer_types_of(spans: Spans, has_window: Sequence[bool]) -> str:
+    """The `layer_types` string of a pattern whose layers see a window only where `has_window` says so."""
+    owners = [span.owner for span in spans for _ in range(span.num_layers)]
+    return join_layer_types(owners, has_window)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One step: two neighbouring spans become one, after which the whole pattern is `spans`."""
+
+    lower: Span
+    upper: Span
+    merged: Span
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How many layers below its reader, or above it, an owner may be."""
+
+    down: int
+    up: int
+
+    @classmethod
+    def of(cls, directions: str, max_distance: int) -> Reach:
+        """The reach for `directions`, "down" or "both"."""
+        return cls(max_distance, max_distance if directions == "both" else 0)
+
+    def merges(self, spans: Spans) -> list[Merge]:
+        """All patterns with one owner less that this reach allows."""
+        found = []
+        for index, (lower, upper) in enumerate(zip(spans, spans[1:], strict=False)):
+            for owner in (lower.owner, upper.owner):
+                merged = Span(owner, lower.start, upper.stop)
+                if self._allows(merged):
+                    found.append(Merge(lower, upper, merged, (*spans[:index], merged, *spans[index + 2 :])))
+        return found
+
+    def fewest_owners(self, spans: Spans) -> int:
+        """The number of owners that merging can come down to.
+
+        Taking as many spans together as possible, from the bottom, is optimal: a part of an allowed span is allowed.
+        """
+        count, taken = 0, 0  # spans that are taken together in so many
+        for stop in range(1, len(spans) + 1):
+            start = spans[taken].start
+            if not any(self._allows(Span(span.owner, start, spans[stop - 1].stop)) for span in spans[taken:stop]):
+                count, taken = count + 1, stop - 1
+        return count + 1
+
+    def _allows(self, span: Span) -> bool:
+        return span.owner - span.start <= self.up and span.stop - 1 - span.owner <= self.down
+
+
+class Surrogate:
+    """What merges are expected to cost, from what merges have cost.
+
+    The loss of a pattern is taken for the sum of its spans' costs. That of a span is what it added when it was last
+    tried. One that was not tried yet costs the sum over its readers, and over the steps from the reader to the owner,
+    of what merging two neighbouring layers alone has cost.
+    """
+
+    def __init__(self) -> None:
+        self._costs: dict[Span, float] = {}
+
+    def estimate(self, loss: float, merge: Merge) -> float:
+        """The expected loss of a pattern that comes by `merge` from one of this loss."""
+        return loss + self._cost(merge.merged) - self._cost(merge.lower) - self._cost(merge.upper)
+
+    def record(self, before: float, merge: Merge, after: float) -> None:
+        """Remembers the losses before and after a merge."""
+        self._costs[merge.merged] = after - before + self._cost(merge.lower) + self._cost(merge.upper)
+
+    def _cost(self, span: Span) -> float:
+        if span.num_layers == 1:
+            return 0.0
+        if span in self._costs:
+            return self._costs[span]
+        # From each reader to the owner, one layer at a time, which is what the first step of the search has tried.
+        down = (
+            Span(low, low, low + 2) for reader in range(span.owner + 1, span.stop) for low in range(span.owner, reader)
+        )
+        up = (
+            Span(low + 1, low, low + 2)
+            for reader in range(span.start, span.owner)
+            for low in range(reader, span.owner)
+        )
+        return sum(self._costs[step] for step in (*down, *up))
 
 
 @dataclass(frozen=True)
@@ -69,30 +182,23 @@ class PatternSearch:
     """Goes from the pattern in which every layer reads itself, one owner at a time, to a given number of owners.
 
     The first step scores every merge of two neighbouring layers. These losses foretell, by adding up, those of all
-    later steps (see [`lckv.conversion.merging.Surrogate`]), of which only the most promising are scored. Layers below
+    later steps (see [`Surrogate`]), of which only the most promising are scored. Layers below
     a merge do what they did before, so they do not run again.
     """
 
-    def __init__(self, converter: Converter, scorer: Scorer, limits: SearchLimits) -> None:
-        self._converter, self._scorer, self._limits = converter, scorer, limits
+    def __init__(self, scorer: Scorer, limits: SearchLimits) -> None:
+        self._scorer, self._limits = scorer, limits
         self._surrogate = Surrogate()
-        self._has_window = [layer.is_sliding for layer in converter.config.sharing_plan.layers]
+        self._plan = scorer.converter.config.sharing_plan  # in which every layer reads itself
 
-    def run(
-        self,
-        trace: SearchTrace,
-        *,
-        on_scored: Callable[[ScoredPattern], Any] | None = None,
-        on_step: Callable[[ScoredPattern], Any] | None = None,
-    ) -> None:
-        """Searches, and writes into an empty `trace` what comes out as it does.
+    def run(self, trace: SearchTrace, on_scored: Callable[[], Any] | None = None) -> Iterator[ScoredPattern]:
+        """Searches, and yields the best pattern of each number of owners.
 
         Args:
-            trace: empty.
-            on_scored: called with each pattern that was scored.
-            on_step: called with the best pattern of each number of owners.
+            trace: empty; what comes out is written there as it does.
+            on_scored: called after each pattern that was scored.
         """
-        plan = self._converter.config.sharing_plan
+        plan = self._plan
         states = [_State(own_spans(plan.num_hidden_layers), plan, Score(0.0, self._scorer.original))]
         trace.frontier.append(ScoredPattern(plan.layer_types, plan.num_hidden_layers, 0.0))
         trace.candidates.append(trace.frontier[0])
@@ -100,17 +206,15 @@ class PatternSearch:
             states = self._step(states, trace, on_scored)
             best = states[0]
             trace.frontier.append(ScoredPattern(best.plan.layer_types, len(best.spans), best.score.loss))
-            if on_step is not None:
-                on_step(trace.frontier[-1])
+            yield trace.frontier[-1]
 
-    def _step(
-        self, states: Sequence[_State], trace: SearchTrace, on_scored: Callable[[ScoredPattern], Any] | None
-    ) -> list[_State]:
+    def _step(self, states: Sequence[_State], trace: SearchTrace, on_scored: Callable[[], Any] | None) -> list[_State]:
         """The best patterns with one owner less."""
         best: list[_State] = []
         tried = []
+        has_window = [layer.is_sliding for layer in self._plan.layers]
         for state, merge, expected in self._shortlist(states):
-            plan = parse_layer_types(layer_types_of(merge.spans, self._has_window))
+            plan = parse_layer_types(layer_types_of(merge.spans, has_window))
             score = self._scorer.score(plan, merge.merged.start, state.score.inputs)
             child = _State(merge.spans, plan, score)
             tried.append(child.plan)
@@ -120,8 +224,8 @@ class PatternSearch:
             # What enters each layer is kept of the best only. Ties go to the one that was tried first.
             best = sorted([*best, child], key=lambda each: each.score.loss)[: self._limits.beam]
             if on_scored is not None:
-                on_scored(trace.candidates[-1])
-        self._converter.forget([*tried, *(state.plan for state in best)])
+                on_scored()
+        self._scorer.converter.forget([*tried, *(state.plan for state in best)])
         return best
 
     def _shortlist(self, states: Sequence[_State]) -> list[tuple[_State, Merge, float | None]]:
@@ -133,10 +237,48 @@ class PatternSearch:
                 # The same pattern can come from two others; and some lead where no further merge is allowed.
                 if merge.spans not in merges and limits.reach.fewest_owners(merge.spans) <= limits.num_owners:
                     merges[merge.spans] = state, merge
-        if len(states[0].spans) == self._converter.config.sharing_plan.num_hidden_layers:
+        if len(states[0].spans) == self._plan.num_hidden_layers:
             return [(state, merge, None) for state, merge in merges.values()]
         expected = {
             spans: self._surrogate.estimate(state.score.loss, merge) for spans, (state, merge) in merges.items()
         }
         chosen = sorted(expected, key=lambda spans: expected[spans])[: limits.shortlist * len(states)]
         return [(*merges[spans], expected[spans]) for spans in chosen]
+
+
+def owners_in(budget: float | int, bytes_per_owner: int, num_layers: int) -> int:
+    """How many layers' keys and values, each of `bytes_per_owner` a token, fit a budget as `parse_budget` gives it.
+
+    Raises:
+        UserError: if not one fits, or all do.
+    """
+    full = bytes_per_owner * num_layers
+    given = f"budget={budget}" if isinstance(budget, float) else f"budget={budget} bytes"
+    # Rounding may leave 0.1 of 30 layers just below three.
+    num_owners = int(budget * num_layers + 1e-9) if isinstance(budget, float) else budget // bytes_per_owner
+    if num_owners < 1:
+        raise UserError(
+            f"{given}: is too little: the keys and values of one layer alone are {bytes_per_owner} bytes per token, "
+            f"{1 / num_layers:.3g} of the model's {full}"
+        )
+    if num_owners >= num_layers:
+        raise UserError(f"{given}: is what the model needs already: {full} bytes per token in {num_layers} layers")
+    return num_owners
+
+
+def resolve_reach(directions: str, max_distance: int | None, num_owners: int, num_layers: int) -> Reach:
+    """How far layers may look for so many owners; by default about twice as far as equal spans would need.
+
+    Raises:
+        UserError: if a given `max_distance` is too short.
+    """
+    if max_distance is None:
+        max_distance = 2 * -(-num_layers // num_owners)
+    reach = Reach.of(directions, min(max_distance, num_layers - 1))
+    fewest = reach.fewest_owners(own_spans(num_layers))
+    if fewest > num_owners:
+        raise UserError(
+            f"max_distance={max_distance}: leaves {fewest} of {num_layers} layers with keys and values of their own, "
+            f"and the budget has room for {num_owners}; allow a larger distance"
+        )
+    return reach

@@ -14,11 +14,12 @@ from lckv.config.names import CALIBRATED, TRAINED
 from lckv.console import Bar
 from lckv.conversion.calibration import calibrate, choose_blocks
 from lckv.conversion.methods import groups_of, needed_pairs
-from lckv.conversion.settings import adopt_source, check_block_size, model_settings, plan_of
+from lckv.conversion.settings import adopt_source, check_block_size, model_settings
 from lckv.conversion.source import Source
 from lckv.conversion.target import converted_config, source_config_of, write_converted
-from lckv.data import build_dataset
+from lckv.data.dataset import build_dataset
 from lckv.loading import find_device
+from lckv.model_arguments import resolve_plan
 from lckv.processes import is_main_process
 from lckv.training.run_folder import RunFolder
 
@@ -38,7 +39,7 @@ def convert(
         UserError: for wrong settings, text or weights.
     """
     find_device(device)
-    plan, method = plan_of(cfg), cfg.init.method
+    plan, method = resolve_plan(cfg), cfg.init.method
     config = converted_config(source.config, plan, **model_settings(cfg))
     moments, record = None, {}
     if method in CALIBRATED and groups_of(plan):

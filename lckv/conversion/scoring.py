@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, groups_of, make_tensors
-from lckv.conversion.target import converted_config
+from lckv.conversion.target import converted_config, converted_tensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import LayerPlan, SharingPlan, join_layer_types, parse_layer_types
 
@@ -63,15 +63,9 @@ class Converter:
         config = converted_config(self.config, upper, num_hidden_layers=upper.num_hidden_layers, **self.settings)
         with torch.device("meta"):
             model = LCKVLlamaForCausalLM(config)
-        changed: dict[str, Tensor] = {}
-        for owner, readers in groups_of(plan):
-            if owner >= start:
-                changed |= self._make(owner, readers)
-        tensors = {}
-        for name in model.state_dict():
-            original = _shifted(name, start)
-            tensors[name] = changed[original] if original in changed else self._tensors[original]
-        model.load_state_dict(tensors, assign=True)
+        shapes = {_shifted(name, start): tensor.shape for name, tensor in model.state_dict().items()}
+        converted = dict(converted_tensors(self._tensors, plan, shapes, self.method, self._make))
+        model.load_state_dict({name: converted[_shifted(name, start)] for name in model.state_dict()}, assign=True)
         model.model.rotary_emb = self.model.model.rotary_emb  # whose tables no checkpoint holds
         return model.eval()
 
@@ -114,7 +108,7 @@ class Scorer:
     """
 
     def __init__(self, converter: Converter, batch: dict[str, Tensor]) -> None:
-        self._converter = converter
+        self.converter = converter
         model = converter.model
         self._position_ids = batch["position_ids"].to(model.device)
         with torch.no_grad():
@@ -130,7 +124,7 @@ class Scorer:
             start: none of the layers from here on may read one below.
             inputs: for the layers up to `start`, or more, what enters them.
         """
-        model = self._converter.build(plan, start)
+        model = self.converter.build(plan, start)
         with torch.no_grad():
             above, states = self._run(model, inputs[start : start + 1])
             total = torch.zeros((), dtype=torch.float64)

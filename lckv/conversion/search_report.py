@@ -5,16 +5,15 @@ from __future__ import annotations
 import glob
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.table import Table
 
 import lckv
+from lckv.charts import new_chart, save_chart, tidy
 from lckv.config import DataConfig, InitConfig, SearchConfig
 from lckv.console import command
 from lckv.conversion.pattern_search import SearchTrace
@@ -203,41 +202,31 @@ def _markdown_table(points: Sequence[Point]) -> list[str]:
 
 def draw_frontier(report: SearchReport, path: Path) -> None:
     """Draws perplexity, or loss where the search did not come so far, against KV bytes per token."""
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display, and leaves a notebook's own figures alone
-    axes = figure.subplots()
-    if report.baselines or len(report.perplexities) == len(report.frontier):
-        _draw_perplexities(axes, report)
-    else:
-        _plot_searched(axes, [(point.kv_bytes_per_token, point.loss) for point in report.frontier])
-        axes.set_ylabel("divergence from the source (nats per token)")
+    figure, (axes,) = new_chart()
+    has_perplexities = report.baselines or len(report.perplexities) == len(report.frontier)
+    points = [
+        (each.kv_bytes_per_token, each.perplexity if has_perplexities else each.loss) for each in report.frontier
+    ]
+    known = [(kv_bytes, value) for kv_bytes, value in points if value is not None]
+    axes.plot(*zip(*known, strict=True), color="#c0392b", marker="o", markersize=4, label="searched")
+    axes.set_ylabel("divergence from the source (nats per token)")
+    if has_perplexities:  # on a logarithmic scale, with the source's own as a line to stay close to
+        axes.axhline(known[0][1], color="0.45", linestyle="--", linewidth=1.2, label="source")
+        style: dict[str, Any] = {"color": "#3b6ea8", "markersize": 7}
+        for marker, point in zip(cycle(_MARKERS), report.baselines, strict=False):
+            assert point.perplexity is not None
+            axes.plot(point.kv_bytes_per_token, point.perplexity, marker, label=point.name, **style)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.4g}")
+        axes.yaxis.set_minor_formatter("{x:,.4g}")
+        axes.set_ylabel("perplexity on held-out text")
+        axes.grid(which="minor", color="0.9", linewidth=0.6)
     axes.set_xlabel(f"KV bytes per token ({report.kv.dtype})")
     axes.set_title(f"{Path(report.cfg.source or '').name}, converted by {report.cfg.method}", loc="left", fontsize=11)
     axes.set_xlim(left=0)
-    axes.grid(color="0.9", linewidth=0.8, which="both")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False)
-    figure.savefig(path, format="png")
-
-
-def _draw_perplexities(axes: Axes, report: SearchReport) -> None:
-    """On a logarithmic scale, with the source's own as a line to stay close to."""
-    values = [(each.kv_bytes_per_token, each.perplexity) for each in report.frontier if each.perplexity is not None]
-    _plot_searched(axes, values)
-    axes.axhline(values[0][1], color="0.45", linestyle="--", linewidth=1.2, label="source")
-    for number, point in enumerate(report.baselines):
-        assert point.perplexity is not None
-        marker = _MARKERS[number % len(_MARKERS)]
-        axes.plot(point.kv_bytes_per_token, point.perplexity, marker, color="#3b6ea8", markersize=7, label=point.name)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:,.4g}")
-    axes.yaxis.set_minor_formatter("{x:,.4g}")
-    axes.set_ylabel("perplexity on held-out text")
-
-
-def _plot_searched(axes: Axes, values: Sequence[tuple[int, float]]) -> None:
-    axes.plot(*zip(*values, strict=True), color="#c0392b", marker="o", markersize=4, label="searched")
+    save_chart(figure, path)
 
 
 def _experiment(point: Point, report: SearchReport) -> str:

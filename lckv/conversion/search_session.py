@@ -15,15 +15,21 @@ from lckv.config import SearchConfig
 from lckv.config.names import CALIBRATED
 from lckv.console import Bar
 from lckv.conversion.calibration import InputMoments, Pair, calibrate, choose_blocks
-from lckv.conversion.merging import Reach, owners_in, resolve_reach
 from lckv.conversion.methods import needed_pairs
-from lckv.conversion.pattern_search import PatternSearch, ScoredPattern, SearchLimits, SearchTrace
+from lckv.conversion.pattern_search import (
+    PatternSearch,
+    Reach,
+    SearchLimits,
+    SearchTrace,
+    owners_in,
+    resolve_reach,
+)
 from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.search_report import KVCount, SearchReport
 from lckv.conversion.settings import check_block_size
 from lckv.conversion.source import Source
-from lckv.data import BlockDataset, build_dataset, collate
-from lckv.evaluation.perplexity import evaluate_perplexity
+from lckv.data.dataset import BlockDataset, build_dataset, collate
+from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
 from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan, build_layer_types, join_layer_types, parse_layer_types
@@ -72,17 +78,19 @@ class SearchSession:
             iteration_settings(self._cfg),
         )
         batch = _scored_batch(data.train, calibration, self._cfg)
+        chosen = choose_blocks(data.validation, self._cfg.validation_tokens)
+        validation: Any = Subset(cast(Any, data.validation), chosen)
         report = SearchReport(self._cfg, self._source.config, self._kv, data.fingerprint, self._trace)
         report.num_tokens = {
             "calibration": 0 if converter.moments is None else converter.moments.num_tokens,
             "eval": batch["input_ids"].numel(),
-            "validation": len(self._validation_blocks(data.validation)) * data.validation.block_size,
+            "validation": len(chosen) * data.validation.block_size,
         }
         try:
             scorer = Scorer(converter, batch)
-            self._search(converter, scorer)
+            self._search(scorer)
             report.search_seconds = time.monotonic() - started
-            self._evaluate(converter, scorer, data.validation, baselines, report)
+            self._evaluate(scorer, validation, baselines, report)
         except KeyboardInterrupt:
             if len(self._trace.frontier) < 2:
                 raise
@@ -122,30 +130,21 @@ class SearchSession:
         logger.info("calibrating: the moments of %d pairs of layers take %.3g GB of memory", num_pairs, size / 1e9)
         return calibrate(model, blocks, chosen, pairs, self._console)
 
-    def _search(self, converter: Converter, scorer: Scorer) -> None:
-        search = PatternSearch(converter, scorer, self._limits)
+    def _search(self, scorer: Scorer) -> None:
         num_layers = self._plan.num_hidden_layers
-
-        def tell(best: ScoredPattern) -> None:
-            self._console.print(f"{best.num_owners} of {num_layers}: loss {best.loss:.4f}: {best.layer_types}")
-
         total = self._limits.num_scored(num_layers)
         with Bar(self._console, "searching", "patterns", total) as bar:
-            search.run(self._trace, on_scored=lambda _: bar.advance(), on_step=tell)
+            for best in PatternSearch(scorer, self._limits).run(self._trace, bar.advance):
+                self._console.print(f"{best.num_owners} of {num_layers}: loss {best.loss:.4f}: {best.layer_types}")
 
     def _evaluate(
-        self,
-        converter: Converter,
-        scorer: Scorer,
-        validation: BlockDataset,
-        baselines: dict[str, SharingPlan],
-        report: SearchReport,
+        self, scorer: Scorer, validation: Blocks, baselines: dict[str, SharingPlan], report: SearchReport
     ) -> None:
         """Perplexities on text that nothing was fitted to or chosen by."""
-        blocks: Any = self._validation_blocks(validation)
 
         def perplexity(plan: SharingPlan) -> float:
-            return evaluate_perplexity(converter.build(plan), blocks, batch_size=_VALIDATION_BATCH).perplexity
+            model = scorer.converter.build(plan)
+            return evaluate_perplexity(model, validation, batch_size=_VALIDATION_BATCH).perplexity
 
         total = len(self._trace.frontier) + len(baselines)
         with Bar(self._console, "measuring", "perplexities", total) as bar:
@@ -156,10 +155,6 @@ class SearchSession:
                 loss = scorer.score(plan, 0, scorer.original).loss
                 report.baselines.append(self._kv.point(name, plan.layer_types, loss, perplexity(plan)))
                 bar.advance()
-
-    def _validation_blocks(self, validation: BlockDataset) -> Subset[Any]:
-        chosen = choose_blocks(validation, self._cfg.validation_tokens)
-        return Subset(cast(Any, validation), chosen)
 
 
 def _pairs_within(num_layers: int, reach: Reach) -> set[Pair]:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from lckv.config import DataConfig, ModelConfig, TrainConfig
 from lckv.config.model import KEPT_WITH_SOURCE
 from lckv.errors import UserError
-from lckv.model_arguments import iteration_settings, resolve_layer_types, resolve_plan
+from lckv.model_arguments import iteration_settings, resolve_plan
 from lckv.models import LCKVLlamaConfig
-from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
+from lckv.patterns import SharingPlan, join_layer_types
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,6 @@ def check_block_size(data: DataConfig, source: LCKVLlamaConfig) -> None:
     limit = source.max_position_embeddings
     if data.block_size > limit:
         raise UserError(f"data.block_size={data.block_size}: allowed is {limit} or less, what the source was made for")
-
-
-def plan_of(cfg: TrainConfig) -> SharingPlan:
-    """The sharing pattern that the configuration asks for."""
-    return parse_layer_types(resolve_layer_types(cfg), cfg.model.num_hidden_layers)
 
 
 def model_settings(cfg: TrainConfig) -> dict[str, Any]:

@@ -1,26 +1,19 @@
-"""The model that a conversion starts from: its configuration, its tensors one at a time, and what lies beside them."""
+"""The model that a conversion starts from: its configuration, its tensors, and what lies beside them."""
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
 import re
 import shutil
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lckv.conversion.heads import Tensors
+from lckv.conversion.weights import map_weights, stored_type
 from lckv.data.tokenizer import check_tokenizer
 from lckv.errors import UserError
 from lckv.loading import WEIGHT_FILES, Checkpoint, find_checkpoint, index_name, load_model
@@ -28,7 +21,7 @@ from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -42,7 +35,6 @@ _COPIED = (
     "chat_template.json",
 )
 _COPIED_FOLDERS = ("additional_chat_templates",)
-_BROKEN = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
 EMBEDDINGS = "model.embed_tokens.weight"
 """The tensor whose type is the model's."""
 
@@ -77,22 +69,19 @@ class Source:
         checkpoint.check_files()
         return cls(checkpoint, config)
 
-    @contextmanager
-    def open(self) -> Iterator[Tensors]:
-        """Its tensors, which are read when they are asked for; those of a GGUF file are all in memory.
+    def tensors(self) -> Tensors:
+        """Its tensors, mapped into memory, so that each is read when it is used; those of a GGUF file are read here.
 
         Raises:
             UserError: if they do not fit the configuration, or cannot be read.
         """
         if self.checkpoint.gguf_file is not None:
-            yield self.load_model("cpu").state_dict()
-            return
+            return self.load_model("cpu").state_dict()
         folder = self._folder()
-        with ExitStack() as stack:
-            with self.checkpoint.loading("the weights"):
-                tensors = CheckpointTensors(folder, stack)
-                self._check(tensors)
-            yield tensors
+        with self.checkpoint.loading("the weights"):
+            tensors = map_weights(folder)
+            self._check(tensors, folder)
+        return tensors
 
     def load_model(self, device: str) -> LCKVLlamaForCausalLM:
         """The whole model, in evaluation mode."""
@@ -144,14 +133,20 @@ class Source:
                 snapshot_download(name, allow_patterns=torchs_own, **arguments)
         return folder
 
-    def _check(self, tensors: CheckpointTensors) -> None:
+    def _check(self, tensors: Tensors, folder: Path) -> None:
         expected = expected_shapes(self.config)
         for name, shape in expected.items():
             if name not in tensors:
                 raise UserError(f"the weights do not fit config.json: there is no {name}")
-            tensors.dtype(name)
-            if (actual := tensors.shape(name)) != shape:
-                raise UserError(f"the weights do not fit config.json: {name} is {list(actual)}, not {list(shape)}")
+            tensor = tensors[name]
+            if tensor.dtype not in _DTYPES:
+                raise UserError(
+                    f"{name} is of type {stored_type(folder, name, tensor)}: its weights are quantised, which cannot "
+                    "be read here; take the original ones"
+                )
+            if tensor.shape != shape:
+                actual = list(tensor.shape)
+                raise UserError(f"the weights do not fit config.json: {name} is {actual}, not {list(shape)}")
         unused = [name for name in tensors if name not in expected and not _DISPENSABLE.fullmatch(name)]
         if unused:
             logger.warning("%s: %d weights are not used, such as %s", self.checkpoint, len(unused), unused[0])
@@ -167,97 +162,3 @@ def expected_shapes(
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
-
-
-class CheckpointTensors(Mapping[str, Tensor]):
-    """The tensors of a folder's checkpoint, each read when it is asked for, from files that `stack` closes.
-
-    Raises:
-        UserError: if there are no weights, a file of several is missing, or one cannot be read.
-    """
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._places: dict[str, Any] = {}  # a tensor, or the open file that holds it
-        for file in _find_weight_files(folder):
-            try:
-                self._places |= _open(file, stack)
-            except _BROKEN as error:
-                raise _unreadable(file, error) from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        place = self._places[name]
-        return place if isinstance(place, Tensor) else place.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __contains__(self, name: object) -> bool:  # else the tensor would be read for it
-        return name in self._places
-
-    def shape(self, name: str) -> torch.Size:
-        """The shape of a tensor, which is not read for it."""
-        place = self._places[name]
-        return place.shape if isinstance(place, Tensor) else torch.Size(place.get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor, which is not read for it.
-
-        Raises:
-            UserError: if it is no floating-point type of 16 bits or more.
-        """
-        place = self._places[name]
-        if isinstance(place, Tensor):
-            dtype, given = place.dtype, str(place.dtype)
-        else:
-            given = place.get_slice(name).get_dtype()
-            dtype = _DTYPES.get(given, torch.uint8)
-        if dtype not in _DTYPES.values():
-            raise UserError(
-                f"{name} is of type {given.removeprefix('torch.')}: its weights are quantised, which cannot be read "
-                "here; take the original ones"
-            )
-        return dtype
-
-
-def dtype_of(tensors: Tensors, name: str) -> torch.dtype:
-    """The type of a tensor, which is not read for it if that can be avoided."""
-    return tensors.dtype(name) if isinstance(tensors, CheckpointTensors) else tensors[name].dtype
-
-
-def _open(file: Path, stack: ExitStack) -> dict[str, Any]:
-    """For each tensor of a file, the tensor, mapped into memory, or the open file that reads it."""
-    if file.suffix != ".safetensors":
-        is_mappable = zipfile.is_zipfile(file)  # which files of torch before 1.6 are not
-        return dict(torch.load(file, mmap=is_mappable, weights_only=True, map_location="cpu"))
-    opened = stack.enter_context(safe_open(file, framework="pt"))
-    return dict.fromkeys(opened.keys(), opened)
-
-
-def _find_weight_files(folder: Path) -> list[Path]:
-    """The files with the weights: safetensors, or else torch's own format."""
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / index_name(name)
-        if index.is_file():
-            return _indexed_files(index)
-    raise UserError(f"{folder} holds no weights ({WEIGHT_FILES[0]})")
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    """The files that an index names."""
-    try:
-        files = sorted({index.with_name(file) for file in json.loads(index.read_text())["weight_map"].values()})
-    except _BROKEN as error:
-        raise _unreadable(index, error) from error
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{index} names {missing[0]}, which is not there")
-    return files
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return UserError(f"{file} cannot be read: {type(error).__name__}: {reason}")

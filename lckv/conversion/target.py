@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ import lckv
 from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, groups_of, make_tensors
-from lckv.conversion.shards import write_weights
-from lckv.conversion.source import EMBEDDINGS, CheckpointTensors, Source, dtype_of, expected_shapes
+from lckv.conversion.source import EMBEDDINGS, Source, expected_shapes
+from lckv.conversion.weights import map_weights, write_weights
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan
 from lckv.storage import new_folder, write_json
@@ -28,70 +26,51 @@ from lckv.storage import new_folder, write_json
 RECORD = "conversion.json"
 """The file that says where a converted model comes from."""
 
+Make = Callable[[int, tuple[int, ...]], dict[str, Tensor]]
+"""Gives what a method makes for an owner and its readers."""
 
-@dataclass
-class ConvertedTensors:
-    """The tensors of a converted model; what a method makes is made when it is first asked for, and given out once.
+
+def converted_tensors(
+    tensors: Tensors, plan: SharingPlan, shapes: Mapping[str, torch.Size], method: str, make: Make
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of a converted model with their names; what a method makes is made when it comes to the turn.
 
     A method may make any tensor of the target, be it one that the source lacks or has in another shape. What it does
     not make passes through. An owner that only it reads is left alone, unless the target has other tensors there.
 
-    Attributes:
+    Args:
         tensors: of the source.
-        config: the source's.
         plan: who reads whose keys and values afterwards.
-        shapes: of the target's tensors.
-        method: a name in `METHODS`.
-        moments: for methods that look at calibration text.
-        ridge: for these, too.
+        shapes: of the tensors to yield, in this order.
+        method: its name, for messages.
+        make: asked at most once for each owner.
+
+    Raises:
+        UserError: if the method makes numbers that are not finite.
+        ValueError: if neither the source nor the method has a tensor of some name and shape.
     """
-
-    tensors: Tensors
-    config: LCKVLlamaConfig
-    plan: SharingPlan
-    shapes: Mapping[str, torch.Size]
-    method: str
-    moments: InputMoments | None = None
-    ridge: float = 0.0
-    _made: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        before = expected_shapes(self.config)
-        changed = {_layer_of(name) for name, shape in self.shapes.items() if before.get(name) != shape}
-        # What belongs to no layer, any group may make.
-        self._to_make = dict(groups_of(self.plan, self.plan.kv_owners if None in changed else changed))
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The type of the tensor of this name, which is made for it if the method does, but not read."""
-        self._make(name)
-        return self._made[name].dtype if name in self._made else dtype_of(self.tensors, name)
-
-    def read(self, name: str) -> Tensor:
-        """The tensor of this name.
-
-        Raises:
-            UserError: if the method makes numbers that are not finite.
-            ValueError: if neither the source nor the method has a tensor of this name and shape.
-        """
-        self._make(name)
-        tensor = self._made.pop(name) if name in self._made else self.tensors[name]
-        if tensor.shape != self.shapes[name]:
-            raise ValueError(f"{name} is {list(tensor.shape)}: the model takes {list(self.shapes[name])}")
-        return tensor
-
-    def _make(self, name: str) -> None:
-        """Makes what the method changes in a tensor's layer; for a name of no layer, until a group has it."""
+    changed = {
+        _layer_of(name) for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape
+    }
+    # What belongs to no layer, any group may make.
+    to_make = dict(groups_of(plan, plan.kv_owners if None in changed else changed))
+    made: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
         layer_idx = _layer_of(name)
-        owners = [] if layer_idx is None else [layer_idx, self.plan.kv_source[layer_idx]]
-        if layer_idx is None and name not in self.tensors:
-            owners = list(self._to_make)
+        if layer_idx is not None:
+            # With the keys and values that the layer owns, or as one of those that read another's.
+            owners = [layer_idx, plan.kv_source[layer_idx]]
+        else:
+            owners = [] if name in tensors else list(to_make)
         for owner in owners:
-            if owner in self._to_make and name not in self._made:
-                readers = self._to_make.pop(owner)
-                group = Group(owner, readers, self.tensors, self.config, self.moments, self.ridge)
-                self._made |= make_tensors(self.method, group)
-        if name not in self._made and name not in self.tensors:
-            raise ValueError(f"method={self.method} makes no {name}, which the source lacks")
+            if owner in to_make and name not in made:
+                made |= make(owner, to_make.pop(owner))
+        if name not in made and name not in tensors:
+            raise ValueError(f"method={method} makes no {name}, which the source lacks")
+        tensor = made.pop(name) if name in made else tensors[name]
+        if tensor.shape != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}: the model takes {list(shape)}")
+        yield name, tensor
 
 
 def _layer_of(name: str) -> int | None:
@@ -132,7 +111,8 @@ def write_converted(
 ) -> None:
     """Converts a model and writes it, with tokenizer and settings for generation, into a folder that appears at once.
 
-    Besides what a method keeps between the layers of one owner, no more than one shard is in memory.
+    Besides what a method keeps between the layers of one owner, no more than one shard is in memory, and the tensor
+    that is too much for it.
 
     Args:
         source: the model to start from.
@@ -144,24 +124,29 @@ def write_converted(
         ridge: for these, too.
         max_shard_size: bytes of a file of weights.
         record: what to write into `conversion.json` beside source, pattern and method.
-        on_parameters: see [`lckv.conversion.shards.write_weights`].
+        on_parameters: called after each tensor with the parameters (not bytes) converted so far, and with all of them.
 
     Raises:
         UserError: if the source's weights do not fit its configuration, or cannot be read, or cannot be merged.
     """
-    with source.open() as tensors, new_folder(out) as folder:
-        shapes = expected_shapes(config, model_class)
-        plan = config.sharing_plan
-        converted = ConvertedTensors(tensors, source.config, plan, shapes, method, moments, ridge)
-        config.dtype = dtype_of(tensors, EMBEDDINGS)
-        write_weights(
-            folder,
-            shapes,
-            converted.dtype,
-            converted.read,
-            max_shard_size=max_shard_size,
-            on_parameters=on_parameters,
-        )
+    tensors, plan = source.tensors(), config.sharing_plan
+    shapes = expected_shapes(config, model_class)
+    total = sum(shape.numel() for shape in shapes.values())
+
+    def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
+        return make_tensors(method, Group(owner, readers, tensors, source.config, moments, ridge))
+
+    def told() -> Iterator[tuple[str, Tensor]]:
+        done = 0
+        for name, tensor in converted_tensors(tensors, plan, shapes, method, make):
+            yield name, tensor
+            done += tensor.numel()
+            if on_parameters is not None:
+                on_parameters(done, total)
+
+    with new_folder(out) as folder:
+        write_weights(folder, told(), max_shard_size)
+        config.dtype = tensors[EMBEDDINGS].dtype
         source.copy_rest(folder)
         origin = {
             "source": source.checkpoint.given,
@@ -184,21 +169,15 @@ def write_trained(trained: Path, init: Path, out: Path, *, max_shard_size: int =
         out: the folder, which appears at once; it must not be there yet, or be empty.
         max_shard_size: bytes of a file of weights.
     """
-    with ExitStack() as stack, new_folder(out) as folder:
-        before, tensors = CheckpointTensors(init, stack), CheckpointTensors(trained, stack)
-        shapes = {name: before.shape(name) for name in before}
-        write_weights(
-            folder,
-            shapes,
-            before.dtype,
-            lambda name: tensors[name].to(before.dtype(name)),
-            max_shard_size=max_shard_size,
-        )
+    before, tensors = map_weights(init), map_weights(trained)
+    with new_folder(out) as folder:
+        cast = ((name, tensors[name].to(tensor.dtype)) for name, tensor in before.items())
+        write_weights(folder, cast, max_shard_size)
         for file in init.iterdir():  # not those of the training, which writes tokenizer and settings in its own way
             if file.is_dir():
                 shutil.copytree(file, folder / file.name)
             elif ".safetensors" not in file.name and file.name != CONFIG_NAME:
                 shutil.copyfile(file, folder / file.name)
         config = LCKVLlamaConfig.from_pretrained(trained)
-        config.dtype = before.dtype(EMBEDDINGS)
+        config.dtype = before[EMBEDDINGS].dtype
         config.save_pretrained(folder)

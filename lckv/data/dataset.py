@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +21,6 @@ from lckv.data.cache import NpyWriter, find_cache_dir, fingerprint, load_or_buil
 from lckv.data.packing import TOKEN, Packer, labels_of, position_ids_of
 from lckv.data.sources import TextSource, build_source
 from lckv.data.tokenizer import DocumentEncoder
-from lckv.data.unigram import bits_per_byte, count_tokens, unigram_loss
 from lckv.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,19 +72,12 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
         self.folder = folder
         self.document_mask = document_mask
         self.statistics = SplitStatistics(**json.loads((folder / "statistics.json").read_text(encoding="utf-8")))
-        self._open()
+        self._input_ids = np.load(folder / "input_ids.npy", mmap_mode="r")  # (num_blocks, block_size)
+        self._position_ids = np.load(folder / "position_ids.npy", mmap_mode="r")  # (num_blocks, block_size)
 
-    def _open(self) -> None:
-        self._input_ids = np.load(self.folder / "input_ids.npy", mmap_mode="r")  # (num_blocks, block_size)
-        self._position_ids = np.load(self.folder / "position_ids.npy", mmap_mode="r")  # (num_blocks, block_size)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves the mapped files out: pickled, they would be copied whole to every worker."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_input_ids", "_position_ids")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
+    def __reduce__(self) -> tuple[Callable[[Path], BlockDataset], tuple[Path]]:
+        """Pickles where the files are, which every worker maps anew: as arrays, they would be copied whole."""
+        return partial(BlockDataset, document_mask=self.document_mask), (self.folder,)
 
     def __len__(self) -> int:
         return len(self._input_ids)
@@ -137,10 +131,6 @@ class TokenizedData:
         """UTF-8 bytes of the text that the validation labels stand for."""
         return self.validation.statistics.num_bytes
 
-    def validation_bits_per_byte(self, loss: float) -> float:
-        """Turns the mean validation loss, in nats per predicted token, into bits per byte of text."""
-        return bits_per_byte(loss, self.num_predicted_tokens, self.validation_num_bytes)
-
     @property
     def unigram_loss(self) -> float:
         """Validation loss, in nats per predicted token, of a unigram model of the training labels."""
@@ -150,6 +140,21 @@ class TokenizedData:
     def unigram_perplexity(self) -> float:
         """Validation perplexity, per predicted token, of a unigram model of the training labels."""
         return math.exp(self.unigram_loss)
+
+
+def unigram_loss(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:
+    """Mean negative log-likelihood, in nats per token, of the validation tokens under a unigram model.
+
+    The model knows how often each token occurs in the training text, and nothing of the tokens before. One is added
+    to every count, so that no token is impossible.
+
+    Args:
+        train_counts: `(vocab_size,)`, how often each token is predicted in training.
+        validation_counts: `(vocab_size,)`, the same in validation.
+    """
+    smoothed = train_counts.astype(np.float64) + 1
+    log_probabilities = np.log(smoothed / smoothed.sum())
+    return float(-(validation_counts * log_probabilities).sum() / validation_counts.sum())
 
 
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -186,8 +191,8 @@ def build_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Tok
 def _build_blocks(folder: Path, source: TextSource, encoder: DocumentEncoder, block_size: int) -> None:
     logger.info("tokenising %s into blocks of %d tokens", source.description, block_size)
     with (
-        _SplitWriter(folder / TRAIN, encoder.vocab_size, block_size) as train,
-        _SplitWriter(folder / VALIDATION, encoder.vocab_size, block_size) as validation,
+        closing(_SplitWriter(folder / TRAIN, encoder.vocab_size, block_size)) as train,
+        closing(_SplitWriter(folder / VALIDATION, encoder.vocab_size, block_size)) as validation,
     ):
         for texts, is_validation in _batches(source):
             tokens = encoder.encode(texts, with_bytes=is_validation)
@@ -268,7 +273,7 @@ class _SplitWriter:
     def _write(self, blocks: np.ndarray) -> None:
         position_ids = position_ids_of(blocks["is_start"])
         is_predicted = position_ids > 0
-        self._label_counts += count_tokens(blocks["id"][is_predicted], self._vocab_size)
+        self._label_counts += np.bincount(blocks["id"][is_predicted], minlength=self._vocab_size)
         self._num_bytes += int(blocks["num_bytes"][is_predicted].sum(dtype=np.int64))
         self._input_ids.append(blocks["id"])
         self._position_ids.append(position_ids)
@@ -283,10 +288,7 @@ class _SplitWriter:
         (self._folder / "statistics.json").write_text(json.dumps(asdict(statistics)), encoding="utf-8")
         np.save(self._folder / "label_counts.npy", self._label_counts)
 
-    def __enter__(self) -> _SplitWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
+    def close(self) -> None:
         self._input_ids.close()
         self._position_ids.close()
 

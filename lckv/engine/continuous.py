@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from itertools import count, takewhile
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from lckv.cache.paged import OutOfPagesError, PagedKVCache, extend_hashes
 from lckv.engine.requests import BatchStatistics, OnToken, Request, make_request
 from lckv.errors import UserError, check_whole_number
-from lckv.logits import NOT_FINITE, are_finite
+from lckv.logits import NOT_FINITE, are_finite, choose_token
 from lckv.models.padding import pad_left
 
 
@@ -174,22 +174,11 @@ class ContinuousBatcher:
 
     def _decode(self) -> int:
         """One forward call for all requests whose prompt is done; returns how many they are."""
-        requests = [request for request in self._running if request.state.status == RequestStatus.DECODING]
-        requests = self._make_room(requests)
+        decoding = [request for request in self._running if request.state.status == RequestStatus.DECODING]
+        requests = list(self._fit(dict.fromkeys(decoding, 1)))
         if requests:
             self._generate(requests, self._forward(requests, [1] * len(requests)))
         return len(requests)
-
-    def _make_room(self, requests: list[Request]) -> list[Request]:
-        """Takes pages from the newest requests until those that are left of `requests` have room for a token each."""
-        while requests:
-            try:
-                self.cache.check_room({request.name: 1 for request in requests})
-                break
-            except OutOfPagesError as error:
-                self._drop_newest(str(error))
-            requests = [request for request in requests if request in self._running]
-        return requests
 
     def _drop_newest(self, error: str) -> None:
         """The newest request has to wait; if it is alone, waiting would not help."""
@@ -270,7 +259,7 @@ class ContinuousBatcher:
         return False
 
     def _fit(self, sizes: dict[Request, int]) -> dict[Request, int]:
-        """Takes pages from the newest requests, or makes the piece of the only one smaller, until all have room."""
+        """Takes pages from the newest requests, or makes the piece of the only one smaller, until there is room."""
         while sizes:
             try:
                 self.cache.check_room({request.name: size for request, size in sizes.items()})
@@ -352,15 +341,12 @@ class ContinuousBatcher:
         """The next token of each request, as `generate()` would choose it."""
         if not any(request.processors or request.do_sample for request in requests):
             return list(map(int, logits.argmax(dim=1).tolist()))
-        tokens = []
-        for request, row in zip(requests, logits.float(), strict=True):
-            input_ids = cast(torch.LongTensor, torch.tensor([request.tokens], device=logits.device))
-            scores = request.processors(input_ids, cast(torch.FloatTensor, row[None]))
-            if request.do_sample:
-                tokens.append(int(torch.multinomial(scores.softmax(dim=-1), 1, generator=request.generator)))
-            else:
-                tokens.append(int(scores.argmax()))
-        return tokens
+        return [
+            choose_token(
+                row, request.processors, request.tokens, samples=request.do_sample, generator=request.generator
+            )
+            for request, row in zip(requests, logits.split(1), strict=True)
+        ]
 
     def _end(self, request: Request, error: str | None) -> None:
         """Takes a request out, and its pages with it; once is enough."""

@@ -1,8 +1,8 @@
-"""What every evaluation gets and gives, and how they are run; each is one function, registered under its name."""
+"""What every evaluation gets and gives, where each one is, and how they are run."""
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +15,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from lckv.config import DataConfig, EvaluationConfig
 from lckv.config.evaluation import default_context_length
 from lckv.errors import UserError, is_out_of_memory
-from lckv.evaluation import MODULES
 from lckv.evaluation.perplexity import in_eval_mode
-from lckv.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,24 @@ class Subject:
 
 
 Evaluation = Callable[[Subject, EvaluationConfig], dict[str, Any]]
-"""Gives figures that JSON can hold, shows a progress bar of its own, and leaves model and random state alone."""
+"""Gives figures that JSON can hold, and shows a progress bar of its own; the model is in evaluation mode."""
 
 Outcome = dict[str, Any] | UserError
 """The figures of an evaluation, or why there are none."""
 
-EVALUATIONS: Registry[Evaluation] = Registry("evaluation")
+FUNCTIONS = {
+    "perplexity": "lckv.evaluation.sliding:evaluate_sliding",
+    "harness": "lckv.evaluation.harness:harness",
+    "needle": "lckv.evaluation.needle:needle",
+    "recall": "lckv.evaluation.recall:recall",
+    "speed": "lckv.benchmarking.speed:evaluate_speed",
+}
+"""The evaluations, by the names of the settings; as text, because one of them needs what lies above this package."""
 
 
 def find_evaluation(name: str) -> Evaluation:
     """The evaluation of this name, imported now."""
-    importlib.import_module(MODULES[name])
-    return EVALUATIONS[name]
+    return pkgutil.resolve_name(FUNCTIONS[name])
 
 
 def run_evaluations(

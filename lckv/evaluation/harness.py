@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import psutil  # type: ignore[import-untyped]
+import torch
+from transformers import Cache, PreTrainedModel
 
+from lckv.cache import KVCache, build_cache
 from lckv.config import EvaluationConfig, HarnessConfig
 from lckv.errors import UserError, is_out_of_memory
-from lckv.evaluation.evaluations import EVALUATIONS, Subject
-from lckv.evaluation.harness_model import make_language_model
+from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.harness_tasks import LoadedTasks, first_line, join_errors, load_tasks
-from lckv.evaluation.perplexity import in_eval_mode
 
 logger = logging.getLogger(__name__)
 
+_FLOATS_PER_LOGIT = 3
+"""Logits, their logarithms, and what comes and goes in between."""
 
-@EVALUATIONS.register("harness")
+
 def harness(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
     """Runs tasks of lm-eval.
 
@@ -41,11 +46,12 @@ def harness(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
     options.check_length(limit, prefix)
     if options.apply_chat_template and subject.tokenizer.chat_template is None:
         raise UserError(f"{prefix}apply_chat_template=True: the tokenizer has no chat template; allowed is False")
-    _check_output(options, subject, prefix)
-    with _undisturbed(subject.model):
+    output_path = _output_path(options, subject, prefix)
+    with _undisturbed():
         check_installed()
         loaded = load_tasks(options, options.max_length or limit, prefix)
-        results = _evaluate_all(subject, options, loaded, prefix)
+        evaluate = partial(_evaluate, subject, options, loaded.manager, output_path)
+        results = _evaluate_all(evaluate, loaded, f"{prefix}tasks={options.tasks}")
     # Some tasks are made for no examples, and lm-eval leaves them so.
     fixed = [name for name, number in results["n-shot"].items() if number != options.num_fewshot]
     if options.num_fewshot is not None and fixed:
@@ -61,38 +67,39 @@ def check_installed() -> None:
         raise UserError(f"needs lm-eval ({error}); pip install lckv[eval]") from error
 
 
-def _output_path(options: HarnessConfig, subject: Subject) -> str | None:
-    """Where lm-eval's own files go: to the given place, or if there must be one, beside `results.json`."""
-    if options.output_path is None and options.log_samples and subject.folder is not None:
-        return str(subject.folder / "harness")
-    return None if options.output_path is None else str(Path(options.output_path).expanduser())
+def _output_path(options: HarnessConfig, subject: Subject, prefix: str) -> str | None:
+    """Where lm-eval's own files go: to the given place, or if there must be one, beside `results.json`.
 
+    lm-eval writes when all is done, and only logs it if it cannot.
 
-def _check_output(options: HarnessConfig, subject: Subject, prefix: str) -> None:
-    """lm-eval writes when all is done, and only logs it if it cannot."""
-    output_path = _output_path(options, subject)
-    if output_path is None:
-        if options.log_samples:
+    Raises:
+        UserError: if there is no such place, or nothing can be written there.
+    """
+    path = None if options.output_path is None else Path(options.output_path).expanduser()
+    if path is None and options.log_samples:
+        if subject.folder is None:
             raise UserError(f"{prefix}log_samples=True: needs {prefix}output_path, the folder to write them to")
-        return
-    path = Path(output_path)
+        path = subject.folder / "harness"
+    if path is None:
+        return None
     folder = path.parent if path.suffix == ".json" else path  # a file's name gets the date behind it
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{prefix}output_path={output_path!r}: cannot be made ({error.strerror})") from error
+        raise UserError(f"{prefix}output_path={str(path)!r}: cannot be made ({error.strerror})") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{prefix}output_path={output_path!r}: cannot be written to")
+        raise UserError(f"{prefix}output_path={str(path)!r}: cannot be written to")
+    return str(path)
 
 
 @contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Keeps to itself what lm-eval does to the process: it seeds, prints, logs and sets environment variables."""
+def _undisturbed() -> Iterator[None]:
+    """Keeps to itself what lm-eval does to the process: it prints, logs and sets environment variables."""
     lm_eval_logger = logging.getLogger("lm_eval")
     environment, level = dict(os.environ), lm_eval_logger.level
     lm_eval_logger.setLevel(logging.ERROR)
     try:
-        with in_eval_mode(model), redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()):
             yield
     finally:
         lm_eval_logger.setLevel(level)
@@ -101,18 +108,18 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
         os.environ.update(environment)
 
 
-def _evaluate_all(subject: Subject, options: HarnessConfig, loaded: LoadedTasks, prefix: str) -> dict[str, Any]:
+def _evaluate_all(evaluate: Callable[[list[Any]], dict[str, Any]], loaded: LoadedTasks, given: str) -> dict[str, Any]:
     """All tasks together; where one cannot be done, each alone, so that it keeps no other from its figures."""
     try:
-        return _evaluate(subject, options, loaded.specs, loaded.manager)
+        return evaluate(loaded.specs)
     except Exception as error:  # whatever is wrong in the documents or the code of a task
         if is_out_of_memory(error):
             raise
-        logger.debug("tasks=%s", list(loaded.tasks), exc_info=error)
+        logger.debug("%s", given, exc_info=error)
     results: dict[str, Any] = {"results": {}, "n-shot": {}, "n-samples": {}}
     for name, task in loaded.tasks.items():
         try:
-            of_task = _evaluate(subject, options, [task], loaded.manager)
+            of_task = evaluate([task])
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -122,16 +129,17 @@ def _evaluate_all(subject: Subject, options: HarnessConfig, loaded: LoadedTasks,
             for key, figures in results.items():
                 figures |= of_task[key]
     if not results["results"]:
-        raise UserError(f"{prefix}tasks={options.tasks}: none can be done; {join_errors(loaded.errors)}")
+        raise UserError(f"{given}: none can be done; {join_errors(loaded.errors)}")
     return results
 
 
-def _evaluate(subject: Subject, options: HarnessConfig, specs: list[Any], manager: Any) -> dict[str, Any]:
+def _evaluate(
+    subject: Subject, options: HarnessConfig, manager: Any, output_path: str | None, specs: list[Any]
+) -> dict[str, Any]:
     """Lets lm-eval do it, and writes its files."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    output_path = _output_path(options, subject)
     tracker = EvaluationTracker(output_path=output_path)
     results = simple_evaluate(
         model=make_language_model(subject, options),
@@ -180,3 +188,70 @@ def _figures(figures: dict[str, Any]) -> dict[str, Any]:
     return {
         key.removesuffix(",none"): None if value == "N/A" else value for key, value in figures.items() if "," in key
     }
+
+
+def make_language_model(subject: Subject, options: HarnessConfig) -> Any:
+    """The `lm_eval.api.model.LM` for a subject; its class is made here, because lm-eval is optional."""
+    from lm_eval.models.huggingface import HFLM
+
+    class SubjectLM(HFLM):
+        """Scores and continues by the subject's model and cache; all else is lm-eval's own."""
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            longest = max((len(answer) for _, _, answer in requests), default=0)
+            if longest > self.max_length:
+                raise UserError(
+                    f"an answer of {longest} tokens does not fit the {self.max_length} that the model sees at once"
+                )
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def _model_call(
+            self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            # Without the mask: padding is on the right, where no token that counts can see it.
+            return score(self.model, inps, subject.new_cache)
+
+        def _model_generate(
+            self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+        ) -> torch.Tensor:
+            past = build_cache("dynamic", self.model.config) if subject.new_cache is None else subject.new_cache()
+            # transformers would compile the steps of a static cache by itself.
+            own = {"past_key_values": past, "disable_compile": True}
+            return super()._model_generate(context, max_length, stop, **own, **generation_kwargs)
+
+        def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+            if self.device.type != "cpu":
+                return super()._detect_batch_size(requests, pos)
+            # lm-eval tries until memory runs out, which on a CPU ends the process.
+            num_tokens = self.max_length if requests is None else len(requests[pos][1] + requests[pos][2])
+            return num_rows_that_fit(self.model, min(num_tokens, self.max_length), self.max_batch_size)
+
+    return SubjectLM(
+        subject.model,
+        tokenizer=copy.deepcopy(subject.tokenizer),  # lm-eval gives padding to one that has none
+        backend="causal",
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+    )
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, input_ids: torch.Tensor, new_cache: Callable[[], Cache] | None) -> torch.Tensor:
+    """Logits `(batch, q_len, vocab_size)` of tokens `(batch, q_len)` that may be padded on the right.
+
+    Through a cache, all tokens go at once, unless it rounds those of earlier calls only: then so few at a time that
+    hardly more of them are exact than when text is decoded.
+    """
+    if new_cache is None:
+        return model(input_ids, use_cache=False).logits
+    past = new_cache()
+    # How many of the last tokens a cache that rounds keeps as they are; `None` if it keeps all.
+    num_exact = past.options().get("residual_length") if isinstance(past, KVCache) else None
+    pieces = input_ids.split(input_ids.shape[1] if num_exact is None else max(1, num_exact), dim=1)
+    return torch.cat([model(piece, past_key_values=past, use_cache=True).logits for piece in pieces], dim=1)
+
+
+def num_rows_that_fit(model: PreTrainedModel, num_tokens: int, max_rows: int) -> int:
+    """How many sequences' logits fit into half of the memory that is free, at least 1 and at most `max_rows`."""
+    row_bytes = num_tokens * model.config.vocab_size * torch.float32.itemsize * _FLOATS_PER_LOGIT
+    return max(1, min(max_rows, psutil.virtual_memory().available // 2 // row_bytes))

@@ -22,23 +22,6 @@ TASKS = Path(__file__).parent / "tasks"
 _DATASET_PATH = re.compile(r"^dataset_path: *([^\s#]+)", re.MULTILINE)
 
 
-@dataclass
-class LoadedTasks:
-    """What lm-eval is to run.
-
-    Attributes:
-        manager: lm-eval's `TaskManager`, which knows all names.
-        specs: its tasks, and its groups where they are complete.
-        tasks: by name, those of groups too.
-        errors: one line for each task that could not be loaded, or done.
-    """
-
-    manager: Any
-    specs: list[Any] = field(default_factory=list)
-    tasks: dict[str, Any] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-
-
 def check_tasks(options: HarnessConfig, prefix: str) -> None:
     """Raises a UserError for the first unknown task or folder, without loading any data."""
     _find_names(options.tasks, _task_manager(options, prefix), prefix)
@@ -56,10 +39,9 @@ def load_tasks(options: HarnessConfig, max_length: int, prefix: str) -> LoadedTa
         UserError: for an unknown task or folder, a task that is asked for twice, and if no task can be loaded.
     """
     manager = _task_manager(options, prefix)
-    loaded = LoadedTasks(manager)
-    loader = _Loader(loaded, max_length)
+    loaded = LoadedTasks(manager, max_length)
     for name in _find_names(options.tasks, manager, prefix):
-        loader.load(name)
+        loaded.load(name)
     if not loaded.specs:
         raise UserError(f"{prefix}tasks={options.tasks}: none can be loaded; {join_errors(loaded.errors)}")
     try:
@@ -129,14 +111,22 @@ def _leaves(manager: Any, name: str) -> Iterator[str]:
 
 
 @dataclass
-class _Loader:
-    """Adds one name after the other to what is loaded, for a model that sees `max_length` tokens at once."""
+class LoadedTasks:
+    """What lm-eval is to run; one name after the other is added.
 
-    loaded: LoadedTasks
+    Attributes:
+        manager: lm-eval's `TaskManager`, which knows all names.
+        max_length: tokens that the model sees at once.
+        specs: its tasks, and its groups where they are complete.
+        tasks: by name, those of groups too.
+        errors: one line for each task that could not be loaded, or done.
+    """
+
+    manager: Any
     max_length: int
-
-    def __post_init__(self) -> None:
-        self.manager = self.loaded.manager
+    specs: list[Any] = field(default_factory=list)
+    tasks: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
 
     def load(self, name: str) -> None:
         """Loads a task or a group; of a group that has a gap, the tasks that are there, without the group's mean."""
@@ -152,9 +142,9 @@ class _Loader:
             for member in members:
                 self.load(member)
             if not members:
-                self.loaded.errors[name] = first_line(error) + self._hint(name, error)
+                self.errors[name] = first_line(error) + self._hint(name, error)
         else:
-            self.loaded.specs += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+            self.specs += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
 
     def _separable(self, name: str) -> list[str]:
         """The members of a group that mean the same outside of it."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-IGNORE_INDEX = -100
+from lckv.data.packing import IGNORE_INDEX
 
 
 class Blocks(Protocol):
@@ -107,7 +107,7 @@ def evaluate_perplexity(
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Negative log-likelihood of every label, `(batch, q_len - 1)`, 0 where ignored."""
+    """Negative log-likelihood of every label of a batch of blocks, `(batch, q_len - 1)`, 0 where ignored."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits  # (batch, q_len, vocab_size)
     labels = batch["labels"][:, 1:]

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lckv.config import EvaluationConfig, RecallConfig
 from lckv.console import track
 from lckv.errors import UserError
-from lckv.evaluation.evaluations import EVALUATIONS, Subject
-from lckv.evaluation.perplexity import in_eval_mode
+from lckv.evaluation.evaluations import Subject
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ def recall_sequence(
     return RecallSequence([*prefix, *drawn, *queries[:-1]], drawn[1::2], asked)
 
 
-@EVALUATIONS.register("recall")
 def recall(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
     """Asks for the values of keys in random tokens (MQAR; Arora et al. 2023, "Zoology", arXiv 2312.04927).
 
@@ -80,9 +78,8 @@ def recall(subject: Subject, cfg: EvaluationConfig) -> dict[str, Any]:
         for start in range(0, len(sequences), cfg.batch_size)
     ]
     hits: defaultdict[int, list[tuple[bool, bool]]] = defaultdict(list)
-    with in_eval_mode(subject.model):
-        for num_pairs, batch in track(batches, "associative recall", len(batches)):
-            hits[num_pairs] += _answer(subject, batch)
+    for num_pairs, batch in track(batches, "associative recall", len(batches)):
+        hits[num_pairs] += _answer(subject, batch)
     exact, chosen = (  # by the number of pairs, which JSON wants as text
         {str(num_pairs): fmean(hit[which] for hit in of_these) for num_pairs, of_these in hits.items()}
         for which in (0, 1)

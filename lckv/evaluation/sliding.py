@@ -20,11 +20,12 @@ from transformers import Cache
 
 from lckv.config import DataConfig, EvaluationConfig
 from lckv.console import track
-from lckv.data import build_source
+from lckv.data.packing import IGNORE_INDEX
+from lckv.data.sources import build_source
 from lckv.data.tokenizer import DocumentEncoder, check_tokenizer
 from lckv.errors import UserError
-from lckv.evaluation.evaluations import EVALUATIONS, Subject
-from lckv.evaluation.perplexity import IGNORE_INDEX, Perplexity, in_eval_mode
+from lckv.evaluation.evaluations import Subject
+from lckv.evaluation.perplexity import Perplexity
 from lckv.models.padding import positions
 
 DEFAULT_CACHE_CHUNK = 32
@@ -43,7 +44,6 @@ class Window:
     num_scored: int
 
 
-@EVALUATIONS.register("perplexity")
 def evaluate_sliding(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
     """Perplexity of the validation documents per token, word and byte, and bits per byte.
 
@@ -138,7 +138,7 @@ def score_windows(
     """Negative log-likelihood, in nats, of all scored tokens together.
 
     Args:
-        model: a causal language model of transformers; called in evaluation mode, and left as it was.
+        model: a causal language model of transformers, in evaluation mode.
         windows: what to score.
         batch_size: windows per forward pass.
         new_cache: makes an empty cache, which gets the unscored tokens first and then the others in chunks; without,
@@ -150,15 +150,14 @@ def score_windows(
     starts = range(0, len(ordered), batch_size)
     device = next(model.parameters()).device
     total = 0.0
-    with in_eval_mode(model):
-        for start in track(starts, "perplexity", len(starts)):
-            batch = collate_windows(ordered[start : start + batch_size], device)
-            cache = None if new_cache is None else new_cache()
-            for logits, targets in _run(model, *batch, cache, cache_chunk):
-                losses = F.cross_entropy(
-                    logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-                )
-                total += math.fsum(losses.tolist())  # on the CPU: not every device has float64
+    for start in track(starts, "perplexity", len(starts)):
+        batch = collate_windows(ordered[start : start + batch_size], device)
+        cache = None if new_cache is None else new_cache()
+        for logits, targets in _run(model, *batch, cache, cache_chunk):
+            losses = F.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+            )
+            total += math.fsum(losses.tolist())  # on the CPU: not every device has float64
     return total
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from lckv.cache import KVCache
@@ -109,7 +109,7 @@ def generate(
         cache: an empty cache; a static one may have been in use before, and reset.
         decoding: how tokens are chosen.
         max_new_tokens: where to stop at the latest.
-        num_columns: to how many tokens prompts are padded; by default to the longest prompt's.
+        num_columns: to how many tokens prompts are padded; by default the longest prompt's.
         prefill_options: how the prompt goes through the model.
         compile_step: whether to compile the step that decodes a token, which needs the static cache.
         streamer: gets each token as it comes, for a single prompt without beams.
@@ -118,29 +118,20 @@ def generate(
     Raises:
         UserError: if the logits are not finite, or the tokenizer has more tokens than the model.
     """
-    if (largest := max(map(max, prompts))) >= model.config.vocab_size:
-        known = model.config.vocab_size
-        raise UserError(f"the tokenizer has a token {largest}, but the model knows {known}: they do not fit")
-    config = decoding.generation_config(max_new_tokens, model.generation_config.eos_token_id)
-    config.pad_token_id = pad_token_id(model)
-    if compile_step:
-        config.disable_compile, config.compile_config = False, compile_config(model.device)
-        if cache.batch_size < 0:  # else this cache has been here before
-            logger.info("compiling the decoding step, which takes a minute or so")
-    input_ids, attention_mask = pad_left(prompts, config.pad_token_id, num_columns)
-    input_ids = input_ids.to(model.device)
-    attention_mask = None if attention_mask is None else attention_mask.to(model.device)
+    config = generation_config(model, decoding, max_new_tokens, compile_step)
+    input_ids, attention_mask = _pad(model, prompts, config.pad_token_id, num_columns)
+    if compile_step and cache.batch_size < 0:  # else this cache has been here before
+        logger.info("compiling the decoding step, which takes a minute or so")
     if decoding.seed is not None:
         torch.manual_seed(decoding.seed)
     watch = StepWatch(num_untimed=1 + _STEPS_TO_COMPILE if compile_step else 1)
-    start_time = time.perf_counter()
-    report = None
+    report, start_time = None, time.perf_counter()
     if input_ids.shape[1] > 1:  # the last token is left to `generate`, which wants something to run
         report = prefill(
             model,
             input_ids[:, :-1],
             cache,
-            attention_mask=None if attention_mask is None else attention_mask[:, :-1],
+            attention_mask=attention_mask,
             on_chunk=on_chunk,
             **asdict(prefill_options or PrefillOptions()),
         )
@@ -154,18 +145,29 @@ def generate(
         logits_processor=LogitsProcessorList([watch]),
         streamer=streamer,
     )
-    end_time = time.perf_counter()
+    decode_seconds = time.perf_counter() - watch.decode_start_time
     return Generation(
         new_tokens=_cut_at_eos(output[:, input_ids.shape[1] :].tolist(), config.eos_token_id),
         num_steps=watch.num_steps,
         num_untimed=watch.num_untimed,
         first_token_seconds=watch.first_token_time - start_time,
-        decode_seconds=end_time - watch.decode_start_time,
+        decode_seconds=decode_seconds,
         cache_bytes=cache.num_bytes(),
         cache_tokens=int(cache.get_seq_length()) * len(prompts) * decoding.num_beams,
         num_passes=[1] if report is None else report.num_passes,
         residual=None if report is None else report.residual,
     )
+
+
+def _pad(
+    model: PreTrainedModel, prompts: list[list[int]], pad_token_id: int, num_columns: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens and mask as `pad_left` makes them, on the model's device."""
+    largest, known = max(map(max, prompts)), model.config.vocab_size
+    if largest >= known:
+        raise UserError(f"the tokenizer has a token {largest}, but the model knows {known}: they do not fit")
+    input_ids, attention_mask = pad_left(prompts, pad_token_id, num_columns)
+    return input_ids.to(model.device), None if attention_mask is None else attention_mask.to(model.device)
 
 
 def compile_config(device: torch.device) -> CompileConfig:
@@ -184,13 +186,20 @@ def compile_config(device: torch.device) -> CompileConfig:
     return config
 
 
-def pad_token_id(model: PreTrainedModel) -> int:
-    """What fills rows up; any token that the model knows will do, as nothing attends to it.
+def generation_config(
+    model: PreTrainedModel, decoding: DecodingOptions, max_new_tokens: int, compile_step: bool = False
+) -> GenerationConfig:
+    """What transformers' `generate()` is told of how tokens are chosen, where a text ends, and what fills rows up.
 
-    Some models name one that they do not know: -1, or a token that was added to the tokenizer alone.
+    Some models fill up with a token that they do not know: -1, or one that was added to the tokenizer alone. Any that
+    the model knows will do, as nothing attends to it.
     """
+    config = decoding.generation_config(max_new_tokens, model.generation_config.eos_token_id)
     token = model.generation_config.pad_token_id
-    return int(token) if token is not None and 0 <= token < model.config.vocab_size else 0
+    config.pad_token_id = token if token is not None and 0 <= token < model.config.vocab_size else 0
+    if compile_step:
+        config.disable_compile, config.compile_config = False, compile_config(model.device)
+    return config
 
 
 def _cut_at_eos(rows: list[list[int]], eos_token_id: int | list[int] | None) -> list[list[int]]:

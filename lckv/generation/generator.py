@@ -10,8 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -22,9 +22,9 @@ from lckv.config import DEFAULT_MAX_NEW_TOKENS, GenerateConfig
 from lckv.config.names import CONTINUOUS
 from lckv.console import Bar
 from lckv.engine.continuous import ContinuousBatcher
+from lckv.engine.requests import BatchStatistics
 from lckv.errors import UserError
-from lckv.generation.answers import Answer, Part, batch_part, count_tokens, requests_part
-from lckv.generation.batch import Generation, generate, pad_token_id
+from lckv.generation.batch import Generation, generate, generation_config
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prefill import PrefillOptions
 from lckv.generation.streaming import Printer, stream_text
@@ -32,6 +32,22 @@ from lckv.iteration import CONVERGE
 from lckv.models import LCKVLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
+
+
+class Answer(NamedTuple):
+    """The tokens that follow a prompt, and why there are no more if something went wrong."""
+
+    new_tokens: list[int]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Answers to the next prompts, and what has been measured: JSON-able figures, if there are any, and in a line."""
+
+    answers: list[Answer]
+    figures: dict[str, Any] | None = None
+    summary: str = ""
 
 
 @dataclass
@@ -50,7 +66,7 @@ class TextGenerator:
 
     def __post_init__(self) -> None:
         self._check_passes()
-        self.prefill = PrefillOptions.from_config(self.cfg)
+        self.prefill = PrefillOptions(self.cfg.prefill_chunk, self.cfg.prefill_passes, self.cfg.prefill_tolerance)
         given = self.cfg.max_new_tokens
         self.max_new_tokens = DEFAULT_MAX_NEW_TOKENS if given is None else given  # of text that ends
 
@@ -105,7 +121,7 @@ class TextGenerator:
             printer.end()
             num_seen, seconds = int(cache.get_seq_length()), time.perf_counter() - start_time
             speed = f"{num_seen / seconds:,.1f} tok/s, the prompt's among them"
-            seen = f"{count_tokens(num_seen)} · {speed} · cache {cache.num_bytes():,} bytes"
+            seen = f"{_count_tokens(num_seen)} · {speed} · cache {cache.num_bytes():,} bytes"
             self.console.print(seen, style="dim")
 
     def _requests(self, encoded: list[list[int]]) -> Iterator[Part]:
@@ -127,18 +143,16 @@ class TextGenerator:
                     bar.hide()
                     yield Part(ready)
                     bar.show()
-        yield requests_part(batcher.statistics)
+        yield _requests_part(batcher.statistics)
 
     def _build_batcher(self, encoded: list[list[int]]) -> ContinuousBatcher:
         cfg, longest = self.cfg, _length(encoded)
         self._check_length(longest)
-        config = self.decoding.generation_config(self.max_new_tokens, self.model.generation_config.eos_token_id)
-        config.pad_token_id = pad_token_id(self.model)
         options: dict[str, Any] = {"max_rows": cfg.batch_size, "tokens_per_step": cfg.prefill_chunk}
         return ContinuousBatcher(
             self.model,
             cast(PagedKVCache, self._build_cache(longest)),
-            generation_config=config,
+            generation_config=generation_config(self.model, self.decoding, self.max_new_tokens),
             **self.prefill.iteration,
             **{option: value for option, value in options.items() if value is not None},
         )
@@ -160,7 +174,7 @@ class TextGenerator:
                 self._generate(batch, self._cache_for(batch), _length(batch), index, is_streamed=is_streamed)
                 for index, batch in enumerate(batches)
             )
-        yield from map(batch_part, generations)
+        yield from map(_batch_part, generations)
 
     def _compiled_batches(self, batches: list[list[list[int]]], *, is_streamed: bool) -> Iterator[Generation]:
         """Continues batches that share what is compiled for the first.
@@ -294,6 +308,48 @@ class TextGenerator:
             "device": str(self.model.device),
             "batching": self.cfg.chosen_batching(),
         }
+
+
+def _batch_part(generation: Generation) -> Part:
+    """What came of a batch."""
+    num_new_tokens, speed = sum(map(len, generation.new_tokens)), generation.tokens_per_second
+    per_token = generation.cache_bytes / generation.cache_tokens
+    figures = asdict(generation)
+    del figures["new_tokens"]
+    figures |= {"num_new_tokens": num_new_tokens, "tokens_per_second": speed, "cache_bytes_per_token": per_token}
+    parts = [_count_tokens(num_new_tokens)]
+    if speed is not None:
+        parts.append(f"{speed:,.1f} tok/s")
+    parts.append(f"first after {generation.first_token_seconds:.2f} s")
+    parts.append(f"cache {generation.cache_bytes:,} bytes, {per_token:,.0f} per token")
+    if max(generation.num_passes) > 1:
+        parts.append(f"{max(generation.num_passes)} passes over the prompt")
+    if generation.residual is not None:
+        parts.append(f"KV residual {generation.residual:.1e}")
+    return Part(list(map(Answer, generation.new_tokens)), figures, " · ".join(parts))
+
+
+def _requests_part(statistics: BatchStatistics) -> Part:
+    """What all requests together took, behind the last of their answers."""
+    figures = asdict(statistics)
+    figures["num_new_tokens"] = figures.pop("num_generated_tokens")
+    figures["tokens_per_second"] = statistics.tokens_per_second
+    parts = [
+        _count_tokens(statistics.num_generated_tokens),
+        f"{statistics.tokens_per_second:,.1f} tok/s",
+        f"{statistics.num_steps:,} steps of up to {statistics.peak_rows:,} texts",
+        f"cache up to {statistics.peak_used_bytes:,} bytes",
+    ]
+    if statistics.num_reused_tokens:
+        parts.append(f"{statistics.num_reused_tokens:,} prompt tokens shared")
+    if statistics.num_preemptions:
+        parts.append(f"{statistics.num_preemptions:,} begun again for want of pages")
+    return Part([], figures, " · ".join(parts))
+
+
+def _count_tokens(count: int) -> str:
+    """Such as "1 token" or "1,234 tokens"."""
+    return f"{count:,} token{'' if count == 1 else 's'}"
 
 
 def _length(batch: list[list[int]]) -> int:

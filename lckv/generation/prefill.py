@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-from lckv.config import GenerateConfig
 from lckv.config.keys import passes
 from lckv.errors import UserError, check_positive, check_whole_number
 from lckv.models.padding import positions
@@ -25,11 +24,6 @@ class PrefillOptions:
     chunk_size: int | None = None
     forward_passes: int | str | None = None
     tolerance: float | None = None
-
-    @classmethod
-    def from_config(cls, cfg: GenerateConfig) -> PrefillOptions:
-        """What the user asks for."""
-        return cls(cfg.prefill_chunk, cfg.prefill_passes, cfg.prefill_tolerance)
 
     @property
     def iteration(self) -> dict[str, Any]:
@@ -83,7 +77,7 @@ def prefill(
         model: the model, in evaluation mode.
         input_ids: `(batch, q_len)`, the tokens that are not in the cache yet.
         past_key_values: the cache to fill, empty or not.
-        attention_mask: `(batch, past + q_len)`, zero at padding.
+        attention_mask: `(batch, past + q_len or more)`, zero at padding.
         chunk_size: how many tokens to run at once; all by default.
         forward_passes: passes before the model's `backward_passes` last ones, or `"converge"`, which adds but one; by
             default the model's.

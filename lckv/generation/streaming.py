@@ -29,39 +29,7 @@ from lckv.cache import KVCache
 from lckv.errors import UserError, check_whole_number
 from lckv.generation.decoding_options import Sampling
 from lckv.generation.prefill import num_at_once
-from lckv.logits import check_logits
-
-
-class TokenPicker:
-    """Chooses tokens, one after the other, with a repetition penalty that looks back on the last `history` of them.
-
-    Raises:
-        UserError: for a history below 1.
-    """
-
-    def __init__(self, sampling: Sampling, device: torch.device, history: int = 256) -> None:
-        check_whole_number("history", history)
-        self.samples, self.processors = sampling.samples, _processors(sampling)
-        self.history: deque[int] = deque(maxlen=history)
-        self.generator: torch.Generator | None = None
-        if sampling.seed is not None:
-            self.generator = torch.Generator(device).manual_seed(sampling.seed)
-
-    def pick(self, logits: torch.Tensor) -> int:
-        """Chooses the next token from `(1, vocab_size)`.
-
-        Raises:
-            UserError: if the logits are not finite.
-        """
-        check_logits(logits, "the model's logits")
-        history = torch.tensor([list(self.history)], dtype=torch.long, device=logits.device)
-        scores = self.processors(history, logits.float())  # type: ignore[arg-type]
-        if self.samples:
-            token = int(torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self.generator))
-        else:
-            token = int(scores.argmax())
-        self.history.append(token)
-        return token
+from lckv.logits import check_logits, choose_token
 
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:
@@ -178,7 +146,8 @@ def stream(
         The new tokens, one at a time.
 
     Raises:
-        UserError: for an empty prompt, a history below 1, and a cache that would grow for ever.
+        UserError: for an empty prompt, a history below 1, a cache that would grow for ever, and, where the next token
+            is asked for, logits that are not finite.
     """
     input_ids = input_ids.reshape(1, -1) if input_ids.ndim == 1 else input_ids
     if input_ids.shape[0] != 1:
@@ -187,13 +156,20 @@ def stream(
         raise UserError("the prompt is empty: give at least one token")
     if max_new_tokens is None:
         check_bounded(past_key_values)
-    picker = TokenPicker(sampling or Sampling(greedy=False), model.device, history)
-    picker.history.extend(input_ids[0, -history:].tolist())
+    check_whole_number("history", history)
+    sampling = sampling or Sampling(greedy=False)
+    samples, processors, generator = sampling.samples, _processors(sampling), None
+    if sampling.seed is not None:
+        generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    recent = deque(input_ids[0, -history:].tolist(), maxlen=history)
     steps = count() if max_new_tokens is None else range(max_new_tokens)
 
     def tokens(input_ids: torch.Tensor) -> Iterator[int]:  # apart from the checks, which a generator would put off
         for _ in steps:
-            token = picker.pick(_read(model, input_ids, past_key_values, chunk_size, options))
+            logits = _read(model, input_ids, past_key_values, chunk_size, options)
+            check_logits(logits, "the model's logits")
+            token = choose_token(logits, processors, recent, samples=samples, generator=generator)
+            recent.append(token)
             if token in stop_ids:
                 return
             yield token

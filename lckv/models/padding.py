@@ -28,3 +28,8 @@ def pad_left(
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Each token's position among the real tokens of its row, `(batch, kv_len)`; 0 for padding before them."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def count_padding(attention_mask: torch.Tensor) -> list[int]:
+    """How many zeros each row of `(batch, kv_len)` begins with."""
+    return (attention_mask.bool().cumsum(dim=1) == 0).sum(dim=1).tolist()

@@ -16,11 +16,18 @@ from pandas import DataFrame
 from lckv.costs import ModelSizes, count_flops, llama_plan
 from lckv.iteration import Iteration
 from lckv.model_arguments import DEFAULT_SLIDING_WINDOW
-from lckv.patterns import parse_layer_types
 from lckv.reporting.grouping import Group, Row, group_runs, warnings_of
-from lckv.reporting.metrics import Metric, choose_metric, evaluation_names
+from lckv.reporting.metrics import (
+    Comparison,
+    Metric,
+    Summary,
+    adjust,
+    choose_metric,
+    compare,
+    evaluation_names,
+    summarize,
+)
 from lckv.reporting.runs import table
-from lckv.reporting.statistics import Comparison, Summary, adjust, compare, summarize
 
 _MAX_BUDGETS = 6
 _TOLERANCE = 1e-9
@@ -62,13 +69,13 @@ class Cohort:
             `versus_llama`, training on a token relative to it, `flops_ratio` and `time_ratio`, `speed` (tokens per
             second), and `train_flops`; `None` stands for what is not known.
         budgets: from large to small.
-        front: groups that are better than all that need as few bytes or fewer, from few bytes to many.
+        front: labels of groups that are better than all that need as few bytes or fewer, from few bytes to many.
     """
 
     name: str
     groups: DataFrame
     budgets: list[Budget]
-    front: list[Row]
+    front: list[str]
 
     @property
     def candidates(self) -> list[Row]:
@@ -159,7 +166,7 @@ def _cohort(name: str, groups: Sequence[Group], metric: Metric) -> Cohort:
     candidates = frame.dropna(subset=["quality", "written", "fraction"])
     candidates = candidates.assign(cost=[metric.cost(quality.mean) for quality in candidates["quality"]])
     budgets = [_budget(fraction, candidates) for fraction in budgets_of(candidates["fraction"])]
-    return Cohort(name, frame, budgets, list(pareto_front(candidates).itertuples()))
+    return Cohort(name, frame, budgets, list(pareto_front(candidates)["label"]))
 
 
 def _measure(runs: DataFrame, metric: Metric) -> Group:
@@ -222,26 +229,22 @@ def llama_flops(run: Row) -> float | None:
 
     `None` where these sizes do not give the run's own FLOPs either: then its configuration does not hold all of them.
     """
-    sizes, own = _sizes(run), run.train_flops_per_token
-    if run.layer_types is None or sizes is None or run.context_length is None or own is None:
-        return None
-    names = ("forward_passes", "backward_passes", "use_sequential")
-    set_there = {name: run.config[key] for name in names if (key := f"model.{name}") in run.config}
-    plan, length, iteration = parse_layer_types(run.layer_types), int(run.context_length), Iteration(**set_there)
-    counted = count_flops(plan, sizes, length, iteration).train
-    if counted is None or not math.isclose(counted, own, rel_tol=1e-6):
-        return None
-    return count_flops(llama_plan(plan), sizes, length, iteration).train
-
-
-def _sizes(run: Row) -> ModelSizes | None:
     model = {key.removeprefix("model."): value for key, value in run.config.items() if key.startswith("model.")}
     model["vocab_size"] = model.get("vocab_size") or run.config.get("tokenizer.vocab_size")
     model["sliding_window"] = model.get("sliding_window") or DEFAULT_SLIDING_WINDOW
     try:
-        return ModelSizes.from_config(model)
+        sizes = ModelSizes.from_config(model)
     except (KeyError, TypeError):  # an earlier version's, or one that leaves sizes to a pretrained model
         return None
+    plan, own = run.plan, run.train_flops_per_token
+    if plan is None or run.context_length is None or own is None:
+        return None
+    names = ("forward_passes", "backward_passes", "use_sequential")
+    iteration, length = Iteration(**{name: model[name] for name in names if name in model}), int(run.context_length)
+    counted = count_flops(plan, sizes, length, iteration).train
+    if counted is None or not math.isclose(counted, own, rel_tol=1e-6):
+        return None
+    return count_flops(llama_plan(plan), sizes, length, iteration).train
 
 
 def pareto_front(candidates: DataFrame) -> DataFrame:

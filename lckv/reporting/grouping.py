@@ -13,7 +13,6 @@ from pandas import DataFrame
 
 from lckv.config import TrainConfig
 from lckv.model_arguments import DEFAULT_SLIDING_WINDOW
-from lckv.patterns import parse_layer_types
 from lckv.reporting.metrics import scalar
 from lckv.reporting.runs import FIGURES, first_known
 from lckv.training.run_folder import flatten
@@ -82,8 +81,7 @@ def group_runs(runs: DataFrame) -> tuple[list[Group], list[str]]:
 
 def _parts(run: Row) -> dict[str, dict[str, str]]:
     """What was set: of the pattern, of the rest, and what must be equal for figures to be comparable."""
-    config = {**_DEFAULTS, **run.config}
-    plan = None if run.layer_types is None else parse_layer_types(run.layer_types)
+    config, plan = {**_DEFAULTS, **run.config}, run.plan
     pattern = {"layer_types": run.layer_types}  # and of what says how it is run, only what it reads
     if plan is not None and plan.has_cycles:
         pattern |= {name: config[f"model.{name}"] for name in _OF_CYCLES}
@@ -102,15 +100,13 @@ def _as_text(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _provenance(run: Row) -> dict[str, Any]:
     """Versions, text, length of the training and sizes of a run; "unknown" where it does not say."""
-    versions = run.results.get("versions")
-    versions = versions if isinstance(versions, Mapping) else {}
     values = {
-        "lckv": versions.get("lckv"),
-        "torch": versions.get("torch"),
+        "lckv": run.versions.get("lckv"),
+        "torch": run.versions.get("torch"),
         "data": run.results.get("data_fingerprint"),
         "steps": run.steps,
         "tokens": run.tokens,
-        "layers": None if run.layer_types is None else parse_layer_types(run.layer_types).num_hidden_layers,
+        "layers": None if run.plan is None else run.plan.num_hidden_layers,
         "vocab_size": run.config.get("model.vocab_size") or run.config.get("tokenizer.vocab_size"),
         **{name: run.config.get(f"model.{name}", "") or "default" for name in _SIZES},
     }

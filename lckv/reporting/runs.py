@@ -15,7 +15,7 @@ import yaml
 from pandas import DataFrame
 
 from lckv.errors import UserError, near_miss
-from lckv.patterns import build_layer_types, parse_layer_types
+from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.reporting.metrics import metrics_of, number, scalar
 from lckv.training.run_folder import flatten
 
@@ -54,16 +54,19 @@ def read_runs(folder: Path) -> DataFrame:
     Returns:
         A row for each, with `name` (the folder, seen from the one that was searched), `state` ("finished", "failed",
         "diverged", "unreadable" or "unfinished") with its `reason`, `problems` (files that cannot be read, a sentence
-        each), `seed`, `layer_types`, `family` (with its parameters; `None` where a string was given), `family_name`,
-        the files themselves (`config` by dotted keys, `results`, `lines`, `failure`, `evaluations`), `metrics` by
-        name, and the `FIGURES`.
+        each), `seed`, the `plan` with its `layer_types`, `family` (with its parameters; `None` where a string was
+        given), `family_name`, the files themselves (`config` by dotted keys, `results`, `lines`, `failure`,
+        `evaluations`), `versions` and `metrics` by name, and the `FIGURES`.
 
     Raises:
         UserError: if there is no such folder, or no run in it.
     """
-    _check_folder(folder)
-    paths = sorted(set(_run_folders(folder, set())))
-    if not paths:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"folder={folder}: is a file; give the folder that holds the runs")
+    if not folder.is_dir():
+        siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        raise UserError(f"folder={folder}: there is no such folder{near_miss(folder.name, siblings)}")
+    if not (paths := sorted(_run_folders(folder, set()))):
         raise UserError(
             f"folder={folder}: holds no run; a run folder has a config.yaml, which python -m lckv.train writes"
         )
@@ -71,16 +74,6 @@ def read_runs(folder: Path) -> DataFrame:
         {"name": path.name if path == folder else path.relative_to(folder).as_posix(), **_read_run(path)}
         for path in paths
     )
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.is_dir():
-        return
-    if folder.exists():
-        raise UserError(f"folder={folder}: is a file; give the folder that holds the runs")
-    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    hint = near_miss(folder.name, siblings)
-    raise UserError(f"folder={folder}: there is no such folder{hint}")
 
 
 def _run_folders(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -108,6 +101,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         "problems": problems,
         "config": dict(flatten(config)),
         "results": results,
+        "versions": _mapping(results.get("versions")),
         "failure": failure,
         "lines": list(_read_lines(path / "metrics.jsonl")),
         "evaluations": evaluations,
@@ -115,7 +109,8 @@ def _read_run(path: Path) -> dict[str, Any]:
     }
     run["seed"] = scalar(run["config"].get("seed"))
     run["state"], run["reason"] = _state(run)
-    run["layer_types"], run["family_name"], run["family"] = _pattern(run)
+    run["plan"], run["family_name"], run["family"] = _pattern(run)
+    run["layer_types"] = None if run["plan"] is None else run["plan"].layer_types
     return run
 
 
@@ -170,8 +165,8 @@ def _state(run: Mapping[str, Any]) -> tuple[str, str]:
     return "unfinished", f"step {max(steps):,.0f}{total}" if steps else f"no step{total} is logged yet"
 
 
-def _pattern(run: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
-    """The pattern as `layer_types`, its family, and the family with its parameters; `None` where it is not known."""
+def _pattern(run: Mapping[str, Any]) -> tuple[SharingPlan | None, str | None, str | None]:
+    """The plan, its family, and the family with its parameters; `None` where it is not known."""
     config = run["config"]
     group = {key.removeprefix("sharing."): value for key, value in config.items() if key.startswith("sharing.")}
     parameters = {name: value for name, value in group.items() if name != "name" and value is not None}
@@ -183,8 +178,7 @@ def _pattern(run: Mapping[str, Any]) -> tuple[str | None, str | None, str | None
     except UserError:
         plan = None
     if plan is not None and plan.layer_types == build_layer_types("llama", plan.num_hidden_layers):
-        return plan.layer_types, "llama", "llama"
+        return plan, "llama", "llama"
     name = None if config.get("model.layer_types") is not None or group.get("name") is None else str(group["name"])
     shown = ", ".join(f"{key}={value}" for key, value in parameters.items())
-    family = f"{name} ({shown})" if name not in (None, "llama") and shown else name
-    return None if plan is None else plan.layer_types, name, family
+    return plan, name, f"{name} ({shown})" if name not in (None, "llama") and shown else name

@@ -7,8 +7,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from lckv.reporting.analysis import Budget, Cohort, Report, show_fraction
-from lckv.reporting.metrics import Metric
-from lckv.reporting.statistics import SIGNIFICANT, Comparison
+from lckv.reporting.metrics import SIGNIFICANT, Comparison, Metric
 
 
 class Answer(NamedTuple):
@@ -33,15 +32,12 @@ def status(report: Report) -> str:
     counts = {"finished": len(report.finished)} | {state: states.count(state) for state in states}
     counts["repeated"] = len(report.runs) - sum(counts.values())
     parts = ", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "finished")
-    total = len(report.runs)
-    return f"{total} run{'s' * (total != 1)}: {parts}.{_nothing_to_say(report)}"
-
-
-def _nothing_to_say(report: Report) -> str:
+    total, nothing = len(report.runs), ""
     if not report.cohorts:
-        return " No run has finished, so there is no figure to show."
-    is_comparable = any(len(cohort.candidates) > 1 for cohort in report.cohorts)
-    return "" if is_comparable else " No two patterns can be compared."
+        nothing = " No run has finished, so there is no figure to show."
+    elif all(len(cohort.candidates) < 2 for cohort in report.cohorts):
+        nothing = " No two patterns can be compared."
+    return f"{total} run{'s' * (total != 1)}: {parts}.{nothing}"
 
 
 def _of_cohort(cohort: Cohort, metric: Metric) -> Iterator[Answer]:
@@ -123,21 +119,21 @@ def _seeds(report: Report) -> str:
 
 
 def _hardware(report: Report) -> str:
-    found = {_machine(run.results.get("hardware")) for run in report.finished}
+    found = set()
+    for run in report.finished:
+        machine = run.results.get("hardware")
+        if isinstance(machine, Mapping):
+            used = f"{machine.get('num_cores')} cores, {machine.get('num_threads')} threads used"
+            found.add(f"{machine.get('device')} ({used})")
+        else:
+            found.add("not noted")
     return f"Hardware: {'; '.join(sorted(found)) or 'unknown'}."
-
-
-def _machine(hardware: object) -> str:
-    if not isinstance(hardware, Mapping):
-        return "not noted"
-    return f"{hardware.get('device')} ({hardware.get('num_cores')} cores, {hardware.get('num_threads')} threads used)"
 
 
 def _versions(report: Report) -> str:
     known: dict[str, set[str]] = {}
     for run in report.finished:
-        versions = run.results.get("versions")
-        for name, version in versions.items() if isinstance(versions, Mapping) else ():
+        for name, version in run.versions.items():
             known.setdefault(name, set()).add(str(version))
     parts = [f"{name} {', '.join(sorted(versions))}" for name, versions in known.items()]
     return f"Versions: {'; '.join(parts) or 'unknown'}."

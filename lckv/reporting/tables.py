@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lckv.reporting.analysis import Budget, Report, show_fraction, summarize_metric
+from pandas import DataFrame
+
+from lckv.reporting.analysis import Report, show_fraction, summarize_metric
 from lckv.reporting.grouping import Row
-from lckv.reporting.metrics import Metric
+from lckv.reporting.metrics import Comparison, Metric, Summary
 from lckv.reporting.sentences import show_p
-from lckv.reporting.statistics import Comparison, Summary
 
 MISSING = "–"
 
@@ -53,9 +54,13 @@ class Table:
 
 def tables_of(report: Report) -> list[Table]:
     """All tables that the runs have figures for; the first one is the main one, be it empty."""
-    others = [_significance(report), _sets(report), _evaluations(report), trouble_table(report)]
-    is_shown = [len(report.rows) > 1, len(report.cohorts) > 1, True, True]
-    return [main_table(report), *(table for table, each in zip(others, is_shown, strict=True) if each and table.rows)]
+    others = [
+        *([_significance(report)] if len(report.rows) > 1 else []),
+        *([_sets(report)] if len(report.cohorts) > 1 else []),
+        _evaluations(report),
+        trouble_table(report),
+    ]
+    return [main_table(report), *(table for table in others if table.rows)]
 
 
 def _text(text: str) -> Cell:
@@ -76,9 +81,7 @@ def main_table(report: Report) -> Table:
     metrics = metrics if report.metric in metrics else [report.metric, *metrics]
     rows = [_results(row, metrics) for row in report.rows]
     text_columns = (0, 1) if len(report.cohorts) > 1 else (0,)
-    return Table(
-        "results", "Results", list(rows[0]) if rows else [], [list(row.values()) for row in rows], text_columns
-    )
+    return Table("results", "Results", list(*rows[:1]), [list(row.values()) for row in rows], text_columns)
 
 
 def _results(row: Row, metrics: Sequence[Metric]) -> dict[str, Cell]:
@@ -104,33 +107,32 @@ def _significance(report: Report) -> Table:
     """The tests of each group against Llama and against the best of its budget."""
     columns = ["pattern", "seeds", "minus Llama", "test", "p", "p (Holm)"]
     columns += ["budget", "best in budget", "minus best", "test against best", "p", "p (Holm)"]
-    rows = [
-        [*_versus_llama(row, report.metric), *_versus_best(row, cohort.budget_of(row.label), report.metric)]
-        for cohort in report.cohorts
-        for row in cohort.groups.itertuples()
-    ]
+    rows = []
+    for cohort in report.cohorts:
+        for row in cohort.groups.itertuples():
+            without_llama = "is the baseline" if row.label == row.baseline else "no Llama to compare with"
+            against, best, without_best = None, [Cell(MISSING), Cell(MISSING)], MISSING
+            if (budget := cohort.budget_of(row.label)) is not None:
+                label, limit = budget.best.label, f"≤ {show_fraction(budget.fraction)}"
+                best = [Cell(limit, budget.fraction), Cell(label, label, group=label)]
+                against = budget.versus_best.get(row.label)
+                without_best = "is the best" if label == row.label else MISSING
+            rows.append(
+                [
+                    Cell(row.label, row.label, group=row.label),
+                    _figure(row.quality and row.quality.n, str),
+                    *_test(row, row.versus_llama, report.metric, without_llama),
+                    *best,
+                    *_test(row, against, report.metric, without_best),
+                ]
+            )
     title = f"Significance of differences in {report.metric.label}"
     return Table("significance", title, columns, rows, (0, 3, 7, 9))
 
 
-def _versus_llama(row: Row, metric: Metric) -> list[Cell]:
-    without = "is the baseline" if row.label == row.baseline else "no Llama to compare with"
-    seeds = Cell(MISSING) if row.quality is None else Cell(str(row.quality.n), row.quality.n)
-    return [Cell(row.label, row.label, group=row.label), seeds, *_test(row, row.versus_llama, metric, _text(without))]
-
-
-def _versus_best(row: Row, budget: Budget | None, metric: Metric) -> list[Cell]:
-    if budget is None:
-        return [Cell(MISSING), Cell(MISSING), *_test(row, None, metric, _text(MISSING))]
-    best = budget.best.label
-    limit = Cell(f"≤ {show_fraction(budget.fraction)}", budget.fraction)
-    without = _text("is the best" if best == row.label else MISSING)
-    return [limit, Cell(best, best, group=best), *_test(row, budget.versus_best.get(row.label), metric, without)]
-
-
-def _test(row: Row, test: Comparison | None, metric: Metric, without: Cell) -> list[Cell]:
+def _test(row: Row, test: Comparison | None, metric: Metric, without: str) -> list[Cell]:
     if test is None:
-        return [Cell(MISSING), without, Cell(MISSING), Cell(MISSING)]
+        return [Cell(MISSING), _text(without), Cell(MISSING), Cell(MISSING)]
     scale = row.quality.mean if row.quality else 0.0
     difference = Cell(metric.show_difference(test.difference, scale), test.difference)
     p_values = [Cell(show_p(p).removeprefix("p = ").removeprefix("p "), p) for p in (test.p, test.adjusted_p)]
@@ -139,12 +141,12 @@ def _test(row: Row, test: Comparison | None, metric: Metric, without: Cell) -> l
 
 def _evaluations(report: Report) -> Table:
     """The scalar figures of evaluations, a row each and a column for every group."""
-    evaluations = report.evaluations
-    rows = []
-    for name, *summaries in evaluations.itertuples(name=None):
-        metric = Metric(name)
-        rows.append([_text(metric.label), *(_quality(summary, metric) for summary in summaries)])
-    return Table("evaluations", "Evaluations", ["figure", *evaluations.columns], rows)
+    columns = ["figure", *report.evaluations.columns]
+    rows = [
+        [_text(Metric(name).label), *(_quality(summary, Metric(name)) for summary in summaries)]
+        for name, *summaries in report.evaluations.itertuples(name=None)
+    ]
+    return Table("evaluations", "Evaluations", columns, rows)
 
 
 def trouble_table(report: Report) -> Table:
@@ -163,15 +165,11 @@ def trouble_table(report: Report) -> Table:
 
 def _sets(report: Report) -> Table:
     """In what the sets of runs differ that cannot be compared."""
-    provenances = [cohort.provenance for cohort in report.cohorts]
-    names = [name for name in provenances[0] if len({each[name] for each in provenances}) > 1] if provenances else []
+    provenances = DataFrame([cohort.provenance for cohort in report.cohorts])
+    differing = provenances.loc[:, provenances.nunique() > 1]
     rows = [
-        [
-            _text(cohort.name),
-            _text(", ".join(cohort.groups["label"])),
-            *(_text(provenance[name][:16]) for name in names),
-        ]
-        for cohort, provenance in zip(report.cohorts, provenances, strict=True)
+        [_text(cohort.name), _text(", ".join(cohort.groups["label"])), *(_text(value[:16]) for value in values)]
+        for cohort, values in zip(report.cohorts, differing.values, strict=True)
     ]
-    columns = ("set", "patterns", *names)
+    columns = ("set", "patterns", *differing.columns)
     return Table("sets", "Sets of comparable runs", columns, rows, range(len(columns)))

@@ -23,10 +23,9 @@ from lckv.errors import UserError
 from lckv.reporting.analysis import Cohort, Report
 from lckv.reporting.grouping import Row
 from lckv.reporting.pictures import Picture, pictures_of
-from lckv.reporting.pictures.base import color_of, draw_on_paper, draw_panel, inline_svg
+from lckv.reporting.pictures.base import PALETTE, RC, Style, draw_on_paper, inline_svg, styles_of
 from lckv.reporting.pictures.losses import KINDS, curves_of
 from lckv.reporting.pictures.needles import needle_maps
-from lckv.reporting.pictures.style import PALETTE, RC, Style, styles_of
 from lckv.reporting.runs import first_known, table
 from lckv.reporting.sentences import answers, method_notes, status
 from lckv.reporting.tables import Table, main_table, tables_of, trouble_table
@@ -104,6 +103,10 @@ def render(report: Report, pictures: Sequence[Picture]) -> dict[str, str]:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["plain"] = escape_markdown
+
+    def marks(styles: Mapping[str, Style]) -> dict[str, str]:
+        return {label: style.mark() for label, style in styles.items()}
+
     main, *others = tables_of(report)
     content = {
         "title": report.title,
@@ -112,8 +115,8 @@ def render(report: Report, pictures: Sequence[Picture]) -> dict[str, str]:
         "answers": answers(report),
         "main": main,
         "tables": others,
-        "figures": [(picture, _inline(picture), _marks(picture.legend)) for picture in pictures],
-        "marks": _marks(styles_of(report.rows)),
+        "figures": [(picture, _inline(picture), marks(picture.legend)) for picture in pictures],
+        "marks": marks(styles_of(report.rows)),
         "notes": [*report.notes, *method_notes(report)],
         "palette": list(enumerate(PALETTE)),
     }
@@ -126,25 +129,15 @@ def escape_markdown(text: str) -> str:
 
 
 def _inline(picture: Picture) -> list[dict[str, Any]]:
-    panels: list[dict[str, Any]] = []
     scale = _SINGLE if len(picture.panels) == 1 else _ONE_OF_MANY
-    for number, panel in enumerate(picture.panels):
-        # Text stays text, in the fonts of the page: it can be searched, and is small.
-        with rc_context({**RC, "svg.fonttype": "none"}):
-            figure, hits = draw_panel(panel)
-            svg = inline_svg(figure, hits, f"{picture.name}{number}", f"{picture.title} {panel.title}".strip())
-        panels.append({"title": panel.title, "svg": svg, "width": round(panel.size[0] * scale)})
-    return panels
-
-
-def _marks(styles: Mapping[str, Style]) -> dict[str, str]:
-    """A small picture of each group's colour and marker."""
-    marks = {}
-    for label, style in styles.items():
-        points = " ".join(f"{x:.2f},{y:.2f}" for x, y in style.outline())
-        shape = f'<polygon points="{points}" fill="{color_of(style.color)}"/>'
-        marks[label] = f'<svg class="mark" viewBox="-1.1 -1.1 2.2 2.2" aria-hidden="true">{shape}</svg>'
-    return marks
+    return [
+        {
+            "title": panel.title,
+            "svg": inline_svg(panel, f"{picture.name}{number}", f"{picture.title} {panel.title}".strip()),
+            "width": round(panel.size[0] * scale),
+        }
+        for number, panel in enumerate(picture.panels)
+    ]
 
 
 def figures_of(report: Report) -> dict[str, Any]:
@@ -190,7 +183,7 @@ def _cohort(cohort: Cohort, report: Report) -> dict[str, Any]:
         "name": cohort.name,
         "provenance": cohort.provenance,
         "groups": [_group(row, report) for row in cohort.groups.itertuples()],
-        "pareto_front": [row.label for row in cohort.front],
+        "pareto_front": cohort.front,
         "budgets": budgets,
     }
 
@@ -240,8 +233,14 @@ def print_report(report: Report, files: Sequence[Path], console: Console) -> Non
 def _table(table: Table, width: int) -> RichTable:
     left_out = _LEFT_OUT if width >= _WIDE else (*_LEFT_OUT, "perplexity")
     shown = [place for place, column in enumerate(table.columns) if column not in left_out]
-    plain: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "collapse_padding": True}
-    drawn = RichTable(title=table.title, title_justify="left", **plain)
+    drawn = RichTable(
+        title=table.title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for place in shown:
         is_text = place in table.text_columns
         name = _SHORT.get(table.columns[place], table.columns[place])

@@ -16,14 +16,9 @@ _NUM_VARIANTS = 24
 
 
 def compile_layers(model: nn.Module, backend: str, mode: str | None) -> None:
-    """Compiles every decoder layer of the model for itself.
+    """Compiles every decoder layer of a transformers model for itself, in place; parameters and their names stay.
 
     As one graph, a cycle would be compiled as many times over as it has passes: minutes for a model of five layers.
-
-    Args:
-        model: a transformers model; changed in place, its parameters and their names stay.
-        backend: torch.compile's backend.
-        mode: torch.compile's mode.
     """
     limit: Any = torch._dynamo.config
     limit.recompile_limit = max(limit.recompile_limit, _NUM_VARIANTS)
@@ -32,17 +27,13 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None) -> None:
             layer.compile(backend=backend, mode=mode)
 
 
-def use_liger_kernels(model: PreTrainedModel) -> int:
+def use_liger_kernels(model: PreTrainedModel) -> None:
     """Exchanges every norm, gated SiLU MLP and the loss of a Llama-shaped model for Liger's; names and weights stay.
 
     transformers' own switch knows models by their type and leaves others as they are without a word.
-
-    Returns:
-        The number of modules exchanged.
     """
     from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
 
-    exchanged = 0
     for name, module in list(model.named_modules()):
         fused: nn.Module | None = None
         if type(module) is LlamaRMSNorm:
@@ -53,9 +44,7 @@ def use_liger_kernels(model: PreTrainedModel) -> int:
             fused.to(next(module.parameters()))
             fused.load_state_dict(module.state_dict())
             model.set_submodule(name, fused)
-            exchanged += 1
     model.loss_function = liger_causal_lm_loss
-    return exchanged
 
 
 def liger_causal_lm_loss(
@@ -63,12 +52,8 @@ def liger_causal_lm_loss(
 ) -> Tensor:
     """The usual loss of causal language models by Liger's cross entropy, which needs no copy of the logits.
 
-    Args:
-        logits: `(batch, q_len, vocab_size)`.
-        labels: `(batch, q_len)`, the one at *i* predicted from *i - 1*; -100 is not scored.
-        vocab_size: number of classes.
-        num_items_in_batch: what to divide the sum by; without it, the number of scored labels.
-        **kwargs: what transformers passes to loss functions beside these.
+    Of `labels`, `(batch, q_len)`, the one at *i* is predicted from *i - 1*, and -100 is not scored; `logits` are
+    `(batch, q_len, vocab_size)`. The sum is divided by `num_items_in_batch`, or else by the number of scored labels.
     """
     from liger_kernel.transformers.functional import liger_cross_entropy
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.activations import ACT2FN
 
 from lckv.config import TrainConfig, TrainerConfig
 from lckv.errors import UserError, check_choice, near_miss
@@ -42,11 +43,12 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     """Builds transformers' arguments for a run.
 
     Raises:
-        UserError: if the sizes do not go together, a switch cannot work on this machine, or `trainer.hf` has an
-            unknown field.
+        UserError: if the sizes do not go together, transformers has no such activation function, a switch cannot work
+            on this machine, or `trainer.hf` has an unknown field.
     """
     trainer = cfg.trainer
     cfg.check_sizes()
+    check_choice("model.hidden_act", cfg.model.hidden_act, ACT2FN)
     _check_switches(trainer)
     for name in trainer.hf:
         if name not in (allowed := _fields()):

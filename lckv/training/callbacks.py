@@ -6,11 +6,13 @@ them write it out. They are told apart by what they are, not by what they hold: 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +21,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
+from lckv.config import TrainConfig
 from lckv.environment import peak_flops, peak_memory_bytes
 from lckv.errors import UserError
+from lckv.evaluation.evaluations import Outcome, Subject, run_evaluations, scalar_figures
 from lckv.evaluation.perplexity import in_eval_mode
 from lckv.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[], Iterable[tuple[str, Outcome]]]
+"""Evaluates the model that is trained, and yields each evaluation's name and outcome."""
 
 
 class RhythmCallback(TrainerCallback):
@@ -53,11 +62,12 @@ def is_due(state: TrainerState, every: int | None) -> bool:
 
 
 @dataclass(eq=False, kw_only=True)
-class ThroughputCallback(TrainerCallback):
-    """Adds tokens so far, tokens per second, MFU where the device's peak is known, seconds so far and ETA.
+class FiguresCallback(TrainerCallback):
+    """Adds how fast the training is, what its loss means, and the first process's peak memory.
 
     Time spent in evaluation, sampling and saving counts as seconds and for the ETA, but not for the tokens per
-    second.
+    second. The bytes of the training text are not counted: its bits per byte take the validation text's bytes per
+    token, and are exact as far as the two texts are alike.
 
     Args:
         tokens_per_step: tokens of a global batch.
@@ -65,6 +75,7 @@ class ThroughputCallback(TrainerCallback):
         global_batch_size: blocks per step.
         flops_per_token: FLOPs of training on one token, iterations counted.
         precision: as in `trainer.precision`.
+        bytes_per_token: UTF-8 bytes that a predicted token of the validation text stands for, on average.
         seconds_before: how long earlier sessions of this run took.
     """
 
@@ -73,6 +84,7 @@ class ThroughputCallback(TrainerCallback):
     global_batch_size: int
     flops_per_token: float | None
     precision: str
+    bytes_per_token: float | None
     seconds_before: float = 0.0
 
     def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -93,6 +105,11 @@ class ThroughputCallback(TrainerCallback):
         logs["tokens"] = state.global_step * self.tokens_per_step
         if "loss" in logs:
             self._add_speed(args, state, logs)
+            loss = text_loss(logs)
+            logs["perplexity"] = math.exp(min(loss, 700.0))
+            if self.bytes_per_token:
+                logs["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+            logs["peak_memory_bytes"] = peak_memory_bytes(args.device)
         self._mark = time.perf_counter()
 
     def _add_speed(self, args: Arguments, state: TrainerState, logs: dict[str, Any]) -> None:
@@ -119,31 +136,6 @@ class ThroughputCallback(TrainerCallback):
 def text_loss(logs: dict[str, Any]) -> float:
     """The cross entropy with the text in training metrics: the loss, or with a teacher a part of it."""
     return float(logs.get("loss_labels", logs["loss"]))
-
-
-@dataclass(eq=False)
-class FiguresCallback(TrainerCallback):
-    """Adds the perplexity of the training loss, its bits per byte, and the first process's peak memory.
-
-    The bytes of the training text are not counted: its bits per byte take the validation text's bytes per token, and
-    are exact as far as the two texts are alike.
-
-    Args:
-        bytes_per_token: UTF-8 bytes that a predicted token of the validation text stands for, on average.
-    """
-
-    bytes_per_token: float | None
-
-    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds the values to the training metrics; evaluation brings its own."""
-        logs = kwargs["logs"]
-        if "loss" not in logs:
-            return
-        loss = text_loss(logs)
-        logs["perplexity"] = math.exp(min(loss, 700.0))
-        if self.bytes_per_token:
-            logs["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
-        logs["peak_memory_bytes"] = peak_memory_bytes(args.device)
 
 
 @dataclass(eq=False)
@@ -194,6 +186,80 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def build_evaluate(
+    cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder
+) -> Evaluate | None:
+    """What evaluates the model during training, if anything is to.
+
+    Raises:
+        UserError: for texts that are longer than the model allows, and for tasks that cannot be had.
+    """
+    if not cfg.evaluation.evals:
+        return None
+    cfg.evaluation.check_lengths(model.config.max_position_embeddings, cfg.data.block_size, "evaluation.")
+    if "harness" in cfg.evaluation.evals:
+        from lckv.evaluation.harness import check_installed
+        from lckv.evaluation.harness_tasks import check_tasks
+
+        check_installed()
+        check_tasks(cfg.evaluation.harness, "evaluation.harness.")
+    subject = Subject(
+        model,
+        tokenizer,
+        cfg.data,
+        seed=cfg.seed,
+        trained_length=cfg.data.block_size,
+        folder=folder.path / "evaluation",
+        key_prefix="evaluation.",
+    )
+    return partial(run_evaluations, subject, cfg.evaluation, {"cache": {"name": "none"}})
+
+
+@dataclass(eq=False)
+class EvaluationsCallback(TrainerCallback):
+    """Adds the numbers among the figures of evaluations, every so many steps and at the end.
+
+    One process evaluates, and the others wait. An evaluation that cannot be done says why, and the training goes on.
+
+    Attributes:
+        evaluate: runs the evaluations.
+        every: how often; `None`: at the end.
+        wait: makes the processes wait for each other.
+        pause: takes the training's own bar away meanwhile.
+        figures: what the last evaluations came to, by their names; `None`: there were none yet.
+    """
+
+    evaluate: Evaluate
+    every: int | None
+    wait: Callable[[], None]
+    pause: Callable[[], AbstractContextManager[None]]
+    figures: dict[str, dict[str, Any]] | None = None
+
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adds the numbers to the training metrics of the steps that are due, as `perplexity/word_perplexity`."""
+        logs = kwargs["logs"]
+        if "loss" not in logs or not is_due(state, self.every):
+            return
+        if state.is_world_process_zero:
+            logs.update(scalar_figures(self.run()))
+        self.wait()
+
+    def run(self) -> Mapping[str, dict[str, Any]]:
+        """Runs the evaluations and keeps their figures."""
+        self.figures = {}
+        # A compiled layer would be compiled again for every length.
+        with self.pause(), torch.compiler.set_stance("force_eager"):
+            for name, outcome in self.evaluate():
+                if isinstance(outcome, UserError):
+                    logger.warning("%s: %s", name, outcome)
+                    self.figures[name] = {"error": str(outcome)}
+                else:
+                    self.figures[name] = outcome
+                    for part, line in outcome.get("errors", {}).items():
+                        logger.warning("%s: %s: %s", name, part, line)
+        return self.figures
 
 
 @dataclass(eq=False)

@@ -11,15 +11,14 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from lckv.config import TeacherConfig
 from lckv.errors import UserError
+from lckv.evaluation.perplexity import IGNORE_INDEX
 from lckv.training.trainer import LCKVTrainer
 
 logger = logging.getLogger(__name__)
-
-IGNORE_INDEX = -100
 
 _NUM_BLOCKS_FOR_SCALES = 8
 
@@ -112,14 +111,13 @@ class DistillationLoss:
     """
 
     def __init__(self, cfg: TeacherConfig, scales: Sequence[float] | None) -> None:
-        self.weights = {"logits": cfg.logits_weight, "attention": cfg.attention_weight, "labels": cfg.labels_weight}
+        weights = {"logits": cfg.logits_weight, "attention": cfg.attention_weight, "labels": cfg.labels_weight}
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        if not cfg.logits_weight:
+            # Be it 0: every parameter takes part in every step, as processes that add up gradients rely on.
+            self.weights["labels"] = cfg.labels_weight
         self.temperature = cfg.temperature
         self.scales = scales
-        # Without a weight for either, labels are what every parameter takes part in.
-        self._with_gradient = {
-            "logits": bool(cfg.logits_weight),
-            "labels": bool(cfg.labels_weight or not cfg.logits_weight),
-        }
 
     def parts(
         self,
@@ -141,7 +139,7 @@ class DistillationLoss:
             teacher_outputs: like `outputs`.
             labels: `(batch, q_len)`, the one at *i* predicted from *i - 1*; -100 is not predicted.
         """
-        own = {name: logits if used else logits.detach() for name, used in self._with_gradient.items()}
+        own = {name: logits if name in self.weights else logits.detach() for name in ("logits", "labels")}
         parts = {"logits": sum_over_predicted(divergence(own["logits"], teacher_logits, self.temperature), labels)}
         if self.scales is not None:
             parts["attention"] = sum_over_predicted(attention_error(outputs, teacher_outputs, self.scales), labels)
@@ -153,11 +151,7 @@ class DistillationLoss:
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The loss that these parts make, with gradients only through those that have a weight."""
-        terms = [self.weights[name] * part for name, part in parts.items() if self.weights[name]]
-        if not (self.weights["logits"] or self.weights["labels"]):
-            # Every parameter takes part in every step, as processes that add up gradients rely on.
-            terms.append(0.0 * parts["labels"])
-        return torch.stack(terms).sum()
+        return torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum()
 
 
 def check_teacher_fits(
@@ -186,26 +180,16 @@ class DistillationTrainer(LCKVTrainer):
     """Trains a model against a teacher, which sees the same tokens, positions and documents.
 
     Args:
-        model: the model to train.
-        args: built by [`build_training_arguments`].
-        *datasets: as for [`LCKVTrainer`].
-        teacher: the model to learn from; it is moved to the device of `args`, and frozen.
+        *args: as for [`LCKVTrainer`].
+        teacher: the model to learn from; it is moved to the trained model's device, and frozen.
         distillation: what is learnt from it.
-        **kwargs: further arguments of [`LCKVTrainer`].
+        **kwargs: as for [`LCKVTrainer`].
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        args: TrainingArguments,
-        *datasets: Any,
-        teacher: PreTrainedModel,
-        distillation: TeacherConfig,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(model, args, *datasets, **kwargs)
+    def __init__(self, *args: Any, teacher: PreTrainedModel, distillation: TeacherConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.teacher = teacher.requires_grad_(False).eval()
-        self.teacher.to(args.device)
+        self.teacher.to(self.args.device)
         self._attention_weight = distillation.attention_weight
         self.distillation_loss = DistillationLoss(
             distillation, self._measure_scales() if self._attention_weight else None

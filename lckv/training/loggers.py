@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from lckv.config import LoggerConfig
+from lckv.config import LoggerConfig, TrainConfig
 from lckv.errors import UserError
 from lckv.registry import Registry
 from lckv.training.run_folder import RunFolder
 
-Builder = Callable[[LoggerConfig, RunFolder, str, Mapping[str, Any], int], TrainerCallback]
-
-LOGGERS: Registry[Builder] = Registry("logger")
-"""Builders of tracker callbacks by name: `builder(cfg, folder, run_name, config, first_step)`."""
+LOGGERS: Registry[Callable[[TrainConfig, RunFolder, int], TrainerCallback]] = Registry("logger")
+"""Builders of tracker callbacks by name: `builder(cfg, folder, first_step)`; the session logs what is behind that."""
 
 register_logger = LOGGERS.register
 
@@ -30,25 +29,8 @@ def check_loggers(cfg: LoggerConfig) -> None:
             raise UserError(f"logger.names={name}: is not installed; pip install 'lckv[track]'")
 
 
-def build_loggers(
-    cfg: LoggerConfig, folder: RunFolder, run_name: str, config: Mapping[str, Any], first_step: int
-) -> list[TrainerCallback]:
-    """Builds the callbacks of the trackers that `cfg` names.
-
-    Args:
-        cfg: which trackers.
-        folder: of the run; offline data goes there.
-        run_name: what the trackers call the run.
-        config: the resolved config, shown beside the curves.
-        first_step: the step behind which this session logs.
-    """
-    return [LOGGERS[name](cfg, folder, run_name, config, first_step) for name in cfg.names]
-
-
 @register_logger("tensorboard")
-def tensorboard(
-    cfg: LoggerConfig, folder: RunFolder, run_name: str, config: Mapping[str, Any], first_step: int
-) -> TrainerCallback:
+def tensorboard(cfg: TrainConfig, folder: RunFolder, first_step: int) -> TrainerCallback:
     """Event files in the run folder: `tensorboard --logdir <run folder>`."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -57,21 +39,19 @@ def tensorboard(
 
 
 @register_logger("wandb")
-def wandb(
-    cfg: LoggerConfig, folder: RunFolder, run_name: str, config: Mapping[str, Any], first_step: int
-) -> TrainerCallback:
+def wandb(cfg: TrainConfig, folder: RunFolder, first_step: int) -> TrainerCallback:
     """Weights & Biases; offline data lies in the run folder until `wandb sync` uploads it."""
     import wandb as wandb_package
 
     os.environ.setdefault("WANDB_SILENT", "true")
     wandb_package.init(
-        project=cfg.project,
-        name=run_name,
+        project=cfg.logger.project,
+        name=cfg.run_name or folder.path.name,
         id=folder.run_id(),
         resume="allow",
-        mode=cfg.mode,
+        mode=cfg.logger.mode,
         dir=str(folder.path),
-        config=dict(config),
+        config=asdict(cfg),
     )
 
     class Callback(WandbCallback):

@@ -6,28 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from lckv.storage import new_file
+from lckv.charts import new_chart, save_chart, tidy
 from lckv.training.callbacks import text_loss
 
 
 def plot_loss(lines: Sequence[dict[str, Any]], path: Path, *, title: str, unigram_loss: float | None) -> None:
-    """Draws training and validation loss against tokens, with the unigram model's loss as a line to be below of.
-
-    Args:
-        lines: the lines of `metrics.jsonl`.
-        path: the PNG to write.
-        title: what was trained.
-        unigram_loss: nats per token of the unigram model on the validation text.
-    """
+    """Draws the losses in the lines of `metrics.jsonl` against tokens, with a line for the unigram model."""
     train = [(line["tokens"], text_loss(line)) for line in lines if "loss" in line]
     validation = [(line["tokens"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display, and leaves a notebook's own figures alone
-    axes = figure.subplots()
+    figure, (axes,) = new_chart()
     if unigram_loss is not None:
         axes.axhline(unigram_loss, color="0.45", linestyle="--", linewidth=1.2, label=f"unigram {unigram_loss:.2f}")
     if train:
@@ -37,15 +26,11 @@ def plot_loss(lines: Sequence[dict[str, Any]], path: Path, *, title: str, unigra
         axes.plot(
             *zip(*validation, strict=True), color="#c0392b", marker="o", markersize=4, linewidth=1.8, label=label
         )
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set(xlabel="training tokens", ylabel="loss (nats per token)")
     axes.set_title(title, loc="left", fontsize=11)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    with new_file(path) as file:
-        figure.savefig(file)
+    save_chart(figure, path)

@@ -34,12 +34,7 @@ TRAINABLE = {"all": (), "kv": ("stream_modules",), "qkv": ("stream_modules", "qu
 
 
 def freeze_all_but(model: nn.Module, trainable: str) -> None:
-    """Takes the gradients away from the parameters that are not trained.
-
-    Args:
-        model: a Llama-shaped model, changed in place.
-        trainable: a key of [`TRAINABLE`].
-    """
+    """Takes the gradients away from the parameters of a Llama-shaped model that are not `trainable`."""
     parts = TRAINABLE[trainable]
     if not parts:
         return
@@ -116,16 +111,10 @@ class JointOptimizer(Optimizer):
     def _groups_within(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Steps every optimizer once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for optimizer in self.optimizers:
-            optimizer.step()
-        return loss
+            optimizer.step(closure)
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all, in order."""

@@ -18,12 +18,12 @@ import json
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
@@ -42,8 +42,8 @@ _NOT_PART_OF_THE_RUN = ("run_dir", "trainer.resume")
 """Settings that may differ when a run goes on: they say where it is and whether it may go on."""
 
 
-class RunFolder:
-    """The paths of a run and the rules about who may write there.
+class RunFolder(ExitStack):
+    """The paths of a run and the rules about who may write there. Once closed, other processes may train here.
 
     Args:
         path: the folder.
@@ -57,6 +57,7 @@ class RunFolder:
         save_total_limit: int | None = None,
         instead: str = "give another run_dir=...",
     ) -> None:
+        super().__init__()
         self.path = Path(path)
         self.instead = instead
         self.config = self.path / "config.yaml"
@@ -71,18 +72,11 @@ class RunFolder:
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", save_total_limit)
         self.is_claimed = False
         self.is_in_use = False
-        self._lock = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
     def claim(self, config: Mapping[str, Any], *, resume: bool = True, wait: float = A_MOMENT) -> None:
         """Makes the folder this run's own, or checks that it already is. Of many processes, the first does this.
 
-        Until `release`, no other process can claim it.
+        Until it is closed, no other process can claim it.
 
         Args:
             config: the resolved config, as nested plain mappings.
@@ -94,7 +88,6 @@ class RunFolder:
                 or another process trains there.
         """
         self._check_takes(config, resume=resume)
-        self._check_writable()
         self._acquire(wait)
         self._check_takes(config, resume=resume)  # once more: another process may have begun a run meanwhile
         self.checkpoints.clean()
@@ -104,21 +97,18 @@ class RunFolder:
         self.failure.unlink(missing_ok=True)
         self.is_claimed = True
 
-    def release(self) -> None:
-        """Lets other processes train here."""
-        self._lock.close()
-
     def _acquire(self, wait: float) -> None:
-        def tell() -> None:
-            logger.info("another process trains in %s: waiting for it", self.path)
-
+        tell = partial(logger.info, "another process trains in %s: waiting for it", self.path)
         try:  # a process may claim what it holds already
-            self._lock.enter_context(locked(self.path / ".lock", wait=wait, on_wait=tell))
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.enter_context(locked(self.path / ".lock", wait=wait, on_wait=tell))
         except TimeoutError:
             self.is_in_use = True
             raise UserError(
                 f"run_dir={self.path}: another process trains there; wait for it, or {self.instead}"
             ) from None
+        except OSError as error:
+            raise UserError(f"run_dir={self.path}: cannot be written to ({error.strerror}); {self.instead}") from error
 
     def _check_takes(self, config: Mapping[str, Any], *, resume: bool) -> None:
         if not self.holds_a_run():
@@ -229,15 +219,6 @@ class RunFolder:
                 f"{self.instead}, or the same settings to go on with that run"
             )
 
-    def _check_writable(self) -> None:
-        probe = self.path / f".probe-{uuid.uuid4().hex}"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"x")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"run_dir={self.path}: cannot be written to ({error.strerror}); {self.instead}") from error
-
 
 def _to_yaml(config: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
@@ -257,11 +238,6 @@ def recorded_failure(folder: RunFolder, cfg: TrainConfig, overrides: Sequence[st
     """Leaves `failure.json` in the run folder where an exception ends the run, and passes the exception on.
 
     A folder that holds another run, or this one finished, stays as it is.
-
-    Args:
-        folder: the run folder.
-        cfg: the configuration of the run.
-        overrides: what the command line says of it.
     """
     try:
         yield

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import median_high
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from lckv.config import TrainConfig
 from lckv.console import arguments_of_this_run, command, python
-from lckv.costs import ModelSizes
-from lckv.data import TokenizedData
+from lckv.data.dataset import TokenizedData
 from lckv.environment import describe_hardware, versions
 from lckv.evaluation.evaluations import scalar_figures
-from lckv.evaluation.model_costs import cost_figures, sharing_plan_of
+from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
 from lckv.patterns import build_layer_types, parse_layer_types
 from lckv.training.callbacks import describe_loss_parts, format_duration
 from lckv.training.run_folder import RunFolder
@@ -34,36 +36,20 @@ _OF_ONE_RUN = ("sharing", "model.layer_types", "model.num_hidden_layers", "run_n
 
 def median_speed(lines: Sequence[dict[str, Any]]) -> float | None:
     """Tokens per second of training, from the lines of `metrics.jsonl`; `None` if nothing was trained."""
-    speeds = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
-    return speeds[len(speeds) // 2] if speeds else None
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    return median_high(speeds) if speeds else None
 
 
 def build_results(
-    model: PreTrainedModel,
-    data: TokenizedData,
-    lines: Sequence[dict[str, Any]],
-    *,
-    run_name: str,
-    num_processes: int,
-    sample_prompt: str,
-    llama_sizes: ModelSizes | None = None,
+    cfg: TrainConfig, model: PreTrainedModel, data: TokenizedData, folder: RunFolder, num_processes: int
 ) -> dict[str, Any]:
-    """Gathers the results of a run from the last lines of its metrics.
-
-    Args:
-        model: the trained model.
-        data: what it was trained and evaluated on.
-        lines: the lines of `metrics.jsonl`.
-        run_name: name of the run.
-        num_processes: how many processes trained together.
-        sample_prompt: what the samples start with.
-        llama_sizes: of the Llama that KV bytes are compared with; None: the model's own.
-    """
+    """Gathers the results of a run from the last lines of its metrics."""
+    lines = folder.read_metrics()
     train = [line for line in lines if "loss" in line]
     evaluation = [line for line in lines if "eval_loss" in line][-1]
     samples = [line["sample"] for line in train if "sample" in line]
     results = {
-        "run_name": run_name,
+        "run_name": cfg.run_name or folder.path.name,
         "layer_types": sharing_plan_of(model).layer_types,
         "num_parameters": model.num_parameters(),
         "num_trained_parameters": model.num_parameters(only_trainable=True),
@@ -75,11 +61,11 @@ def build_results(
         "eval_bits_per_byte": evaluation.get("eval_bits_per_byte"),
         "unigram_loss": data.unigram_loss,
         "unigram_perplexity": data.unigram_perplexity,
-        **cost_figures(model, data.train.block_size, llama_sizes),
+        **cost_figures(model, data.train.block_size, llama_sizes_of(model, asdict(cfg))),
         "seconds": train[-1]["seconds"],
         "tokens_per_second": median_speed(train),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in train),
-        "sample_prompt": sample_prompt,
+        "sample_prompt": cfg.trainer.sample_prompt,
         "sample": samples[-1] if samples else None,
         "data_fingerprint": data.fingerprint,
         "num_processes": num_processes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,18 +11,15 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
 from lckv.config import TrainConfig
-from lckv.costs import ModelSizes
-from lckv.data import TokenizedData, collate
+from lckv.data.dataset import TokenizedData, collate
 from lckv.errors import UserError
 from lckv.evaluation.model_costs import costs_of, sharing_plan_of
-from lckv.model_arguments import model_arguments
 from lckv.storage import write_json
 from lckv.training import callbacks as ours
 from lckv.training.acceleration import compile_layers, use_liger_kernels
 from lckv.training.checkpoints import step_of
 from lckv.training.distillation import DistillationTrainer, check_teacher_fits
-from lckv.training.evaluation_callback import Evaluate, EvaluationsCallback
-from lckv.training.loggers import build_loggers
+from lckv.training.loggers import LOGGERS
 from lckv.training.loss_plot import plot_loss
 from lckv.training.optim import build_optimizer, freeze_all_but
 from lckv.training.run_folder import RunFolder
@@ -53,19 +50,7 @@ def check_can_shard(cfg: TrainConfig, model: PreTrainedModel) -> None:
 
 @dataclass(eq=False)
 class Session:
-    """A trainer with everything around it.
-
-    Args:
-        cfg: the configuration.
-        args: transformers' arguments, built from it.
-        model: the model to train, initialised.
-        tokenizer: what made the data, saved with the model and used for samples.
-        data: training and validation blocks.
-        folder: the run folder, claimed.
-        console: where to show progress.
-        teacher: a model to learn from, as `cfg.teacher` says.
-        evaluate: runs the evaluations of the model that `cfg.evaluation` names, if it names any.
-    """
+    """A trainer with everything around it: the parts that `cfg` asks for, built, and the run folder, claimed."""
 
     cfg: TrainConfig
     args: TrainingArguments
@@ -75,7 +60,7 @@ class Session:
     folder: RunFolder
     console: Console
     teacher: PreTrainedModel | None = None
-    evaluate: Evaluate | None = None
+    evaluate: ours.Evaluate | None = None
 
     def __post_init__(self) -> None:
         cfg, args, model, data, folder = self.cfg, self.args, self.model, self.data, self.folder
@@ -96,20 +81,20 @@ class Session:
         self.trainer = trainer_class(
             model,
             args,
-            data.train,
-            data.validation,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
             eval_num_bytes=data.validation_num_bytes,
             build_optimizer=partial(build_optimizer, cfg=cfg.optim),
             checkpoints=folder.checkpoints,
             periods=(cfg.trainer.sample_steps, cfg.trainer.evaluation_steps),
             data_collator=collate,
-            tokenizer=self.tokenizer,
+            processing_class=self.tokenizer,
         )
         if args.fsdp and not self.trainer.is_fsdp_enabled:
             raise UserError("trainer.hf.fsdp: accelerate shards on accelerators only, in two or more processes")
         if self.trainer.is_sharded:
             check_can_shard(cfg, model)
-        self.evaluations = self.evaluate and EvaluationsCallback(
+        self.evaluations = self.evaluate and ours.EvaluationsCallback(
             self.evaluate,
             cfg.trainer.evaluation_steps,
             self.trainer.accelerator.wait_for_everyone,
@@ -130,20 +115,19 @@ class Session:
             ours.RhythmCallback(cfg.sample_steps, cfg.evaluation_steps),
             *([] if self.evaluations is None else [self.evaluations]),
             ours.SampleCallback(sample, cfg.sample_steps, trainer.is_sharded),
-            ours.ThroughputCallback(
+            ours.FiguresCallback(
                 tokens_per_step=trainer.global_batch_size * data.train.block_size,
                 num_blocks=len(data.train),
                 global_batch_size=trainer.global_batch_size,
                 flops_per_token=costs_of(self.model, data.train.block_size).flops_per_token.train,
                 precision=cfg.precision,
+                bytes_per_token=data.validation_num_bytes / max(1, data.num_predicted_tokens),
                 seconds_before=seconds[-1] if seconds else 0.0,
             ),
-            ours.FiguresCallback(data.validation_num_bytes / max(1, data.num_predicted_tokens)),
         ]
         writing = [ours.MetricsFileCallback(self.folder), self.progress]
         if trainer.is_world_process_zero():
-            run_name = self.cfg.run_name or self.folder.path.name
-            writing += build_loggers(self.cfg.logger, self.folder, run_name, asdict(self.cfg), self.first_step)
+            writing += [LOGGERS[name](self.cfg, self.folder, self.first_step) for name in self.cfg.logger.names]
         return measuring + writing
 
     def run(self) -> dict[str, Any] | None:
@@ -153,13 +137,12 @@ class Session:
             The results; `None` in every process but the first.
         """
         if self.checkpoint:
-            self._print(f"going on from {self.checkpoint}")
+            self.console.print(f"going on from {self.checkpoint}")
         try:
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         except KeyboardInterrupt:
-            self._print(
-                f"interrupted; the same command goes on from {self.folder.checkpoints.latest() or 'the start'}"
-            )
+            latest = self.folder.checkpoints.latest() or "the start"
+            self.console.print(f"interrupted; the same command goes on from {latest}")
             raise
         finally:
             self.progress.close()
@@ -168,32 +151,13 @@ class Session:
         self.trainer.accelerator.wait_for_everyone()
         return results
 
-    def _print(self, text: str) -> None:
-        if self.trainer.is_world_process_zero():
-            self.console.print(text)
-
-    def _llama_sizes(self) -> ModelSizes | None:
-        """What `iso` keeps something equal to."""
-        plain = replace(self.cfg, iso=None)
-        sizes = ModelSizes.from_config(model_arguments(plain, self.model.config.vocab_size))
-        return None if self.cfg.iso is None else sizes
-
     def _write_results(self) -> dict[str, Any]:
-        lines = self.folder.read_metrics()
-        results = build_results(
-            self.model,
-            self.data,
-            lines,
-            run_name=self.cfg.run_name or self.folder.path.name,
-            num_processes=self.trainer.args.world_size,
-            sample_prompt=self.cfg.trainer.sample_prompt,
-            llama_sizes=self._llama_sizes(),
-        )
+        results = build_results(self.cfg, self.model, self.data, self.folder, self.args.world_size)
         if self.evaluations is not None:
             # A run that goes on from its last step has evaluated in an earlier session.
             figures = self.evaluations.figures or self.evaluations.run()
             results["evaluations"] = dict(figures)
         title = f"{results['run_name']}   {results['layer_types']}"
-        plot_loss(lines, self.folder.loss_plot, title=title, unigram_loss=results["unigram_loss"])
+        plot_loss(self.folder.read_metrics(), self.folder.loss_plot, title=title, unigram_loss=results["unigram_loss"])
         write_json(self.folder.results, results)
         return results

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,35 @@ from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
 from lckv.storage import new_file, new_folder
 from lckv.training.checkpoints import CheckpointFolder, saving
-from lckv.training.order import TrainingOrder
+
+
+@dataclass(eq=False)
+class TrainingOrder(Sampler[int]):
+    """Yields the block indices of a whole run, epoch after epoch, each epoch in an order of its own.
+
+    One sequence for the run, in place of one per epoch, leaves no short batch where an epoch ends. So the blocks of
+    optimizer step *n* are always number `n * global_batch_size` to `(n + 1) * global_batch_size - 1`, however many
+    processes and accumulation steps share them and wherever the run was interrupted.
+
+    Args:
+        num_blocks: number of blocks in the training data.
+        num_samples: number of indices to yield, steps times global batch size.
+        seed: seed of the shuffling.
+    """
+
+    num_blocks: int
+    num_samples: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        for epoch, start in enumerate(range(0, self.num_samples, self.num_blocks)):
+            # A generator of its own: the order neither depends on nor moves the global random state (dropout). The
+            # factor is beyond any number of epochs, so that no seed's epoch is another seed's later one.
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            yield from torch.randperm(self.num_blocks, generator=generator).tolist()[: self.num_samples - start]
 
 
 class LCKVTrainer(Trainer):
@@ -31,58 +60,42 @@ class LCKVTrainer(Trainer):
     Args:
         model: the model.
         args: built by [`build_training_arguments`].
-        train_dataset: blocks to train on.
-        eval_dataset: blocks to evaluate on.
-        eval_num_bytes: UTF-8 bytes of the text that these predict.
-        tokenizer: saved with the model.
+        eval_num_bytes: UTF-8 bytes of the text that the blocks of `eval_dataset` predict.
         build_optimizer: makes the optimizer for a model.
         checkpoints: where checkpoints go.
         periods: log every so many steps, beside what `args` says about logging.
-        **kwargs: further arguments of `Trainer`.
+        **kwargs: further arguments of `Trainer`: `train_dataset` and `eval_dataset`, blocks each; `processing_class`,
+            the tokenizer, which is saved with the model; and `data_collator`.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
-        train_dataset: Dataset,
-        eval_dataset: Blocks,
         *,
         eval_num_bytes: int | None,
-        tokenizer: PreTrainedTokenizerBase,
         build_optimizer: Callable[[nn.Module], Optimizer],
         checkpoints: CheckpointFolder,
         periods: Sequence[int | None] = (),
         **kwargs: Any,
     ) -> None:
+        super().__init__(model, args, **kwargs)
         # Blocks per optimizer step.
         self.global_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.order = TrainingOrder(
-            num_blocks=len(train_dataset),  # type: ignore[arg-type]
+            num_blocks=len(cast(Blocks, self.train_dataset)),
             num_samples=args.max_steps * self.global_batch_size,
             seed=args.seed,
         )
         self.on_eval_batch: Callable[[int, int], None] | None = None
-        self._eval_blocks = eval_dataset
         self._eval_num_bytes = eval_num_bytes
-        self._tokenizer = tokenizer
-        self._run_dir = checkpoints.path.parent
         self._build_optimizer = build_optimizer
         self._checkpoints = checkpoints
         self._periods = periods
         self._residuals: list[Tensor] = []
         self._window: list[tuple[dict[str, Any], Tensor]] = []  # micro batches of this step and their losses
-        super().__init__(
-            model,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=cast(Dataset, eval_dataset),
-            processing_class=tokenizer,
-            **kwargs,
-        )
         plan = getattr(model.config, "sharing_plan", None)  # models of other families have none
-        takes = inspect.signature(model.forward).parameters
-        self._has_residual = bool(plan and plan.has_cycles and "output_kv_residual" in takes)
+        self._has_residual = plan is not None and plan.has_cycles
 
     @property
     def is_sharded(self) -> bool:
@@ -142,24 +155,22 @@ class LCKVTrainer(Trainer):
         self._residuals.clear()
         super().log(logs, start_time)
 
-    def evaluate(  # type: ignore[override]
-        self, eval_dataset: Blocks | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, ignore_keys: list[str] | None = None) -> dict[str, float]:  # type: ignore[override]
         """Measures loss, perplexity and bits per byte, every token weighted alike, and logs them."""
         result = evaluate_perplexity(
             # Sharded models can only be called through their wrapper, by all processes together.
             cast(nn.Module, self.model_wrapped if self.is_sharded else self.model),
-            self._eval_blocks if eval_dataset is None else eval_dataset,
+            cast(Blocks, self.eval_dataset),
             batch_size=self.args.per_device_eval_batch_size,
-            num_bytes=self._eval_num_bytes if eval_dataset is None else None,
+            num_bytes=self._eval_num_bytes,
             rank=self.args.process_index,
             world_size=self.args.world_size,
             reduce_sum=self._sum_over_processes,
             on_batch=self.on_eval_batch,
         )
-        metrics = {f"{metric_key_prefix}_loss": result.loss, f"{metric_key_prefix}_perplexity": result.perplexity}
+        metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         if result.bits_per_byte is not None:
-            metrics[f"{metric_key_prefix}_bits_per_byte"] = result.bits_per_byte
+            metrics["eval_bits_per_byte"] = result.bits_per_byte
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -222,7 +233,7 @@ class LCKVTrainer(Trainer):
         remedy = "make room and run the same command: training is not repeated"
         with saving("the trained model", path.parent, remedy), new_folder(path, replaces=True) as folder:
             model.save_pretrained(folder, state_dict=state_dict)
-            self._tokenizer.save_pretrained(folder)
+            cast(PreTrainedTokenizerBase, self.processing_class).save_pretrained(folder)
 
     # What must not happen.
 
@@ -241,12 +252,13 @@ class LCKVTrainer(Trainer):
         size = self.args.per_device_train_batch_size
         start = self.state.global_step * self.global_batch_size
         start += (number * self.args.world_size + self.args.process_index) * size
-        indices = self.order.slice(start, start + size)
-        dump = self._run_dir / f"nonfinite_step{step}_rank{self.args.process_index}.pt"
+        indices = list(islice(self.order, start, start + size))
+        dump = self._checkpoints.path.parent / f"nonfinite_step{step}_rank{self.args.process_index}.pt"
         tensors = {name: value.cpu() for name, value in inputs.items() if torch.is_tensor(value)}
         with new_file(dump) as file:
             torch.save({"step": step, "loss": loss, "block_indices": indices, "batch": tensors}, file)
-        text = str(self._tokenizer.decode(tensors["input_ids"][0, :24], skip_special_tokens=True))
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        text = str(tokenizer.decode(tensors["input_ids"][0, :24], skip_special_tokens=True))
         shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
         raise UserError(
             f"step {step}: the loss is {loss} on training blocks {shown}, the first beginning "

@@ -7,7 +7,7 @@ from lckv.cache import QuantizedKVCache, QuantizedPagedKVCache, SinkKVCache, loa
 from lckv.cache.sink import KeyRotation
 from lckv.errors import UserError
 from tests.contract.caches import LOSSY, VARIANTS, live_bytes, new_cache, with_lossy
-from tests.contract.layouts import CASES, NUM_QUERY_HEADS, attend, key_width
+from tests.layouts import CASES
 from tests.reference import tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -17,7 +17,7 @@ class Model:
     """Stands for a model: hands a cache random streams, and compares what it returns with a list of all tokens."""
 
     def __init__(self, name, case, num_rows=3):
-        self.config = CASES[case].config()
+        self.config = tiny_config(*CASES[case])
         self.layout = self.config.kv_layout
         self.cache = new_cache(name, self)
         self.generator = torch.Generator().manual_seed(0)
@@ -65,15 +65,14 @@ class Model:
         return torch.where(places[0] < self.length + num_new, places[0], -1)
 
     def check_reader(self, layer_idx, num_new, seen, positions):
-        """Compares what a layer reads, stream by stream, and what a small attention makes of it."""
+        """Compares what a layer reads, stream by stream, and finds all that its queries see among it."""
         sources, is_sliding = self.layout.sources[layer_idx], self.config.sharing_plan.layers[layer_idx].is_sliding
         places = positions[sources[0].owner]
         assert all(torch.equal(places, positions[source.owner]) for source in sources)
         given = [seen[source.owner][source.index][:, :, places >= 0] for source in sources]
         places = places[places >= 0]
-        expected = [self.expected(source, places) for source in sources]
-        for actual, wanted in zip(given, expected, strict=True):
-            torch.testing.assert_close(actual, wanted, **self.tolerance)
+        for source, actual in zip(sources, given, strict=True):
+            torch.testing.assert_close(actual, self.expected(source, places), **self.tolerance)
         queries = torch.arange(self.length - num_new, self.length)[:, None]
         is_visible = places <= queries
         if is_sliding:
@@ -81,9 +80,6 @@ class Model:
         if not isinstance(self.cache, SinkKVCache):  # nothing that a query sees is missing
             most = self.config.sliding_window if is_sliding else self.length
             assert torch.equal(is_visible.sum(dim=1), (queries[:, 0] + 1).clamp(max=most))
-        query = torch.randn(len(given[0]), NUM_QUERY_HEADS, num_new, key_width(given), generator=self.generator)
-        outputs = [attend(query, streams, is_visible) for streams in (given, expected)]
-        torch.testing.assert_close(*outputs, atol=2 * self.tolerance["atol"] + 1e-5, rtol=0)
 
     def expected(self, source, places):
         """The tokens at these places; sinks are rotated so that they lie right before the window."""
@@ -177,8 +173,8 @@ def test_offloading_moves_all_streams(name, case):
 
 @pytest.mark.parametrize("name", list(VARIANTS), indirect=True)
 def test_a_model_with_other_streams_is_refused(name, tmp_path):
-    model, plain = Model(name, "latent"), tiny_config(CASES["latent"].layer_types)
-    model.cache.begin_forward(CASES["latent"].config(), None, 3)  # another object, but equal
+    model, plain = Model(name, "latent"), tiny_config(CASES["latent"][0])
+    model.cache.begin_forward(tiny_config(*CASES["latent"]), None, 3)  # another object, but equal
     model.step(3)
     save_cache(model.cache, tmp_path / "cache.safetensors")
     message = "1 head of 96 latent in layers 0, 1.*2 heads of 8 rotated keys and 2 heads of 8 values in layers 0, 1"

@@ -40,7 +40,7 @@ def slow(group):
     Path("is_slow").touch()
     time.sleep(100)
 
-names.METHODS["slow"] = names.MethodTraits()
+names.METHODS.append("slow")
 cli.run(convert.main, "convert")
 """
 

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import json
+import pickle
 import subprocess
 import sys
 
@@ -184,6 +185,21 @@ def test_mistakes_and_bugs_in_a_sweep_stop_no_other_job(start):
     assert "lckv.train: error: seed=2: seed=2: unlucky\n" in err
 
 
+def test_a_failure_from_another_process_leaves_its_reason(monkeypatch):
+    monkeypatch.setattr(cli.FailedJob, "received", [])
+    failure = cli.FailedJob("seed=1: unlucky")
+    sent = pickle.dumps(failure)
+    assert cli.FailedJob.received == []  # here, the reason has been reported already
+    assert repr(pickle.loads(sent)) == "seed=1: unlucky"
+    assert cli.FailedJob.received == ["seed=1: unlucky"]
+
+
+def test_a_failure_is_no_number():
+    """Optuna takes what can be a float for a result."""
+    with pytest.raises(TypeError):
+        float(cli.FailedJob("x"))  # type: ignore[arg-type]
+
+
 def test_ctrl_c_stops_the_whole_sweep(start):
     seen = []
 
@@ -236,7 +252,7 @@ def test_a_sweeper_gets_what_main_returns_and_goes_on_after_failures(start, tmp_
     ],
 )
 def test_ready_launchers_and_sweepers_compose(choice, target):
-    hydra_store.register_schemas()
+    hydra_store.register_schema("train")
     with initialize_config_dir(str(hydra_store.config_dir()), version_base="1.3"):
         cfg = compose("train", [f"hydra/{choice}"], return_hydra_config=True)
     assert cfg.hydra[choice.partition("=")[0]]._target_.endswith(f".{target}")

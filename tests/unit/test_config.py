@@ -25,11 +25,11 @@ from lckv.config import (
 from lckv.config.cache import cache_options
 from lckv.config.data import SMALLEST_BPE, SPECIAL_TOKENS
 from lckv.config.evaluation import EVALUATIONS
-from lckv.conversion import METHODS
-from lckv.data import SOURCES
+from lckv.conversion.methods import METHODS
+from lckv.data.sources import SOURCES
 from lckv.errors import UserError
-from lckv.evaluation import MODULES
-from lckv.hydra_store import NAMED_OPTIONS, config_dir, register_schemas
+from lckv.evaluation.evaluations import FUNCTIONS
+from lckv.hydra_store import NAMED_OPTIONS, config_dir, register_schema
 from lckv.model_arguments import model_arguments, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
@@ -42,7 +42,7 @@ CONF = config_dir()
 
 def options(group: str) -> list[str]:
     """What Hydra knows, whether by a file or by a registered name."""
-    register_schemas()
+    register_schema("train")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
 
@@ -96,7 +96,7 @@ def test_what_is_known_of_names_before_torch_is_what_is_registered_behind_it():
         (names.SOURCES, SOURCES),
         (names.TRACKERS, LOGGERS),
         (names.TRAINABLE, TRAINABLE),
-        (EVALUATIONS, MODULES),
+        (EVALUATIONS, FUNCTIONS),
     ):
         assert sorted(declared) == sorted(registered)
     for name, cache in CACHES._entries.items():

@@ -78,10 +78,10 @@ def test_svg_is_the_same_every_time(tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_all_families_side_by_side(tmp_path):
-    plans = {name: parse_layer_types(build_layer_types(name, 8)) for name in PATTERNS}
-    save_drawing(plans, tmp_path / "families.svg")
-    assert (tmp_path / "families.svg").stat().st_size > 10_000
+def test_every_family_can_be_drawn(tmp_path):
+    for name in PATTERNS:
+        save_drawing(parse_layer_types(build_layer_types(name, 8)), tmp_path / f"{name}.svg")
+        assert (tmp_path / f"{name}.svg").stat().st_size > 2_000
 
 
 def test_wrong_endings_and_places_are_refused(tmp_path):

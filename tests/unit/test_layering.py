@@ -17,10 +17,10 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 
 # From the bottom: a module may import from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "registry", "byte_sizes", "sweeps", "storage", "console", "environment", "processes"],
+    ["errors", "registry", "byte_sizes", "storage", "console", "environment", "processes"],
     ["patterns"],
     ["layout", "iteration"],
-    ["costs", "iso", "config", "hydra_store", "run_names", "overrides", "drawing"],
+    ["costs", "iso", "config", "hydra_store", "run_names", "overrides", "drawing", "charts"],
     ["model_arguments"],
     ["data", "models", "logits"],
     ["cache"],

@@ -139,7 +139,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(TEXTS, TEXTS)
 @example("Hello, world: {x} = [1, 'a', \"b\"] # no comment", "--help")
 @example("???", "null")

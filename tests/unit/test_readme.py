@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from lckv import cli
 from lckv.config import TrainConfig
 from lckv.costs import ModelSizes, count_costs
-from lckv.hydra_store import SCHEMAS, config_dir, register_schemas
+from lckv.hydra_store import SCHEMAS, config_dir, register_schema
 from lckv.model_arguments import resolve_layer_types
 from lckv.overrides import name_the_first, quote_overrides
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
@@ -74,7 +74,7 @@ def test_commands_compose(command: str) -> None:
     if not issubclass(SCHEMAS[config_name], TrainConfig):
         cli.compose(overrides, config_name)
         return
-    register_schemas()
+    register_schema(config_name)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         for job in sweep(quote_overrides(overrides)):
             cfg = compose(config_name, overrides=job)

@@ -5,9 +5,8 @@ quantised pages mean for each sharing pattern, so that an engine's results can b
 gather, which a kernel of an engine does not need. Its features are complete: speed and serving are the engine's.
 
 - `pages`: who holds which page, without tensors.
-- `book`: what the layers of a cache share: the sequences, the rows of a forward call, and where their tokens go.
 - `layer`: the pools of one owner.
-- `cache`: the cache, with sequences that come and go.
+- `cache`: the cache, with sequences that come and go, and the forward call that runs.
 - `quantized`: the same with old pages in few bits.
 """
 

@@ -2,35 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from lckv.cache.layers import KVLayer, join
-from lckv.cache.paged.book import PageBook, PageStep
-from lckv.cache.paged.pages import PageGroup, capacity_for
+from lckv.cache.paged.pages import BlockTable, capacity_for
 from lckv.layout import Store
 from lckv.models.sharing_cache import Streams
 
+if TYPE_CHECKING:
+    from lckv.cache.paged.cache import PagedKVCache
+
 T = TypeVar("T")
+Rows = dict[int, torch.Tensor]
+"""By a stream's number of heads, rows of a pool that is flattened to `(-1, head_dim)`."""
 
 
-@dataclass(frozen=True)
-class _Written:
+@dataclass
+class PageStep:
+    """One forward call: which rows take how many tokens.
+
+    Attributes:
+        frame: columns before the new ones.
+        num_columns: new columns.
+        lengths: tokens of each row before this call.
+        num_new: new tokens of each row, in the last of the new columns.
+        num_written: how many layers have the new tokens.
+        shared: what has been worked out for several layers.
+    """
+
+    frame: int
+    num_columns: int
+    lengths: list[int]
+    num_new: list[int]
+    num_written: int = 0
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+
+    @cached_property
+    def stop(self) -> int:
+        """The column behind the last."""
+        return self.frame + self.num_columns
+
+    @cached_property
+    def totals(self) -> list[int]:
+        """Tokens of each row after this call."""
+        return [length + num_new for length, num_new in zip(self.lengths, self.num_new, strict=True)]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The column of each row's first token."""
+        return [self.stop - total for total in self.totals]
+
+    @cached_property
+    def is_ragged(self) -> bool:
+        """Whether tokens of the past lie in new columns, because another row takes more tokens."""
+        return any(
+            0 < length and num_new < self.num_columns
+            for length, num_new in zip(self.lengths, self.num_new, strict=True)
+        )
+
+    def share(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` has returned to the first layer that asked with this key."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+
+class _Written(NamedTuple):
     """The new tokens that a group of layers keeps.
 
     Attributes:
         width: in how many of the last new columns they are.
-        slots: for each stream, rows of the flattened pool that they go to, `(num_slots,)`.
-        kept: for each stream, which of the last `width` columns' tokens `(batch * num_heads * width,)` they are;
+        rows: where they go, `(num_rows,)`.
+        kept: by number of heads, which of the last `width` columns' tokens `(batch * num_heads * width,)` they are;
             `None` for all.
     """
 
     width: int
-    slots: list[torch.Tensor]
-    kept: list[torch.Tensor | None]
+    rows: Rows
+    kept: dict[int, torch.Tensor] | None
 
 
 class PagedLayer(KVLayer):
@@ -42,40 +96,32 @@ class PagedLayer(KVLayer):
 
     Args:
         store: what the owner keeps.
-        book: what the cache's layers share.
-        group_idx: which of its groups the layer belongs to.
+        cache: has the sequences, and the forward call that runs.
 
     Attributes:
-        head_counts: each stream's number of heads.
+        group: the layers that keep the same tokens as this one.
+        head_counts: the numbers of heads that its streams have.
     """
 
-    head_counts: tuple[int, ...]
-
-    def __init__(self, store: Store, book: PageBook, group_idx: int) -> None:
+    def __init__(self, store: Store, cache: PagedKVCache) -> None:
         super().__init__(store)
-        self.book, self.group_idx = book, group_idx
-        book.layers[group_idx].append(self)
-
-    @property
-    def group(self) -> PageGroup:
-        """The block tables' rules for layers like this one."""
-        return self.book.groups[self.group_idx]
+        self.cache, self.group = cache, cache.group_for(store.window)
+        self.head_counts = tuple(dict.fromkeys(stream.num_heads for stream in store.streams))
+        self.group.layers.append(self)
 
     def lazy_initialization(self, *streams: torch.Tensor) -> None:
         """Makes the pools for streams `(batch, num_heads, q_len, head_dim)`."""
         self.dtype, self.device = streams[0].dtype, streams[0].device
-        self.head_counts = tuple(states.shape[1] for states in streams)
-        self.streams = tuple(self.new_pool(states, self.num_pool_pages()) for states in streams)
+        self.streams = self.new_pools(streams, self.group.allocator.capacity)
 
-    def num_pool_pages(self) -> int:
-        """Pages that the pools are to have."""
-        return self.group.allocator.capacity
-
-    def new_pool(self, like: torch.Tensor, num_pages: int) -> torch.Tensor:
-        """An empty pool for states like these, `(num_pages, num_heads, page_size, head_dim)`."""
-        with torch.inference_mode(False):  # so that it can be written to in and outside of that mode
-            shape = (num_pages, like.shape[1], self.group.page_size, like.shape[3])
-            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    def new_pools(self, streams: Streams, num_pages: int) -> Streams:
+        """Empty pools for streams like these, each `(num_pages, num_heads, page_size, head_dim)`."""
+        shapes = ((num_pages, states.shape[1], self.group.page_size, states.shape[3]) for states in streams)
+        with torch.inference_mode(False):  # so that they can be written to in and outside of that mode
+            return tuple(
+                torch.zeros(shape, dtype=states.dtype, device=states.device)
+                for shape, states in zip(shapes, streams, strict=True)
+            )
 
     def resize(self, num_pages: int) -> None:
         """Lets the pools have `num_pages` pages: new ones at the end, or the first of the old ones."""
@@ -83,9 +129,7 @@ class PagedLayer(KVLayer):
 
     def copy_pages(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copies pages within the pools; pairs of from where and where to."""
-        pairs = list(copies)
-        if pairs:
-            copy_within(self.streams, pairs)
+        copy_within(self.streams, list(copies))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many columns `write` will return for `query_length` new tokens, and which column is the first."""
@@ -93,20 +137,22 @@ class PagedLayer(KVLayer):
         return self.seq_length - offset + query_length, offset
 
     def _first_read_column(self) -> int:
-        first = min(self.book.first_column(), self.seq_length)
+        first = min(self.cache.first_column(), self.seq_length)
         return first if self.window is None else max(first, self.seq_length - self.window + 1)
 
     def peek(self, streams: Streams) -> Streams:
         """The cached tokens, for each stream `(batch, num_heads, kv_len, head_dim)`, with the new ones behind them."""
-        step = self.open_step(streams[0])
-        columns = range(self._first_read_column(), step.frame + step.num_columns)
+        return self._seen(self.open_step(streams[0]), streams)
+
+    def _seen(self, step: PageStep, streams: Streams) -> Streams:
+        columns = range(self._first_read_column(), step.stop)
         if len(columns) == step.num_columns and not step.is_ragged:
             return streams
         if not any(step.lengths):
             num_past = len(columns) - step.num_columns
             return join(tuple(new.new_zeros(*new.shape[:2], num_past, new.shape[3]) for new in streams), streams)
         # Room for the new tokens comes with the gather: putting them behind it would copy everything once more.
-        return self._put_new(step, self.read(step, columns, step.lengths), streams)
+        return self._put_new(step, self.read(step, columns), streams)
 
     def _put_new(self, step: PageStep, gathered: Streams, streams: Streams) -> Streams:
         """Puts each row's new tokens into its last columns.
@@ -126,122 +172,148 @@ class PagedLayer(KVLayer):
     def write(self, streams: Streams) -> Streams:
         """Writes the new tokens to their pages, and returns what their queries see."""
         step = self.open_step(streams[0], writes=True)
+        seen = self._seen(step, streams)  # a window drops what a long piece's first queries still see
         if not self.is_initialized:
             self.lazy_initialization(*streams)
-        # A window drops what a long piece's first queries still see, so its past has to be read before.
-        seen = None if self.window is None else self.peek(streams)
         self._write(step, streams)
-        if seen is None:
-            seen = self.read(step, range(self._first_read_column(), step.frame + step.num_columns), step.totals)
         self.end_step(step)
-        self.seq_length = step.frame + step.num_columns
-        self.book.settle()
+        self.seq_length = step.stop
+        self.cache.end_layer(step)
         return seen
 
     def end_step(self, step: PageStep) -> None:
-        """Does what is to be done once the new tokens are written and read, before old pages are free again."""
+        """Does what is to be done once the new tokens are written, before old pages are free again."""
 
     def open_step(self, states: torch.Tensor, writes: bool = False) -> PageStep:
         """The current forward call, or a new one where the cache was not told of any."""
-        book = self.book
-        num_columns = states.shape[2]
-        if book.step is not None and writes and self.seq_length > book.step.frame:
+        cache, num_columns = self.cache, states.shape[2]
+        if cache.step is not None and writes and self.seq_length > cache.step.frame:
             raise RuntimeError(
                 "a layer got new tokens again before all layers that compute keys and values got theirs"
             )
-        if book.step is None or book.step.num_columns != num_columns:
-            book.open_step(num_columns, states.shape[0], None)
-        assert book.step is not None
-        book.check_batch(states.shape[0])
-        return book.step
+        if cache.step is None or cache.step.num_columns != num_columns:
+            cache.open_step(num_columns, states.shape[0], None)
+        assert cache.step is not None
+        cache.check_batch(states.shape[0])
+        return cache.step
 
-    def read_slots(self, step: PageStep, columns: range, num_tokens: list[int]) -> list[torch.Tensor]:
-        """For each stream, rows of the flattened pool that hold these columns, `(batch, num_heads, num_columns)`."""
-        device = self.streams[0].device
+    def _find_rows(self, step: PageStep, columns: range, lows: list[int], num_tokens: list[int]) -> Rows:
+        """Where the tokens of these columns lie, `(batch, num_heads, num_columns)`.
 
-        def find() -> list[torch.Tensor]:
-            lows = [row.tables[self.group_idx].first_kept for row in self.book.rows]
-            return self._flat(*self.book.find_slots(self.group_idx, columns, lows, num_tokens, device))
-
-        key = ("read", self.group_idx, self.head_counts, columns, tuple(num_tokens), device)
-        return step.share(key, find)
-
-    def _flat(self, pages: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor]:
-        """For each stream, rows `(batch, num_heads, num_columns)` of its pool flattened to `(-1, head_dim)`."""
-
-        def rows(num_heads: int) -> torch.Tensor:
-            heads = torch.arange(num_heads, device=pages.device)[None, :, None]
-            return (pages[:, None] * num_heads + heads) * self.group.page_size + places[:, None]
-
-        return self.for_each(rows)
-
-    def for_each(self, make: Callable[[int], T]) -> list[T]:
-        """For each stream what `make` gives for its number of heads; those of equal numbers share it."""
-        made = {count: make(count) for count in dict.fromkeys(self.head_counts)}
-        return [made[count] for count in self.head_counts]
-
-    def read(self, step: PageStep, columns: range, num_tokens: list[int]) -> Streams:
-        """For each stream, these columns `(batch, num_heads, num_columns, head_dim)`; zeros for empty rows.
+        For columns without a token that counts, it is where the nearest token of the same row lies, so that nothing of
+        another sequence is ever read.
 
         Args:
             step: the forward call that runs.
             columns: of its frame.
-            num_tokens: how many tokens of each row count, the last of them in the last column.
+            lows: the first token of each row that counts.
+            num_tokens: the tokens of each row that count end here.
         """
-        return self.gather(self.streams, self.read_slots(step, columns, num_tokens), num_tokens)
+        page_size, starts, device = self.group.page_size, step.starts, self.streams[0].device
+        # Token t of a row lies in column start + t. Columns without one are sent to the nearest token, low or high.
+        highs = [max(0, stop - 1) for stop in num_tokens]
+        lows = [
+            min(high, max(low, columns.start - start)) for low, high, start in zip(lows, highs, starts, strict=True)
+        ]
+        tables = [
+            [table.pages.get(index, 0) for index in range(low // page_size, high // page_size + 1)]
+            for table, low, high in zip(self.tables(), lows, highs, strict=True)
+        ]
+        # All that the device needs goes there in one piece: three numbers and the pages of each row.
+        width = max(map(len, tables))
+        packed = torch.tensor(
+            [
+                [start, low, high] + table + [0] * (width - len(table))
+                for start, low, high, table in zip(starts, lows, highs, tables, strict=True)
+            ],
+            device=device,
+        )
+        start, low, high, table = packed[:, 0:1], packed[:, 1:2], packed[:, 2:3], packed[:, 3:]
+        positions = torch.arange(columns.start, columns.stop, device=device)[None] - start
+        positions = positions.maximum(low).minimum(high)  # (batch, num_columns)
+        pages = table.gather(1, positions // page_size - low // page_size)  # tables begin with the page of `low`
+        pages, places = pages[:, None], (positions % page_size)[:, None]
+        return {
+            count: (pages * count + torch.arange(count, device=device)[None, :, None]) * page_size + places
+            for count in self.head_counts
+        }
 
-    def gather(self, pools: Streams, slots: list[torch.Tensor], num_tokens: list[int]) -> Streams:
+    def tables(self) -> list[BlockTable]:
+        """Those of the rows of the batch."""
+        return [row.tables[self.window] for row in self.cache.rows]
+
+    def read_rows(self, step: PageStep, columns: range) -> Rows:
+        """The rows of pools of all pages that hold these columns, `(batch, num_heads, num_columns)`."""
+        key = ("read", self.window, self.head_counts, columns, self.streams[0].device)
+
+        def find() -> Rows:
+            lows = [table.first_kept for table in self.tables()]
+            return self._find_rows(step, columns, lows, step.lengths)
+
+        return step.share(key, find)
+
+    def read(self, step: PageStep, columns: range) -> Streams:
+        """For each stream, the past in these columns, `(batch, num_heads, num_columns, head_dim)`.
+
+        It ends where the new tokens begin, and what they will take is not set. Rows without a past are zeros.
+        """
+        return self.gather(self.streams, self.read_rows(step, columns), step)
+
+    def gather(self, pools: Streams, rows: Rows, step: PageStep) -> Streams:
         """What `read` returns, from any pools.
 
         Streams of one shape go to one piece of memory: two large pieces that come and go together are handed back to
         the system each time, and to get them anew takes far longer than the gather.
         """
-        shapes = [(*rows.shape, pool.shape[3]) for pool, rows in zip(pools, slots, strict=True)]
+        shapes = [(*rows[pool.shape[1]].shape, pool.shape[3]) for pool in pools]
         gathered: Streams
         if all(shape == shapes[0] and pool.dtype == pools[0].dtype for shape, pool in zip(shapes, pools, strict=True)):
             gathered = pools[0].new_empty(len(pools), *shapes[0]).unbind()
         else:  # of other widths, or under autocast, which rounds values but not keys once they are rotated
             gathered = tuple(pool.new_empty(shape) for pool, shape in zip(pools, shapes, strict=True))
-        empty = [row for row, count in enumerate(num_tokens) if count == 0]
-        for pool, rows, states in zip(pools, slots, gathered, strict=True):
-            width = pool.shape[3]
-            torch.index_select(pool.view(-1, width), 0, rows.flatten(), out=states.view(-1, width))
+        empty = [row for row, length in enumerate(step.lengths) if length == 0]
+        for pool, states in zip(pools, gathered, strict=True):
+            _, num_heads, _, width = pool.shape
+            torch.index_select(pool.view(-1, width), 0, rows[num_heads].flatten(), out=states.view(-1, width))
             if empty:
                 states[empty] = 0.0
         return gathered
 
     def _write(self, step: PageStep, streams: Streams) -> None:
         """Writes the new tokens that have to be kept, for all rows and heads at once."""
-        key = ("write", self.group_idx, self.head_counts, self.streams[0].device)
+        key = ("write", self.window, self.head_counts, self.streams[0].device)
         written = step.share(key, lambda: self._find_written(step))
         if written.width == 0:
             return
-        slots = self.write_slots(step, written.slots)
-        for pool, states, rows, kept in zip(self.streams, streams, slots, written.kept, strict=True):
-            new = states.detach()[:, :, -written.width :].flatten(0, 2)
-            pool.view(-1, pool.shape[3]).index_copy_(0, rows, new if kept is None else new[kept])
+        rows = self.written_rows(step, written.rows)
+        for pool, states in zip(self.streams, streams, strict=True):
+            num_heads, new = pool.shape[1], states.detach()[:, :, -written.width :].flatten(0, 2)
+            new = new if written.kept is None else new[written.kept[num_heads]]
+            pool.view(-1, pool.shape[3]).index_copy_(0, rows[num_heads], new)
 
     def _find_written(self, step: PageStep) -> _Written:
         """Finds out which of the new tokens have to be kept, and where they go."""
-        calls, totals, device = zip(step.lengths, step.num_new, strict=True), step.totals, self.streams[0].device
+        calls = zip(step.lengths, step.num_new, strict=True)
         firsts = [self.group.first_written(length, num_new) for length, num_new in calls]
-        counts = [total - first for total, first in zip(totals, firsts, strict=True)]
-        width, stop = max(counts), step.frame + step.num_columns
-        columns = range(stop - width, stop)
-        slots = self._flat(*self.book.find_slots(self.group_idx, columns, firsts, totals, device))
+        counts = [total - first for total, first in zip(step.totals, firsts, strict=True)]
+        width = max(counts)
+        rows = self._find_rows(step, range(step.stop - width, step.stop), firsts, step.totals)
         if min(counts) == width:
-            return _Written(width, [rows.flatten() for rows in slots], [None for _ in slots])
+            return _Written(width, {count: each.flatten() for count, each in rows.items()}, None)
         is_kept = torch.arange(width, 0, -1)[None] <= torch.tensor(counts)[:, None]  # (batch, width)
-        kept = [is_kept[:, None].expand(rows.shape).flatten().nonzero().flatten().to(device) for rows in slots]
-        return _Written(width, [rows.flatten()[each] for rows, each in zip(slots, kept, strict=True)], [*kept])
+        kept = {
+            count: is_kept[:, None].expand(each.shape).flatten().nonzero().flatten().to(each.device)
+            for count, each in rows.items()
+        }
+        return _Written(width, {count: each.flatten()[kept[count]] for count, each in rows.items()}, kept)
 
-    def write_slots(self, step: PageStep, slots: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Where in this layer's pools lies what pools of all pages have in these slots, `(num_slots,)` per stream."""
-        return slots
+    def written_rows(self, step: PageStep, rows: Rows) -> Rows:
+        """Where in this layer's pools lies what pools of all pages have in these rows, each `(num_rows,)`."""
+        return rows
 
     def planned_bytes(self, seq_length: int, batch_size: int, itemsize: int) -> int:
         """What `num_bytes` will be: those of whole pools, which may be larger than what is used."""
-        num_pages = self.book.num_pages or capacity_for(batch_size * self.group.count_pages(seq_length))
+        num_pages = self.group.num_pages or capacity_for(batch_size * self.group.count_pages(seq_length))
         return num_pages * self.group.page_size * self.store.size * itemsize
 
     def num_used_bytes(self) -> int:
@@ -251,8 +323,8 @@ class PagedLayer(KVLayer):
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What has to be saved: the pages that somebody holds, and for each sequence, which are its own."""
-        sequences = self.book.sequences()
-        tables = [sequence.tables[self.group_idx] for sequence in sequences]
+        sequences = self.cache.sequences()
+        tables = [sequence.tables[self.window] for sequence in sequences]
         used = sorted({page for table in tables for page in table.pages.values()})
         place = {page: index for index, page in enumerate(used)}
         entries = [
@@ -261,7 +333,7 @@ class PagedLayer(KVLayer):
         scalars = {
             "seq_length": self.seq_length,
             "record_past": self.record_past,
-            "num_rows": len(self.book.rows),
+            "num_rows": len(self.cache.rows),
             "names": [sequence.name for sequence in sequences],
             "lengths": [sequence.length for sequence in sequences],
             "first_kept": [table.first_kept for table in tables],
@@ -272,14 +344,14 @@ class PagedLayer(KVLayer):
 
     def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
         """Takes on a saved state; the cache must be new."""
-        book = self.book
-        book.load_sequences(scalars["names"], scalars["lengths"], scalars["num_rows"])
-        book.frame = self.seq_length = scalars["seq_length"]
+        cache = self.cache
+        cache.load_sequences(scalars["names"], scalars["lengths"], scalars["num_rows"])
+        cache.frame = self.seq_length = scalars["seq_length"]
         self.record_past = scalars["record_past"]
         if not tensors:
             return
         if not self.group.allocator.num_used:
-            tables = [sequence.tables[self.group_idx] for sequence in book.sequences()]
+            tables = [sequence.tables[self.window] for sequence in cache.sequences()]
             for row, index, page in tensors["block_table"].tolist():
                 tables[row].pages[index] = page
             for table, first_kept in zip(tables, scalars["first_kept"], strict=True):
@@ -319,6 +391,6 @@ def resized(pool: torch.Tensor, num_pages: int) -> torch.Tensor:
 
 def copy_within(pools: Iterable[torch.Tensor], pairs: list[tuple[int, int]]) -> None:
     """Copies pages within pools `(num_pages, ...)`; pairs of from where and where to."""
-    for pool in pools:
+    for pool in pools if pairs else ():
         source, target = torch.tensor(pairs, device=pool.device).T
         pool.index_copy_(0, target, pool.index_select(0, source))

@@ -13,8 +13,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lckv.errors import UserError
+
+if TYPE_CHECKING:
+    from lckv.cache.paged.layer import PagedLayer
 
 
 class OutOfPagesError(UserError):
@@ -29,13 +33,11 @@ class OutOfPagesError(UserError):
     """
 
     def __init__(self, sequence: str, length: int, num_new: int, num_needed: int, group: PageGroup) -> None:
-        self.sequence, self.length = sequence, length
-        self.num_needed, self.num_free = num_needed, group.allocator.num_free
         window = "" if group.window is None else f" with a window of {group.window} tokens"
         super().__init__(
             f"out of pages: {sequence} has {length} tokens and takes {num_new} more; the forward call needs "
             f"{num_needed} new pages of {group.page_size} tokens per layer{window}, and of "
-            f"num_pages={group.allocator.num_pages} there are {self.num_free} free"
+            f"num_pages={group.allocator.num_pages} there are {group.allocator.num_free} free"
         )
 
 
@@ -73,10 +75,8 @@ class PageAllocator:
         if not self._free:
             self._grow()
         page = next(iter(self._free))
-        del self._free[page]
         self.forget(page)
-        self._num_holders[page] = 1
-        return page
+        return self.retain(page)
 
     def _grow(self) -> None:
         if self.num_pages is not None:
@@ -141,19 +141,6 @@ def capacity_for(num_pages: int) -> int:
     return 1 << (num_pages - 1).bit_length() if num_pages else 0
 
 
-@dataclass
-class BlockTable:
-    """Where one sequence's tokens lie in the pools of one group.
-
-    Attributes:
-        pages: the page that holds the tokens from `i * page_size` on, by *i*.
-        first_kept: the first token whose keys and values are there; those after it are too.
-    """
-
-    pages: dict[int, int] = field(default_factory=dict)
-    first_kept: int = 0
-
-
 class PageGroup:
     """Layers that keep the same tokens, so that one allocator and one block table per sequence serve them all.
 
@@ -161,11 +148,20 @@ class PageGroup:
         page_size: tokens per page.
         num_pages: pages of each layer's pool; `None` for pools that grow.
         window: how many of the last tokens the layers keep; `None` for all.
+
+    Attributes:
+        layers: whose pools these are.
+        record_past: whether pages that leave the window stay for a rollback.
     """
 
     def __init__(self, page_size: int, num_pages: int | None, window: int | None) -> None:
-        self.page_size, self.window = page_size, window
-        self.allocator = PageAllocator(num_pages)
+        self.page_size, self.num_pages, self.window = page_size, num_pages, window
+        self.layers: list[PagedLayer] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts from nothing."""
+        self.allocator = PageAllocator(self.num_pages)
         self.record_past = False
 
     def first_kept_after(self, length: int) -> int:
@@ -185,8 +181,12 @@ class PageGroup:
         stop = -(-(length + num_new) // self.page_size)
         return range(self.first_written(length, num_new) // self.page_size, stop) if num_new else range(0)
 
+    def count_pages(self, length: int) -> int:
+        """How many pages a sequence of `length` tokens holds."""
+        return -(-length // self.page_size) - self.first_kept_after(length) // self.page_size
+
     def count_needed(self, calls: Sequence[tuple[BlockTable, int, int]]) -> int:
-        """How many pages `reserve` will allocate for all these arguments together.
+        """How many pages will be allocated if each table takes so many tokens behind so many that it has.
 
         Of the sequences that share a page and write to it now, the last one keeps it if nobody else holds it.
         """
@@ -202,68 +202,57 @@ class PageGroup:
             count - (count == self.allocator.count_holders(page)) for page, count in num_writers.items()
         )
 
-    def reserve(self, table: BlockTable, length: int, num_new: int) -> list[tuple[int, int]]:
-        """Gives the sequence a page of its own for each place that the new tokens will be written to.
+    def check_room(self, sequences: list[PagedSequence], num_new: list[int]) -> None:
+        """Finds out whether these sequences can take as many tokens together.
 
-        Returns:
-            Pages whose content has to be copied, and where to.
+        Raises:
+            OutOfPagesError: if not; it names the first one that goes without.
         """
-        copies = []
-        for index in self.written_indices(length, num_new):
-            page = table.pages.get(index)
-            if page is None:
-                table.pages[index] = self.allocator.allocate()
-            elif self.allocator.count_holders(page) > 1:  # others hold what is there: write to a copy
-                table.pages[index] = self.allocator.allocate()
-                self.allocator.release(page)
-                copies.append((page, table.pages[index]))
-            else:
-                self.allocator.forget(page)  # its hash is about to be wrong
-        return copies
+        self.record_past = any(layer.record_past for layer in self.layers)
+        calls = self._calls(sequences, num_new)
+        num_needed = self.count_needed(calls)
+        if self.allocator.has_room(num_needed):
+            return
+        has_room = (self.allocator.has_room(self.count_needed(calls[: row + 1])) for row in range(len(calls)))
+        row = list(has_room).index(False)
+        name = f"row {row}" if sequences[row].name is None else f"sequence {sequences[row].name!r}"
+        _, length, new = calls[row]
+        raise OutOfPagesError(name, length, new, num_needed, self)
 
-    def cut(self, table: BlockTable, length: int) -> None:
-        """Frees the pages behind the first `length` tokens."""
-        for index in [index for index in table.pages if index * self.page_size >= length]:
-            self.allocator.release(table.pages.pop(index))
+    def reserve(self, sequences: list[PagedSequence], num_new: list[int]) -> None:
+        """Gives every sequence the pages that it needs, with what they hold already; `check_room` has said yes."""
+        copies = [pair for table, *call in self._calls(sequences, num_new) for pair in table.reserve(*call)]
+        for layer in self.layers:
+            layer.resize(self.allocator.capacity)
+            layer.copy_pages(copies)
 
-    def trim(self, table: BlockTable, length: int) -> None:
-        """Frees the pages that lie wholly before the window of a sequence of `length` tokens."""
-        first_index = self.first_kept_after(length) // self.page_size
-        for index in [index for index in table.pages if index < first_index]:
-            self.allocator.release(table.pages.pop(index))
-        table.first_kept = max(table.first_kept, first_index * self.page_size)
+    def _calls(self, sequences: list[PagedSequence], num_new: list[int]) -> list[tuple[BlockTable, int, int]]:
+        """Each sequence's table, its tokens, and new tokens."""
+        return [(row.tables[self.window], row.length, new) for row, new in zip(sequences, num_new, strict=True)]
 
-    def share(self, table: BlockTable) -> BlockTable:
-        """A table of another sequence that holds the same pages."""
-        for page in table.pages.values():
-            self.allocator.retain(page)
-        return BlockTable(dict(table.pages), table.first_kept)
+    def has_spare(self, factor: int) -> bool:
+        """Whether the pools, if they grow, are larger than what they hold needs by more than this factor."""
+        capacity, num_used = self.allocator.capacity, self.allocator.num_used
+        return self.num_pages is None and capacity > factor * capacity_for(num_used)
 
-    def release(self, table: BlockTable) -> None:
-        """Frees everything."""
-        self.cut(table, 0)
+    def shrink(self, sequences: list[PagedSequence]) -> None:
+        """Gives memory back that these sequences, which are all that hold pages, do not need."""
+        allocator = self.allocator
+        moved = allocator.shrink()
+        for sequence in sequences:
+            pages = sequence.tables[self.window].pages
+            pages.update({place: moved[page] for place, page in pages.items() if page in moved})
+        for layer in self.layers:
+            layer.copy_pages(moved.items())
+            layer.resize(allocator.capacity)
 
     def load(self, tables: Sequence[BlockTable], num_pages: int) -> None:
         """Takes on block tables in which pages 0 to `num_pages - 1` occur; this group must be new."""
         pages = [self.allocator.allocate() for _ in range(num_pages)]
         for table in tables:
-            self.share(table)
+            table.share()
         for page in pages:
             self.allocator.release(page)
-
-    def count_pages(self, length: int) -> int:
-        """How many pages a sequence of `length` tokens holds."""
-        return -(-length // self.page_size) - self.first_kept_after(length) // self.page_size
-
-    def can_go_back_to(self, table: BlockTable, length: int) -> bool:
-        """Whether all that a token behind `length` tokens sees is there."""
-        return self.window is None or table.first_kept <= max(0, length - self.window + 1)
-
-    def register(self, table: BlockTable, hashes: Sequence[bytes]) -> None:
-        """Lets other sequences find the full pages of this one; `hashes[i]` stands for the tokens up to page *i*."""
-        for index, page in table.pages.items():
-            if index < len(hashes) and index * self.page_size >= table.first_kept:
-                self.allocator.register(page, hashes[index])
 
     def _first_needed(self, num_pages: int) -> int:
         """The first page that a sequence needs which begins with as many full pages."""
@@ -279,7 +268,7 @@ class PageGroup:
 
     def adopt(self, hashes: Sequence[bytes]) -> BlockTable:
         """A table of a new sequence that begins with these full pages; `find_beginnings` has found them."""
-        table = BlockTable()
+        table = BlockTable(self)
         for index in range(self._first_needed(len(hashes)), len(hashes)):
             page = self.allocator.find(hashes[index])
             assert page is not None
@@ -289,20 +278,100 @@ class PageGroup:
 
 
 @dataclass
+class BlockTable:
+    """Where one sequence's tokens lie in the pools of one group.
+
+    Attributes:
+        group: whose pools.
+        pages: the page that holds the tokens from `i * page_size` on, by *i*.
+        first_kept: the first token whose keys and values are there; those after it are too.
+    """
+
+    group: PageGroup
+    pages: dict[int, int] = field(default_factory=dict)
+    first_kept: int = 0
+
+    def reserve(self, length: int, num_new: int) -> list[tuple[int, int]]:
+        """Gives the sequence a page of its own for each place that the new tokens will be written to.
+
+        Returns:
+            Pages whose content has to be copied, and where to.
+        """
+        copies, allocator = [], self.group.allocator
+        for index in self.group.written_indices(length, num_new):
+            page = self.pages.get(index)
+            if page is None:
+                self.pages[index] = allocator.allocate()
+            elif allocator.count_holders(page) > 1:  # others hold what is there: write to a copy
+                self.pages[index] = allocator.allocate()
+                allocator.release(page)
+                copies.append((page, self.pages[index]))
+            else:
+                allocator.forget(page)  # its hash is about to be wrong
+        return copies
+
+    def cut(self, length: int) -> None:
+        """Frees the pages behind the first `length` tokens."""
+        for index in [index for index in self.pages if index * self.group.page_size >= length]:
+            self.group.allocator.release(self.pages.pop(index))
+
+    def trim(self, length: int) -> None:
+        """Frees the pages that lie wholly before the window of a sequence of `length` tokens."""
+        first_index = self.group.first_kept_after(length) // self.group.page_size
+        for index in [index for index in self.pages if index < first_index]:
+            self.group.allocator.release(self.pages.pop(index))
+        self.first_kept = max(self.first_kept, first_index * self.group.page_size)
+
+    def settle(self, length: int, num_new: int) -> None:
+        """Once the new tokens are written, frees the pages that the window has passed."""
+        first_written = self.group.first_written(length, num_new)
+        if first_written > length:
+            self.first_kept = first_written
+        if not self.group.record_past:
+            self.trim(length + num_new)
+
+    def share(self) -> BlockTable:
+        """A table of another sequence that holds the same pages."""
+        for page in self.pages.values():
+            self.group.allocator.retain(page)
+        return BlockTable(self.group, dict(self.pages), self.first_kept)
+
+    def can_go_back_to(self, length: int) -> bool:
+        """Whether all that a token behind `length` tokens sees is there."""
+        return self.group.window is None or self.first_kept <= max(0, length - self.group.window + 1)
+
+    def register(self, hashes: Sequence[bytes]) -> None:
+        """Lets other sequences find the full pages of this one; `hashes[i]` stands for the tokens up to page *i*."""
+        for index, page in self.pages.items():
+            if index < len(hashes) and index * self.group.page_size >= self.first_kept:
+                self.group.allocator.register(page, hashes[index])
+
+
+@dataclass
 class PagedSequence:
     """One sequence: a row of the batch, or one that waits.
 
     Attributes:
         name: what the user calls it; `None` for the rows of a batch, which have only a number.
-        tables: where its tokens lie, for each group.
+        tables: where its tokens lie, for the group of each window.
         length: how many tokens it has, padding not counted.
         hashes: of its full pages, as far as its token ids are known.
     """
 
     name: Hashable | None
-    tables: list[BlockTable]
+    tables: dict[int | None, BlockTable]
     length: int = 0
     hashes: list[bytes] = field(default_factory=list)
+
+    def share(self, name: Hashable | None) -> PagedSequence:
+        """A sequence that holds the same pages."""
+        tables = {window: table.share() for window, table in self.tables.items()}
+        return PagedSequence(name, tables, self.length, list(self.hashes))
+
+    def cut(self, length: int) -> None:
+        """Frees the pages behind the first `length` tokens; with 0, all that no other sequence holds."""
+        for table in self.tables.values():
+            table.cut(length)
 
 
 def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], page_size: int) -> list[bytes]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from lckv.reporting.analysis import Report
-from lckv.reporting.pictures.base import Picture
+from lckv.reporting.pictures.base import Picture, styles_of
 from lckv.reporting.pictures.costs import draw_costs
 from lckv.reporting.pictures.losses import draw_losses
 from lckv.reporting.pictures.needles import draw_needles
-from lckv.reporting.pictures.style import styles_of
 from lckv.reporting.pictures.tradeoff import draw_tradeoff
 
 __all__ = ["Picture", "pictures_of"]

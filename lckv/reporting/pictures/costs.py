@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from lckv.charts import tidy
 from lckv.reporting.analysis import Report
 from lckv.reporting.grouping import Row
-from lckv.reporting.pictures.base import HitTexts, Panel, Picture, add_hits
-from lckv.reporting.pictures.style import INK, MUTED, PAPER, Style, tidy
+from lckv.reporting.pictures.base import GRID, INK, MUTED, PAPER, HitTexts, Panel, Picture, Style, add_hits
 
 
 def draw_costs(report: Report, styles: Mapping[str, Style]) -> Picture | None:
@@ -40,23 +41,27 @@ def _draw(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style], is_timed
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("training cost per token (Llama = 1)")
-    axes.set_xlim(0, 1.13 * max(max(row.flops_ratio or 0, row.time_ratio or 0) for row in rows))
+    axes.set_xlim(0, 1.13 * max(max(row.flops_ratio, row.time_ratio or 0) for row in rows))
     axes.tick_params(axis="y", length=0)
-    tidy(axes, grid="x")
+    tidy(axes, "x", GRID)
     if is_timed:
-        handles = [Patch(facecolor=MUTED, label="FLOPs")]
-        handles.append(Patch(facecolor=MUTED, hatch="/////", edgecolor=PAPER, label="time"))
+        time = Patch(facecolor=MUTED, hatch="/////", edgecolor=PAPER, label="time")
         axes.legend(
-            handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2
+            handles=[Patch(facecolor=MUTED, label="FLOPs"), time],
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            ncols=2,
+            frameon=False,
+            borderaxespad=0.2,
         )
-    add_hits(axes, "hits-cost", [((row.flops_ratio or 0) / 2, place) for place, row in enumerate(rows)], size=20)
-    return {"hits-cost": [_text(row) for row in rows]}
+    middles = [(row.flops_ratio / 2, place) for place, row in enumerate(rows)]
+    return add_hits(axes, "hits-cost", middles, [_text(row) for row in rows], size=20)
 
 
-def _bar(axes: Axes, place: float, value: float | None, thickness: float, **style: object) -> None:
-    axes.barh(place, value or 0, height=thickness * 0.92, edgecolor=PAPER, linewidth=0.4, **style)  # type: ignore[arg-type]
+def _bar(axes: Axes, place: float, value: float, thickness: float, **style: Any) -> None:
+    axes.barh(place, value, height=thickness * 0.92, edgecolor=PAPER, linewidth=0.4, **style)
     axes.annotate(
-        f"{value:.2f}", (value or 0, place), (3, 0), textcoords="offset points", va="center", fontsize=7, zorder=5,
+        f"{value:.2f}", (value, place), (3, 0), textcoords="offset points", va="center", fontsize=7, zorder=5,
         bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.4},
     )  # fmt: skip
 

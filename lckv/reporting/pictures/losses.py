@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 from pandas import DataFrame, concat
 
+from lckv.charts import tidy
 from lckv.reporting.analysis import Report
 from lckv.reporting.metrics import number
-from lckv.reporting.pictures.base import HitTexts, Panel, Picture, add_hits
-from lckv.reporting.pictures.style import MUTED, PAPER, Style, tidy
+from lckv.reporting.pictures.base import GRID, MUTED, PAPER, HitTexts, Panel, Picture, Style, add_hits
 from lckv.reporting.runs import first_known
 
 _SIZE = (2.9, 2.5)
 _WARM_UP = 0.12
 _UNFINISHED = Style(MUTED, "o", (0, (1.6, 1.2)))
 _DURATIONS = ((3 * 86400, 86400, "days"), (3 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
-
-
 KINDS = ("training", "validation")
 
 
@@ -56,16 +54,8 @@ def _curve(lines: Iterable[Mapping[str, Any]], name: str, preferred: str = "") -
     return DataFrame.from_dict(rows, orient="index", columns=["tokens", "loss", "seconds"], dtype=float)
 
 
-class _Line(NamedTuple):
-    name: str
-    curves: DataFrame
-    style: Style
-
-
-class _Abscissa(NamedTuple):
-    column: str
-    unit: float
-    label: str
+Line = tuple[str, DataFrame, Style]
+"""A name, what `curves_of` says, and how it is drawn."""
 
 
 def draw_losses(report: Report, styles: Mapping[str, Style]) -> Picture | None:
@@ -73,60 +63,57 @@ def draw_losses(report: Report, styles: Mapping[str, Style]) -> Picture | None:
 
     `None` without any curve.
     """
-    finished = [_Line(row.label, curves_of(row.runs), styles[row.label]) for row in report.rows]
+    finished = [(row.label, curves_of(row.runs), styles[row.label]) for row in report.rows]
     unfinished = [
-        _Line(f"{run.name} (no result)", curves_of(report.runs.loc[[run.Index]]), _UNFINISHED)
-        for run in report.troubles
+        (f"{run.name} (no result)", curves_of(report.runs.loc[[run.Index]]), _UNFINISHED) for run in report.troubles
     ]
-    finished, unfinished = ([line for line in lines if len(line.curves)] for lines in (finished, unfinished))
+    finished, unfinished = ([line for line in lines if len(line[1])] for lines in (finished, unfinished))
     lines = finished + unfinished
     if not lines:
         return None
-    longest = max((0.0, *(second for line in lines for second in line.curves["seconds"].dropna())))
-    _, unit, name = next(duration for duration in _DURATIONS if longest >= duration[0])
-    abscissas = {
-        "tokens": _Abscissa("tokens", 1, "training tokens"),
-        "FLOPs": _Abscissa("flops", 1, "training FLOPs"),
-        "wall time": _Abscissa("seconds", unit, f"wall time ({name})"),
-    }
-    top = _top(concat(line.curves for line in finished or unfinished))
+    curves = concat(curves for _, curves, _ in lines)
+    longest = curves["seconds"].max()  # NaN where none is known
+    _, unit, name = next((each for each in _DURATIONS if longest >= each[0]), _DURATIONS[-1])
+    abscissas = [
+        ("tokens", "tokens", 1, "training tokens"),
+        ("FLOPs", "flops", 1, "training FLOPs"),
+        ("wall time", "seconds", unit, f"wall time ({name})"),
+    ]
+    top = _top(concat(curves for _, curves, _ in finished or unfinished))
     panels = [
-        Panel(f"against {title}", _SIZE, partial(_draw, lines=lines, by=by, top=top))
-        for title, by in abscissas.items()
-        if any(line.curves[by.column].notna().any() for line in lines)
+        Panel(f"against {title}", _SIZE, partial(_draw, lines=lines, column=column, unit=unit, label=label, top=top))
+        for title, column, unit, label in abscissas
+        if curves[column].notna().any()
     ]
     caption = "Validation loss (markers) and training loss (thin lines) in nats per token, means over seeds."
-    legend = {line.name: line.style for line in finished}
+    legend = {name: style for name, _, style in finished}
     if unfinished:
         legend["no result"] = _UNFINISHED
         caption += " Grey: runs that failed, or have not ended yet."
     return Picture("loss", "Loss curves", caption, panels, legend)
 
 
-def _draw(axes: Axes, lines: Sequence[_Line], by: _Abscissa, top: float | None) -> HitTexts:
+def _draw(axes: Axes, lines: Sequence[Line], column: str, unit: float, label: str, top: float | None) -> HitTexts:
     texts: HitTexts = {}
-    for place, line in enumerate(lines):
-        curves = line.curves.assign(x=line.curves[by.column] / by.unit).dropna(subset=["x"])
+    for place, (name, curves, style) in enumerate(lines):
+        curves = curves.assign(x=curves[column] / unit).dropna(subset=["x"])
         training, validation = (curves[curves["kind"] == kind] for kind in KINDS)
-        color, dashes = line.style.color, line.style.dashes
         if len(training):
-            axes.plot(training["x"], training["loss"], color=color, linewidth=0.6, alpha=0.35, zorder=2)
+            axes.plot(training["x"], training["loss"], color=style.color, linewidth=0.6, alpha=0.35, zorder=2)
         if len(validation):
             axes.plot(
-                validation["x"], validation["loss"], color=color, linestyle=dashes, linewidth=1.2, zorder=3,
-                marker=line.style.marker, markersize=3.8, markeredgecolor=PAPER, markeredgewidth=0.4,
+                validation["x"], validation["loss"], color=style.color, linestyle=style.dashes, linewidth=1.2,
+                zorder=3, marker=style.marker, markersize=3.8, markeredgecolor=PAPER, markeredgewidth=0.4,
             )  # fmt: skip
             points = list(zip(validation["x"], validation["loss"], strict=True))
-            gid = f"hits-loss-{place}"
-            add_hits(axes, gid, points, size=9)
-            texts[gid] = [f"{line.name}\n{by.label}: {_short(x)}\nvalidation loss: {loss:.4f}" for x, loss in points]
-    axes.set_xlabel(by.label)
-    axes.set_ylabel("loss (nats per token)")
-    if by.column != "seconds":
+            told = [f"{name}\n{label}: {_short(x)}\nvalidation loss: {loss:.4f}" for x, loss in points]
+            texts |= add_hits(axes, f"hits-loss-{place}", points, told, size=9)
+    axes.set(xlabel=label, ylabel="loss (nats per token)")
+    if column != "seconds":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
     axes.set_ylim(top=top)
-    tidy(axes)
+    tidy(axes, color=GRID)
     return texts
 
 

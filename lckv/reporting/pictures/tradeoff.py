@@ -14,11 +14,11 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from pandas import DataFrame
 from textalloc import allocate
 
+from lckv.charts import tidy
 from lckv.reporting.analysis import Report, show_fraction
 from lckv.reporting.grouping import Row
 from lckv.reporting.metrics import Metric
-from lckv.reporting.pictures.base import HitTexts, Panel, Picture, add_hits
-from lckv.reporting.pictures.style import FONT_SIZE, MUTED, PAPER, Style, tidy
+from lckv.reporting.pictures.base import FONT_SIZE, GRID, MUTED, PAPER, HitTexts, Panel, Picture, Style, add_hits
 
 _SPACE_OF_A_TICK = 0.14
 _MAX_LABELS = 10  # more than these cannot stand beside their points
@@ -31,7 +31,7 @@ def draw_tradeoff(report: Report, styles: Mapping[str, Style]) -> Picture | None
     if len(candidates) < 2:
         return None
     metric, label = report.metric, report.metric.label
-    fronts = [[row.label for row in cohort.front] for cohort in report.cohorts if len(cohort.front) > 1]
+    fronts = [cohort.front for cohort in report.cohorts if len(cohort.front) > 1]
     edge = _edge([row.quality.mean for row in candidates], metric)
     points = _lay_out(candidates, metric, edge)
     is_crowded = len(points) > _MAX_LABELS
@@ -108,8 +108,9 @@ def _draw(
         lines = [list(zip(line["x"], line["y"], strict=True)) for line in (points.loc[front] for front in fronts)]
         bars = [[(point.x, point.y - point.std), (point.x, point.y + point.std)] for point in points.itertuples()]
         _write_labels(axes, points, styles, lines + bars)
-    add_hits(axes, "hits-quality", list(zip(points["x"], points["y"], strict=True)), size=10 if is_crowded else 16)
-    return {"hits-quality": [_hit_text(point, metric) for point in points.itertuples()]}
+    texts = [_hit_text(point, metric) for point in points.itertuples()]
+    places = list(zip(points["x"], points["y"], strict=True))
+    return add_hits(axes, "hits-quality", places, texts, size=10 if is_crowded else 16)
 
 
 def _draw_point(axes: Axes, point: Row, style: Style, metric: Metric) -> None:
@@ -152,7 +153,7 @@ def _hit_text(point: Row, metric: Metric) -> str:
 
 
 def _set_scales(axes: Axes, points: DataFrame, metric: Metric) -> None:
-    tidy(axes)
+    tidy(axes, color=GRID)
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.12)
     ticks = _ticks(dict(zip(points["written"], points["fraction"], strict=True)))

@@ -4,16 +4,50 @@ import pytest
 import torch
 
 from lckv.benchmarking import measuring
-from lckv.benchmarking.contenders import choose_caches, combine
-from lckv.benchmarking.measurements import Workload
-from lckv.benchmarking.measuring import Bench, InterruptedMeasurement, measure
-from lckv.benchmarking.recording import record_reads
-from lckv.cache import CACHES, DynamicKVCache
+from lckv.benchmarking.measuring import Bench, CacheChoice, choose_caches, combine, measure
+from lckv.benchmarking.settings import Workload
+from lckv.benchmarking.traffic import RecordsTraffic, record_reads
+from lckv.cache import CACHES, DynamicKVCache, StaticKVCache
 from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError
 from tests.reference import PATTERNS, tiny_model, token_ids
 
 WORKLOAD = Workload(prompt_length=9, new_tokens=3, rounds=1)
+
+
+def test_caches_by_name_and_with_options():
+    assert choose_caches(["dynamic"], {}) == [CacheChoice("dynamic")]
+    chosen = choose_caches(["dynamic", "sink", {"name": "sink", "num_sinks": 2}], {"window": 8, "num_sinks": 3})
+    assert [choice.options for choice in chosen] == [
+        {},
+        {"window": 8, "num_sinks": 3},
+        {"window": 8, "num_sinks": 2},
+    ]
+    assert chosen[2].label == "sink window=8 num_sinks=2"
+
+
+def test_the_same_cache_twice_is_refused():
+    with pytest.raises(UserError, match="caches: 'dynamic' is there twice"):
+        choose_caches(["dynamic", {"name": "dynamic"}], {})
+
+
+def test_every_model_meets_every_cache():
+    models = {"a": tiny_model("0_1"), "b": tiny_model("0_0")}
+    assert [each.label for each in combine(models, choose_caches(["dynamic"], {}))] == ["a", "b"]
+    both = combine(models, choose_caches(["dynamic", "static"], {}))
+    assert [each.label for each in both] == ["a, dynamic", "a, static", "b, dynamic", "b, static"]
+    assert both[0].model is both[1].model
+    assert both[2].model.config.sharing_plan.layer_types == "0_0"
+
+
+def test_a_cache_of_fixed_length_gets_the_length_unless_told():
+    model = tiny_model("0_0")
+    default, given = combine({"m": model}, choose_caches(["static", {"name": "static", "max_length": 7}], {}))
+    assert default.new_cache(30).options()["max_length"] == 30
+    assert given.new_cache(30).options()["max_length"] == 7
+    recording = default.new_cache(30, RecordsTraffic)
+    assert isinstance(recording, RecordsTraffic) and isinstance(recording, StaticKVCache)
+    assert type(combine({"m": model}, choose_caches(["dynamic"], {}))[0].new_cache(30)) is DynamicKVCache
 
 
 def bench_of(layer_types, cache="dynamic", workload=WORKLOAD, **options):
@@ -33,9 +67,9 @@ def test_measured_bytes_are_the_plans(layer_types):
     expected = planned(layer_types, 12)
     assert bench.result.resident_bytes == expected.resident_total == bench.planned_bytes(12, 1)
     assert bench.result.written_bytes == expected.written
-    assert bench.result.read_bytes == given_to_attention(bench.contender.config, 12)
+    assert bench.result.read_bytes == given_to_attention(bench.contender.model.config, 12)
     assert bench.result.read_bytes >= expected.read
-    if not any(layer.is_sliding for layer in bench.contender.config.sharing_plan.layers):
+    if not any(layer.is_sliding for layer in bench.contender.model.config.sharing_plan.layers):
         assert bench.result.read_bytes == expected.read
 
 
@@ -71,9 +105,9 @@ def test_measured_bytes_of_every_cache_are_those_it_plans(cache, options, layer_
     assert bench.result.resident_bytes == bench.planned_bytes(12, 1)
     written = planned(layer_types, 12).written
     if options.get("layout") == "paged":  # which encodes pages that leave a window, too; the others are all recent
-        plan = bench.contender.config.sharing_plan
+        plan = bench.contender.model.config.sharing_plan
         windows = sum(plan.owner_is_sliding(owner) for owner in plan.kv_owners)
-        written += windows * (stored_bytes(bench.contender.config, 8, 0) // 8)
+        written += windows * (stored_bytes(bench.contender.model.config, 8, 0) // 8)
     assert bench.result.written_bytes == written
     assert [batch.kv_bytes for batch in bench.result.batches] == [bench.planned_bytes(12, 1)]
 
@@ -99,7 +133,7 @@ def test_a_quantised_cache_writes_and_reads_what_it_stores(layer_types, num_upwa
     bench = bench_of(layer_types, "quantized", Workload(30, 4, rounds=1), **options)
     bench.inspect()
     assert bench.result.error is None
-    config = bench.contender.config
+    config = bench.contender.model.config
     num_owners = len(config.sharing_plan.kv_owners)
     # The last step has 33 tokens before it, of which the last 8 and what fills no group of 8 are kept as they are.
     past, own = stored_bytes(config, 24, 33 - 24, bits), stored_bytes(config, 0, 1)
@@ -113,7 +147,7 @@ def test_where_a_quantised_cache_has_a_window_hidden_tokens_of_the_first_group_a
     for new_tokens in 3, 4:
         bench = bench_of("0s_1s", "quantized", Workload(20, new_tokens, rounds=1), **options)
         bench.inspect()
-        config = bench.contender.config
+        config = bench.contender.model.config
         length = 20 + new_tokens - 1
         first, edge = (length - config.sliding_window + 1) // 2 * 2, (length - 1) // 2 * 2
         expected = 2 * stored_bytes(config, edge - first, length - edge + 1, group=2)
@@ -142,7 +176,7 @@ def test_the_batch_in_a_budget_grows_by_the_plans_factor(layer_types, factor):
     workload = Workload(prompt_length=9, new_tokens=3, kv_budget=6 * one + 5, rounds=1)
     models = {each: tiny_model(each) for each in ("0_1_2_3_4_5_6_7", layer_types)}
     llama, shared = (
-        result.budget_batch for result in measure(combine(models, choose_caches(["dynamic"], {})), workload)
+        result.budget_batch for result in measure(combine(models, choose_caches(["dynamic"], {})), workload)[0]
     )
     assert (llama.batch_size, shared.batch_size) == (6, int(6 * factor))
     for batch in (llama, shared):
@@ -166,7 +200,7 @@ def test_a_budget_too_small_for_one_token_is_refused_with_both_numbers():
     contenders = combine({"mine": tiny_model("0_1")}, choose_caches(["dynamic"], {}))
     with pytest.raises(UserError, match="^kv_budget=255: one token of one sequence needs 256 bytes of KV in mine; "):
         measure(contenders, Workload(9, 3, kv_budget=255, rounds=1))
-    assert measure(contenders, Workload(1, 1, kv_budget=512, rounds=1))[0].budget_batch.batch_size == 1
+    assert measure(contenders, Workload(1, 1, kv_budget=512, rounds=1))[0][0].budget_batch.batch_size == 1
 
 
 def test_the_budget_leads_to_no_more_than_the_largest_batch_allowed():
@@ -212,7 +246,9 @@ def test_contenders_take_turns(monkeypatch):
     run_round = Bench.run_round
     monkeypatch.setattr(Bench, "run_round", lambda bench: (turns.append(bench.result.label), run_round(bench))[1])
     models = {each: tiny_model(each) for each in ("0_1", "0_0", "1_1")}
-    results = measure(combine(models, choose_caches(["dynamic"], {})), Workload(9, 3, batch_sizes=(1, 2), rounds=3))
+    contenders = combine(models, choose_caches(["dynamic"], {}))
+    results, num_rounds = measure(contenders, Workload(9, 3, batch_sizes=(1, 2), rounds=3))
+    assert num_rounds == 3
     assert turns == ["0_1", "0_0", "1_1"] * 3
     for result in results:
         assert len(result.prefill_seconds) == len(result.first_token_seconds) == 3
@@ -236,19 +272,18 @@ def interrupt_turn(monkeypatch, number):
 def test_ctrl_c_leaves_the_rounds_that_all_contenders_have_ended(monkeypatch):
     interrupt_turn(monkeypatch, 5)
     contenders = combine({each: tiny_model(each) for each in ("0_1", "0_0")}, choose_caches(["dynamic"], {}))
-    with pytest.raises(InterruptedMeasurement) as caught:
-        measure(contenders, Workload(9, 3, rounds=4))
-    assert caught.value.num_rounds == 2
-    for result in caught.value.results:
+    results, num_rounds = measure(contenders, Workload(9, 3, rounds=4))
+    assert num_rounds == 2
+    for result in results:
         times = result.prefill_seconds, result.first_token_seconds, result.batch(1).seconds
         assert [len(seconds) for seconds in times] == [2, 2, 2]
 
 
 def test_ctrl_c_in_the_first_round_leaves_nothing(monkeypatch):
     interrupt_turn(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        measure(combine({"m": tiny_model("0_1")}, choose_caches(["dynamic"], {})), WORKLOAD)
-    assert not isinstance(caught.value, InterruptedMeasurement)
+    contenders = combine({each: tiny_model(each) for each in ("0_1", "0_0")}, choose_caches(["dynamic"], {}))
+    with pytest.raises(KeyboardInterrupt):
+        measure(contenders, WORKLOAD)
 
 
 def test_prompts_are_the_same_for_all_and_prefill_settings_count():
@@ -289,7 +324,7 @@ def test_what_fails_fails_alone(odd_caches):
     caches = choose_caches(["dynamic", "broken", "too_big", {"name": "static", "max_length": 5}], {})
     contenders = combine({"fine": tiny_model("0_1")}, caches) + combine({"nan": nan}, choose_caches(["dynamic"], {}))
     workload = Workload(9, 3, batch_sizes=(1, 5), kv_budget=10**5, rounds=2)
-    fine, broken, too_big, short, no_number = measure(contenders, workload)
+    (fine, broken, too_big, short, no_number), _ = measure(contenders, workload)
     assert fine.error is None and all(len(batch.seconds) == 2 for batch in fine.batches)
     assert broken.error == "head_dim=8: is not divisible by 3"
     assert too_big.error is None

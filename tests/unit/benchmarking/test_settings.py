@@ -1,14 +1,18 @@
 """What a benchmark's configuration means, and what is refused in it."""
 
 import pytest
+import torch
 
 from lckv import cli
+from lckv.benchmark import load_models
 from lckv.benchmarking.settings import (
     DEFAULT_PATTERNS,
     build_workload,
     check_iteration,
+    checkpoint_labels,
     random_models,
 )
+from lckv.config import BenchmarkConfig
 from lckv.errors import UserError
 from lckv.hydra_store import config_dir
 from lckv.patterns import build_layer_types
@@ -67,6 +71,22 @@ def test_a_pattern_that_yaml_has_made_a_number_is_refused():
     cfg.patterns = [222]
     with pytest.raises(UserError, match=r"patterns\[0\]=222: must be text.*write it in quotes"):
         random_models(cfg)
+
+
+def test_checkpoints_are_called_by_what_tells_them_apart():
+    labels = checkpoint_labels(["runs/a/model", "runs/b/model/", "c", "yoco"], taken=["yoco"])
+    assert labels == {"model": "runs/a/model", "b/model": "runs/b/model/", "c": "c", "yoco ": "yoco"}
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2)
+    arguments = dict.fromkeys(("a", "b"), {"layer_types": "0_0", **sizes})
+    models = load_models(BenchmarkConfig(device="cpu", dtype="bfloat16", seed=1), arguments)
+    first, again = models.values()
+    (other,) = load_models(BenchmarkConfig(device="cpu", seed=2), {"a": arguments["a"]}).values()
+    assert (first.dtype, other.dtype) == (torch.bfloat16, torch.float32) and not first.training
+    assert torch.equal(first.lm_head.weight, again.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight.bfloat16())
 
 
 @pytest.mark.parametrize(("passes", "tolerance", "name"), [(3, None, "passes"), (None, 0.1, "tolerance")])

@@ -6,25 +6,10 @@ import torch
 from lckv.cache import PagedKVCache, load_cache, save_cache
 from lckv.cache.paged.pages import OutOfPagesError, PageAllocator
 from lckv.errors import UserError
+from tests.contract.caches import MIXED, assert_close, exact_model
 from tests.reference import PATTERNS, exact_logits, tiny_model, token_ids
 
-MIXED = ["0_0_2_2", "0s_1s_2_2", "0_3_3_3_4", "0_2s_2_2s"]
-
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-@pytest.fixture
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def exact_model(layer_types, **config):
-    return tiny_model(layer_types, forward_passes="converge", converge_tolerance=1e-9, **config)
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 class Texts:
@@ -268,14 +253,14 @@ def test_gathering_reads_what_a_loop_over_tokens_reads():
     texts = Texts(exact_model("0_0_2_2"), page_size=4)
     texts.feed(a=11)
     texts.feed(b=6)
-    layer, book = texts.cache.owners()[0], texts.cache.book
-    rows = [book.named[name] for name in "ab"]
+    layer = texts.cache.owners()[0]
+    rows = [texts.cache.named[name] for name in "ab"]
     texts.cache.select(["a", "b"])
     new = torch.randn(2, 2, 1, 8)
     keys, _ = layer.peek((new, new))
     for row, sequence in enumerate(rows):
         for position in range(sequence.length):
-            page = sequence.tables[0].pages[position // 4]
+            page = sequence.tables[None].pages[position // 4]
             column = keys.shape[2] - 1 - sequence.length + position
             assert torch.equal(keys[row, :, column], layer.keys[page, :, position % 4])
     assert torch.equal(keys[:, :, -1:], new)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lckv.cache.paged.pages import BlockTable, PageAllocator, PagedSequence, PageGroup, capacity_for, extend_hashes
+from lckv.cache.paged.pages import BlockTable, PageAllocator, PageGroup, capacity_for, extend_hashes
 
 
 def test_pages_are_freed_with_their_last_holder_and_reused():
@@ -69,10 +69,10 @@ def test_hashes_cover_everything_from_the_start():
 
 def test_a_window_frees_pages_that_it_has_passed():
     group = PageGroup(page_size=4, num_pages=None, window=6)
-    table = BlockTable()
+    table = BlockTable(group)
     for length in range(30):
-        group.reserve(table, length, 1)
-        group.trim(table, length + 1)
+        table.reserve(length, 1)
+        table.trim(length + 1)
         first = max(0, length + 1 - 6) // 4
         assert sorted(table.pages) == list(range(first, length // 4 + 1))
         assert len(table.pages) == group.count_pages(length + 1) == group.allocator.num_used
@@ -81,18 +81,18 @@ def test_a_window_frees_pages_that_it_has_passed():
 
 def test_a_long_piece_takes_pages_for_the_window_only():
     group = PageGroup(page_size=4, num_pages=None, window=6)
-    assert group.count_needed([(BlockTable(), 0, 1000)]) == 2
+    assert group.count_needed([(BlockTable(group), 0, 1000)]) == 2
     group.record_past = True
-    assert group.count_needed([(BlockTable(), 0, 1000)]) == 250
+    assert group.count_needed([(BlockTable(group), 0, 1000)]) == 250
 
 
 def test_equal_beginnings_are_found_in_windowed_layers_if_the_window_is_there():
     group = PageGroup(page_size=2, num_pages=None, window=3)
-    table = BlockTable()
-    group.reserve(table, 0, 8)  # the window keeps tokens 5 to 7, so pages 2 and 3 are written
+    table = BlockTable(group)
+    table.reserve(0, 8)  # the window keeps tokens 5 to 7, so pages 2 and 3 are written
     table.first_kept = 4
     hashes = extend_hashes([], range(8), 2)
-    group.register(table, hashes)
+    table.register(hashes)
     # The token behind four pages sees tokens 6 and 7, the one behind three 4 and 5; 2 and 3 were never written.
     assert group.find_beginnings(hashes) == [False, False, True, True]
     adopted = group.adopt(hashes)
@@ -114,7 +114,7 @@ class Model:
         length, group = len(tokens), self.group
         if not group.allocator.has_room(group.count_needed([(table, length, num_new)])):
             return
-        for source, target in group.reserve(table, length, num_new):
+        for source, target in table.reserve(length, num_new):
             for place in range(group.page_size):
                 self.pool[target, place] = self.pool.get((source, place))
         first = group.first_written(length, num_new)
@@ -124,9 +124,7 @@ class Model:
             if position >= first:
                 page, place = divmod(position, group.page_size)
                 self.pool[table.pages[page], place] = self.next_token
-        if first > length:
-            table.first_kept = first
-        group.trim(table, len(tokens))
+        table.settle(length, num_new)
 
     def check(self):
         group = self.group
@@ -154,29 +152,29 @@ def test_no_sequence_ever_sees_anothers_tokens(page_size, num_pages, window, act
     for action, which, amount in actions:
         sequence = model.sequences[which % len(model.sequences)] if model.sequences else None
         if action == "a" or sequence is None:
-            model.sequences.append((BlockTable(), []))
+            model.sequences.append((BlockTable(model.group), []))
         elif action == "w":
             model.write(sequence, amount)
         elif action == "f":
-            model.sequences.append((model.group.share(sequence[0]), list(sequence[1])))
+            model.sequences.append((sequence[0].share(), list(sequence[1])))
         elif action == "r":
-            model.group.release(sequence[0])
+            sequence[0].cut(0)
             model.sequences = [other for other in model.sequences if other is not sequence]
-        elif model.group.can_go_back_to(sequence[0], max(0, len(sequence[1]) - amount)):
+        elif sequence[0].can_go_back_to(max(0, len(sequence[1]) - amount)):
             del sequence[1][max(0, len(sequence[1]) - amount) :]
-            model.group.cut(sequence[0], len(sequence[1]))
-            model.group.trim(sequence[0], len(sequence[1]))
+            sequence[0].cut(len(sequence[1]))
+            sequence[0].trim(len(sequence[1]))
         model.check()
 
 
 def test_of_two_writers_to_one_page_the_last_keeps_it():
     group = PageGroup(page_size=4, num_pages=2, window=None)
-    first = PagedSequence("first", [BlockTable()])
-    group.reserve(first.tables[0], 0, 2)
-    other = group.share(first.tables[0])
-    calls = [(first.tables[0], 2, 1), (other, 2, 1)]
+    first = BlockTable(group)
+    first.reserve(0, 2)
+    other = first.share()
+    calls = [(first, 2, 1), (other, 2, 1)]
     assert group.count_needed(calls) == 1
-    copies = [pair for call in calls for pair in group.reserve(*call)]
-    assert copies == [(0, 1)] and first.tables[0].pages == {0: 1} and other.pages == {0: 0}
+    copies = [pair for table, *call in calls for pair in table.reserve(*call)]
+    assert copies == [(0, 1)] and first.pages == {0: 1} and other.pages == {0: 0}
     with pytest.raises(RuntimeError, match="full"):
         group.allocator.allocate()

@@ -7,20 +7,14 @@ from lckv.cache import QuantizedKVCache, build_cache, load_cache, save_cache
 from lckv.cache.quantization import GroupCodec
 from lckv.cache.quantized import QuantizedLayer
 from lckv.errors import UserError
-from tests.contract.caches import plain_store
-from tests.reference import PATTERNS, tiny_config, tiny_model, token_ids
+from tests.contract.caches import exact_model, feed, plain_store
+from tests.reference import PATTERNS, tiny_config, token_ids
 
 HEAD_DIM = 8
 CODECS = (GroupCodec.along("channel", 4, 4, HEAD_DIM), GroupCodec.along("token", 4, 4, HEAD_DIM))
 TOLERANCES = {8: 0.004, 4: 0.06, 2: 0.25}  # root mean square of the error over the standard deviation of logits
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-@pytest.fixture
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def random_text(length, batch_size=2, seed=0):
@@ -198,21 +192,8 @@ def test_rows_move_with_their_codes():
 # --- whole caches --------------------------------------------------------------------------------------------------
 
 
-def feed(model, cache, input_ids, chunks, **options):
-    pieces, stop = [], 0
-    for chunk in input_ids.split(chunks, dim=1):
-        stop += chunk.shape[1]
-        masks = {name: mask[:, :stop] for name, mask in options.items()}
-        pieces.append(model(chunk, past_key_values=cache, **masks).logits)
-    return torch.cat(pieces, dim=1)
-
-
 def error(actual, expected):
     return float((actual - expected).square().mean().sqrt() / expected.std())
-
-
-def exact_model(layer_types, **config):
-    return tiny_model(layer_types, forward_passes="converge", converge_tolerance=1e-9, **config)
 
 
 @pytest.mark.parametrize("layer_types", PATTERNS[1::3])

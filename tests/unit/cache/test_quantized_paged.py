@@ -7,19 +7,11 @@ from lckv.cache import build_cache, load_cache, save_cache
 from lckv.cache.paged.quantized import QuantizedPagedKVCache
 from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
-from tests.contract.caches import live_bytes, no_grad  # noqa: F401
-from tests.reference import tiny_config, tiny_model, token_ids
+from tests.contract.caches import exact_model, feed, live_bytes
+from tests.reference import tiny_config, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 OPTIONS = {"layout": "paged", "group_size": 4}
-
-
-def exact_model(layer_types, **config):
-    return tiny_model(layer_types, forward_passes="converge", converge_tolerance=1e-9, **config)
-
-
-def feed(model, cache, input_ids, chunks):
-    return torch.cat([model(chunk, past_key_values=cache).logits for chunk in input_ids.split(chunks, dim=1)], dim=1)
 
 
 def pair(model, **options):
@@ -69,7 +61,7 @@ def test_beams_share_pages_until_they_write():
         for cache in caches:
             cache.reorder_cache(order)
     layer = caches[0].owners()[0]
-    assert len(layer.exact.pages) < 6 * 4
+    assert len(layer.exact) < 6 * 4
 
 
 def test_layers_of_a_group_encode_the_same_pages():
@@ -84,7 +76,7 @@ def test_layers_of_a_group_encode_the_same_pages():
             cache.fork_sequence("a", "b")
         first, last = cache.owners().values()
         assert first.exact == last.exact
-    assert len(first.exact.pages) < cache.num_used_pages() / 2
+    assert len(first.exact) < cache.num_used_pages() / 2
 
 
 def test_saved_pages_are_restored_bit_by_bit(tmp_path):

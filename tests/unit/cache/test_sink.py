@@ -9,8 +9,8 @@ from lckv.cache import CACHES, DynamicKVCache, build_cache
 from lckv.cache.saving import load_cache, save_cache
 from lckv.cache.sink import SinkKVCache, SinkLayer
 from lckv.errors import UserError
-from tests.contract.caches import plain_store
-from tests.reference import PATTERNS, tiny_config, tiny_model, token_ids
+from tests.contract.caches import assert_close, exact_model, plain_store
+from tests.reference import PATTERNS, tiny_config, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -18,12 +18,6 @@ SINKS, WINDOW = 2, 5
 LENGTH = 20
 YOCO = "0s_1s_2_2"
 MIXED = ["0_0_2_2", YOCO, "0_3_3_3_4", "0_2s_2_2s", "2_0s_2s_0"]
-
-
-@pytest.fixture
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 # --- the definition ------------------------------------------------------------------------------------------------
@@ -110,12 +104,6 @@ def compute_streaming_logits(model, input_ids, num_sinks, window):
 # --- helpers -------------------------------------------------------------------------------------------------------
 
 
-def exact_model(layer_types, **config):
-    model = tiny_model(layer_types, forward_passes="converge", converge_tolerance=1e-9, **config)
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    return model
-
-
 def new_cache(model, num_sinks=SINKS, window=WINDOW):
     return SinkKVCache(model.config, num_sinks=num_sinks, window=window)
 
@@ -136,10 +124,6 @@ def feed_at_text_positions(model, cache, input_ids, attention_mask=None):
             options = {"position_ids": (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0), "attention_mask": mask}
         logits.append(model(input_ids[:, offset : offset + 1], past_key_values=cache, **options).logits)
     return torch.cat(logits, dim=1)
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 # --- exactness -----------------------------------------------------------------------------------------------------

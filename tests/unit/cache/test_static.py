@@ -8,14 +8,8 @@ from transformers import CompileConfig
 from lckv.cache import StaticKVCache, build_cache
 from lckv.cache.static import StaticLayer, StaticRingLayer
 from lckv.errors import UserError
-from tests.contract.caches import plain_store
+from tests.contract.caches import exact_model, plain_store
 from tests.reference import tiny_model, token_ids
-
-
-def exact_model(layer_types, **config):
-    model = tiny_model(layer_types, forward_passes="converge", converge_tolerance=1e-9, **config)
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    return model
 
 
 def buffer_addresses(cache):

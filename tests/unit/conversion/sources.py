@@ -10,8 +10,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lckv import cli, convert
 from lckv.conversion.heads import Tensors
+from lckv.conversion.methods import Group, make_tensors
 from lckv.conversion.source import expected_shapes
-from lckv.conversion.target import ConvertedTensors
+from lckv.conversion.target import converted_tensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import parse_layer_types
 from tests.reference import tiny_config
@@ -77,8 +78,11 @@ def convert_tensors(
     """The tensors of a converted model, without any file, and an empty model for them."""
     plan = parse_layer_types(layer_types)
     target = LCKVLlamaForCausalLM(LCKVLlamaConfig.from_dict(config.to_dict(), layer_types=layer_types)).eval()
-    converted = ConvertedTensors(tensors, config, plan, expected_shapes(target.config), method, **options)
-    return {name: converted.read(name) for name in target.state_dict()}, target
+
+    def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
+        return make_tensors(method, Group(owner, readers, tensors, config, **options))
+
+    return dict(converted_tensors(tensors, plan, expected_shapes(target.config), method, make)), target
 
 
 def convert_model(model: LCKVLlamaForCausalLM, layer_types: str, method: str, **options: Any) -> LCKVLlamaForCausalLM:

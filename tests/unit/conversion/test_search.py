@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from lckv import cli
 from lckv.config import DataConfig, SearchConfig, validate
 from lckv.conversion.calibration import collect_moments
-from lckv.conversion.merging import Reach
-from lckv.conversion.pattern_search import PatternSearch, ScoredPattern, SearchLimits, SearchTrace
+from lckv.conversion.pattern_search import PatternSearch, Reach, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.search_report import KVCount, SearchReport, write_report
 from lckv.conversion.search_session import SearchSession
@@ -51,7 +50,8 @@ def search(converter, num_owners, directions="down", batch=None, **limits):
     trace = SearchTrace()
     reach = Reach.of(directions, limits.pop("max_distance", 9))
     scorer = Scorer(converter, batch or text(2, 2))
-    PatternSearch(converter, scorer, SearchLimits(reach, num_owners, **limits)).run(trace)
+    steps = list(PatternSearch(scorer, SearchLimits(reach, num_owners, **limits)).run(trace))
+    assert steps == trace.frontier[1:]
     return trace
 
 

@@ -8,10 +8,11 @@ import torch
 
 from lckv import cli
 from lckv.conversion.calibration import batches_of, choose_blocks, collect_moments
-from lckv.conversion.settings import adopt_source, plan_of
-from lckv.data import build_dataset
+from lckv.conversion.settings import adopt_source
+from lckv.data.dataset import build_dataset
 from lckv.errors import UserError
 from lckv.loading import load_model
+from lckv.model_arguments import resolve_plan
 from lckv.models.families import read_config
 from tests.reference import tiny_config, token_ids
 from tests.tiny import byte_tokenizer
@@ -41,16 +42,16 @@ def test_sizes_are_the_sources_and_every_layer_reads_itself(name):
     config, layer_types = CONFIGS[name]
     source = read_config(config.to_dict())
     cfg = adopted(source)
-    assert plan_of(cfg).layer_types == layer_types
+    assert resolve_plan(cfg).layer_types == layer_types
     assert cfg.model.hidden_size == 32 and cfg.model.num_hidden_layers == 3 and cfg.model.vocab_size == 300
     assert cfg.model.head_dim == source.head_dim and cfg.model.tie_word_embeddings == source.tie_word_embeddings
 
 
 def test_patterns_come_from_the_sharing_group_too():
     source = tiny_config("0_1_2_3_4_5")
-    assert plan_of(adopted(source, "sharing=cla")).layer_types == "0_0_2_2_4_4"
-    assert plan_of(adopted(source, config_name="train")).has_cycles  # whose default is LCKV's own pattern
-    assert plan_of(adopted(source, "sharing=llama", config_name="train")).layer_types == "0_1_2_3_4_5"
+    assert resolve_plan(adopted(source, "sharing=cla")).layer_types == "0_0_2_2_4_4"
+    assert resolve_plan(adopted(source, config_name="train")).has_cycles  # whose default is LCKV's own pattern
+    assert resolve_plan(adopted(source, "sharing=llama", config_name="train")).layer_types == "0_1_2_3_4_5"
 
 
 def test_settings_that_a_source_leaves_open_arrive_in_the_model(tmp_path):

@@ -12,8 +12,8 @@ import torch
 
 from lckv.config import DataConfig, EvaluationConfig, PerplexityConfig, SpeedConfig
 from lckv.errors import UserError
-from lckv.evaluation import MODULES, evaluations
-from lckv.evaluation.evaluations import Subject, find_evaluation, run_evaluations, scalar_figures
+from lckv.evaluation import evaluations
+from lckv.evaluation.evaluations import FUNCTIONS, Subject, find_evaluation, run_evaluations, scalar_figures
 from lckv.evaluation.results_file import ResultsFile
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer
@@ -50,7 +50,7 @@ def test_one_that_fails_keeps_no_other_from_its_figures(subject: Subject, monkey
     assert settings["cache"] == {"name": "paged"} and settings["data"]["name"] == "bible"
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_evaluation_is_where_the_table_says(name: str):
     assert callable(find_evaluation(name))
 

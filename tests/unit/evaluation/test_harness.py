@@ -17,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lckv.cache import build_cache
 from lckv.config import DataConfig, EvaluationConfig, HarnessConfig
-from lckv.data import build_source
+from lckv.data.sources import build_source
 from lckv.errors import UserError
-from lckv.evaluation import harness_model, harness_tasks, held_out_tasks
-from lckv.evaluation.evaluations import Subject, find_evaluation
-from lckv.evaluation.harness_model import num_rows_that_fit, score
+from lckv.evaluation import harness_tasks, held_out_tasks
+from lckv.evaluation.evaluations import Subject, run_evaluations
+from lckv.evaluation.harness import harness, make_language_model, num_rows_that_fit, score
 from lckv.evaluation.harness_tasks import load_tasks
 from tests.reference import tiny_model, token_ids
 from tests.tiny import byte_tokenizer
@@ -58,7 +58,7 @@ def make_subject(model=None, cache=None, **options):
 def run(subject=None, **options):
     options = {"tasks": BOTH, "limit": 8, "batch_size": 8, "bootstrap_iters": 0} | options
     config = EvaluationConfig(harness=HarnessConfig(**options))
-    return find_evaluation("harness")(subject or make_subject(), config)
+    return harness(subject or make_subject(), config)
 
 
 def write_task(folder, name, **config):
@@ -246,7 +246,10 @@ def test_the_process_is_left_as_it_was(tmp_path, capfd, caplog, monkeypatch):
     expected = _draw_after_seeds()
     _seed_all()
     level = logging.getLogger("lm_eval").level
-    run(subject, tasks=["noisy"], include_path=str(tmp_path), limit=2, batch_size="auto")
+    options = {"tasks": ["noisy"], "include_path": str(tmp_path), "limit": 2, "batch_size": "auto"}
+    cfg = EvaluationConfig(["harness"], harness=HarnessConfig(**options, bootstrap_iters=0))
+    ((_, figures),) = run_evaluations(subject, cfg, {})
+    assert set(figures["tasks"]) == {"noisy"}
     assert _draw() == expected
     assert "SET_BY_A_TASK" not in os.environ and logging.getLogger("lm_eval").level == level
     assert subject.model.training and subject.tokenizer.pad_token is None
@@ -518,6 +521,4 @@ def test_a_batch_that_fits_into_memory():
     model = make_model()
     assert num_rows_that_fit(model, 10, 64) == 64
     assert num_rows_that_fit(model, 10**15, 64) == 1
-    assert (
-        harness_model.make_language_model(make_subject(model), HarnessConfig(batch_size="auto")).batch_size == "auto"
-    )
+    assert make_language_model(make_subject(model), HarnessConfig(batch_size="auto")).batch_size == "auto"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from lckv.evaluation.heatmap import draw_needle, needle_figure
+from lckv.charts import save_chart
+from lckv.evaluation.heatmap import draw_needle
 
 
 def figures(num_lengths: int = 4, num_depths: int = 5) -> dict:
@@ -25,32 +26,32 @@ def figures(num_lengths: int = 4, num_depths: int = 5) -> dict:
 
 def test_cells_say_what_was_measured_in_colours_from_0_to_1():
     given = figures()
-    drawn = needle_figure(given, "a run")
+    drawn = draw_needle(given)
     accuracy, choice, colors = drawn.axes
     for axes, name in ((accuracy, "accuracy"), (choice, "choice_accuracy")):
         texts = [[f"{value:.2f}" for value in row] for row in given[name]]
         assert [text.get_text() for text in axes.texts] == sum(texts, [])
-        image = axes.images[0]
-        assert np.array_equal(image.get_array(), given[name]) and image.get_clim() == (0, 1)
+        cells = axes.collections[0]
+        assert np.array_equal(cells.get_array(), given[name]) and cells.get_clim() == (0, 1)
         assert [label.get_text() for label in axes.get_xticklabels()] == ["512", "1,024", "1,536", "2,048"]
         assert axes.get_xlabel() == "prompt (tokens)"
     assert [label.get_text() for label in accuracy.get_yticklabels()] == ["0%", "25%", "50%", "75%", "100%"]
     assert accuracy.yaxis_inverted() and accuracy.get_ylabel() == "depth of the needle"
     assert "chance: 0.1" in choice.get_title(loc="left") and "10 prompts" in colors.get_ylabel()
-    assert drawn.get_suptitle() == "a run"
+    assert drawn.get_suptitle() == "needle in a haystack"
 
 
 def test_numbers_can_be_read_on_every_colour():
-    axes = needle_figure(figures(), "a run").axes[0]
+    axes = draw_needle(figures()).axes[0]
     for text in axes.texts:
-        background = np.array(axes.images[0].to_rgba(float(text.get_text()))[:3]) @ [0.299, 0.587, 0.114]
-        assert abs(background - (text.get_color() == "white")) > 0.4
+        background = np.array(axes.collections[0].to_rgba(float(text.get_text()))[:3]) @ [0.299, 0.587, 0.114]
+        assert abs(background - (text.get_color() == "#fdfdfc")) > 0.4
 
 
 @pytest.mark.parametrize(("name", "start"), [("needle.png", b"\x89PNG"), ("needle.svg", b"<?xml")])
 @pytest.mark.parametrize("size", [(1, 1), (9, 3)])
 def test_pictures_are_never_half_written(tmp_path: Path, name: str, start: bytes, size):
     before = pyplot.get_fignums()
-    draw_needle(figures(*size), tmp_path / name, "a run")
+    save_chart(draw_needle(figures(*size)), tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(start)
     assert [path.name for path in tmp_path.iterdir()] == [name] and pyplot.get_fignums() == before

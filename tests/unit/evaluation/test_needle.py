@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from lckv.cache import build_cache
 from lckv.config import DataConfig, EvaluationConfig, NeedleConfig, TokenizerConfig
-from lckv.data import build_source, build_tokenizer
+from lckv.data.sources import build_source
+from lckv.data.tokenizer import build_tokenizer
 from lckv.errors import UserError
-from lckv.evaluation.evaluations import EVALUATIONS, Subject
-from lckv.evaluation.haystack import NUM_CANDIDATES, Haystack
-from lckv.evaluation.needle import needle
+from lckv.evaluation.evaluations import Subject, run_evaluations
+from lckv.evaluation.needle import NUM_CANDIDATES, Haystack, needle
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer
 from tests.unit.evaluation.models import Bigram, InductionHead
@@ -136,7 +136,7 @@ def test_special_tokens_in_a_text_are_text():
 
 
 def test_no_more_text_is_read_than_is_of_use(text: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lckv.evaluation.haystack._ENOUGH_TOKENS", 10)
+    monkeypatch.setattr("lckv.evaluation.needle._ENOUGH_TOKENS", 10)
     texts = iter([text[:2000]] * 10)
     assert 3000 < len(Haystack(byte_tokenizer(), texts, 3000)) <= 4002 and len(list(texts)) == 8
 
@@ -199,18 +199,17 @@ def test_default_lengths_mode_random_state_and_picture(data: DataConfig, tmp_pat
     tokenizer = byte_tokenizer()
     model = tiny_model("0_0", vocab_size=len(tokenizer), max_position_embeddings=400).train()
     states = random.getstate(), torch.get_rng_state()
-    figures = EVALUATIONS["needle"](
-        Subject(model, tokenizer, data, folder=tmp_path), config(lengths=None, depths=[1.0], num_samples=1)
-    )
+    subject = Subject(model, tokenizer, data, folder=tmp_path)
+    cfg = config(lengths=None, depths=[1.0], num_samples=1)
+    ((_, figures),) = run_evaluations(subject, cfg, {})
     num_tokens = Haystack(tokenizer, [Path(data.validation_files).read_text()], 400).answer_length
     longest = 400 - (num_tokens - 1)
     assert figures["lengths"] == [longest // 4, longest // 2, longest * 3 // 4, longest]
     for trained_length, expected in ((200, [100, 150, 200]), (300, [75, 150, 225, 300])):  # 50 hold no text
         subject = Subject(model, tokenizer, data, trained_length=trained_length)
-        cfg = config(lengths=None, depths=[1.0], num_samples=1)
-        assert EVALUATIONS["needle"](subject, cfg)["lengths"] == expected
+        assert needle(subject, cfg)["lengths"] == expected
     with pytest.raises(UserError, match=r"needle.lengths: give some; needle and question are 7\d tokens"):
-        EVALUATIONS["needle"](Subject(model, tokenizer, data, trained_length=64), cfg)
+        needle(Subject(model, tokenizer, data, trained_length=64), cfg)
     assert model.training and random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
 

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from lckv.cache import build_cache
 from lckv.config import DataConfig, EvaluationConfig, PerplexityConfig
-from lckv.data import build_dataset
+from lckv.data.dataset import build_dataset
 from lckv.errors import UserError
-from lckv.evaluation.evaluations import Subject
+from lckv.evaluation.evaluations import Subject, run_evaluations
 from lckv.evaluation.perplexity import evaluate_perplexity
 from lckv.evaluation.sliding import Window, cut_windows, evaluate_sliding, score_windows
 from tests.contract.caches import MIXED, VARIANTS, exact_model, new_cache
@@ -204,12 +204,13 @@ def test_what_a_cache_loses_is_measured():
     assert abs(rounded - expected) > 1e-4 * expected
 
 
-def test_mode_and_gradients_are_left_alone():
-    model = tiny_model("0_0_2_2", attention_dropout=0.5).train()
+def test_mode_and_gradients_are_left_alone(data: DataConfig):
+    model = tiny_model("0_0_2_2", vocab_size=VOCAB_SIZE, attention_dropout=0.5).train()
+    subject, cfg = Subject(model, byte_tokenizer(), data), EvaluationConfig(["perplexity"])
     state = torch.get_rng_state()
-    first = score_windows(model, WINDOWS, batch_size=4)
+    ((_, first),) = run_evaluations(subject, cfg, {})
     assert model.training and torch.equal(torch.get_rng_state(), state)
-    assert score_windows(model, WINDOWS, batch_size=4) == first
+    assert dict(run_evaluations(subject, cfg, {})) == {"perplexity": first}
     model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
 
 

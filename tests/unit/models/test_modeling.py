@@ -85,7 +85,7 @@ def test_any_pattern_parallel_cached_checkpointed_and_token_by_token_agree(layer
             assert_close(other.grad, parameter.grad), name
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(layer_types_strings)
 def test_any_pattern_compiles_in_one_graph(layer_types):
     torch._dynamo.reset()
@@ -95,7 +95,10 @@ def test_any_pattern_compiles_in_one_graph(layer_types):
     assert_close(compiled(input_ids, use_cache=False).logits, model(input_ids, use_cache=False).logits, 1e-6)
 
 
-@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_2_2_3", pytest.param("1s_1s_3s_3s", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layer_types",
+    ["0_2_2", pytest.param("0_0_2_2", marks=pytest.mark.slow), pytest.param("1s_1s_3s_3s", marks=pytest.mark.slow)],
+)
 def test_compiled_in_one_graph_equals_eager(layer_types):
     torch._dynamo.reset()
     model = tiny_model(layer_types, forward_passes=1).train()

@@ -5,9 +5,9 @@ from pandas import DataFrame
 from scipy import stats
 
 from lckv.reporting.analysis import analyse, budgets_of, pareto_front, show_fraction
+from lckv.reporting.metrics import Comparison, adjust, compare, summarize
 from lckv.reporting.runs import read_runs
 from lckv.reporting.sentences import answers, show_p, status
-from lckv.reporting.statistics import Comparison, adjust, compare, summarize
 from tests.unit.reporting.sweeps import write_failure, write_run
 
 

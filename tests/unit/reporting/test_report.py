@@ -18,8 +18,7 @@ from lckv.overrides import name_the_first
 from lckv.report import main
 from lckv.reporting.analysis import analyse
 from lckv.reporting.pictures import pictures_of
-from lckv.reporting.pictures.base import draw_panel
-from lckv.reporting.pictures.style import PALETTE, RC, styles_of
+from lckv.reporting.pictures.base import PALETTE, RC, draw_panel, styles_of
 from lckv.reporting.runs import read_runs
 from lckv.reporting.tables import main_table, tables_of
 from lckv.reporting.writing import check_out, figures_of, render, write_report

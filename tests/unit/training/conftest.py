@@ -12,11 +12,12 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from lckv.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TrainerConfig
-from lckv.data import TokenizedData, build_dataset, build_tokenizer
+from lckv.data.dataset import TokenizedData, build_dataset
+from lckv.data.tokenizer import build_tokenizer
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.training.arguments import build_training_arguments
-from lckv.training.evaluation_callback import build_evaluate
+from lckv.training.callbacks import build_evaluate
 from lckv.training.run_folder import RunFolder
 from lckv.training.session import Session
 

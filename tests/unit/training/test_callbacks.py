@@ -16,7 +16,6 @@ from lckv.training.callbacks import (
     FiguresCallback,
     ProgressCallback,
     RhythmCallback,
-    ThroughputCallback,
     check_sample_prompt,
     format_duration,
     sample_text,
@@ -40,21 +39,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def throughput(**settings) -> ThroughputCallback:
+def throughput(**settings) -> FiguresCallback:
     defaults = {
         "tokens_per_step": 1000,
         "num_blocks": 40,
         "global_batch_size": 10,
         "flops_per_token": 1e9,
         "precision": "bf16",
+        "bytes_per_token": 4.0,
     }
-    return ThroughputCallback(**{**defaults, **settings})
+    return FiguresCallback(**{**defaults, **settings})
 
 
 ARGS = SimpleNamespace(device=torch.device("cpu"), world_size=2)
 
 
-def take_steps(callback: ThroughputCallback, state: TrainerState, clock: Clock, seconds: list[float]) -> None:
+def take_steps(callback: FiguresCallback, state: TrainerState, clock: Clock, seconds: list[float]) -> None:
     for second in seconds:
         clock.now += second
         state.global_step += 1
@@ -130,12 +130,14 @@ def test_prompt_without_a_token_is_refused(corpus):
         check_sample_prompt(without_bos, "")
 
 
-def test_perplexity_and_bits_per_byte():
-    logs = log(FiguresCallback(bytes_per_token=4.0), TrainerState(), loss=2.0794415416798357)
+@pytest.mark.parametrize(("bytes_per_token", "bits"), [(4.0, 3 / 4), (None, None)])
+def test_perplexity_and_bits_per_byte(clock: Clock, bytes_per_token: float | None, bits: float | None):
+    callback, state = throughput(bytes_per_token=bytes_per_token), TrainerState(max_steps=10)
+    callback.on_train_begin(ARGS, state, TrainerControl())
+    take_steps(callback, state, clock, [1.0])
+    logs = log(callback, state, loss=2.0794415416798357)
     assert logs["perplexity"] == pytest.approx(8.0)
-    assert logs["bits_per_byte"] == pytest.approx(3 / 4)
-    assert "bits_per_byte" not in log(FiguresCallback(None), TrainerState(), loss=1.0)
-    assert log(FiguresCallback(4.0), TrainerState(), eval_loss=1.0) == {"eval_loss": 1.0}
+    assert logs.get("bits_per_byte") == (bits and pytest.approx(bits))
 
 
 @pytest.mark.parametrize(

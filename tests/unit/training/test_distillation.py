@@ -144,7 +144,7 @@ def test_the_loss_of_a_step_by_hand(make_session: MakeSession, build_teacher, mi
     )
     scales = session.trainer.distillation_loss.scales
     totals, count = dict.fromkeys(PARTS, 0.0), 0
-    for index in session.trainer.order.slice(0, 4):
+    for index in list(session.trainer.order)[:4]:
         batch = {name: value[None] for name, value in session.data.train[index].items()}
         labels = batch.pop("labels")[0, 1:]
         scored = labels != -100

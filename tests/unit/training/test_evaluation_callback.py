@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState
 from lckv.config import EvaluationConfig, HarnessConfig, NeedleConfig, PerplexityConfig, RecallConfig, SpeedConfig
 from lckv.errors import UserError
 from lckv.evaluation import evaluations
-from lckv.training.evaluation_callback import EvaluationsCallback
+from lckv.training.callbacks import EvaluationsCallback
 from lckv.training.session import Session
 from tests.unit.training.test_callbacks import ARGS, Clock, clock, log, take_steps, throughput  # noqa: F401
 
@@ -132,7 +132,7 @@ def test_one_process_evaluates_and_the_others_wait():
 def test_evaluations_and_samples_come_before_the_clock_starts_again(make_session: MakeSession):
     names = [type(callback).__name__ for callback in make_session(evaluation=EVALUATION)._callbacks()]
     for name in "EvaluationsCallback", "SampleCallback":
-        assert names.index(name) < names.index("ThroughputCallback")
+        assert names.index(name) < names.index("FiguresCallback")
 
 
 def test_time_of_evaluations_is_left_out_of_the_speed(clock: Clock):  # noqa: F811

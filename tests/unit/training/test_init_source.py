@@ -12,7 +12,7 @@ from transformers.utils.logging import enable_progress_bar
 
 from lckv import cli, plan, train
 from lckv.config import InitConfig, ModelConfig, TokenizerConfig, TrainConfig
-from lckv.conversion import RECORD
+from lckv.conversion.target import RECORD
 from lckv.errors import UserError
 from lckv.loading import load_model
 from lckv.training.session import Session

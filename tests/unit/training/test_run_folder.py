@@ -59,7 +59,7 @@ RunFolder({str(folder.path)!r}).claim({{**{CONFIG!r}}}, wait=float("WAIT"))
     _, err = refused.communicate(timeout=50)
     assert f"UserError: run_dir={folder.path}: another process trains there; wait for it" in err
     assert waiting.poll() is None
-    folder.release()
+    folder.close()
     assert waiting.wait(timeout=50) == 0
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from lckv.config import EvaluationConfig
 from lckv.errors import UserError
-from lckv.evaluation.model_costs import cost_figures
 from lckv.training.session import check_can_shard
 from tests.reference import tiny_model
 
@@ -21,10 +20,9 @@ def test_sharded_models_must_pass_equally_often_in_every_process_and_are_not_eva
 
 def test_what_iso_keeps_equal_is_compared_with_the_llama_that_was_asked_for(make_session):
     settings = {"model__num_key_value_heads": 1, "model__layer_types": "0_0_2_2"}
-    assert make_session("without", **settings)._llama_sizes() is None
+    plain = make_session("without", **settings).run()
+    assert plain["kv_bytes"]["written"] == plain["kv_bytes_llama"]["written"] / 2
     session = make_session("with", iso="kv", **settings)
     assert session.model.config.num_key_value_heads == 2
-    llama = session._llama_sizes()
-    figures = cost_figures(session.model, 16, llama)
-    assert figures["kv_bytes"]["written"] == figures["kv_bytes_llama"]["written"]
-    assert (llama.num_key_value_heads, llama.intermediate_size) == (1, 64)
+    results = session.run()
+    assert results["kv_bytes"]["written"] == results["kv_bytes_llama"]["written"] == plain["kv_bytes_llama"]["written"]

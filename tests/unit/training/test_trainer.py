@@ -62,7 +62,7 @@ def test_accumulation_does_not_change_the_curve(make_session: MakeSession, refer
 
 def test_loss_is_the_mean_over_all_predicted_tokens_of_the_step(make_session: MakeSession):
     session = make_session("first", trainer__max_steps=1, trainer__micro_batch_size=1)
-    blocks = [session.data.train[index] for index in session.trainer.order.slice(0, 4)]
+    blocks = [session.data.train[index] for index in list(session.trainer.order)[:4]]
     losses, counts = [], []
     for block in blocks:
         batch = {name: value[None] for name, value in block.items()}
@@ -200,7 +200,7 @@ def test_loss_that_is_not_a_number_stops_the_run(make_session: MakeSession):
     for advice in ("optim.learning_rate", "trainer.max_grad_norm", "checkpoint-2"):
         assert advice in message
     dump = torch.load(session.folder.path / "nonfinite_step3_rank0.pt")
-    assert dump["block_indices"] == list(session.trainer.order.slice(10, 12))
+    assert dump["block_indices"] == list(session.trainer.order)[10:12]
     blocks = [session.data.train[index]["input_ids"] for index in dump["block_indices"]]
     assert torch.equal(dump["batch"]["input_ids"], torch.stack(blocks))
     assert [path.name for path in session.folder.checkpoints.path.iterdir()] == ["checkpoint-2"]
@@ -224,7 +224,7 @@ def test_micro_batch_whose_loss_is_not_a_number_is_told_from_the_others_of_its_s
     assert steps == list(range(1, step))  # the optimizer has seen nothing of the step that failed
     assert not any(value.isnan().any() for value in weights(session).values())
     dump = torch.load(session.folder.path / f"nonfinite_step{step}_rank0.pt")
-    assert dump["block_indices"] == list(session.trainer.order.slice(*blocks))
+    assert dump["block_indices"] == list(session.trainer.order)[slice(*blocks)]
     ids = [session.data.train[index]["input_ids"] for index in dump["block_indices"]]
     assert torch.equal(dump["batch"]["input_ids"], torch.stack(ids))
 

@@ -6,10 +6,19 @@ import json
 import pytest
 from rich.console import Console
 
-from lckv.benchmarking.folder import OutputFolder
-from lckv.benchmarking.measurements import BatchMeasurements, Measurements, Workload, median, ratio, tokens_per_second
-from lckv.benchmarking.plots import draw_results, plot_results
-from lckv.benchmarking.summary import as_dict, failures, growth, planned_growth, print_report
+from lckv.benchmarking.results import (
+    BatchMeasurements,
+    Measurements,
+    as_dict,
+    draw_results,
+    failures,
+    median,
+    print_report,
+    ratio,
+    tokens_per_second,
+)
+from lckv.benchmarking.settings import OutputFolder, Workload
+from lckv.charts import save_chart
 from lckv.costs import FlopsPerToken, KVBytes
 from lckv.errors import UserError
 
@@ -78,16 +87,19 @@ def test_the_data_has_every_figure():
 
 
 def test_growth_needs_both_batches():
-    assert growth(failed(), result("a", 1)) is None and planned_growth(result("a", 1), failed()) is None
+    def growths(mine, first):
+        candidate = as_dict([first, mine], WORKLOAD, ENVIRONMENT, 3)["candidates"][1]
+        return candidate["budget_growth"], candidate["planned_budget_growth"]
+
+    assert growths(failed(), result("a", 1)) == growths(result("a", 1), failed()) == (None, None)
     none_fits = result("a", 1)
-    none_fits.batches[1].batch_size = 0
-    assert growth(result("b", 2), none_fits) is None
-    assert planned_growth(result("b", 2), none_fits) == 8.0  # planned for one sequence where none fits
+    none_fits.batches[1].batch_size, none_fits.batches[1].seconds = 0, []
+    assert growths(result("b", 2), none_fits) == (None, 8.0)  # planned for one sequence where none fits
 
 
 def text_of(results, workload=WORKLOAD, num_rounds=3):
     console = Console(width=160, record=True, file=io.StringIO())
-    print_report(results, workload, ENVIRONMENT, num_rounds, console)
+    print_report(as_dict(results, workload, ENVIRONMENT, num_rounds), console)
     return console.export_text()
 
 
@@ -102,7 +114,7 @@ def test_the_tables_say_what_was_measured():
     assert "77 0.77x [50]" in text  # measured, to the first, and the plan's in brackets
     assert "written are the states that the cache is given" in text and "reads what it stores once per step" in text
     assert "b, batch 1: no room" in text and "broken: out of memory" in text
-    assert failures([other]) == ["b, batch 1: no room"]
+    assert failures(as_dict([other], WORKLOAD, ENVIRONMENT, 3)) == ["b, batch 1: no room"]
     assert "Largest batch" not in text_of([result("a", 1)], Workload(100, 10))
 
 
@@ -114,7 +126,7 @@ def test_an_interrupted_measurement_says_so():
 
 
 def test_the_picture_has_every_contender_and_figure():
-    figure = draw_results([result("a", 1), result("b", 2), failed()], WORKLOAD)
+    figure = draw_results(as_dict([result("a", 1), result("b", 2), failed()], WORKLOAD, ENVIRONMENT, 3))
     prefill, speed, kv_bytes, budget = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "prefill of 100 tokens (ms)",
@@ -140,7 +152,8 @@ def legend(axes):
 @pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
 def test_the_picture_is_written(tmp_path, ending, start):
     path = tmp_path / f"benchmark.{ending}"
-    plot_results([failed("first"), result("b", 2)], Workload(100, 10), path)
+    figures = as_dict([failed("first"), result("b", 2)], Workload(100, 10), ENVIRONMENT, 5)
+    save_chart(draw_results(figures), path)
     assert path.read_bytes().startswith(start)
     assert list(tmp_path.iterdir()) == [path]
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from lckv.byte_sizes import parse_budget
-from lckv.conversion.merging import (
+from lckv.conversion.pattern_search import (
     Reach,
     Span,
     Surrogate,

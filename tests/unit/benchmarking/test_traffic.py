@@ -2,7 +2,7 @@
 
 import torch
 
-from lckv.benchmarking.memory import peak_bytes
+from lckv.benchmarking.traffic import peak_bytes
 
 CPU = torch.device("cpu")
 MEGA = 1_000_000
