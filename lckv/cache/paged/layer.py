@@ -361,7 +361,7 @@ class PagedLayer(KVLayer):
         self.restore_pages(tensors)
 
     def saved_pages(self, pages: list[int]) -> dict[str, torch.Tensor]:
-        """What these pages hold, each stream `(num_pages, page_size, num_heads, head_dim)`."""
+        """What these pages hold, each stream `(num_pages, num_heads, page_size, head_dim)`."""
         return {name: pool[pages] for name, pool in self.tensors().items()}
 
     def restore_pages(self, saved: dict[str, torch.Tensor]) -> None:
