@@ -1,10 +1,13 @@
 """Settings of every test: one thread per process, no network, caches in a temporary folder."""
 
+import atexit
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from pathlib import Path
 os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
+    HF_HOME=tempfile.mkdtemp(prefix="hub-of-tests-"),  # not the user's
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
@@ -20,6 +24,8 @@ os.environ.update(
     WANDB_MODE="offline",
     MPLBACKEND="Agg",
 )
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

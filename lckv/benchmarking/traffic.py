@@ -43,7 +43,7 @@ class MeteredCodec(GroupCodec):
         return encoded
 
     def decode(self, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
-        """Counts, and decodes."""
+        """Counts, and decodes to `(batch, num_heads, kv_len, head_dim)`."""
         self.decoded_bytes += sum(tensor.nbytes for tensor in quantized)
         return super().decode(quantized, dtype)
 
@@ -101,7 +101,7 @@ class RecordsTraffic(KVCache):
         return self._counted(write, layer_idx) if self.quantises else write()
 
     def peek(self, streams: Streams, layer_idx: int) -> Streams:
-        """Peeks, and counts, without the new tokens, which are not stored."""
+        """Peeks, each `(batch, num_heads, kv_len, head_dim)`, and counts all but the new tokens."""
         peek = partial(super().peek, streams, layer_idx)
         return self._counted(peek, layer_idx, num_unstored=streams[0].shape[2]) if self.quantises else peek()
 

@@ -116,7 +116,7 @@ class KVCache(SharingCache, ABC):
         return sum(layer.num_bytes() for layer in self.owners().values())
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What has to be saved: tensors by unique names, and what JSON can hold."""
+        """What has to be saved: tensors `(batch, ...)` by unique names, and what JSON can hold."""
         tensors: dict[str, torch.Tensor] = {}
         scalars: dict[str, Any] = {}
         for owner, layer in self.owners().items():
@@ -125,7 +125,7 @@ class KVCache(SharingCache, ABC):
         return tensors, {"layers": scalars}
 
     def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-        """Takes on what `state` of a cache with the same options returned."""
+        """Takes on what `state` of a cache with the same options returned, tensors `(batch, ...)` and all else."""
         for owner, layer in self.owners().items():
             prefix = f"layers.{owner}."
             own_tensors = {
@@ -153,7 +153,10 @@ class KVCache(SharingCache, ABC):
         return tensors[0].shape[0] if tensors else -1
 
     def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
-        """Refuses a model whose owners keep something else than the cache was made for, or more of it."""
+        """Refuses a model whose owners keep something else than the cache was made for, or more of it.
+
+        `attention_mask` is as the model got it, `(batch, past + q_len)` with zeros at padding, 4D, or `None`.
+        """
         if config is self.config:  # true of almost every step, and looking closer takes time
             return
         allowed = "allowed is a cache made from the model's own configuration"
@@ -177,7 +180,7 @@ class KVCache(SharingCache, ABC):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`write` as transformers calls it, for owners of two streams."""
+        """`write` as transformers calls it, for owners of two streams `(batch, num_kv_heads, q_len, head_dim)`."""
         keys, values = self.write((key_states, value_states), layer_idx)
         return keys, values
 
@@ -205,7 +208,7 @@ class KVCache(SharingCache, ABC):
         return seen
 
     def peek(self, streams: Streams, layer_idx: int) -> Streams:
-        """What `write` would return, but keeps nothing."""
+        """What `write` would return, each `(batch, num_heads, kv_len, head_dim)`, but keeps nothing."""
         streams = self._in_stored_types(layer_idx, streams)
         if self.offloading:
             self._fetch(layer_idx, streams[0].device)

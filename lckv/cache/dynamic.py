@@ -14,11 +14,11 @@ class FullLayer(KVLayer):
     """Keeps every token, in tensors `(batch, num_heads, seq_len, head_dim)` that are never longer than the text."""
 
     def peek(self, streams: Streams) -> Streams:
-        """The cached tokens followed by the new ones."""
+        """The cached tokens followed by the new ones, each stream `(batch, num_heads, kv_len, head_dim)`."""
         return join(self.streams, streams) if self.is_initialized else streams
 
     def write(self, streams: Streams) -> Streams:
-        """Appends, and returns everything."""
+        """Appends, and returns everything, each stream `(batch, num_heads, kv_len, head_dim)`."""
         if not self.is_initialized:
             self.lazy_initialization(*streams)
         self.streams = join(self.streams, streams)  # a copy even at first: the model's are parts of larger tensors
@@ -57,7 +57,10 @@ class RingLayer(KVLayer):
         return self.num_kept
 
     def peek(self, streams: Streams) -> Streams:
-        """The last `window - 1` cached tokens, oldest first, followed by the new ones."""
+        """The last `window - 1` cached tokens, oldest first, followed by the new ones.
+
+        Each stream is `(batch, num_heads, min(past, window - 1) + q_len, head_dim)`.
+        """
         if not self.is_initialized:
             return streams
         num_past = min(self.seq_length, self.window - 1)  # a new token sees itself and that many before it
@@ -65,7 +68,7 @@ class RingLayer(KVLayer):
         return join(past, streams)
 
     def write(self, streams: Streams) -> Streams:
-        """Writes over the oldest tokens, and returns what the new tokens' queries see."""
+        """Writes over the oldest tokens, and returns what queries see, each `(batch, num_heads, kv_len, head_dim)`."""
         if not self.is_initialized:
             self.lazy_initialization(*streams)
         num_new = streams[0].shape[2]

@@ -55,12 +55,12 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """For transformers: the first stream."""
+        """For transformers: the first stream, `(batch, num_heads, kv_len, head_dim)`."""
         return self.streams[0] if self.streams else None
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """For transformers: the last stream."""
+        """For transformers: the last stream, `(batch, num_heads, kv_len, head_dim)`."""
         return self.streams[-1] if self.streams else None
 
     @property
@@ -79,10 +79,10 @@ class KVLayer(CacheLayerMixin):
 
     @abstractmethod
     def peek(self, streams: Streams) -> Streams:
-        """What `write` would return, but keeps nothing."""
+        """What `write` would return, each `(batch, num_heads, kv_len, head_dim)`, but keeps nothing."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`write` as transformers calls it, for stores of two streams."""
+        """`write` as transformers calls it, for stores of two streams `(batch, num_kv_heads, q_len, head_dim)`."""
         return self.write((key_states, value_states))
 
     def count_kept(self) -> int:
@@ -132,20 +132,20 @@ class KVLayer(CacheLayerMixin):
         return num_past + query_length, self.seq_length - num_past
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that the layer holds now, by name, each with the batch as first dimension."""
+        """All that the layer holds now, by name, each `(batch, ...)`."""
         return dict(zip(self.names, self.streams, strict=False))  # there are no streams before the first tokens
 
     def take_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Holds these tensors from now on, named as by `tensors`."""
+        """Holds these tensors `(batch, ...)` from now on, named as by `tensors`."""
         self.streams = tuple(tensors[name] for name in self.names)
 
     def change_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Holds what `change` makes of each tensor."""
+        """Holds what `change` makes of each tensor `(batch, ...)`."""
         if self.is_initialized:
             self.take_tensors({name: change(tensor) for name, tensor in self.tensors().items()})
 
     def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """The same, for a change of the batch."""
+        """The same, for a change of the batch: from `(batch, ...)` to `(new_batch, ...)`."""
         self.change_tensors(change)
 
     def num_bytes(self) -> int:
@@ -165,11 +165,11 @@ class KVLayer(CacheLayerMixin):
         return batch_size * num_tokens * self.store.size * itemsize
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What has to be saved: tensors, and plain numbers."""
+        """What has to be saved: tensors `(batch, ...)`, and plain numbers."""
         return self.tensors(), {name: getattr(self, name) for name in self.scalars}
 
     def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-        """Takes on a saved state."""
+        """Takes on a saved state, tensors of `(batch, ...)` and plain numbers."""
         self._set_scalars(scalars)
         if tensors:
             self.take_tensors(tensors)
@@ -194,11 +194,11 @@ class KVLayer(CacheLayerMixin):
         self._set_scalars(self.scalars)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row *i* becomes row `beam_idx[i]`."""
+        """Row *i* becomes row `beam_idx[i]`, `(batch,)`."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows of the batch, in this order."""
+        """Keeps these rows of the batch, `(new_batch,)`, in this order."""
         self.change_rows(
             lambda tensor: tensor[indices.to(tensor.device) if isinstance(indices, torch.Tensor) else indices]
         )
@@ -237,12 +237,12 @@ class ReaderLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """For transformers: the owner's own tensor of the first stream."""
+        """For transformers: the owner's own tensor of the first stream, `(batch, num_heads, kv_len, head_dim)`."""
         return self.owner.streams[self.sources[0].index] if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """For transformers: the owner's own tensor of the last stream."""
+        """For transformers: the owner's own tensor of the last stream, `(batch, num_heads, kv_len, head_dim)`."""
         return self.read[-1].streams[self.sources[-1].index] if self.read[-1].is_initialized else None
 
     @property

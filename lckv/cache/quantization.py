@@ -131,7 +131,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Undoes [`pack`]."""
+    """Undoes [`pack`]: from `(..., head_dim * bits / 8)` bytes to `(..., head_dim)` codes."""
     if bits == 8:
         return packed
     mask = 2**bits - 1

@@ -45,7 +45,7 @@ class EncodingLayer(KVLayer):
         return tensors
 
     def take_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Holds these tensors from now on, named as by `tensors`."""
+        """Holds these tensors `(batch, ...)` from now on, named as by `tensors`."""
         super().take_tensors(tensors)
         self.encoded = tuple(Quantized(*(tensors[part] for part in _names_of_codes(name))) for name in self.names)
 
@@ -96,7 +96,7 @@ class QuantizedLayer(EncodingLayer):
         self.encoded = self._encode(self.streams)
 
     def write(self, streams: Streams) -> Streams:
-        """Appends, encodes what is no longer recent, and returns what the new tokens' queries see."""
+        """Appends, encodes what is old, and returns what is seen, each `(batch, num_heads, kv_len, head_dim)`."""
         if not self.is_initialized:
             self.lazy_initialization(*streams)
         seen = self.peek(streams)
@@ -106,7 +106,7 @@ class QuantizedLayer(EncodingLayer):
         return seen
 
     def peek(self, streams: Streams) -> Streams:
-        """The past tokens that the new ones see, decoded, followed by the new ones."""
+        """The past tokens, decoded, followed by the new ones, each `(batch, num_heads, kv_len, head_dim)`."""
         if not self.is_initialized:
             return streams
         num_hidden = self.count_kept() - self.get_mask_sizes(0)[0]  # kept as part of a group, but out of the window

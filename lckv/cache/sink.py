@@ -155,7 +155,10 @@ class SinkLayer(Movable):
         return torch.cat([sinks, window], dim=1)
 
     def peek(self, streams: Streams) -> Streams:
-        """The cached tokens that the new ones see, sinks at their place in the cache, then the new ones."""
+        """The cached tokens that the new ones see, sinks at their place in the cache, then the new ones.
+
+        Each stream is `(batch, num_heads, kv_len, head_dim)`.
+        """
         num_new = streams[0].shape[2]
         self._check_room(num_new)
         if not self.is_initialized:
@@ -167,7 +170,7 @@ class SinkLayer(Movable):
         return tuple(torch.cat(parts, dim=2) for parts in zip(sinks, *window, streams, strict=True))
 
     def write(self, streams: Streams) -> Streams:
-        """Writes over the token that leaves the window, and returns what the new tokens' queries see."""
+        """Writes over what leaves, and returns what is seen, each `(batch, num_heads, kv_len, head_dim)`."""
         if not self.is_initialized:
             self.lazy_initialization(*streams)
         seen = self.peek(streams)
@@ -205,7 +208,7 @@ class SinkLayer(Movable):
         return self.seq_length >= self.capacity + max(self.padding, default=0) and not self.record_past
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows of the batch, in this order."""
+        """Keeps these rows of the batch, `(new_batch,)`, in this order."""
         super().batch_select_indices(indices)
         if self.padding:
             self.padding = torch.tensor(self.padding)[torch.as_tensor(indices).cpu()].tolist()
@@ -353,7 +356,7 @@ class SinkKVCache(KVCache):
         return self._movable()[0].offset
 
     def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
-        """Notes where each row's text begins."""
+        """Notes where each row's text begins, by an `attention_mask` `(batch, past + q_len)` with zeros at padding."""
         super().begin_forward(config, attention_mask, num_new_tokens)
         if attention_mask is None or attention_mask.ndim != 2:
             return
@@ -374,7 +377,7 @@ class SinkKVCache(KVCache):
             self.rotation.forget_tables()
 
     def write(self, streams: Streams, layer_idx: int) -> Streams:
-        """Adds the new tokens of an owner, and returns what their queries may see."""
+        """Adds new tokens of an owner, and returns what queries see, each `(batch, num_heads, kv_len, head_dim)`."""
         seen = super().write(streams, layer_idx)
         if len({layer.seq_length for layer in self._movable()}) == 1:  # this was the last layer of the step
             self.rotation.forget_tables()

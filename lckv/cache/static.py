@@ -61,7 +61,7 @@ class StaticLayer(KVLayer):
         return None
 
     def write(self, streams: Streams) -> Streams:
-        """Writes the new tokens into their slots, and returns all slots."""
+        """Writes the new tokens into their slots, and returns all slots, `(batch, num_heads, num_slots, head_dim)`."""
         self._make_ready(streams)
         num_new = streams[0].shape[2]
         positions = self._new_positions(num_new)
@@ -69,7 +69,7 @@ class StaticLayer(KVLayer):
         return self._put(positions, streams)
 
     def peek(self, streams: Streams) -> Streams:
-        """All slots, with the new tokens in theirs."""
+        """All slots, `(batch, num_heads, num_slots, head_dim)`, with the new tokens in theirs."""
         self._make_ready(streams)
         positions = self._new_positions(streams[0].shape[2])
         if streams[0].shape[2] == 1 and not torch.is_grad_enabled():
@@ -98,7 +98,7 @@ class StaticLayer(KVLayer):
         return super().planned_bytes(self.num_slots, batch_size, itemsize) + self.num_seen.nbytes
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The used slots, and the number of tokens."""
+        """The used slots, `(batch, num_heads, seq_len, head_dim)`, and the number of tokens."""
         num_used = min(int(self.num_seen), self.num_slots)
         used = {name: tensor[:, :, :num_used].contiguous() for name, tensor in self.tensors().items()}
         return used, {"seq_length": int(self.num_seen), **super().state()[1]}
@@ -314,7 +314,7 @@ class StaticKVCache(KVCache):
         return self.max_length if layer_idx is None else self.layers[layer_idx].get_max_length()
 
     def get_key_positions(self, num_new_tokens: int, layer_idx: int) -> torch.Tensor | None:
-        """Which tokens the keys belong to that lie in a ring."""
+        """Which tokens the keys belong to that lie in a ring, `(batch or 1, kv_len)`."""
         layer = self.owners()[layer_idx]
         assert isinstance(layer, StaticLayer)
         return layer.key_positions(num_new_tokens)

@@ -1,13 +1,13 @@
 """`scripts/bench.py` times what it says: the plain schedule beside it computes the same function."""
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import commands
 from tests.reference import tiny_model, token_ids
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench.py"
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "bench.py"
 def test_prints_a_row_per_model(tmp_path: Path) -> None:
     options = ["--rounds", "1", "--hidden-size", "64", "--length", "16", "--batch-size", "1", "--vocab-size", "64"]
     command = [sys.executable, str(SCRIPT), "--patterns", "0_0_2", "1_1_2", *options]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    process = commands.run(command, tmp_path)
     assert process.returncode == 0, process.stderr
     rows = [line.split("│")[1].strip() for line in process.stdout.splitlines() if line.startswith("│")]
     assert rows == ["transformers' Llama", "0_0_2", "1_1_2", "1_1_2, plain", "1_1_2, plain, masked"]

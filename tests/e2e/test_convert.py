@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from lckv.errors import UserError
 from lckv.loading import load_model
+from tests import commands
 from tests.e2e import training
 from tests.e2e.conftest import write_corpus
 from tests.e2e.test_resume import kill_when
@@ -52,16 +54,17 @@ def source(tmp_path: Path) -> Path:
 
 def kill_half_way(signal_number: int, folder: Path) -> subprocess.CompletedProcess[str]:
     """Starts a conversion in `folder` and kills it when some shards are written."""
-    command = [sys.executable, "-c", SLOW, "source=source", "out=out", "method=slow", SHARED, SHARDS]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (folder / "is_slow").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.05)
-        assert list(folder.glob(".out.partial-*/model-00001.safetensors"))
-        process.send_signal(signal_number)
-        _, stderr = process.communicate(timeout=30)
-        return subprocess.CompletedProcess(command, process.returncode, stderr=stderr)
+    (folder / "slow.py").write_text(SLOW)
+    command = [sys.executable, str(folder / "slow.py"), "source=source", "out=out", "method=slow", SHARED, SHARDS]
+    process = commands.Command(command, folder)
+    deadline = time.monotonic() + 60
+    while not (folder / "is_slow").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.finish(0)
+        time.sleep(0.05)
+    (folder / "slow.py").unlink()
+    assert list(folder.glob(".out.partial-*/model-00001.safetensors"))
+    process.send_signal(signal_number)
+    return process.finish(30)
 
 
 def test_converted_models_generate(run_module, source, tmp_path):
@@ -81,24 +84,18 @@ def test_mistakes_are_one_line(run_module, source, tmp_path):
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_names_on_the_hub_are_found_in_its_cache(source, tmp_path):
+def test_names_on_the_hub_are_found_in_its_cache(run_module, source, tmp_path):
     """As the Hub's client lays it out, with the weights once more under a name of the maker's own."""
-    cached = tmp_path / "home" / "hub" / "models--owner--model"
+    cached = Path(HF_HUB_CACHE, "models--owner--model")
     commit = "0123456789" * 4
     shutil.copytree(source, cached / "snapshots" / commit)
     (cached / "snapshots" / commit / "consolidated.safetensors").write_text("not read")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lckv.convert", *arguments]  # by itself: the Hub's client reads HF_HOME once
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50)
-
-    process = run("source=owner/model", "out=out")
+    process = run_module("lckv.convert", "source=owner/model", "out=out")
     assert process.returncode == 0, process.stderr
     assert_identical(read_folder(tmp_path / "out"), read_folder(source))
-    process = run("source=owner/other", "out=other")
+    process = run_module("lckv.convert", "source=owner/other", "out=other")
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert "source=owner/other: there is no such folder, the configuration was never downloaded" in process.stderr
 

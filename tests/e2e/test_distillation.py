@@ -10,7 +10,6 @@ from lckv import cli, train
 from lckv.errors import UserError
 from tests.e2e import training
 from tests.e2e.conftest import FinishedRun
-from tests.e2e.test_distributed import launch
 from tests.e2e.test_resume import assert_same_run, kill_when
 
 pytestmark = pytest.mark.timeout(250)
@@ -64,7 +63,8 @@ def test_two_processes_give_the_curve_of_one(
     alike = ["model.attention_dropout=0", "trainer.max_steps=8", "trainer.sample_steps=null", *weights]
     one, two = tmp_path / "one", tmp_path / "two"
     train.main(cli.compose(command(finished_run, one, *alike)[3:]))
-    process = training.run(launch(command(finished_run, two, *alike, "trainer.micro_batch_size=2")), cwd=tmp_path)
+    arguments = command(finished_run, two, *alike, "trainer.micro_batch_size=2")
+    process = training.run(arguments, tmp_path, num_processes=2)
     assert process.returncode == 0, process.stdout + process.stderr
     for mine, theirs in zip(training.read_metrics(one), training.read_metrics(two), strict=True):
         for name in ("step", "loss", "eval_loss", *PARTS):

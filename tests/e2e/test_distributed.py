@@ -1,7 +1,6 @@
 """Two processes and one: the same loss curve."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,6 @@ from tests.e2e.conftest import FinishedRun
 
 # Dropout draws other random numbers in every process.
 ALIKE = ["model.attention_dropout=0", "trainer.max_steps=12", "trainer.eval_steps=6", "trainer.save_steps=6"]
-
-
-def launch(arguments: list[str]) -> list[str]:
-    """The same command in two processes."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments[1:]]
 
 
 def assert_same_curve(first: Path, second: Path) -> None:
@@ -32,9 +26,8 @@ def test_two_processes_give_the_curve_of_one(finished_run: FinishedRun, tmp_path
     one, two = tmp_path / "one", tmp_path / "two"
     train.main(cli.compose(training.command(finished_run.corpus, one, *ALIKE)[3:]))
     # Other micro batches than alone: 2 of 2 blocks in each of 2 processes, not 2 of 4.
-    process = training.run(
-        launch(training.command(finished_run.corpus, two, *ALIKE, "trainer.micro_batch_size=2")), cwd=tmp_path
-    )
+    arguments = training.command(finished_run.corpus, two, *ALIKE, "trainer.micro_batch_size=2")
+    process = training.run(arguments, tmp_path, num_processes=2)
     assert process.returncode == 0, process.stdout + process.stderr
     assert_same_curve(one, two)
     assert json.loads((two / "results.json").read_text())["num_processes"] == 2

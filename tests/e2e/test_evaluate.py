@@ -1,7 +1,6 @@
 """`python -m lckv.evaluate` as a user runs it, on a model that `lckv.train` has trained."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests.e2e.conftest import FinishedRun
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -60,12 +60,12 @@ def test_ctrl_c_keeps_what_is_done(run_folder: Path, finished_run: FinishedRun, 
     workload = ["speed.prompt_length=8", "speed.new_tokens=8", "speed.rounds=1000000"]
     command = [sys.executable, "-m", "lckv.evaluate", *arguments, *workload]
     file = run_folder / "evaluation" / "results.json"
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 50
-        while not (file.is_file() and json.loads(file.read_text())["evaluations"]):
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-            time.sleep(0.1)
-        os.kill(process.pid, signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in stderr
+    process = commands.Command(command, tmp_path)
+    deadline = time.monotonic() + 50
+    while not (file.is_file() and json.loads(file.read_text())["evaluations"]):
+        assert process.poll() is None and time.monotonic() < deadline, process.finish(0)
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    done = process.finish(30)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
     assert set(json.loads(file.read_text())["evaluations"]) == {"perplexity"}

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import commands
 from tests.e2e import training
 from tests.e2e.conftest import FinishedRun
 
 
 def kill_when(condition: Callable[[], bool], arguments: list[str], cwd: Path) -> None:
     """Starts a command and kills it, with a signal that it cannot see, as soon as `condition` holds."""
-    with subprocess.Popen(arguments, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 100
-        while process.poll() is None and not condition():
-            assert time.monotonic() < deadline, "the run never got there"
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    process = commands.Command(arguments, cwd)
+    deadline = time.monotonic() + 100
+    while process.poll() is None and not condition():
+        assert time.monotonic() < deadline, "the run never got there"
+    process.send_signal(signal.SIGKILL)
+    assert process.finish(10).returncode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
 def assert_same_run(first: Path, second: Path) -> None:

@@ -66,6 +66,7 @@ def test_plan_runs_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_training_runs_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
     run([python, "-m", "lckv.train", "debug=cpu_smoke", "data.max_documents=60", "run_dir=out"], cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,7 +1,6 @@
 """The training command that the end-to-end tests share, and how its runs are compared."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,8 +33,8 @@ def command(corpus: Path, run_dir: Path, *settings: str) -> list[str]:
     return [sys.executable, "-m", "lckv.train", *SETTINGS, *data, f"run_dir={run_dir}", *settings]
 
 
-def run(arguments: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return commands.run(arguments, cwd, timeout=100, env={**os.environ, **environment})
+def run(arguments: list[str], cwd: Path, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
+    return commands.run(arguments, cwd, timeout=100, num_processes=num_processes)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import commands
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 
 
@@ -35,7 +37,7 @@ def write_run(folder: Path, name: str, perplexity: float, written: int) -> Path:
 
 def compare(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=50)
+    return commands.run(command, cwd)
 
 
 def test_table_and_picture(tmp_path: Path) -> None:

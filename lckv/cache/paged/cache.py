@@ -118,7 +118,7 @@ class PagedKVCache(KVCache):
         return sum(group.allocator.num_used * len(group.layers) for group in self.groups.values())
 
     def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
-        """Reserves pages for the coming tokens, but for padding on the left.
+        """Reserves pages for the coming tokens, but for padding on the left: `(batch, past + q_len)`.
 
         Raises:
             OutOfPagesError: if pools of fixed size have too few; nothing has changed then.
@@ -369,11 +369,11 @@ class PagedKVCache(KVCache):
         self._shrink_after_change()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row *i* becomes row `beam_idx[i]`: rows that come from one share its pages until they write."""
+        """Row *i* becomes row `beam_idx[i]`, `(batch,)`: rows that come from one share its pages until they write."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows of the batch, in this order, and frees the pages of the others."""
+        """Keeps these rows of the batch, `(new_batch,)`, in this order, and frees the pages of the others."""
         rows = torch.arange(len(self.rows))
         self._arrange_rows(rows[indices.cpu() if isinstance(indices, torch.Tensor) else indices].tolist())
 

@@ -170,7 +170,7 @@ class PagedLayer(KVLayer):
         return gathered
 
     def write(self, streams: Streams) -> Streams:
-        """Writes the new tokens to their pages, and returns what their queries see."""
+        """Writes to the pages, and returns what queries see, each `(batch, num_heads, kv_len, head_dim)`."""
         step = self.open_step(streams[0], writes=True)
         seen = self._seen(step, streams)  # a window drops what a long piece's first queries still see
         if not self.is_initialized:
@@ -185,7 +185,7 @@ class PagedLayer(KVLayer):
         """Does what is to be done once the new tokens are written, before old pages are free again."""
 
     def open_step(self, states: torch.Tensor, writes: bool = False) -> PageStep:
-        """The current forward call, or a new one where the cache was not told of any."""
+        """The current forward call, or a new one for states `(batch, num_heads, q_len, head_dim)` that begin one."""
         cache, num_columns = self.cache, states.shape[2]
         if cache.step is not None and writes and self.seq_length > cache.step.frame:
             raise RuntimeError(
@@ -361,11 +361,11 @@ class PagedLayer(KVLayer):
         self.restore_pages(tensors)
 
     def saved_pages(self, pages: list[int]) -> dict[str, torch.Tensor]:
-        """What these pages hold."""
+        """What these pages hold, each stream `(num_pages, num_heads, page_size, head_dim)`."""
         return {name: pool[pages] for name, pool in self.tensors().items()}
 
     def restore_pages(self, saved: dict[str, torch.Tensor]) -> None:
-        """Fills new pools with what `saved_pages` gave."""
+        """Fills new pools with what `saved_pages` gave, in its shapes: `(num_pages, ...)`."""
         self.lazy_initialization(*(saved[name] for name in self.names))
         for name, pool in self.tensors().items():
             pool[: saved[name].shape[0]] = saved[name]

@@ -214,7 +214,7 @@ class QuantizedPagedLayer(EncodingLayer, PagedLayer):
         return moved
 
     def saved_pages(self, pages: list[int]) -> dict[str, torch.Tensor]:
-        """What these pages hold, and which of them are exact, by their place among them."""
+        """What these pages hold, `(num_pages, ...)`, and which of them are exact, by their place among them."""
         index_of = {page: index for index, page in enumerate(pages)}
         exact = [(index_of[page], place) for place, page in enumerate(self.exact) if page in index_of]
         indices, places = torch.tensor(exact, dtype=torch.long).view(-1, 2).T
@@ -223,7 +223,7 @@ class QuantizedPagedLayer(EncodingLayer, PagedLayer):
         return saved | {"exact_pages": indices}
 
     def restore_pages(self, saved: dict[str, torch.Tensor]) -> None:
-        """Fills new pools with what `saved_pages` gave."""
+        """Fills new pools with what `saved_pages` gave, in its shapes: `(num_pages, ...)`."""
         exact = tuple(saved[name] for name in self.names)
         self.lazy_initialization(*exact)
         for name, pool in self.tensors().items():

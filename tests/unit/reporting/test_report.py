@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +21,7 @@ from lckv.reporting.pictures.base import PALETTE, RC, draw_panel, styles_of
 from lckv.reporting.runs import read_runs
 from lckv.reporting.tables import main_table, tables_of
 from lckv.reporting.writing import check_out, figures_of, render, write_report
+from tests import commands
 from tests.unit.reporting.sweeps import needle, write_evaluations, write_failure, write_run
 
 PICTURES = {"quality", "loss", "cost", "needle"}
@@ -311,7 +311,7 @@ def test_the_first_word_is_the_folder(given, named):
 
 def run(*arguments, cwd):
     command = [sys.executable, "-m", "lckv.report", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=50)
+    return commands.run(command, cwd)
 
 
 def test_the_command(sweep, tmp_path):
