@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lckv.config import TeacherConfig, TrainConfig
+from lckv.data.tokenizer import vocab_size_of
 from lckv.errors import UserError
 from lckv.loading import load_model
 from lckv.model_arguments import model_arguments
@@ -22,7 +23,8 @@ def build_model(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, init: Path
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     try:
         if init is None:
-            return AutoModelForCausalLM.from_config(LCKVLlamaConfig(**model_arguments(cfg, len(tokenizer)), **special))
+            arguments = model_arguments(cfg, vocab_size_of(tokenizer))
+            return AutoModelForCausalLM.from_config(LCKVLlamaConfig(**arguments, **special))
         config = LCKVLlamaConfig.from_pretrained(init)
         config.attention_dropout = cfg.model.attention_dropout
         attention, dtype = cfg.model.attn_implementation, cfg.model.dtype

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lckv.config.names import DTYPES
+from lckv.data.tokenizer import frame_texts
 from lckv.errors import UserError, check_choice, near_miss
 from lckv.gguf_settings import complete_config
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
@@ -101,7 +102,9 @@ class Checkpoint:
             UserError: if there is none, or it is broken.
         """
         with self.loading("the tokenizer"):
-            return AutoTokenizer.from_pretrained(self.path, **self.arguments())
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **self.arguments())
+        frame_texts(tokenizer)
+        return tokenizer
 
     def fingerprint(self) -> str:
         """A short name for the weights: a hash of their files, or the commit on the Hub."""

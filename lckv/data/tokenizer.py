@@ -81,7 +81,31 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, given: str) -> PreTraine
         raise UserError(f"{given}: has no fast version (tokenizer.json), which is needed here")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{given}: has no eos token, which is to end every document")
+    frame_texts(tokenizer)
     return tokenizer
+
+
+def frame_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Has every text begin with bos, if the tokenizer has one, and nothing follow it: the one place that says so.
+
+    Documents are such texts with eos behind them. Many tokenizers have a bos that they do not add, others add eos to
+    every prompt; a model would then be asked for something else than what it has learned. A chat template writes out
+    what it wants, and is not touched.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if tokenizer("a")["input_ids"] != [*text_prefix(tokenizer), *plain]:
+        tokenizer.add_eos_token = False
+        tokenizer.add_bos_token = tokenizer.bos_token_id is not None
+
+
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that every text begins with."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def vocab_size_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids a model needs: one more than the largest, which may be more than there are tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def hub_answers(timeout: float = 10.0) -> bool:
@@ -150,9 +174,9 @@ class DocumentEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
-        self._prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self._prefix = text_prefix(tokenizer)
         self.eos_token_id: int = tokenizer.eos_token_id
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = vocab_size_of(tokenizer)
         self._token_bytes = _count_token_bytes(self._backend)
 
     @property

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lckv.charts import save_chart
 from lckv.config import EvaluationConfig, NeedleConfig
 from lckv.console import track
+from lckv.data.tokenizer import text_prefix
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.heatmap import draw_needle
@@ -80,7 +81,7 @@ class Haystack:
     ) -> None:
         self._tokenizer = tokenizer
         self._key_prefix = key_prefix
-        self._prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self._prefix = text_prefix(tokenizer)
         (self._question,) = self._encode_after(".", [_BEGINNING])
         (self._end,) = self._encode_after(_BEGINNING, ["."])
         self._tokens: list[int] = []

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lckv.config import EvaluationConfig, RecallConfig
 from lckv.console import track
+from lckv.data.tokenizer import text_prefix
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Subject
 
@@ -100,7 +101,7 @@ def _sequences(subject: Subject, settings: RecallConfig) -> dict[int, list[Recal
     """Sequences by the number of their pairs, which is checked; none depends on what else is asked for."""
     tokenizer, config = subject.tokenizer, subject.model.config
     tokens = ordinary_tokens(tokenizer, config.vocab_size)
-    prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prefix = text_prefix(tokenizer)
     most_pairs = max(settings.num_pairs)
     given = f"{subject.key_prefix}recall.num_pairs={most_pairs}: allowed"
     if 2 * most_pairs > len(tokens):

@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lckv.config import DataConfig, TokenizerConfig
 from lckv.data.sources import build_source
-from lckv.data.tokenizer import DocumentEncoder, _num_bytes_by_offsets, build_tokenizer, hub_answers
+from lckv.data.tokenizer import (
+    DocumentEncoder,
+    _num_bytes_by_offsets,
+    build_tokenizer,
+    check_tokenizer,
+    hub_answers,
+    vocab_size_of,
+)
 from lckv.errors import UserError
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -261,3 +268,31 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     backend = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(tmp_path)
     fails("has no eos token", TokenizerConfig(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("template", [None, "$A", "<bos> $A", "<bos> $A <eos>", "$A <eos>"])
+@pytest.mark.parametrize("bos", ["<bos>", None])
+def test_texts_begin_alike_and_end_with_nothing_whatever_the_tokenizer_adds(tmp_path, template, bos):
+    """A prompt then begins as a document does, for whoever encodes it, and for whoever loads the saved tokenizer."""
+    special = {"<bos>": 3, "<eos>": 4}
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2, **special}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(list(special))
+    if template is not None:
+        used = [(token, index) for token, index in special.items() if token in template]
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token=bos)
+    check_tokenizer(tokenizer, "this").save_pretrained(tmp_path)
+    prompt = [0, 1] if bos is None else [3, 0, 1]
+    for each in (tokenizer, PreTrainedTokenizerFast.from_pretrained(tmp_path)):
+        assert each("a b")["input_ids"] == prompt
+        assert each("a b", add_special_tokens=False)["input_ids"] == [0, 1]
+        assert DocumentEncoder(each).encode(["a b"], with_bytes=False)["id"].tolist() == [*prompt, 4]
+
+
+def test_ids_with_gaps_are_counted_by_the_largest():
+    vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab | {"<eos>": 1000}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert len(tokenizer) == 257 and vocab_size_of(tokenizer) == DocumentEncoder(tokenizer).vocab_size == 1001

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval.api.instance import Instance
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lckv.cache import build_cache
 from lckv.config import DataConfig, EvaluationConfig, HarnessConfig
 from lckv.data.sources import build_source
+from lckv.data.tokenizer import frame_texts
 from lckv.errors import UserError
 from lckv.evaluation import harness_tasks, held_out_tasks
 from lckv.evaluation.evaluations import Subject, run_evaluations
@@ -146,6 +148,25 @@ def test_the_identity_pattern_gives_what_lm_evals_own_model_gives(batch_size, tm
         task: [[[str(number) for number in answer] for answer in row] for row in rows]
         for task, rows in answers.items()
     }
+
+
+def test_the_beginning_of_a_text_is_not_scored():
+    """By hand: the likelihood of the text's tokens behind bos, which lm-eval and the tokenizer both would add."""
+    model = make_model()
+    subject = make_subject(model)
+    vocab = subject.tokenizer.get_vocab()
+    subject.tokenizer.bos_token = next(iter(vocab))
+    frame_texts(subject.tokenizer)
+    text = "in the beginning"
+    tokens = torch.tensor([subject.tokenizer(text)["input_ids"]])
+    assert tokens[0, 0] == subject.tokenizer.bos_token_id
+    with torch.no_grad():
+        likelihoods = model(tokens[:, :-1]).logits.log_softmax(-1).gather(2, tokens[:, 1:, None])
+    language_model = make_language_model(subject, HarnessConfig())
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0)]
+    assert language_model.loglikelihood_rolling(requests)[0] == pytest.approx(likelihoods.sum().item(), abs=1e-4)
+    continued = [Instance("loglikelihood", {}, (text[:6], text[6:]), 0)]
+    assert language_model.loglikelihood(continued)[0][0] == pytest.approx(likelihoods[0, 6:].sum().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(
