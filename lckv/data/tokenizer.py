@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from huggingface_hub import constants
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -22,6 +18,7 @@ from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
 from lckv.data.packing import mark_document
 from lckv.data.sources import TextSource, build_source
 from lckv.errors import UserError, near_miss
+from lckv.hub import hub_answers
 
 if TYPE_CHECKING:
     from lckv.config import DataConfig, TokenizerConfig
@@ -82,18 +79,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, given: str) -> PreTraine
     if tokenizer.eos_token_id is None:
         raise UserError(f"{given}: has no eos token, which is to end every document")
     return tokenizer
-
-
-def hub_answers(timeout: float = 10.0) -> bool:
-    """Whether the Hub can be reached at all, asked once, where its own client would try again and again."""
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=timeout).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError as error:
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # the client has certificates of its own
-    return True
 
 
 def _train_bpe(source: TextSource, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -301,7 +301,7 @@ def test_patterns_of_eights_and_nines_stay_text(folder, tmp_path):
     """`0_0_2` is a number to YAML, `0_0_8` is not."""
     layer_types = "0_0_2_2_2_2_8_8_8"
     model, frontier = (
-        tiny_config(layer_types),
+        tiny_config("0_1_2_3_4_5_6_7_8"),
         [ScoredPattern("0_1_2_3_4_5_6_7_8", 9, 0.0), ScoredPattern(layer_types, 3, 0.5)],
     )
     report = SearchReport(config(folder), model, KVCount.of(model), "", SearchTrace(frontier, frontier))

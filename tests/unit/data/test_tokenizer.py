@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lckv.config import DataConfig, TokenizerConfig
 from lckv.data.sources import build_source
-from lckv.data.tokenizer import DocumentEncoder, _num_bytes_by_offsets, build_tokenizer, hub_answers
+from lckv.data.tokenizer import DocumentEncoder, _num_bytes_by_offsets, build_tokenizer
 from lckv.errors import UserError
+from lckv.hub import hub_answers
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 
