@@ -153,6 +153,8 @@ def check_tokenizer_name(name: str, key: str = "tokenizer.name") -> None:
     path = Path(name).expanduser()
     if path.is_dir() and not any((path / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(f"{key}={name!r}: holds no tokenizer ({TOKENIZER_FILES[0]})")
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise UserError(f"{key}={name!r}: there is no such folder{_nearest_folder(path)}")
 
 
 def is_of_training(folder: Path) -> bool:
