@@ -10,7 +10,7 @@ from lckv import cli
 from lckv.benchmarking.settings import OutputFolder, build_workload, check_iteration, checkpoint_labels, random_models
 from lckv.config import BenchmarkConfig, validate
 from lckv.console import new_console
-from lckv.errors import UserError
+from lckv.model_files import check_model
 
 # Read once, when torch is loaded: its profiler, which counts memory, would write lines of its own to stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -24,6 +24,8 @@ def main(cfg: BenchmarkConfig) -> None:
     validate(cfg)
     workload = build_workload(cfg)
     arguments = random_models(cfg)
+    for path in cfg.checkpoints:
+        check_model(path, key="checkpoints")
     folder = OutputFolder(cfg.output_dir, overwrite=cfg.overwrite, plot_format=cfg.plot_format)
 
     # Behind the checks: importing torch and transformers takes seconds.
@@ -68,10 +70,7 @@ def load_models(cfg: BenchmarkConfig, arguments: dict[str, dict[str, Any]]) -> d
         model = LCKVLlamaForCausalLM(LCKVLlamaConfig(**each))
         models[label] = model.to(device=device, dtype=dtype).eval()  # type: ignore[call-arg]
     for label, path in checkpoint_labels(cfg.checkpoints, taken=list(models)).items():
-        try:
-            models[label], _ = load_model(path, device=cfg.device, dtype=cfg.dtype)
-        except UserError as error:  # which calls a checkpoint `model`
-            raise UserError(str(error).replace("model=", "checkpoints: ", 1)) from None
+        models[label], _ = load_model(path, device=cfg.device, dtype=cfg.dtype, key="checkpoints")
     return models
 
 

@@ -8,8 +8,12 @@ from pathlib import Path
 from lckv import cli, train
 from lckv.byte_sizes import parse_bytes
 from lckv.config import ConvertConfig, TrainConfig, validate
-from lckv.config.names import TRAINED
+from lckv.config.names import CALIBRATED, TRAINED
 from lckv.console import new_console
+from lckv.data.sources import check_text_files
+from lckv.model_arguments import plan_from_source
+from lckv.model_files import check_model
+from lckv.patterns import SharingPlan
 from lckv.processes import check_launch, is_main_process, set_num_threads
 from lckv.run_names import default_run_name
 from lckv.storage import check_new_folder
@@ -23,16 +27,17 @@ def main(cfg: ConvertConfig) -> None:
     max_shard_size = parse_bytes(cfg.max_shard_size, "max_shard_size")
     given = Path(cfg.out).expanduser()
     out = given.resolve()
+    check_new_folder(given)
+    asked = cfg.training()
+    _check_source(asked)
 
     # Behind the checks: importing torch and transformers takes seconds.
     from lckv.conversion.pipeline import convert
     from lckv.conversion.settings import adopt_source
     from lckv.conversion.source import Source
 
-    check_new_folder(given)
     set_num_threads(cfg.trainer.num_threads)
     source = Source.find(cfg.source, revision=cfg.revision)
-    asked = cfg.training()
     console = new_console(to_stderr=True, is_quiet=not is_main_process())
     if cfg.method in TRAINED:
         _train(asked, out, max_shard_size)
@@ -40,17 +45,28 @@ def main(cfg: ConvertConfig) -> None:
         asked = adopt_source(asked, source.config)
         convert(asked, source, out, console, device=cfg.device, max_shard_size=max_shard_size)
     if is_main_process():
-        console.print(f"{given}: {_describe(asked, out)}")
+        console.print(f"{given}: {_describe(asked, out, source.config.sharing_plan)}")
 
 
-def _describe(cfg: TrainConfig, out: Path) -> str:
+def _check_source(cfg: TrainConfig) -> None:
+    """Finds mistakes in the source, the pattern and the text before anything slow is imported."""
+    assert cfg.init.source is not None
+    own = check_model(cfg.init.source, revision=cfg.init.revision, key="source", needs_tokenizer=False)
+    plan = None if own is None else plan_from_source(cfg, own)
+    if cfg.init.method in CALIBRATED and (own is None or plan != own):
+        check_model(cfg.init.source, key="source")
+        check_text_files(cfg.data)
+
+
+def _describe(cfg: TrainConfig, out: Path, before: SharingPlan) -> str:
     """What was made, in one line."""
     from lckv.models import LCKVLlamaConfig
 
     plan = LCKVLlamaConfig.from_pretrained(out).sharing_plan
     made = f"{cfg.model.layer_types or cfg.sharing.name} from {cfg.init.source} by {cfg.init.method}"
-    is_shared = len(plan.kv_owners) < plan.num_hidden_layers
-    return made if is_shared else f"{made}; nothing is shared: give model.layer_types or sharing"
+    if len(plan.kv_owners) == plan.num_hidden_layers:
+        return f"{made}; nothing is shared: give model.layer_types or sharing"
+    return f"{made}; shared as before: give model.layer_types or sharing" if plan == before else made
 
 
 def _train(cfg: TrainConfig, out: Path, max_shard_size: int) -> None:

@@ -15,6 +15,7 @@ from lckv.config import EvaluateConfig, validate
 from lckv.config.names import NO_CACHE
 from lckv.console import new_console
 from lckv.errors import UserError
+from lckv.model_files import check_model, is_of_training
 from lckv.run_names import file_name
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def main(cfg: EvaluateConfig) -> None:
     """
     validate(cfg)
     assert cfg.model is not None  # checked
+    check_model(cfg.model, revision=cfg.revision)
 
     # Behind the checks: importing torch and transformers takes seconds.
     import torch
@@ -89,7 +91,6 @@ def main(cfg: EvaluateConfig) -> None:
 def _results_file(cfg: EvaluateConfig, checkpoint: Checkpoint, run: RunFolder | None) -> ResultsFile:
     """Where the results go, checked to be this model's."""
     from lckv.evaluation.results_file import ResultsFile
-    from lckv.loading import is_of_training
 
     path = Path(checkpoint.given).expanduser().resolve()
     if cfg.out is not None:

@@ -9,6 +9,7 @@ from lckv.console import new_console
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prompts import encode_prompts, read_prompts
+from lckv.model_files import check_model
 
 
 def main(cfg: GenerateConfig) -> None:
@@ -17,6 +18,7 @@ def main(cfg: GenerateConfig) -> None:
     assert cfg.model is not None  # checked
     decoding = DecodingOptions.from_config(cfg)
     prompts = read_prompts(cfg.prompt, cfg.prompt_file, cfg.prompts_file)
+    check_model(cfg.model, revision=cfg.revision)
 
     # Behind the checks: importing torch and transformers takes seconds.
     import torch

@@ -60,6 +60,9 @@ def register_schema(config_name: str) -> None:
     OmegaConf.register_new_resolver(
         "lckv.temporary_folder", lambda name: str(Path(gettempdir()) / f"{name}-{os.getuid()}"), replace=True
     )
+    OmegaConf.register_new_resolver(
+        "lckv.default_sharing", lambda source: "lckv" if source is None else "llama", replace=True
+    )
     OmegaConf.register_new_resolver("lckv.groups", _list_groups, replace=True)
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=SCHEMAS[config_name], provider="lckv")

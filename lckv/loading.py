@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,50 +24,26 @@ from transformers.utils import logging as transformers_logging
 
 from lckv.config.names import DTYPES
 from lckv.data.tokenizer import frame_texts
-from lckv.errors import UserError, check_choice, near_miss
+from lckv.errors import UserError, check_choice
 from lckv.gguf_settings import complete_config
+from lckv.hub import hub_answers
+from lckv.model_files import ModelFiles, find_files, is_of_training
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.models.families import read_config
 from lckv.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Where weights are, the better first: in this file, or in several that `index_name` lists."""
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def index_name(file: str) -> str:
-    """What the list of several files is called that stand for one of `WEIGHT_FILES`."""
-    return f"{file}.index.json"
-
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """Where a model is.
+class Checkpoint(ModelFiles):
+    """Where a model is, and what can be read there.
 
     Attributes:
-        key: what the user gave its name under, for error messages.
-        given: the name.
-        path: a local folder, or a name on the Hub.
-        gguf_file: the file in the folder, where the model is one.
-        is_local: whether it is a folder.
-        revision: of the Hub.
         local_files_only: whether the Hub is not to be asked.
     """
 
-    key: str
-    given: str
-    path: str
-    gguf_file: str | None = None
-    is_local: bool = True
-    revision: str | None = None
     local_files_only: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.key}={self.given}"
 
     def arguments(self) -> dict[str, Any]:
         """What every `from_pretrained` gets beside the path."""
@@ -91,6 +66,8 @@ class Checkpoint:
         Raises:
             UserError: if it cannot be read, or is of a family that is not supported.
         """
+        if self.is_folder:
+            self.stored_values()  # which says what is wrong in fewer words
         values = self.config_values()
         with self.loading("the configuration"):
             return read_config(values)
@@ -117,20 +94,6 @@ class Checkpoint:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()[:16]
-
-    def check_files(self) -> None:
-        """Names what a local folder lacks.
-
-        Raises:
-            UserError: if it has no weights, or no tokenizer.
-        """
-        if not self.is_local or self.gguf_file is not None:
-            return
-        present = {entry.name for entry in Path(self.path).iterdir()}
-        weights = [name for file in WEIGHT_FILES for name in (file, index_name(file))]
-        for what, names in ("weights", weights), ("tokenizer", _TOKENIZERS):
-            if present.isdisjoint(names):
-                raise UserError(f"{self}: {self.path} holds no {what} ({names[0]})")
 
     @contextlib.contextmanager
     def loading(self, what: str) -> Iterator[None]:
@@ -168,21 +131,9 @@ def find_checkpoint(name: str, *, revision: str | None = None, key: str = "model
     Raises:
         UserError: if there is none.
     """
-    path = Path(name).expanduser()
-    if revision is not None and path.exists():
-        raise UserError(f"revision={revision!r}: has no effect on {key}={name}, which is local; leave it out")
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise UserError(f"{key}={name}: is a file; allowed are folders and GGUF files (.gguf)")
-        return Checkpoint(key, name, str(path.parent), gguf_file=path.name)
-    if path.is_dir():
-        return Checkpoint(key, name, str(_model_folder(path, name, key)))
-    if not _HUB_NAME.fullmatch(name) or path.parent.is_dir():
-        raise UserError(f"{key}={name}: there is no such folder{_nearest_folder(path)}")
-    from lckv.data.tokenizer import hub_answers  # takes libraries along that nothing else here needs
-
-    offline = constants.HF_HUB_OFFLINE or not hub_answers()
-    return Checkpoint(key, name, name, is_local=False, revision=revision, local_files_only=offline)
+    found = find_files(name, revision=revision, key=key)
+    offline = found.is_local or constants.HF_HUB_OFFLINE or not hub_answers()
+    return Checkpoint(**vars(found), local_files_only=bool(offline))
 
 
 def find_run(checkpoint: Checkpoint) -> RunFolder | None:
@@ -191,40 +142,6 @@ def find_run(checkpoint: Checkpoint) -> RunFolder | None:
     folders = (given.parent, given.parent.parent) if is_of_training(given) else (given, given.parent)
     runs = [RunFolder(folder) for folder in folders] if checkpoint.is_local else []
     return next((run for run in runs if run.config.is_file() and run.metrics.is_file()), None)
-
-
-def is_of_training(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that a run has kept, not the model at its end."""
-    return folder.parent.name == "checkpoints"
-
-
-def _nearest_folder(path: Path) -> str:
-    """For an error message: the folder beside a missing one whose name is most like it."""
-    parent = path.parent
-    while not parent.is_dir():
-        path, parent = parent, parent.parent
-    siblings = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf")
-    if hint := near_miss(path.name, siblings):
-        return f" ({hint.removeprefix('; ').removesuffix('?')} in {parent}?)"
-    return ", and a name on the Hub is OWNER/NAME"
-
-
-def _model_folder(folder: Path, name: str, key: str) -> Path:
-    """The folder with the model: this one, or the one that a training run has put it into."""
-    if (folder / "config.json").is_file():
-        return folder
-    run = RunFolder(folder)
-    if (run.model / "config.json").is_file():
-        return run.model
-    if (latest := run.checkpoints.latest()) is not None:
-        logger.warning("%s is not finished: using %s", name, latest.name)
-        return latest
-    if run.config.is_file() or run.checkpoints.path.is_dir():
-        raise UserError(f"{key}={name}: this training run has no checkpoint yet")
-    inner = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
-    files = sorted(entry.name for entry in folder.glob("*.gguf"))
-    hint = f"; did you mean {str(folder / (inner + files)[0])!r}?" if inner + files else ""
-    raise UserError(f"{key}={name}: holds no config.json, so this is no folder of a model or a training run{hint}")
 
 
 def load_model(
@@ -254,7 +171,7 @@ def load_model(
     config = checkpoint.load_config()
     checkpoint.check_files()
     tokenizer = checkpoint.load_tokenizer()
-    model = _load_weights(checkpoint, config, dtype)
+    model = load_weights(checkpoint, config, dtype)
     _tidy_generation_config(model, tokenizer)
     return model.eval().to(target), tokenizer
 
@@ -290,7 +207,12 @@ def find_device(name: str) -> torch.device:
     raise UserError(f"device={name!r}: there is no such device here; allowed are {', '.join(allowed)}")
 
 
-def _load_weights(checkpoint: Checkpoint, config: LCKVLlamaConfig, dtype: str) -> LCKVLlamaForCausalLM:
+def load_weights(checkpoint: Checkpoint, config: LCKVLlamaConfig, dtype: str = "auto") -> LCKVLlamaForCausalLM:
+    """Loads a model whose configuration was read already; that says afterwards whether embeddings are tied.
+
+    Raises:
+        UserError: if the weights cannot be read, or do not fit.
+    """
     arguments = {
         "dtype": dtype,
         "output_loading_info": True,
@@ -310,7 +232,12 @@ def _load_weights(checkpoint: Checkpoint, config: LCKVLlamaConfig, dtype: str) -
         )
     if unexpected := sorted(info["unexpected_keys"]):
         logger.warning("%s: %d weights are not used, such as %s", checkpoint.given, len(unexpected), unexpected[0])
-    return model if isinstance(model, LCKVLlamaForCausalLM) else _as_sharing_model(model, config)
+    # Where the file holds a head of its own, transformers does not tie it, whatever the configuration says.
+    config.tie_word_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
+    if not isinstance(model, LCKVLlamaForCausalLM):
+        return _as_sharing_model(model, config)
+    model.config.tie_word_embeddings = config.tie_word_embeddings
+    return model
 
 
 def _as_sharing_model(original: PreTrainedModel, config: LCKVLlamaConfig) -> LCKVLlamaForCausalLM:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from lckv.config import TrainConfig
@@ -50,6 +50,33 @@ def resolve_plan(cfg: TrainConfig) -> SharingPlan:
         raise UserError(
             f"model.backward_passes={cfg.model.backward_passes}: with layers that read upward, 2 or more is needed; "
             "at 1 the owners' K/V projections would get no gradient through the iteration"
+        )
+    return plan
+
+
+def plan_from_source(cfg: TrainConfig, own: SharingPlan) -> SharingPlan:
+    """The sharing pattern that the configuration asks for of a pretrained model, which has the pattern `own`.
+
+    Where neither `model.layer_types` nor a sharing pattern other than Llama's is given, it is the model's.
+
+    Raises:
+        UserError: for the reasons of `resolve_plan`, and if a layer is to be read that computes no keys and values.
+    """
+    model, num_layers = cfg.model, own.num_hidden_layers
+    if model.layer_types is None and cfg.sharing.name == "llama":
+        return own
+    num_entries = str(model.layer_types or "").count("_") + 1
+    if model.layer_types is not None and num_entries != num_layers:
+        raise UserError(
+            f"model.layer_types={model.layer_types!r}: has {num_entries} entries, but the source has {num_layers} "
+            "layers; give one entry per layer"
+        )
+    plan = resolve_plan(replace(cfg, model=replace(model, num_hidden_layers=num_layers)))
+    if added := [owner for owner in plan.kv_owners if owner not in own.kv_owners]:
+        given = f"sharing={cfg.sharing.name}" if model.layer_types is None else f"model.layer_types={plan.layer_types}"
+        raise UserError(
+            f"{given}: lets layers read layer {added[0]}, which computes no keys and values in the source "
+            f"({own.layer_types}); allowed are {', '.join(map(str, own.kv_owners))}"
         )
     return plan
 

@@ -97,6 +97,17 @@ class SharingPlan:
         return any(layer.is_upward for layer in self.layers)
 
 
+def advice_on(plan: SharingPlan) -> str | None:
+    """What is known to be a bad choice about a pattern, in one line, if something is."""
+    lowest = plan.layers[0]
+    if not lowest.is_upward:
+        return None
+    return (
+        f"layer 0 reads layer {lowest.kv_source}, above it, which does worst in the comparison of Wu, Wu and Tu "
+        "(NAACL 2025); a lowest layer that computes its own KV costs little"
+    )
+
+
 def _cut_at_cycles(layers: tuple[LayerPlan, ...]) -> tuple[Segment, ...]:
     """Cuts the layers where cycles begin and end.
 

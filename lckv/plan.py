@@ -18,8 +18,9 @@ from lckv.costs import Costs, ModelSizes, count_costs, llama_plan
 from lckv.drawing import describe_layer, draw_in_terminal, save_drawing
 from lckv.errors import UserError
 from lckv.iteration import CONVERGE, Iteration
-from lckv.model_arguments import model_arguments
-from lckv.patterns import SharingPlan, parse_layer_types
+from lckv.model_arguments import model_arguments, plan_from_source
+from lckv.model_files import check_model
+from lckv.patterns import SharingPlan, advice_on, parse_layer_types
 
 _COSTS = {
     "KV bytes written per new token": "kv_bytes.written",
@@ -69,6 +70,9 @@ def build_report(cfg: PlanConfig) -> PlanReport:
         UserError: if the configuration is wrong, or does not say how large the vocabulary is.
     """
     if cfg.init.source is not None:
+        own = check_model(cfg.init.source, revision=cfg.init.revision, key="init.source", needs_tokenizer=False)
+        if own is not None:
+            plan_from_source(cfg, own)
         from lckv.conversion.settings import adopt_source  # takes transformers along, which nothing else here needs
         from lckv.conversion.source import Source
 
@@ -122,7 +126,8 @@ def print_report(report: PlanReport, console: Console) -> None:
     """Prints the drawing, the layers, the iteration and the costs."""
     console.print(Text(report.plan.layer_types, style="bold"), "\n", sep="")
     console.print(draw_in_terminal(report.plan), end="")
-    console.print("\n".join(["", *_describe_iteration(report), ""]))
+    advice = advice_on(report.plan)
+    console.print("\n".join(["", *_describe_iteration(report), *([f"Note: {advice}."] if advice else []), ""]))
     console.print(_layer_table(report))
     console.print()
     console.print(_cost_table(report))

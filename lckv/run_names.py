@@ -13,6 +13,8 @@ def default_run_name(cfg: TrainConfig) -> str:
     """A name for the run folder: the model's size or where it comes from, how it shares, and the seed."""
     if cfg.model.layer_types is not None:
         sharing = str(cfg.model.layer_types)
+    elif cfg.init.source is not None and cfg.sharing.name == "llama":
+        sharing = "own"
     else:
         sharing = cfg.sharing.name + "".join(f"-{name}{value}" for name, value in cfg.sharing.options().items())
     model = cfg.model.name if cfg.init.source is None else f"{source_name(cfg.init.source)}-{cfg.init.method}"

@@ -7,6 +7,8 @@ from pathlib import Path
 from lckv import cli
 from lckv.config import SearchConfig, validate
 from lckv.console import new_console
+from lckv.data.sources import check_text_files
+from lckv.model_files import check_model
 from lckv.storage import check_new_folder
 
 
@@ -15,15 +17,18 @@ def main(cfg: SearchConfig) -> None:
     validate(cfg)
     assert cfg.source is not None  # checked
 
-    # Behind the check: importing torch and transformers takes seconds.
+    out = None if cfg.out is None else Path(cfg.out).expanduser()
+    if out is not None:
+        check_new_folder(out)
+    check_model(cfg.source, revision=cfg.revision, key="source")
+    check_text_files(cfg.data)
+
+    # Behind the checks: importing torch and transformers takes seconds.
     from lckv.conversion.search_report import write_report
     from lckv.conversion.search_session import SearchSession
     from lckv.conversion.source import Source
     from lckv.processes import set_num_threads
 
-    out = None if cfg.out is None else Path(cfg.out).expanduser()
-    if out is not None:
-        check_new_folder(out)
     set_num_threads(cfg.num_threads)
     console = new_console(to_stderr=True)
     session = SearchSession(cfg, Source.find(cfg.source, revision=cfg.revision), console)

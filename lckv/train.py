@@ -8,7 +8,9 @@ from typing import Any
 from lckv import cli
 from lckv.config import TokenizerConfig, TrainConfig, validate
 from lckv.console import new_console
-from lckv.model_arguments import resolve_plan
+from lckv.data.sources import check_text_files
+from lckv.model_arguments import plan_from_source, resolve_plan
+from lckv.model_files import check_model, check_tokenizer_name
 from lckv.processes import check_launch, is_main_process, prepare_process
 from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder, recorded_failure
 
@@ -49,8 +51,7 @@ def _finished_in_a_sweep(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] 
 
 def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     """Builds everything that the configuration names, trains, and shows and returns the results."""
-    if cfg.init.source is None:
-        resolve_plan(cfg)
+    _check_files(cfg, folder)
 
     # Behind the checks: importing torch and transformers takes seconds.
     from transformers import set_seed
@@ -90,6 +91,21 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     if results is not None:
         show_results(results, folder, console)
     return results
+
+
+def _check_files(cfg: TrainConfig, folder: RunFolder) -> None:
+    """Finds mistakes in the pattern and in what the configuration names before anything slow is imported."""
+    if cfg.init.source is None:
+        resolve_plan(cfg)
+        check_tokenizer_name(cfg.tokenizer.name)
+    elif not (folder.holds_a_run() and folder.init.is_dir()):  # else nothing more is asked of the source
+        own = check_model(cfg.init.source, revision=cfg.init.revision, key="init.source")
+        if own is not None:
+            plan_from_source(cfg, own)
+    if not folder.results.is_file():
+        if cfg.teacher.source is not None:
+            check_model(cfg.teacher.source, revision=cfg.teacher.revision, key="teacher.source")
+        check_text_files(cfg.data)
 
 
 if __name__ == "__main__":

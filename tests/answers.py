@@ -113,7 +113,41 @@ class _Absent:
             raise ImportError(f"{name} is imported")
 
 
+def _answer_at_once(mistake: Mistake) -> Mistake:
+    """The line with what is answered, or with what was imported before."""
+    try:
+        return mistake._replace(answer=answer_to(mistake.command, mistake.arguments))
+    except ImportError as error:
+        return mistake._replace(answer=f"(not at once: {error})")
+
+
+def make_files(folder: Path) -> None:
+    """Models that are broken or of another kind, and one that is whole as far as can be seen without reading it."""
+    sizes = {"num_hidden_layers": 4, "vocab_size": 300}
+    configs: dict[str, object] = {
+        "gpt2": {"model_type": "gpt2"},
+        "llama": {"model_type": "llama", **sizes},
+        "shared": {"model_type": "lckv-llama", "layer_types": "0_0_2_2", **sizes},
+        "wrong": {"model_type": "lckv-llama", "layer_types": "0_0_9", **sizes, "num_hidden_layers": 3},
+        "packed": {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
+        "list": [],
+        "weightless": {"model_type": "llama", **sizes},
+        "mute": {"model_type": "llama", **sizes},
+    }
+    for name, config in configs.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        lacking = {"weightless": ["model.safetensors"], "mute": ["tokenizer.json"]}.get(name, [])
+        for file in {"model.safetensors", "tokenizer.json"}.difference(lacking):
+            (folder / name / file).touch()
+    (folder / "empty").mkdir()
+    (folder / "full").mkdir()
+    for file in ("log", "fake.gguf", "full/file"):
+        (folder / file).write_text("a note", encoding="utf-8")
+
+
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
     os.chdir(tempfile.mkdtemp())
-    print(json.dumps([str(each._replace(answer=answer_to(each.command, each.arguments))) for each in read_mistakes()]))
+    make_files(Path())
+    print(json.dumps([str(_answer_at_once(each)) for each in read_mistakes()]))

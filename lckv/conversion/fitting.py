@@ -34,21 +34,37 @@ def predictor(moments: InputMoments, reader: int, owner: int, ridge: float) -> T
 
 
 def fit_mean(
-    heads: Mapping[int, AttentionHeads], readers: Sequence[int], owner: int, moments: InputMoments, ridge: float
+    heads: Mapping[int, AttentionHeads],
+    kv_sources: Mapping[int, int],
+    owner: int,
+    moments: InputMoments,
+    ridge: float,
 ) -> tuple[Tensor, Tensor]:
-    """Key and value projections whose outputs come closest, in the mean square, to those of all readers.
+    """Key and value projections whose outputs come closest, in the mean square, to those that all readers read.
+
+    Args:
+        heads: of the readers.
+        kv_sources: for each reader, the layer that computes its keys and values so far.
+        owner: the layer that is to compute them.
+        moments: of the inputs of all these layers.
+        ridge: see [`predictor`].
 
     Returns:
         Both `(num_kv_heads, head_dim, inputs)`.
     """
-    predictors = {reader: predictor(moments, reader, owner, ridge) for reader in readers}
-    keys = torch.stack([heads[reader].key.double() @ predictors[reader] for reader in readers])
-    values = torch.stack([heads[reader].value.double() @ predictors[reader] for reader in readers])
+    predictors = {source: predictor(moments, source, owner, ridge) for source in {*kv_sources.values()}}
+    keys = torch.stack([heads[reader].key.double() @ predictors[source] for reader, source in kv_sources.items()])
+    values = torch.stack([heads[reader].value.double() @ predictors[source] for reader, source in kv_sources.items()])
     return keys.mean(0).float(), values.mean(0).float()
 
 
 def fit_subspace(
-    heads: Mapping[int, AttentionHeads], readers: Sequence[int], owner: int, moments: InputMoments, ridge: float
+    heads: Mapping[int, AttentionHeads],
+    reference: AttentionHeads,
+    kv_sources: Mapping[int, int],
+    owner: int,
+    moments: InputMoments,
+    ridge: float,
 ) -> tuple[Tensor, Tensor, dict[int, AttentionHeads]]:
     """Shared keys and values that tell most about each reader's own, and readers that make theirs of them.
 
@@ -58,27 +74,35 @@ def fit_subspace(
     of an error. The keys are the same with rank one in each plane, weighted by the power of the queries; where keys
     are normalised dimension by dimension, which no plane's factor commutes with, they are the mean's fit instead.
 
+    Args:
+        heads: of the readers.
+        reference: of the owner, whose heads the readers' are matched with.
+        kv_sources: for each reader, the layer that computes its keys and values so far.
+        owner: the layer that is to compute them.
+        moments: of the inputs of all these layers.
+        ridge: see [`predictor`].
+
     Returns:
         The key and value projections, both `(num_kv_heads, head_dim, inputs)`, and the changed readers.
     """
     matched = {
-        reader: heads[reader].permuted(match_heads(heads[reader], heads[owner], moments[reader, owner].float()))
-        for reader in readers
+        reader: heads[reader].permuted(match_heads(heads[reader], reference, moments[source, owner].float()))
+        for reader, source in kv_sources.items()
     }
-    fitted = [matched[reader] for reader in readers]
-    predictors = [predictor(moments, reader, owner, ridge) for reader in readers]
+    fitted = list(matched.values())
+    predictors = [predictor(moments, source, owner, ridge) for source in kv_sources.values()]
     values, vectors = torch.linalg.eigh(moments[owner, owner])
     root = vectors * values.clamp(min=0).sqrt()  # root @ root.T are the second moments of the owner's inputs
-    gains: Sequence[Tensor | None] = [None] * len(readers)
-    if heads[owner].key_norm is None:
-        powers = [_query_power(matched[reader], moments[reader, reader]) for reader in readers]
+    gains: Sequence[Tensor | None] = [None] * len(fitted)
+    if reference.key_norm is None:
+        powers = [_query_power(turned, moments[reader, reader]) for reader, turned in matched.items()]
         key, gains = _fit_keys(fitted, powers, predictors, root)
     else:
-        key = fit_mean(matched, readers, owner, moments, ridge)[0]
+        key = fit_mean(matched, kv_sources, owner, moments, ridge)[0]
     value, decoders = _fit_values(fitted, predictors, root)
     changed = {
-        reader: matched[reader].with_readers_changed(gain, decoder)
-        for reader, gain, decoder in zip(readers, gains, decoders, strict=True)
+        reader: turned.with_readers_changed(gain, decoder)
+        for (reader, turned), gain, decoder in zip(matched.items(), gains, decoders, strict=True)
     }
     return key, value, changed
 

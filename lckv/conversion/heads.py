@@ -36,6 +36,8 @@ def read_finite(weights: Tensors, name: str) -> Tensor:
 class AttentionHeads:
     """The projections of one attention layer, in float32; query heads are grouped by the KV head that they read.
 
+    Keys and values may be those that another layer computes.
+
     A projection with a bias has it as one more column, which stands for an input of one.
 
     Attributes:
@@ -53,27 +55,34 @@ class AttentionHeads:
     key_norm: Tensor | None
 
     @classmethod
-    def read(cls, weights: Tensors, layer_idx: int, config: Any) -> AttentionHeads:
-        """Reads a layer that computes its own keys and values, of tensors under transformers' names.
+    def read(cls, weights: Tensors, layer_idx: int, config: Any, kv_source: int | None = None) -> AttentionHeads:
+        """Reads a layer, of tensors under transformers' names.
+
+        Args:
+            weights: all tensors.
+            layer_idx: the layer that reads.
+            config: the model's.
+            kv_source: the layer that computes the keys and values; `None`: this one.
 
         Raises:
             UserError: if one of the numbers is not finite.
         """
         prefix, head_dim = layer_prefix(layer_idx), config.head_dim
+        kv_prefix = layer_prefix(layer_idx if kv_source is None else kv_source)
 
         def read(name: str) -> Tensor:
-            weight = read_finite(weights, f"{prefix}{name}.weight")
-            if (bias := f"{prefix}{name}.bias") in weights:
+            weight = read_finite(weights, f"{name}.weight")
+            if (bias := f"{name}.bias") in weights:
                 weight = torch.cat([weight, read_finite(weights, bias)[:, None]], dim=1)
             return weight.unflatten(0, (-1, head_dim))  # (num_heads, head_dim, hidden_size [+ 1])
 
         output = read_finite(weights, f"{prefix}o_proj.weight").unflatten(1, (-1, head_dim))
         groups = (config.num_key_value_heads, -1)
-        norm = f"{prefix}k_norm.weight"
+        norm = f"{kv_prefix}k_norm.weight"
         return cls(
-            query=read("q_proj").unflatten(0, groups),
-            key=read("k_proj"),
-            value=read("v_proj"),
+            query=read(f"{prefix}q_proj").unflatten(0, groups),
+            key=read(f"{kv_prefix}k_proj"),
+            value=read(f"{kv_prefix}v_proj"),
             output=output.transpose(0, 1).unflatten(0, groups),  # (num_kv_heads, num_groups, hidden_size, head_dim)
             key_norm=read_finite(weights, norm) if norm in weights else None,
         )

@@ -26,7 +26,7 @@ class Group:
     Attributes:
         owner: the layer that computes keys and values.
         readers: the layers that attend to them, perhaps without the owner itself.
-        tensors: of the source, in which every layer computes its own keys and values.
+        tensors: of the source.
         config: the source's.
         moments: second moments of the layers' inputs on calibration text, where the method asks for them.
         ridge: a penalty on large weights, relative to the mean square of the inputs.
@@ -39,9 +39,19 @@ class Group:
     moments: InputMoments | None = None
     ridge: float = 0.0
 
+    @property
+    def kv_sources(self) -> dict[int, int]:
+        """For each reader, the layer whose keys and values it reads in the source."""
+        kv_source = self.config.sharing_plan.kv_source
+        return {reader: kv_source[reader] for reader in self.readers}
+
     def heads(self, layer_idx: int) -> AttentionHeads:
-        """A layer's attention weights by head."""
-        return AttentionHeads.read(self.tensors, layer_idx, self.config)
+        """A reader's attention weights by head, with the keys and values that it reads in the source."""
+        return AttentionHeads.read(self.tensors, layer_idx, self.config, self.kv_sources[layer_idx])
+
+    def owner_heads(self) -> AttentionHeads:
+        """The owner's attention weights by head, with the keys and values that it computes in the source."""
+        return AttentionHeads.read(self.tensors, self.owner, self.config)
 
     def name(self, layer_idx: int, tensor: str) -> str:
         """The full name of an attention tensor."""
@@ -52,8 +62,8 @@ class Group:
         return self.tensors[name if name in self.tensors else EMBEDDINGS].dtype
 
     def merged_norm(self) -> Tensor | None:
-        """The mean of the readers' key norms, if they have any."""
-        names = [self.name(reader, "k_norm.weight") for reader in self.readers]
+        """The mean of the key norms behind what the readers read in the source, if there are any."""
+        names = [self.name(kv_source, "k_norm.weight") for kv_source in self.kv_sources.values()]
         return _mean([self.tensors[name] for name in names]) if names[0] in self.tensors else None
 
 
@@ -96,11 +106,11 @@ def inherit(group: Group) -> dict[str, Tensor]:
 
 @register("average")
 def average(group: Group) -> dict[str, Tensor]:
-    """The mean of the readers' key and value projections, biases and key norms (LCKV; Wu and Tu, ACL 2024)."""
+    """The mean of what makes the readers' keys and values: projections, biases and key norms (Wu and Tu, ACL 2024)."""
     tensors = {}
     for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "k_norm.weight"):
         if group.name(group.owner, name) in group.tensors:
-            merged = _mean([group.tensors[group.name(reader, name)] for reader in group.readers])
+            merged = _mean([group.tensors[group.name(source, name)] for source in group.kv_sources.values()])
             tensors[group.name(group.owner, name)] = merged
     return tensors
 
@@ -111,12 +121,12 @@ def aligned(group: Group) -> dict[str, Tensor]:
 
     Projections are compared with the layers' input norms multiplied in, as what they do to a normalised input.
     """
-    scales = {layer: _input_scale(group, layer) for layer in {group.owner, *group.readers}}
-    reference = _scaled(group.heads(group.owner), scales[group.owner])
-    turned = {
-        reader: reference if reader == group.owner else align(_scaled(group.heads(reader), scales[reader]), reference)
-        for reader in group.readers
-    }
+    scales = {layer: _input_scale(group, layer) for layer in {group.owner, *group.kv_sources.values()}}
+    reference = _scaled(group.owner_heads(), scales[group.owner])
+    turned = {}
+    for reader, kv_source in group.kv_sources.items():
+        heads = _scaled(group.heads(reader), scales[kv_source])
+        turned[reader] = heads if kv_source == group.owner else align(heads, reference)
     merged = _scaled(
         replace(
             reference,
@@ -133,7 +143,7 @@ def activation(group: Group) -> dict[str, Tensor]:
     """Keys and values that come closest, in the mean square, to what all readers computed on calibration text."""
     assert group.moments is not None
     heads = {reader: group.heads(reader) for reader in group.readers}
-    key, value = fit_mean(heads, group.readers, group.owner, group.moments, group.ridge)
+    key, value = fit_mean(heads, group.kv_sources, group.owner, group.moments, group.ridge)
     return _tensors(group, key, value, {})
 
 
@@ -145,28 +155,38 @@ def subspace(group: Group) -> dict[str, Tensor]:
     See [`lckv.conversion.fitting.fit_subspace`].
     """
     assert group.moments is not None
-    heads = {layer: group.heads(layer) for layer in {group.owner, *group.readers}}
-    key, value, changed = fit_subspace(heads, group.readers, group.owner, group.moments, group.ridge)
+    heads = {reader: group.heads(reader) for reader in group.readers}
+    key, value, changed = fit_subspace(
+        heads, group.owner_heads(), group.kv_sources, group.owner, group.moments, group.ridge
+    )
     return _tensors(group, key, value, changed)
 
 
-def groups_of(plan: SharingPlan, changed: Collection[int | None] = ()) -> list[tuple[int, tuple[int, ...]]]:
-    """The owner and its readers, for every owner that others read, or that is among `changed`."""
+def groups_of(
+    plan: SharingPlan, source: SharingPlan, changed: Collection[int | None] = ()
+) -> list[tuple[int, tuple[int, ...]]]:
+    """The owner and its readers, for every owner that some layer did not read in the source, or among `changed`."""
     groups = [(owner, tuple(layer.layer_idx for layer in plan.readers(owner))) for owner in plan.kv_owners]
-    return [(owner, readers) for owner, readers in groups if readers != (owner,) or owner in changed]
+    return [
+        (owner, readers)
+        for owner, readers in groups
+        if owner in changed or any(source.kv_source[reader] != owner for reader in readers)
+    ]
 
 
-def needed_pairs(plan: SharingPlan) -> list[Pair]:
+def needed_pairs(plan: SharingPlan, source: SharingPlan) -> list[Pair]:
     """The pairs of layers whose inputs a calibrated method multiplies."""
     pairs = set()
-    for owner, readers in groups_of(plan):
-        pairs |= {(owner, owner)} | {(reader, owner) for reader in readers} | {(reader, reader) for reader in readers}
+    for owner, readers in groups_of(plan, source):
+        kv_sources = {source.kv_source[reader] for reader in readers}
+        pairs |= {(owner, owner)} | {(layer, owner) for layer in kv_sources}
+        pairs |= {(layer, layer) for layer in (*readers, *kv_sources)}
     return sorted(pairs)
 
 
 def _tensors(group: Group, key: Tensor, value: Tensor, readers: Mapping[int, AttentionHeads]) -> dict[str, Tensor]:
     """The changed tensors by their full names, in the types that they had."""
-    owner = replace(group.heads(group.owner), key=key, value=value, key_norm=group.merged_norm())
+    owner = replace(group.owner_heads(), key=key, value=value, key_norm=group.merged_norm())
     tensors = {group.name(group.owner, name): tensor for name, tensor in owner.kv_tensors().items()}
     for reader, heads in readers.items():
         tensors |= {group.name(reader, name): tensor for name, tensor in heads.reading_tensors().items()}

@@ -1,4 +1,8 @@
-"""The search for a sharing pattern: layers give up their keys and values one by one, wherever it costs least."""
+"""The search for a sharing pattern: layers give up their keys and values one by one, wherever it costs least.
+
+Layers that read the same keys and values in the source stay together. So what is counted here, in spans and distances,
+are its owners of keys and values, from the bottom; where every layer reads itself, these are the layers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
 
 @dataclass(frozen=True)
 class Span:
-    """Layers `start, ..., stop - 1`, which all read the keys and values of one among them, the `owner`."""
+    """Owners `start, ..., stop - 1` of the source, whose readers all read one among them now, the `owner`."""
 
     owner: int
     start: int
@@ -21,7 +25,7 @@ class Span:
 
     @property
     def num_layers(self) -> int:
-        """How many layers read the owner, itself among them."""
+        """How many of the source's owners it replaces, itself among them."""
         return self.stop - self.start
 
 
@@ -30,14 +34,34 @@ Spans = tuple[Span, ...]
 
 
 def own_spans(num_layers: int) -> Spans:
-    """The pattern in which every layer reads itself."""
+    """The source's own pattern."""
     return tuple(Span(layer_idx, layer_idx, layer_idx + 1) for layer_idx in range(num_layers))
 
 
-def layer_types_of(spans: Spans, has_window: Sequence[bool]) -> str:
-    """The `layer_types` string of a pattern whose layers see a window only where `has_window` says so."""
-    owners = [span.owner for span in spans for _ in range(span.num_layers)]
-    return join_layer_types(owners, has_window)
+def plan_of(owners: Sequence[int], source: SharingPlan) -> SharingPlan:
+    """The pattern in which layers read the source's owner number `owners[i]` that read its `i`-th one before."""
+    instead = {before: source.kv_owners[now] for before, now in zip(source.kv_owners, owners, strict=True)}
+    kv_source = [instead[layer.kv_source] for layer in source.layers]
+    return parse_layer_types(join_layer_types(kv_source, [layer.is_sliding for layer in source.layers]))
+
+
+def plan_of_spans(spans: Spans, source: SharingPlan) -> SharingPlan:
+    """The pattern that these spans of the source's owners stand for; windows stay with their layers."""
+    return plan_of([span.owner for span in spans for _ in range(span.num_layers)], source)
+
+
+def lowest_changed(plan: SharingPlan, merged: Span, source: SharingPlan) -> int:
+    """The layer from which on a pattern runs anew, if the one before it has run and all but `merged` is the same.
+
+    Nothing above it reads below, nor the other way round.
+    """
+    owners = source.kv_owners[merged.start : merged.stop]
+    first = min(*owners, *(layer.layer_idx for layer in source.layers if layer.kv_source in owners))
+    return next(
+        start
+        for start in range(first, -1, -1)
+        if all((layer.kv_source < start) == (layer.layer_idx < start) for layer in plan.layers)
+    )
 
 
 @dataclass(frozen=True)
@@ -52,7 +76,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Reach:
-    """How many layers below its reader, or above it, an owner may be."""
+    """How many owners below one that gives up its keys and values, or above it, its substitute may be."""
 
     down: int
     up: int
@@ -179,7 +203,7 @@ class _State:
 
 
 class PatternSearch:
-    """Goes from the pattern in which every layer reads itself, one owner at a time, to a given number of owners.
+    """Goes from the source's own pattern, one owner at a time, to a given number of owners.
 
     The first step scores every merge of two neighbouring layers. These losses foretell, by adding up, those of all
     later steps (see [`Surrogate`]), of which only the most promising are scored. Layers below
@@ -189,7 +213,7 @@ class PatternSearch:
     def __init__(self, scorer: Scorer, limits: SearchLimits) -> None:
         self._scorer, self._limits = scorer, limits
         self._surrogate = Surrogate()
-        self._plan = scorer.converter.config.sharing_plan  # in which every layer reads itself
+        self._plan = scorer.converter.config.sharing_plan
 
     def run(self, trace: SearchTrace, on_scored: Callable[[], Any] | None = None) -> Iterator[ScoredPattern]:
         """Searches, and yields the best pattern of each number of owners.
@@ -198,9 +222,9 @@ class PatternSearch:
             trace: empty; what comes out is written there as it does.
             on_scored: called after each pattern that was scored.
         """
-        plan = self._plan
-        states = [_State(own_spans(plan.num_hidden_layers), plan, Score(0.0, self._scorer.original))]
-        trace.frontier.append(ScoredPattern(plan.layer_types, plan.num_hidden_layers, 0.0))
+        plan, num_owners = self._plan, len(self._plan.kv_owners)
+        states = [_State(own_spans(num_owners), plan, Score(0.0, self._scorer.original))]
+        trace.frontier.append(ScoredPattern(plan.layer_types, num_owners, 0.0))
         trace.candidates.append(trace.frontier[0])
         while len(states[0].spans) > self._limits.num_owners:
             states = self._step(states, trace, on_scored)
@@ -212,10 +236,9 @@ class PatternSearch:
         """The best patterns with one owner less."""
         best: list[_State] = []
         tried = []
-        has_window = [layer.is_sliding for layer in self._plan.layers]
         for state, merge, expected in self._shortlist(states):
-            plan = parse_layer_types(layer_types_of(merge.spans, has_window))
-            score = self._scorer.score(plan, merge.merged.start, state.score.inputs)
+            plan = plan_of_spans(merge.spans, self._plan)
+            score = self._scorer.score(plan, lowest_changed(plan, merge.merged, self._plan), state.score.inputs)
             child = _State(merge.spans, plan, score)
             tried.append(child.plan)
             loss = child.score.loss
@@ -237,7 +260,7 @@ class PatternSearch:
                 # The same pattern can come from two others; and some lead where no further merge is allowed.
                 if merge.spans not in merges and limits.reach.fewest_owners(merge.spans) <= limits.num_owners:
                     merges[merge.spans] = state, merge
-        if len(states[0].spans) == self._plan.num_hidden_layers:
+        if len(states[0].spans) == len(self._plan.kv_owners):
             return [(state, merge, None) for state, merge in merges.values()]
         expected = {
             spans: self._surrogate.estimate(state.score.loss, merge) for spans, (state, merge) in merges.items()

@@ -39,14 +39,14 @@ def convert(
         UserError: for wrong settings, text or weights.
     """
     find_device(device)
-    plan, method = resolve_plan(cfg), cfg.init.method
+    plan, own, method = resolve_plan(cfg), source.config.sharing_plan, cfg.init.method
     config = converted_config(source.config, plan, **model_settings(cfg))
     moments, record = None, {}
-    if method in CALIBRATED and groups_of(plan):
+    if method in CALIBRATED and groups_of(plan, own):
         check_block_size(cfg.data, source.config)
         data = build_dataset(cfg.data, source.load_tokenizer())
         chosen = choose_blocks(data.train, cfg.init.calibration_tokens)
-        moments = calibrate(source.load_for_text(device), data.train, chosen, needed_pairs(plan), console)
+        moments = calibrate(source.load_for_text(device), data.train, chosen, needed_pairs(plan, own), console)
         record = {
             "data": cfg.data.name,
             "data_fingerprint": data.fingerprint,

@@ -27,7 +27,7 @@ class Converter:
     What a method has made for an owner and its readers is kept for the next pattern that has them, until `forget`.
 
     Attributes:
-        model: the pretrained model, in which every layer computes its own keys and values.
+        model: the pretrained model.
         method: a name in `METHODS`.
         moments: for methods that look at calibration text, of all pairs of layers that will be asked for.
         ridge: for these, too.
@@ -64,14 +64,15 @@ class Converter:
         with torch.device("meta"):
             model = LCKVLlamaForCausalLM(config)
         shapes = {_shifted(name, start): tensor.shape for name, tensor in model.state_dict().items()}
-        converted = dict(converted_tensors(self._tensors, plan, shapes, self.method, self._make))
+        own = self.config.sharing_plan
+        converted = dict(converted_tensors(self._tensors, own, plan, shapes, self.method, self._make))
         model.load_state_dict({name: converted[_shifted(name, start)] for name in model.state_dict()}, assign=True)
         model.model.rotary_emb = self.model.model.rotary_emb  # whose tables no checkpoint holds
         return model.eval()
 
     def forget(self, plans: Sequence[SharingPlan]) -> None:
         """Drops what was made for owners and readers that none of these patterns has."""
-        kept = {group for plan in plans for group in groups_of(plan)}
+        kept = {group for plan in plans for group in groups_of(plan, self.config.sharing_plan)}
         self._made = {key: made for key, made in self._made.items() if key in kept}
 
     def _make(self, owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:

@@ -62,17 +62,17 @@ class Point:
 
 @dataclass(frozen=True)
 class KVCount:
-    """Counts the bytes of keys and values that each token adds, in the type of a model of `num_layers` layers."""
+    """Counts the bytes of keys and values that each token adds, in the type of a model with so many owners of them."""
 
     sizes: ModelSizes
     dtype: str
-    num_layers: int
+    num_owners: int
 
     @classmethod
     def of(cls, config: LCKVLlamaConfig) -> KVCount:
         """For the model of this configuration."""
         dtype = str(config.dtype or "float32").removeprefix("torch.")
-        return cls(ModelSizes.from_config(config), dtype, config.sharing_plan.num_hidden_layers)
+        return cls(ModelSizes.from_config(config), dtype, len(config.sharing_plan.kv_owners))
 
     def bytes_of(self, layer_types: str) -> int:
         """Bytes per token of a pattern; "0" is one layer that computes keys and values."""
@@ -82,7 +82,7 @@ class KVCount:
         """The pattern with what it needs."""
         num_owners = len(parse_layer_types(layer_types).kv_owners)
         kv_bytes = self.bytes_of(layer_types)
-        return Point(name, layer_types, num_owners, kv_bytes, num_owners / self.num_layers, loss, perplexity)
+        return Point(name, layer_types, num_owners, kv_bytes, num_owners / self.num_owners, loss, perplexity)
 
 
 COLUMNS = ("pattern", "KV bytes per token", "of the source's", "loss", "perplexity", "layer_types")
@@ -121,7 +121,7 @@ class SearchReport:
     @property
     def frontier(self) -> list[Point]:
         """The best pattern for each number of owners, the source's own first."""
-        total, perplexities = self.kv.num_layers, self.perplexities
+        total, perplexities = self.kv.num_owners, self.perplexities
         return [
             self.kv.point(
                 f"{each.num_owners} of {total}", each.layer_types, each.loss, perplexities.get(each.layer_types)
@@ -160,7 +160,7 @@ class SearchReport:
 
     def experiment_name(self, point: Point) -> str:
         """What the configuration of a point is called: `kv_15_of_30`."""
-        return f"kv_{point.num_owners}_of_{self.kv.num_layers}"
+        return f"kv_{point.num_owners}_of_{self.kv.num_owners}"
 
     def _figures(self) -> dict[str, Any]:
         return {

@@ -22,6 +22,7 @@ from lckv.conversion.pattern_search import (
     SearchLimits,
     SearchTrace,
     owners_in,
+    plan_of,
     resolve_reach,
 )
 from lckv.conversion.scoring import Converter, Scorer
@@ -32,7 +33,7 @@ from lckv.data.dataset import BlockDataset, build_dataset, collate
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
 from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaForCausalLM
-from lckv.patterns import SharingPlan, build_layer_types, join_layer_types, parse_layer_types
+from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 _BASELINES = ("lasagna_bottom", "pizza_bottom", "sandwich_bottom")
 _VALIDATION_BATCH = 8
@@ -51,9 +52,9 @@ class SearchSession:
         self._cfg, self._source, self._console = cfg, source, console
         self._plan = source.config.sharing_plan
         self._kv = KVCount.of(source.config)
-        num_layers = self._plan.num_hidden_layers
-        num_owners = owners_in(parse_budget(cfg.budget), self._kv.bytes_of("0"), num_layers)
-        reach = resolve_reach(cfg.directions, cfg.max_distance, num_owners, num_layers)
+        num_before = len(self._plan.kv_owners)
+        num_owners = owners_in(parse_budget(cfg.budget), self._kv.bytes_of("0"), num_before)
+        reach = resolve_reach(cfg.directions, cfg.max_distance, num_owners, num_before)
         self._limits = SearchLimits(reach, num_owners, cfg.beam, cfg.shortlist)
         self._trace = SearchTrace()
 
@@ -99,20 +100,19 @@ class SearchSession:
         return report
 
     def _baselines(self) -> dict[str, SharingPlan]:
-        """Patterns made by hand that need no less than the budget, by name; none occurs twice."""
+        """Patterns of the source's owners made by hand, which need no less than the budget; none occurs twice."""
         if not self._cfg.baselines:
             return {}
-        num_layers, num_owners = self._plan.num_hidden_layers, self._limits.num_owners
+        num_before, num_owners = len(self._plan.kv_owners), self._limits.num_owners
         built = {
-            f"cla, groups of {size}": build_layer_types("cla", num_layers, group_size=size)
-            for size in range(2, num_layers + 1)
-            if -(-num_layers // size) >= num_owners
+            f"cla, groups of {size}": build_layer_types("cla", num_before, group_size=size)
+            for size in range(2, num_before + 1)
+            if -(-num_before // size) >= num_owners
         }
-        built |= {name: build_layer_types(name, num_layers, num_kv_layers=num_owners) for name in _BASELINES}
+        built |= {name: build_layer_types(name, num_before, num_kv_layers=num_owners) for name in _BASELINES}
         plans: dict[str, SharingPlan] = {}
         for name, layer_types in built.items():
-            kv_source = parse_layer_types(layer_types).kv_source
-            plan = parse_layer_types(join_layer_types(kv_source, [layer.is_sliding for layer in self._plan.layers]))
+            plan = plan_of(parse_layer_types(layer_types).kv_source, self._plan)
             if plan not in plans.values():
                 plans[name] = plan
         return plans
@@ -123,19 +123,19 @@ class SearchSession:
         """The second moments that any pattern may need, summed up in one pass over the text."""
         if self._cfg.method not in CALIBRATED:
             return None
-        pairs = _pairs_within(self._plan.num_hidden_layers, self._limits.reach)
-        pairs |= {pair for plan in baselines.values() for pair in needed_pairs(plan)}
+        pairs = _pairs_within(self._plan, self._limits.reach)
+        pairs |= {pair for plan in baselines.values() for pair in needed_pairs(plan, self._plan)}
         num_pairs = len({(min(pair), max(pair)) for pair in pairs})
         size = num_pairs * self._source.config.hidden_size**2 * 8
         logger.info("calibrating: the moments of %d pairs of layers take %.3g GB of memory", num_pairs, size / 1e9)
         return calibrate(model, blocks, chosen, pairs, self._console)
 
     def _search(self, scorer: Scorer) -> None:
-        num_layers = self._plan.num_hidden_layers
-        total = self._limits.num_scored(num_layers)
+        num_before = len(self._plan.kv_owners)
+        total = self._limits.num_scored(num_before)
         with Bar(self._console, "searching", "patterns", total) as bar:
             for best in PatternSearch(scorer, self._limits).run(self._trace, bar.advance):
-                self._console.print(f"{best.num_owners} of {num_layers}: loss {best.loss:.4f}: {best.layer_types}")
+                self._console.print(f"{best.num_owners} of {num_before}: loss {best.loss:.4f}: {best.layer_types}")
 
     def _evaluate(
         self, scorer: Scorer, validation: Blocks, baselines: dict[str, SharingPlan], report: SearchReport
@@ -157,10 +157,11 @@ class SearchSession:
                 bar.advance()
 
 
-def _pairs_within(num_layers: int, reach: Reach) -> set[Pair]:
-    """All pairs of layers of which one may read the other."""
-    distance = max(reach.down, reach.up)
-    return {(low, high) for low in range(num_layers) for high in range(low, min(num_layers, low + distance + 1))}
+def _pairs_within(plan: SharingPlan, reach: Reach) -> set[Pair]:
+    """All pairs of owners of which one may take the other's place, and every layer with itself."""
+    owners, distance = plan.kv_owners, max(reach.down, reach.up)
+    near = {(low, high) for place, low in enumerate(owners) for high in owners[place : place + distance + 1]}
+    return near | {(layer.layer_idx, layer.layer_idx) for layer in plan.layers}
 
 
 def _scored_batch(blocks: BlockDataset, calibration: list[int], cfg: SearchConfig) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from lckv.config import DataConfig, ModelConfig, TrainConfig
 from lckv.config.model import KEPT_WITH_SOURCE
 from lckv.errors import UserError
-from lckv.model_arguments import iteration_settings, resolve_plan
+from lckv.model_arguments import iteration_settings, plan_from_source
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan, join_layer_types
 
@@ -19,28 +19,40 @@ AnyTrainConfig = TypeVar("AnyTrainConfig", bound=TrainConfig)
 
 
 def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig:
-    """The configuration with the sizes of a pretrained model.
+    """The configuration with the sizes of a pretrained model, and with its pattern where no other one is given.
 
-    Where neither `model.layer_types` nor a sharing pattern other than Llama's is given, every layer reads itself as
-    before. Windows that layers had in the source are theirs only if the pattern says so; a warning tells of those that
-    lose one. A source whose layers hide a token's own key stays so; others become so where the configuration asks.
+    Windows that layers had in the source are theirs only if the pattern says so; a warning tells of those that lose
+    one. A source whose layers hide a token's own key stays so; others become so where the configuration asks. One
+    whose layers read upward is iterated as it was, but for settings that are not at their defaults.
 
     Raises:
         UserError: if the sharing pattern does not fit the model.
     """
+    own = source.sharing_plan
+    plan = plan_from_source(cfg, own)
     sizes = {item.name: getattr(source, item.name) for item in fields(ModelConfig) if hasattr(source, item.name)}
     kept = {name: getattr(cfg.model, name) for name in KEPT_WITH_SOURCE}
+    if own.has_cycles:
+        kept |= _iteration_of(source, cfg.model)
     model = ModelConfig(**(sizes | kept))
     model.force_nodiag = cfg.model.force_nodiag or source.force_nodiag
-    if any(layer.is_sliding for layer in source.sharing_plan.layers):
+    if any(layer.is_sliding for layer in own.layers):
         model.sliding_window = cfg.model.sliding_window or source.sliding_window
-    if model.layer_types is None and cfg.sharing.name == "llama":
+    if plan == own:
         model.layer_types = source.kv_sharing
-    _check_num_layers(model)
     model.validate("model.")
-    cfg = replace(cfg, model=model)
-    _warn_of_lost_windows(resolve_plan(cfg), source)
-    return cfg
+    _warn_of_lost_windows(plan, source)
+    return replace(cfg, model=model)
+
+
+def _iteration_of(source: LCKVLlamaConfig, asked: ModelConfig) -> dict[str, Any]:
+    """How a source was iterated, where the configuration does not ask for something else."""
+    asked_for, default, before = (iteration_settings(each) for each in (asked, ModelConfig(), source))
+    taken = {name: value for name, value in before.items() if asked_for[name] == default[name] != value}
+    if taken:
+        shown = ", ".join(f"{name}={value}" for name, value in taken.items())
+        logger.info("layers that read upward are iterated as in the source: %s", shown)
+    return taken
 
 
 def check_block_size(data: DataConfig, source: LCKVLlamaConfig) -> None:
@@ -58,16 +70,6 @@ def model_settings(cfg: TrainConfig) -> dict[str, Any]:
     """What the configuration says of a converted model beside its pattern: arguments of `LCKVLlamaConfig`."""
     settings = iteration_settings(cfg.model)
     return settings if cfg.model.sliding_window is None else settings | {"sliding_window": cfg.model.sliding_window}
-
-
-def _check_num_layers(model: ModelConfig) -> None:
-    """Refuses a string for another number of layers, in words that do not ask to leave the source's number out."""
-    num_entries = str(model.layer_types or "").count("_") + 1
-    if model.layer_types is not None and num_entries != model.num_hidden_layers:
-        raise UserError(
-            f"model.layer_types={model.layer_types!r}: has {num_entries} entries, but the source has "
-            f"{model.num_hidden_layers} layers; give one entry per layer"
-        )
 
 
 def _warn_of_lost_windows(plan: SharingPlan, source: LCKVLlamaConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from lckv.conversion.heads import Tensors
 from lckv.conversion.weights import map_weights, stored_type
 from lckv.data.tokenizer import check_tokenizer
 from lckv.errors import UserError
-from lckv.loading import WEIGHT_FILES, Checkpoint, find_checkpoint, index_name, load_model
+from lckv.loading import Checkpoint, find_checkpoint, find_device, load_weights
+from lckv.model_files import TOKENIZER_FILES, WEIGHT_FILES, index_name
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,15 @@ _COPIED_FOLDERS = ("additional_chat_templates",)
 EMBEDDINGS = "model.embed_tokens.weight"
 """The tensor whose type is the model's."""
 
-# Not used, and no loss: rotations are worked out anew, and tied embeddings are there under their other name.
-_DISPENSABLE = re.compile(r".*\.rotary_emb\.inv_freq|lm_head\.weight")
+HEAD = "lm_head.weight"
+"""The tensor that is not there where it is the embeddings once more."""
+
+_DISPENSABLE = re.compile(r".*\.rotary_emb\.inv_freq")  # not used, and no loss: rotations are worked out anew
 
 
 @dataclass(frozen=True)
 class Source:
-    """A pretrained model in which every layer computes its own keys and values: where it is, and its configuration."""
+    """A pretrained model: where it is, and its configuration."""
 
     checkpoint: Checkpoint
     config: LCKVLlamaConfig
@@ -54,39 +58,31 @@ class Source:
         """Finds a model that can be converted, without reading its weights; see [`lckv.loading.find_checkpoint`].
 
         Raises:
-            UserError: if there is none, it is of a family that is not supported, its weights are quantised, or its
-                layers share keys and values already.
+            UserError: if there is none, it is of a family that is not supported, or its weights are quantised.
         """
         checkpoint = find_checkpoint(name, revision=revision, key=key)
         config = checkpoint.load_config()
-        plan = config.sharing_plan
-        for layer in plan.layers:
-            if layer.kv_source != layer.layer_idx:
-                raise UserError(
-                    f"{checkpoint}: shares keys and values already ({plan.layer_types}): layer {layer.layer_idx} "
-                    f"reads those of layer {layer.kv_source}; allowed are models in which every layer reads its own"
-                )
-        checkpoint.check_files()
+        checkpoint.check_files(needs_tokenizer=False)
         return cls(checkpoint, config)
 
     def tensors(self) -> Tensors:
         """Its tensors, mapped into memory, so that each is read when it is used; those of a GGUF file are read here.
 
+        They are those that the model has when it is loaded: of tied embeddings, the head is there only if it differs.
+
         Raises:
             UserError: if they do not fit the configuration, or cannot be read.
         """
         if self.checkpoint.gguf_file is not None:
-            return self.load_model("cpu").state_dict()
+            return self._untied(self.load_model("cpu").state_dict())
         folder = self._folder()
         with self.checkpoint.loading("the weights"):
-            tensors = map_weights(folder)
-            self._check(tensors, folder)
-        return tensors
+            return self._checked(self._untied(map_weights(folder)), folder)
 
     def load_model(self, device: str) -> LCKVLlamaForCausalLM:
         """The whole model, in evaluation mode."""
-        found = self.checkpoint
-        return load_model(found.given, revision=found.revision, device=device, key=found.key)[0]
+        target = find_device(device)
+        return load_weights(self.checkpoint, self.checkpoint.load_config()).eval().to(target)
 
     def load_for_text(self, device: str) -> LCKVLlamaForCausalLM:
         """The model with text to run through it whole: not token by token, which would show a layer's last input only.
@@ -103,6 +99,7 @@ class Source:
         Raises:
             UserError: if there is none that makes blocks of documents.
         """
+        self.checkpoint.check_files()
         return check_tokenizer(self.checkpoint.load_tokenizer(), str(self.checkpoint))
 
     def copy_rest(self, folder: Path) -> None:
@@ -111,6 +108,8 @@ class Source:
             self.checkpoint.load_tokenizer().save_pretrained(folder)
             return
         origin = self._folder()
+        if not any((origin / name).is_file() for name in TOKENIZER_FILES):
+            logger.warning("%s: holds no tokenizer (%s), nor does what is made", self.checkpoint, TOKENIZER_FILES[0])
         for name in _COPIED:
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, folder / name)
@@ -133,8 +132,20 @@ class Source:
                 snapshot_download(name, allow_patterns=torchs_own, **arguments)
         return folder
 
-    def _check(self, tensors: Tensors, folder: Path) -> None:
-        expected = expected_shapes(self.config)
+    def _untied(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of tied embeddings one tensor, whichever the file has, and both where they are not the same after all."""
+        left = dict(tensors)
+        if not self.config.tie_word_embeddings or HEAD not in left:
+            return left
+        head = left[HEAD]
+        if EMBEDDINGS not in left or torch.equal(left[EMBEDDINGS], head):
+            left.setdefault(EMBEDDINGS, head)
+            del left[HEAD]
+        return left
+
+    def _checked(self, tensors: Tensors, folder: Path) -> Tensors:
+        """Those that the model has, all of them and of its shapes."""
+        expected = expected_shapes(self.config, has_head=HEAD in tensors)
         for name, shape in expected.items():
             if name not in tensors:
                 raise UserError(f"the weights do not fit config.json: there is no {name}")
@@ -150,15 +161,19 @@ class Source:
         unused = [name for name in tensors if name not in expected and not _DISPENSABLE.fullmatch(name)]
         if unused:
             logger.warning("%s: %d weights are not used, such as %s", self.checkpoint, len(unused), unused[0])
+        return {name: tensors[name] for name in expected}
 
 
 def expected_shapes(
-    config: LCKVLlamaConfig, model_class: type[LCKVLlamaForCausalLM] = LCKVLlamaForCausalLM
+    config: LCKVLlamaConfig,
+    model_class: type[LCKVLlamaForCausalLM] = LCKVLlamaForCausalLM,
+    *,
+    has_head: bool = False,
 ) -> dict[str, torch.Size]:
-    """The tensors that a checkpoint of this configuration holds, tied ones once."""
+    """The tensors that a checkpoint of this configuration holds, tied ones once unless it `has_head` all the same."""
     with torch.device("meta"):
         model = model_class(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+    if config.tie_word_embeddings and not has_head:
+        del shapes[HEAD]
     return shapes

@@ -17,7 +17,7 @@ import lckv
 from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, groups_of, make_tensors
-from lckv.conversion.source import EMBEDDINGS, Source, expected_shapes
+from lckv.conversion.source import EMBEDDINGS, HEAD, Source, expected_shapes
 from lckv.conversion.weights import map_weights, write_weights
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan
@@ -31,15 +31,22 @@ Make = Callable[[int, tuple[int, ...]], dict[str, Tensor]]
 
 
 def converted_tensors(
-    tensors: Tensors, plan: SharingPlan, shapes: Mapping[str, torch.Size], method: str, make: Make
+    tensors: Tensors,
+    source_plan: SharingPlan,
+    plan: SharingPlan,
+    shapes: Mapping[str, torch.Size],
+    method: str,
+    make: Make,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of a converted model with their names; what a method makes is made when it comes to the turn.
 
     A method may make any tensor of the target, be it one that the source lacks or has in another shape. What it does
-    not make passes through. An owner that only it reads is left alone, unless the target has other tensors there.
+    not make passes through. An owner that only layers read which did so before is left alone, unless the target has
+    other tensors there.
 
     Args:
         tensors: of the source.
+        source_plan: who reads whose keys and values in the source.
         plan: who reads whose keys and values afterwards.
         shapes: of the tensors to yield, in this order.
         method: its name, for messages.
@@ -53,7 +60,7 @@ def converted_tensors(
         _layer_of(name) for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape
     }
     # What belongs to no layer, any group may make.
-    to_make = dict(groups_of(plan, plan.kv_owners if None in changed else changed))
+    to_make = dict(groups_of(plan, source_plan, plan.kv_owners if None in changed else changed))
     made: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         layer_idx = _layer_of(name)
@@ -129,7 +136,8 @@ def write_converted(
     Raises:
         UserError: if the source's weights do not fit its configuration, or cannot be read, or cannot be merged.
     """
-    tensors, plan = source.tensors(), config.sharing_plan
+    tensors, source_plan, plan = source.tensors(), source.config.sharing_plan, config.sharing_plan
+    config.tie_word_embeddings &= HEAD not in tensors
     shapes = expected_shapes(config, model_class)
     total = sum(shape.numel() for shape in shapes.values())
 
@@ -138,7 +146,7 @@ def write_converted(
 
     def told() -> Iterator[tuple[str, Tensor]]:
         done = 0
-        for name, tensor in converted_tensors(tensors, plan, shapes, method, make):
+        for name, tensor in converted_tensors(tensors, source_plan, plan, shapes, method, make):
             yield name, tensor
             done += tensor.numel()
             if on_parameters is not None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lckv.errors import UserError
-from lckv.loading import WEIGHT_FILES, index_name
+from lckv.model_files import WEIGHT_FILES, index_name
 from lckv.storage import save_tensors, write_json
 
 _BROKEN = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)

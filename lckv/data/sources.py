@@ -104,6 +104,18 @@ SOURCES: Registry[Callable[[DataConfig], TextSource]] = Registry("data source")
 """Sources of text by name: `source(config) -> TextSource`."""
 
 
+def check_text_files(config: DataConfig) -> None:
+    """Refuses files that are not there, or of no known kind, without reading any.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if config.name == "files":
+        find_files(config.files, "data.files")
+        if config.validation_files:
+            find_files(config.validation_files, "data.validation_files")
+
+
 def build_source(config: DataConfig) -> TextSource:
     """Opens the source that `config.name` chooses; its text is read later.
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from huggingface_hub import constants
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -22,6 +18,7 @@ from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
 from lckv.data.packing import mark_document
 from lckv.data.sources import TextSource, build_source
 from lckv.errors import UserError, near_miss
+from lckv.hub import hub_answers
 
 if TYPE_CHECKING:
     from lckv.config import DataConfig, TokenizerConfig
@@ -106,18 +103,6 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def vocab_size_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many ids a model needs: one more than the largest, which may be more than there are tokens."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def hub_answers(timeout: float = 10.0) -> bool:
-    """Whether the Hub can be reached at all, asked once, where its own client would try again and again."""
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=timeout).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError as error:
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # the client has certificates of its own
-    return True
 
 
 def _train_bpe(source: TextSource, vocab_size: int) -> PreTrainedTokenizerFast:

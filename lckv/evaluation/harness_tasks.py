@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import constants
 
 from lckv.config import HarnessConfig
-from lckv.data.tokenizer import hub_answers
 from lckv.errors import UserError, near_miss
+from lckv.hub import hub_answers
 
 TASKS = Path(__file__).parent / "tasks"
 """The folder of the task and group files that come with this package."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from lckv.errors import UserError, near_miss
+from lckv.model_values import check_family
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.patterns import join_layer_types
 from lckv.registry import Registry
@@ -52,17 +52,8 @@ def read_config(values: Mapping[str, Any]) -> LCKVLlamaConfig:
     Raises:
         UserError: for another family, or weights that are quantised; the message says what is allowed.
     """
-    model_type = values.get("model_type")
-    allowed = (LCKVLlamaConfig.model_type, *FAMILIES)
-    if model_type not in allowed:
-        raise UserError(
-            f"is of model_type {model_type!r}; allowed are {', '.join(allowed)} (SmolLM2 and Llama 1 to 3 are llama)"
-            f"{near_miss(str(model_type), allowed)}"
-        )
-    quantization = values.get("quantization_config")
-    if method := quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization:
-        raise UserError(f"its weights are quantised ({method}), which cannot be read here; take the original ones")
-    if model_type == LCKVLlamaConfig.model_type:
+    check_family(values)
+    if values["model_type"] == LCKVLlamaConfig.model_type:
         return LCKVLlamaConfig.from_dict(dict(values))
     config = AutoConfig.for_model(**values)
     carried = {

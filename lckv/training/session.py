@@ -14,6 +14,7 @@ from lckv.config import TrainConfig
 from lckv.data.dataset import TokenizedData, collate
 from lckv.errors import UserError
 from lckv.evaluation.model_costs import costs_of, sharing_plan_of
+from lckv.patterns import advice_on
 from lckv.storage import write_json
 from lckv.training import callbacks as ours
 from lckv.training.acceleration import compile_layers, use_liger_kernels
@@ -136,6 +137,8 @@ class Session:
         Returns:
             The results; `None` in every process but the first.
         """
+        if advice := advice_on(sharing_plan_of(self.model)):
+            self.console.print(f"note: {advice}")
         if self.checkpoint:
             self.console.print(f"going on from {self.checkpoint}")
         try:

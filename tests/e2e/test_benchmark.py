@@ -96,7 +96,7 @@ def save_tokenizer(folder):
 
 def test_mistakes_are_one_line_each(run_module, tmp_path):
     for argument, message in (
-        ("checkpoints=[nowhere]", "checkpoints: nowhere: there is no such folder"),
+        ("checkpoints=[nowhere]", "checkpoints=nowhere: there is no such folder"),
         ("round=3", "unknown key 'round'; did you mean 'rounds'?"),
     ):
         done = run_module("lckv.benchmark", *SHORT, argument)

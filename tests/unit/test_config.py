@@ -211,6 +211,8 @@ def test_run_names():
         ("there/mine.gguf", "mine"),
         ("runs/a.b/model", "model"),
     ):
-        assert cli.compose([f"init.source={source}"]).run_dir == str(Path(f"runs/{name}-average-lckv-seed0"))
+        for given, sharing in ([], "own"), (["sharing=cla"], "cla"):
+            cfg = cli.compose([f"init.source={source}", *given])
+            assert cfg.run_dir == str(Path(f"runs/{name}-average-{sharing}-seed0"))
     assert file_name("a b/c'd") == "a_b_c_d"
     assert file_name("...") == "run"

@@ -1,6 +1,7 @@
 """What `lckv.convert` refuses, in one line, before anything is written."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, MixtralConfig, Qwen2MoeConfig
 
+from lckv import cli, search, train
 from lckv.errors import UserError
 from tests.tiny import byte_tokenizer
-from tests.unit.conversion.sources import random_source, run_convert, save_source
+from tests.unit.conversion.sources import assert_identical, random_source, read_folder, run_convert, save_source
 from tests.unit.models.test_families import SIZES
 
 
@@ -70,11 +72,13 @@ def test_other_families_are_refused_by_name(source, tmp_path, config):
     assert "llama, mistral, qwen2, qwen3" in message
 
 
-def test_a_source_that_shares(tmp_path):
-    for layer_types, layer in ("0_1_1", "layer 2 reads those of layer 1"), ("1_0_2", "layer 0 reads those of layer 1"):
-        folder = save_source(tmp_path / layer_types, random_source(layer_types=layer_types))
-        message = message_of(folder, tmp_path / "out")
-        assert message.startswith(f"source={folder}: shares keys and values already ({layer_types}): {layer}")
+def test_layers_that_compute_no_keys_and_values_cannot_be_read(tmp_path):
+    folder = save_source(tmp_path / "source", random_source(layer_types="0_1_1_3"))
+    for given in "model.layer_types=0_2_2_3", "sharing=cla":
+        assert message_of(folder, tmp_path / "out", given) == (
+            f"{given}: lets layers read layer 2, which computes no keys and values in the source (0_1_1_3); "
+            "allowed are 0, 1, 3"
+        )
 
 
 @pytest.mark.parametrize(
@@ -139,9 +143,26 @@ def test_broken_files(source, tmp_path):
         assert message.startswith(f"source={source}: {source}/pytorch_model.bin cannot be read: ")
     (source / "pytorch_model.bin").unlink()
     (source / "model.safetensors").write_bytes(data)
-    (source / "tokenizer.json").unlink()
-    (source / "tokenizer_config.json").unlink()
-    assert "holds no tokenizer" in message_of(source, tmp_path / "out")
+
+
+def test_a_source_without_a_tokenizer(source, tmp_path, caplog):
+    """It is needed where text is."""
+    run_convert(source, tmp_path / "with", "sharing=cla")
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    message = f"source={source}: {source} holds no tokenizer (tokenizer.json)"
+    assert message_of(source, tmp_path / "out", "sharing=cla", "method=subspace") == message
+    with pytest.raises(UserError, match=re.escape(f"init.{message}")):
+        train.main(cli.compose([f"init.source={source}", f"run_dir={tmp_path}/run"]))
+    with pytest.raises(UserError, match=re.escape(message)):
+        search.main(cli.compose([f"source={source}", "budget=0.5"], "search"))
+    for out, method in ("without", "average"), ("identity", "subspace"):
+        caplog.clear()
+        pattern = [] if out == "identity" else ["sharing=cla"]
+        run_convert(source, tmp_path / out, f"method={method}", *pattern)
+        assert caplog.messages == [f"source={source}: holds no tokenizer (tokenizer.json), nor does what is made"]
+    assert not list((tmp_path / "without").glob("tokenizer*"))
+    assert_identical(read_folder(tmp_path / "without"), read_folder(tmp_path / "with"))
 
 
 def test_missing_shards(tmp_path):

@@ -17,15 +17,16 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 
 # From the bottom: a module may import from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "registry", "byte_sizes", "storage", "console", "environment", "processes"],
+    ["errors", "registry", "byte_sizes", "storage", "console", "environment", "processes", "hub"],
     ["patterns"],
-    ["layout", "iteration"],
+    ["layout", "iteration", "model_values"],
     ["costs", "iso", "config", "hydra_store", "run_names", "overrides", "drawing", "charts"],
     ["model_arguments"],
     ["data", "models", "logits"],
     ["cache"],
     ["evaluation", "training"],
-    ["gguf_settings", "loading"],
+    ["gguf_settings", "model_files"],
+    ["loading"],
     ["building"],
     ["engine"],
     ["generation"],
@@ -49,12 +50,14 @@ TORCH_FREE = [
     "lckv.config",
     "lckv.hydra_store",
     "lckv.model_arguments",
+    "lckv.model_files",
     "lckv.report",
     "lckv.reporting.writing",
     "lckv.generate",
     "lckv.evaluate",
     "lckv.benchmark",
     "lckv.convert",
+    "lckv.search",
     "lckv.train",
 ]
 

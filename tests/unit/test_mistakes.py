@@ -15,7 +15,7 @@ from tests.answers import FILE, read_mistakes
 def test_mistakes_are_answered_as_the_table_says() -> None:
     program = [sys.executable, "-m", "tests.answers"]  # one process for all: to import is most of a short one's work
     done = subprocess.run(program, cwd=Path(FILE).parents[1], capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr  # torch was asked for, if nothing else
+    assert done.returncode == 0, done.stderr
     expected = list(read_mistakes())
     assert {mistake.command for mistake in expected} == set(SCHEMAS)
     assert json.loads(done.stdout.splitlines()[-1]) == [str(mistake) for mistake in expected]

@@ -70,6 +70,14 @@ def test_windows_and_acyclic_plans():
     assert row(text, "KV bytes read per decoded token")[3] == f"{(4 + 4 * 0.1) / 8:.3f}"
 
 
+def test_a_lowest_layer_that_looks_up_is_advised_against():
+    for layer_types, layer in ("3_1_2_3", 3), ("1_0_2_3", 1):
+        text = " ".join(printed(report_on(f"model.layer_types={layer_types}")).split())
+        assert f"Note: layer 0 reads layer {layer}, above it, which does worst in the comparison of Wu, Wu" in text
+    for layer_types in "0_2_2_3", "0_0_2_2":
+        assert "Note:" not in printed(report_on(f"model.layer_types={layer_types}"))
+
+
 def test_passes_that_depend_on_the_data():
     text = printed(report_on("sharing=lckv", "model.forward_passes=converge"))
     assert "A cycle runs until the KV stops changing, then 2 times with gradient" in text

@@ -82,7 +82,9 @@ def convert_tensors(
     def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
         return make_tensors(method, Group(owner, readers, tensors, config, **options))
 
-    return dict(converted_tensors(tensors, plan, expected_shapes(target.config), method, make)), target
+    return dict(
+        converted_tensors(tensors, config.sharing_plan, plan, expected_shapes(target.config), method, make)
+    ), target
 
 
 def convert_model(model: LCKVLlamaForCausalLM, layer_types: str, method: str, **options: Any) -> LCKVLlamaForCausalLM:

@@ -35,7 +35,7 @@ def batch(input_ids):
 
 
 def moments_of(model, layer_types, input_ids):
-    pairs = needed_pairs(parse_layer_types(layer_types))
+    pairs = needed_pairs(parse_layer_types(layer_types), model.config.sharing_plan)
     return collect_moments(model, [batch(input_ids)], pairs)
 
 
@@ -70,8 +70,9 @@ def test_batches_add_up():
 
 def test_needed_pairs():
     plan = parse_layer_types("0_0_4_4_3")
-    assert groups_of(plan) == [(0, (0, 1)), (3, (4,)), (4, (2, 3))]
-    assert needed_pairs(plan) == [(0, 0), (1, 0), (1, 1), (2, 2), (2, 4), (3, 3), (3, 4), (4, 3), (4, 4)]
+    own = parse_layer_types("0_1_2_3_4")
+    assert groups_of(plan, own) == [(0, (0, 1)), (3, (4,)), (4, (2, 3))]
+    assert needed_pairs(plan, own) == [(0, 0), (1, 0), (1, 1), (2, 2), (2, 4), (3, 3), (3, 4), (4, 3), (4, 4)]
 
 
 def random_heads(hidden_size, num_kv_heads, num_groups, head_dim):
@@ -100,7 +101,7 @@ def test_fits_are_the_least_squares_of_all_tokens(seed, num_readers, owner_reads
     inputs = [torch.randn(40, 6) + 0.3 for _ in range(num_readers + 1)]
     heads = {layer: random_heads(6, 2, 1, 4) for layer in range(num_readers + 1)}
     readers = list(range(0 if owner_reads else 1, num_readers + 1))
-    key, value = fit_mean(heads, readers, 0, moments_from(inputs), RIDGE)
+    key, value = fit_mean(heads, {reader: reader for reader in readers}, 0, moments_from(inputs), RIDGE)
     for name, fitted in ("key", key), ("value", value):
         targets = torch.stack([(getattr(heads[reader], name) @ inputs[reader].T).mT for reader in readers])
         expected = torch.linalg.lstsq(inputs[0].double().expand(2, -1, -1), targets.mean(0).double()).solution.mT
@@ -151,7 +152,7 @@ def test_a_subspace_is_never_worse_than_a_mean(seed, num_readers, num_kv_heads, 
     inputs = [base + 0.5 * torch.randn(60, 8) for _ in readers]
     heads = {reader: random_heads(8, num_kv_heads, num_groups, 4) for reader in readers}
     moments = moments_from(inputs)
-    key, value, changed = fit_subspace(heads, readers, 0, moments, RIDGE)
+    key, value, changed = fit_subspace(heads, heads[0], {reader: reader for reader in readers}, 0, moments, RIDGE)
 
     orders = [match_heads(heads[reader], heads[0], moments[reader, 0].float()) for reader in readers]
     originals = [heads[reader].permuted(order) for reader, order in zip(readers, orders, strict=True)]
@@ -166,7 +167,7 @@ def test_a_subspace_is_never_worse_than_a_mean(seed, num_readers, num_kv_heads, 
         key_error(originals, gains, key, inputs),
     )
     ones = [torch.ones_like(gain) for gain in gains]
-    fitted = fit_mean(dict(enumerate(originals)), readers, 0, moments, RIDGE)
+    fitted = fit_mean(dict(enumerate(originals)), dict(enumerate(readers)), 0, moments, RIDGE)
     averaged = [torch.stack([getattr(each, name) for each in originals]).mean(0) for name in ("key", "value")]
     for mean_key, mean_value in fitted, averaged:
         assert subspace_errors[0] <= value_error(originals, outputs, mean_value, inputs) * (1 + 1e-4)
@@ -184,7 +185,7 @@ def test_a_subspace_is_the_best_for_its_readers(seed, num_groups):
     inputs = [(base + 0.5 * torch.randn(60, 8)) * sizes * (1 + reader) for reader in readers]
     heads = {reader: random_heads(8, 2, num_groups, 4) for reader in readers}
     moments = moments_from(inputs)
-    key, value, changed = fit_subspace(heads, readers, 0, moments, RIDGE)
+    key, value, changed = fit_subspace(heads, heads[0], {reader: reader for reader in readers}, 0, moments, RIDGE)
     originals = [
         heads[reader].permuted(match_heads(heads[reader], heads[0], moments[reader, 0].float())) for reader in readers
     ]

@@ -9,16 +9,23 @@ from lckv.conversion.pattern_search import (
     Reach,
     Span,
     Surrogate,
-    layer_types_of,
+    lowest_changed,
     own_spans,
     owners_in,
+    plan_of,
+    plan_of_spans,
     resolve_reach,
 )
 from lckv.errors import UserError
+from lckv.patterns import build_layer_types, parse_layer_types
 
 
 def patterns(merges):
-    return [layer_types_of(merge.spans, [False] * merge.spans[-1].stop) for merge in merges]
+    return [plan_of_spans(merge.spans, llama(merge.spans[-1].stop)).layer_types for merge in merges]
+
+
+def llama(num_layers):
+    return parse_layer_types(build_layer_types("llama", num_layers))
 
 
 def test_an_owner_that_goes_leaves_its_readers_to_a_neighbour():
@@ -31,7 +38,31 @@ def test_an_owner_that_goes_leaves_its_readers_to_a_neighbour():
 
 
 def test_windows_stay_with_their_layers():
-    assert layer_types_of((Span(0, 0, 2), Span(2, 2, 3)), [False, True, True]) == "0_0s_2s"
+    plan = plan_of_spans((Span(0, 0, 2), Span(2, 2, 3)), parse_layer_types("0_1s_2s"))
+    assert plan.layer_types == "0_0s_2s"
+
+
+def test_layers_that_read_the_same_in_the_source_stay_together():
+    source = parse_layer_types("2_3s_2_3_4_2")
+    plan = plan_of_spans((Span(1, 0, 2), Span(2, 2, 3)), source)
+    assert plan.layer_types == "3_3s_3_3_4_3"
+    assert lowest_changed(plan, Span(1, 0, 2), source) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "owners", "merged", "lowest"),
+    [
+        ("0_1_2_3", [0, 1, 2, 2], Span(2, 2, 4), 2),
+        ("0_0_2_2_4", [0, 2, 2], Span(2, 1, 3), 2),
+        ("0_3_3_3_4", [0, 2, 2], Span(2, 1, 3), 1),
+        ("1_1_2_2_4", [0, 2, 2], Span(2, 1, 3), 2),
+        ("0_1_0_3_4", [0, 1, 3, 3], Span(3, 2, 4), 3),
+        ("0_1_2_0_4", [0, 1, 3, 3], Span(3, 2, 3), 0),  # layer 3 reads below all that has changed
+    ],
+)
+def test_what_is_below_a_merge_need_not_run_again(source, owners, merged, lowest):
+    source = parse_layer_types(source)
+    assert lowest_changed(plan_of(owners, source), merged, source) == lowest
 
 
 @pytest.mark.parametrize("directions", ["down", "both"])

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from lckv import cli
-from lckv.config import DataConfig, SearchConfig, validate
+from lckv.config import DataConfig, ModelConfig, SearchConfig, TrainConfig, validate
 from lckv.conversion.calibration import collect_moments
 from lckv.conversion.pattern_search import PatternSearch, Reach, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
@@ -24,7 +24,7 @@ from lckv.conversion.target import converted_config, write_converted
 from lckv.data.readers import find_files
 from lckv.errors import UserError
 from lckv.loading import load_model
-from lckv.model_arguments import model_arguments
+from lckv.model_arguments import model_arguments, plan_from_source
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import parse_layer_types
 from tests.reference import tiny_config, tiny_model, token_ids
@@ -301,7 +301,7 @@ def test_patterns_of_eights_and_nines_stay_text(folder, tmp_path):
     """`0_0_2` is a number to YAML, `0_0_8` is not."""
     layer_types = "0_0_2_2_2_2_8_8_8"
     model, frontier = (
-        tiny_config(layer_types),
+        tiny_config("0_1_2_3_4_5_6_7_8"),
         [ScoredPattern("0_1_2_3_4_5_6_7_8", 9, 0.0), ScoredPattern(layer_types, 3, 0.5)],
     )
     report = SearchReport(config(folder), model, KVCount.of(model), "", SearchTrace(frontier, frontier))
@@ -348,10 +348,21 @@ def test_mistakes(folder, values, message):
         run(config(folder, **values))
 
 
-def test_a_source_that_shares_already_is_refused(tmp_path):
-    save_source(tmp_path / "shared", tiny_model("0_0_2", vocab_size=300))
-    with pytest.raises(UserError, match="shares keys and values already"):
-        run(SearchConfig(source=str(tmp_path / "shared"), budget=0.5))
+@pytest.mark.parametrize("method", ["activation", "subspace"])
+def test_a_source_that_shares_already_is_searched_further(folder, tmp_path, method):
+    source = save_source(tmp_path / "shared", random_source(6, layer_types="0_0_2_4_4_5", forward_passes="converge"))
+    report = run(config(folder, source=str(source), method=method, directions="both", budget=0.5))
+    assert [(point.name, point.fraction) for point in report.frontier] == [
+        ("4 of 4", 1),
+        ("3 of 4", 0.75),
+        ("2 of 4", 0.5),
+    ]
+    assert report.frontier[0].layer_types == "0_0_2_4_4_5" and report.frontier[0].loss == 0
+    assert all(math.isfinite(point.perplexity) for point in [*report.frontier, *report.baselines])
+    assert {parse_layer_types(each.layer_types).kv_owners for each in report.baselines} <= {(0, 4), (0, 2), (0, 5)}
+    experiment = yaml.safe_load((write_report(report, tmp_path / "out") / "experiment" / "kv_2_of_4.yaml").read_text())
+    cfg = TrainConfig(model=ModelConfig(layer_types=experiment["model"]["layer_types"]))
+    assert len(plan_from_source(cfg, parse_layer_types("0_0_2_4_4_5")).kv_owners) == 2
 
 
 def test_a_source_that_would_run_token_by_token_is_searched_like_any_other(folder, tmp_path):

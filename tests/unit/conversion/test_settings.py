@@ -50,7 +50,8 @@ def test_sizes_are_the_sources_and_every_layer_reads_itself(name):
 def test_patterns_come_from_the_sharing_group_too():
     source = tiny_config("0_1_2_3_4_5")
     assert resolve_plan(adopted(source, "sharing=cla")).layer_types == "0_0_2_2_4_4"
-    assert resolve_plan(adopted(source, config_name="train")).has_cycles  # whose default is LCKV's own pattern
+    assert resolve_plan(adopted(source, "sharing=lckv", config_name="train")).layer_types == "0_4_4_4_4_5"
+    assert resolve_plan(adopted(source, config_name="train")).layer_types == "0_1_2_3_4_5"  # what it was
     assert resolve_plan(adopted(source, "sharing=llama", config_name="train")).layer_types == "0_1_2_3_4_5"
 
 

@@ -22,10 +22,10 @@ from lckv.data.tokenizer import (
     _num_bytes_by_offsets,
     build_tokenizer,
     check_tokenizer,
-    hub_answers,
     vocab_size_of,
 )
 from lckv.errors import UserError
+from lckv.hub import hub_answers
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 

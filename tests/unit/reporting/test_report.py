@@ -94,6 +94,16 @@ def test_every_point_has_its_figures_to_hover_on(folder):
         assert len(json.loads(texts.replace("&quot;", '"').replace("&#x27;", "'"))) == marks.count("<use")
 
 
+def test_wide_tables_scroll_and_wrap_on_small_screens(folder):
+    text = (folder / "report.html").read_text()
+    scrolling = re.findall(r'<div class="scroll" tabindex="0"[^>]*>\s*<table>', text)
+    assert len(scrolling) == text.count("<table>") > 1
+    style, _, _ = text.partition("</style>")
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto; max-width: 100%;", style)
+    small = style.partition("@media (max-width: 90rem) {")[2].partition("@media")[0]
+    assert "td { white-space: normal; }" in small and "th button { padding: .4rem .35rem; min-width: 0; }" in small
+
+
 def test_the_table_can_be_sorted(folder):
     text = (folder / "report.html").read_text()
     assert text.count('aria-sort="none"') == text.count('<button type="button">') > 20

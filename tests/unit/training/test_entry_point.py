@@ -33,6 +33,13 @@ def test_parameters_have_the_type_that_the_model_asks_for(small_config: MakeConf
     assert {tensor.dtype for tensor in saved.values()} == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize(("layer_types", "is_bad"), [("3_2_2_3", True), ("0_2_2_3", False)])
+def test_a_lowest_layer_that_looks_up_is_advised_against(small_config: MakeConfig, layer_types, is_bad, capsys):
+    train.main(small_config(model__layer_types=layer_types))
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("note: layer 0 reads layer 3, above it, which does worst" in out) == is_bad
+
+
 def test_finished_run_on_text_that_has_changed_is_refused(small_config: MakeConfig, corpus, tmp_path: Path):
     text = tmp_path / "text.jsonl"
     shutil.copy(corpus.config.files, text)

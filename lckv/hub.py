@@ -1,0 +1,21 @@
+"""Whether the Hub can be reached."""
+
+from __future__ import annotations
+
+import ssl
+import urllib.error
+import urllib.request
+
+from huggingface_hub import constants
+
+
+def hub_answers(timeout: float = 10.0) -> bool:
+    """Whether the Hub can be reached at all, asked once, where its own client would try again and again."""
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError as error:
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # the client has certificates of its own
+    return True
