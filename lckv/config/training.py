@@ -303,6 +303,7 @@ class TrainConfig(Group):
     def check(self, prefix: str) -> None:
         """Refuses settings of the model, the text, the loop and the teacher that do not go together."""
         model, trainer = self.model, self.trainer
+        self.data.check_trains(f"{prefix}data.")
         self.optim.check_steps(trainer.max_steps, f"{prefix}optim.")
         if model.dtype == "float16" and trainer.precision == "fp16":
             raise UserError(
