@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -60,6 +61,7 @@ def register_schema(config_name: str) -> None:
     OmegaConf.register_new_resolver(
         "lckv.temporary_folder", lambda name: str(Path(gettempdir()) / f"{name}-{os.getuid()}"), replace=True
     )
+    OmegaConf.register_new_resolver("lckv.fingerprint", _fingerprint, replace=True)
     OmegaConf.register_new_resolver("lckv.groups", _list_groups, replace=True)
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=SCHEMAS[config_name], provider="lckv")
@@ -75,6 +77,13 @@ def register_literals(values: Mapping[str, str]) -> None:
     for key, value in values.items():
         OmegaConf.update(node, key, value)
     ConfigStore.instance().store(name="literals", node=node, provider="lckv")
+
+
+def _fingerprint(*, _root_: Any) -> str:
+    """A short name for all settings but those that say what the run is called and where it is."""
+    settings: Any = OmegaConf.to_container(_root_)
+    kept = {key: value for key, value in settings.items() if key not in ("run_name", "run_dir", "hydra")}
+    return sha256(repr(sorted(kept.items())).encode()).hexdigest()[:8]
 
 
 def _list_groups(*names: str) -> str:
