@@ -190,6 +190,11 @@ def find_run(checkpoint: Checkpoint) -> RunFolder | None:
     return next((run for run in runs if run.config.is_file() and run.metrics.is_file()), None)
 
 
+def holds_tokenizer(path: Path) -> bool:
+    """Whether `path` is a folder with a tokenizer in it."""
+    return any((path / name).is_file() for name in _TOKENIZERS)
+
+
 def is_of_training(folder: Path) -> bool:
     """Whether a folder is a checkpoint that a run has kept, not the model at its end."""
     return folder.parent.name == "checkpoints"

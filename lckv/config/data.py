@@ -97,8 +97,8 @@ class TokenizerConfig(Group):
     """What turns text into tokens.
 
     Attributes:
-        name: "bpe" (a byte-level BPE trained on the training documents, cached), a tokenizer's name on the Hub, or a
-            local folder.
+        name: "bpe" (a byte-level BPE trained on the training documents, cached), a tokenizer's name on the Hub, or
+            a local folder: of a tokenizer, a model or a run of `lckv.train`; or a GGUF file.
         vocab_size: only for "bpe": number of tokens, the 256 bytes and the special tokens included.
         revision: only for the Hub: branch, tag or commit.
     """

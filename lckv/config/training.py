@@ -49,7 +49,8 @@ _FIXED = {
     "do_predict", "load_best_model_at_end", "ignore_data_skip", "auto_find_batch_size", "save_only_model",
     "label_smoothing_factor", "n_gpu", "optim_args", "optim_target_modules", "liger_kernel_config", "bf16_full_eval",
     "fp16_full_eval", "prediction_loss_only", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
-    "parallelism_config", "eval_do_concat_batches", "eval_use_gather_object", "metric_for_best_model", "greater_is_better",
+    "eval_do_concat_batches", "eval_use_gather_object", "metric_for_best_model", "greater_is_better",
+    "parallelism_config",
 }  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from lckv.errors import UserError, check_choice, near_miss
 from lckv.processes import num_processes
 from lckv.training.optim import schedule_arguments
 
-
 _TRUE = ("true", "1", "yes")
 _USES_OF_ACCELERATE = ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM")
 
@@ -86,11 +85,13 @@ def _check_accelerate(args: TrainingArguments, precision: str) -> None:
     for name in ("split_batches", "dispatch_batches", "even_batches", "gradient_accumulation_kwargs"):
         if bool(value := getattr(given, name)) != bool(getattr(default, name)):
             raise UserError(
-                f"trainer.hf.accelerator_config.{name}={value!r}: is decided by the training loop and cannot be changed"
+                f"trainer.hf.accelerator_config.{name}={value!r}: is decided by the training loop, not to be changed"
             )
     for name in _USES_OF_ACCELERATE:
         if os.environ.get(name, "").lower() in _TRUE:
-            raise UserError(f"{name}={os.environ[name]}: accelerate is to spread the model in a way that is not supported")
+            raise UserError(
+                f"{name}={os.environ[name]}: accelerate is to spread the model in a way that is not supported"
+            )
     if args.mixed_precision != precision.replace("fp32", "no"):
         raise UserError(
             f"ACCELERATE_MIXED_PRECISION={args.mixed_precision}: accelerate is to compute so, but "

@@ -343,7 +343,9 @@ def test_the_fingerprint_of_the_hub_follows_the_choice(data_set: str) -> None:
 def test_splits_that_overlap_are_refused(data_set: str, split: str, validation_split: str, streaming: bool) -> None:
     settings: dict[str, Any] = {"streaming": streaming, "max_documents": 9} if streaming else {}
     where = {"name": "hub", "dataset": data_set, "split": split, "validation_split": validation_split}
-    fails(f"data.validation_split={validation_split!r}: has documents of data.split={split!r} in it", **where, **settings)
+    fails(
+        f"data.validation_split={validation_split!r}: has documents of data.split={split!r} in it", **where, **settings
+    )
 
 
 def test_parts_of_one_split_that_do_not_overlap(data_set: str) -> None:
