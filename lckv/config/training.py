@@ -14,7 +14,7 @@ from lckv.config.names import DTYPES, METHODS, OPTIMIZERS, SCHEDULES, TRACKERS, 
 from lckv.costs import DTYPE_BYTES
 from lckv.errors import UserError
 
-_OF_OURS = {
+OF_OURS = {
     "output_dir": "run_dir",
     "seed": "seed",
     "data_seed": "seed",
@@ -56,7 +56,7 @@ _FIXED = {
 
 def _no_key_of_ours(name: str, given: dict[str, Any]) -> None:
     """Fields that have no key of their own here, and that the training loop leaves open."""
-    ours = {item.name: f"trainer.{item.name}" for item in fields(TrainerConfig)} | _OF_OURS
+    ours = {item.name: f"trainer.{item.name}" for item in fields(TrainerConfig)} | OF_OURS
     for item in given:
         if item in ours:
             raise UserError(f"{name}.{item}: set {ours[item]} instead")
