@@ -223,9 +223,9 @@ def local_files(config: DataConfig) -> TextSource:
         for path, _ in split:
             yield from read_documents(path, config.text_field, separator)
 
-    key = "files" if config.files else "validation_files"
+    given = {name: getattr(config, name) for name in ("files", "validation_files") if getattr(config, name)}
     return TextSource(
-        description=f"data.{key}={getattr(config, key)!r}",
+        description=", ".join(f"data.{name}={value!r}" for name, value in given.items()),
         content=fingerprint(
             "files", [[facts.digest for _, facts in split] for split in files], separator, config.text_field
         ),
