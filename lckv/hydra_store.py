@@ -80,8 +80,9 @@ def register_literals(values: Mapping[str, str]) -> None:
 
 
 def _fingerprint(*, _root_: Any) -> str:
-    """A short name for all settings but those that say what the run is called and where it is."""
+    """A short name for all settings but those that say what a run is called, where it is and whether it may go on."""
     settings: Any = OmegaConf.to_container(_root_)
+    settings.get("trainer", {}).pop("resume", None)
     kept = {key: value for key, value in settings.items() if key not in ("run_name", "run_dir", "hydra")}
     return sha256(repr(sorted(kept.items())).encode()).hexdigest()[:8]
 
