@@ -1,17 +1,38 @@
-"""The models of a training run: the one that is trained, and the one that it learns from."""
+"""The tokenizer and the models of a training run: the one that is trained, and the one that it learns from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from lckv.config import TeacherConfig, TrainConfig
-from lckv.data.tokenizer import vocab_size_of
+from lckv.config import DataConfig, TeacherConfig, TokenizerConfig, TrainConfig
+from lckv.config.data import BPE
+from lckv.data.tokenizer import build_tokenizer, check_tokenizer, vocab_size_of
 from lckv.errors import UserError
-from lckv.loading import load_model
+from lckv.loading import find_checkpoint, load_model
 from lckv.model_arguments import model_arguments
+from lckv.model_files import holds_tokenizer
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+
+
+def choose_tokenizer(config: TokenizerConfig, data_config: DataConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer that `config.name` chooses, which may also be that of a training run or of a GGUF file.
+
+    Raises:
+        UserError: if there is none, it cannot be used here, or `vocab_size` is too small for `"bpe"`.
+    """
+    path = Path(config.name).expanduser()
+    if not path.exists() or config.name == BPE or holds_tokenizer(path):
+        return build_tokenizer(config, data_config)
+    checkpoint = find_checkpoint(config.name, revision=config.revision, key="tokenizer.name")
+    return check_tokenizer(checkpoint.load_tokenizer(), str(checkpoint))
 
 
 def build_model(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, init: Path | None) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from yaml import YAMLError
 from lckv import config, hydra_store, overrides
 from lckv.config import validate
 from lckv.config.keys import keys_of
+from lckv.config.training import OF_OURS
 from lckv.errors import UserError, near_miss
 from lckv.run_names import default_run_name, file_name
 from lckv.storage import CANNOT_WRITE
@@ -60,10 +61,10 @@ def run(main: Callable[[Any], Any], config_name: str) -> None:
     """
     # Else Hydra itself prints exceptions and exits, before anything here can see them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv[1:] = _prepare_arguments(sys.argv[1:], config_name)
-    job = _Job(main, config_name, sys.argv[1:])
+    job = _Job(main, config_name, [])
     FailedJob.received.clear()
     try:
+        sys.argv[1:] = job.arguments = _prepare_arguments(sys.argv[1:], config_name)
         hydra.main(config_path=str(hydra_store.config_dir()), config_name=config_name, version_base="1.3")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -111,8 +112,14 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
 
 
 def _prepare_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
-    """Makes arguments for Hydra, and registers what it needs to compose them."""
+    """Makes arguments for Hydra, and registers what it needs to compose them.
+
+    Raises:
+        UserError: for a flag that Hydra does not have.
+    """
     schema = hydra_store.SCHEMAS[config_name]
+    if flag := overrides.find_foreign_flag(arguments):
+        raise UserError(_describe_flag(*flag, schema))
     others, literals = overrides.take_literals(arguments, literal_keys(schema))
     hydra_store.register_schema(config_name)
     hydra_store.register_literals({key: overrides.escape(text) for key, text in literals.items()})
@@ -326,6 +333,23 @@ def describe(error: Exception, schema: type) -> str:
         reasons = [line for line in lines if error.override not in line]
         lines = [f"{error.override}: cannot be read as key=value", *reasons]
     return "; ".join(lines)
+
+
+def _describe_flag(flag: str, value: str | None, schema: type) -> str:
+    """What to write in place of `--name value`, where other tools have flags."""
+    name, known = flag.lstrip("-").replace("-", "_"), keys_of(schema)
+    others = _GROUPS_WITHOUT_KEY if "trainer" in known else ()
+    keys = [key for key in (*known, *others) if f".{key}".endswith(f".{name}")]
+    if not keys and name in OF_OURS and (ours := OF_OURS[name]) in known:
+        keys, value = [ours], "..."  # which may count something else
+    if not keys:
+        begun = [each for each in overrides.FLAGS if each.startswith(flag) and flag.startswith("--")]
+        hint = f"; did you mean {begun[0]!r}?" if begun else ""
+        return f"{flag}: there is no such flag; settings are given as key=value{hint or _hint(name, schema)}"
+    if value is None:
+        value = "true" if all(key in known and known[key].type is bool for key in keys) else "..."
+    exact = [key for key in keys if key == name] or keys
+    return f"{flag}: settings are given as key=value: write {' or '.join(f'{key}={value}' for key in exact)}"
 
 
 def _describe_unknown_key(cause: OmegaConfBaseException, error: Exception, schema: type) -> str:

@@ -45,6 +45,7 @@ def main(cfg: EvaluateConfig) -> None:
     from lckv.cache.base import check_offloading
     from lckv.evaluation.evaluations import Subject, run_evaluations
     from lckv.evaluation.results_file import show_results
+    from lckv.evaluation.text import choose_text
     from lckv.loading import find_checkpoint, find_run, load_model, set_attention
 
     check_offloading(cfg.cache.offloading)
@@ -52,6 +53,8 @@ def main(cfg: EvaluateConfig) -> None:
         torch.set_num_threads(cfg.num_threads)
     checkpoint = find_checkpoint(cfg.model, revision=cfg.revision)
     run = find_run(checkpoint)
+    stored = None if run is None else run.stored_config()["data"]
+    cfg.data = choose_text(cfg.data, is_named=_is_text_named(cfg), stored=stored)
     file = _results_file(cfg, checkpoint, run)
     model, tokenizer = load_model(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device)
     set_attention(model, cfg.attn_implementation)
@@ -61,7 +64,7 @@ def main(cfg: EvaluateConfig) -> None:
         cfg.data,
         _cache_maker(cfg, model),
         cfg.seed,
-        trained_length=None if run is None else run.stored_config()["data"]["block_size"],
+        trained_length=None if stored is None else stored["block_size"],
         folder=file.path.parent,
     )
     file.common.update(_common(cfg, subject, run))
@@ -86,6 +89,12 @@ def main(cfg: EvaluateConfig) -> None:
         show_results(results, file.path, new_console(is_wide=True))
     if failures:
         raise UserError("; ".join(failures))
+
+
+def _is_text_named(cfg: EvaluateConfig) -> bool:
+    """Whether the source of text was chosen, be it the default one."""
+    typed = {override.lstrip("+").partition("=")[0] for override in cli.task_overrides()}
+    return cfg.data.name != EvaluateConfig().data.name or bool(typed & {"data", "data.name"})
 
 
 def _results_file(cfg: EvaluateConfig, checkpoint: Checkpoint, run: RunFolder | None) -> ResultsFile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -63,6 +64,7 @@ def register_schema(config_name: str) -> None:
     OmegaConf.register_new_resolver(
         "lckv.default_sharing", lambda source: "lckv" if source is None else "llama", replace=True
     )
+    OmegaConf.register_new_resolver("lckv.fingerprint", _fingerprint, replace=True)
     OmegaConf.register_new_resolver("lckv.groups", _list_groups, replace=True)
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=SCHEMAS[config_name], provider="lckv")
@@ -78,6 +80,14 @@ def register_literals(values: Mapping[str, str]) -> None:
     for key, value in values.items():
         OmegaConf.update(node, key, value)
     ConfigStore.instance().store(name="literals", node=node, provider="lckv")
+
+
+def _fingerprint(*, _root_: Any) -> str:
+    """A short name for all settings but those that say what a run is called, where it is and whether it may go on."""
+    settings: Any = OmegaConf.to_container(_root_)
+    settings.get("trainer", {}).pop("resume", None)
+    kept = {key: value for key, value in settings.items() if key not in ("run_name", "run_dir", "hydra")}
+    return sha256(repr(sorted(kept.items())).encode()).hexdigest()[:8]
 
 
 def _list_groups(*names: str) -> str:

@@ -144,16 +144,23 @@ def check_model(
     return plan
 
 
+def holds_tokenizer(path: Path) -> bool:
+    """Whether `path` is a folder with a tokenizer in it."""
+    return any((path / file).is_file() for file in TOKENIZER_FILES)
+
+
 def check_tokenizer_name(name: str, key: str = "tokenizer.name") -> None:
-    """Refuses a folder without a tokenizer, and what can be neither a folder nor a name on the Hub.
+    """Refuses what has no tokenizer: a folder, a training run, and what cannot be a name on the Hub either.
 
     Raises:
         UserError: naming the key.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and not any((path / file).is_file() for file in TOKENIZER_FILES):
-        raise UserError(f"{key}={name!r}: holds no tokenizer ({TOKENIZER_FILES[0]})")
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
+    if path.exists() and not holds_tokenizer(path):
+        found = find_files(name, key=key)
+        if found.is_folder and not holds_tokenizer(Path(found.path)):
+            raise UserError(f"{key}={name!r}: holds no tokenizer ({TOKENIZER_FILES[0]})")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise UserError(f"{key}={name!r}: there is no such folder{_nearest_folder(path)}")
 
 

@@ -23,6 +23,11 @@ _FLAGS_WITH_VALUE = (
     *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
     *("--package", "-p", "--experimental-rerun", "--cfg", "-c"),
 )
+FLAGS = (
+    *_FLAGS_WITH_VALUE,
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
+    *("--shell-completion", "-sc", "--info", "-i"),
+)
 
 _KEY = re.compile(rf"(?:\+\+|[+~])?(?:[\w$/-]+\.)*(?:{'|'.join(_TEXT_KEYS)})(?:@[\w.]*)?=\s*", re.ASCII)
 _OPTIONAL_GROUP = re.compile(r"^\+(?=(?:experiment|debug)=)")
@@ -44,6 +49,21 @@ def flags_first(arguments: Iterable[str]) -> list[str]:
         is_flag = argument.startswith("-") or bool(flags and flags[-1] in _FLAGS_WITH_VALUE)
         (flags if is_flag else overrides).append(argument)
     return flags + overrides
+
+
+def find_foreign_flag(arguments: Sequence[str]) -> tuple[str, str | None] | None:
+    """The first flag that Hydra does not have, and the value given with it, as other tools take their settings."""
+    for number, argument in enumerate(arguments):
+        name, is_set, value = argument.partition("=")
+        is_value = number > 0 and arguments[number - 1] in _FLAGS_WITH_VALUE
+        if not name.startswith("-") or is_value or name in FLAGS:
+            continue
+        if is_set:
+            return name, value
+        following = arguments[number + 1] if number + 1 < len(arguments) else "-"
+        following = following.removeprefix(f"{name.lstrip('-')}=")
+        return name, None if following.startswith("-") or "=" in following else following
+    return None
 
 
 def name_the_first(arguments: Iterable[str], key: str) -> list[str]:

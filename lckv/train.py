@@ -56,10 +56,9 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     # Behind the checks: importing torch and transformers takes seconds.
     from transformers import set_seed
 
-    from lckv.building import build_model, build_teacher
+    from lckv.building import build_model, build_teacher, choose_tokenizer
     from lckv.conversion.pipeline import adopt_init, convert_init
     from lckv.data.dataset import build_dataset
-    from lckv.data.tokenizer import build_tokenizer
     from lckv.training.arguments import build_training_arguments
     from lckv.training.callbacks import build_evaluate, check_sample_prompt
     from lckv.training.loggers import check_loggers
@@ -75,7 +74,7 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
         # Two jobs of a sweep may be the same run: the second one waits, and finds it finished.
         folder.claim(asdict(cfg), resume=cfg.trainer.resume, wait=FOREVER if cli.is_in_a_sweep() else A_MOMENT)
     init = convert_init(cfg, source, folder, args, console)
-    tokenizer = build_tokenizer(cfg.tokenizer if init is None else TokenizerConfig(str(init)), cfg.data)
+    tokenizer = choose_tokenizer(cfg.tokenizer if init is None else TokenizerConfig(str(init)), cfg.data)
     check_sample_prompt(tokenizer, cfg.trainer.sample_prompt)
     data = build_dataset(cfg.data, tokenizer)
     if is_main_process():

@@ -125,6 +125,7 @@ class SearchConfig(Group):
     def check(self, prefix: str) -> None:
         """Refuses a budget that is none, and methods that are no way to try many patterns."""
         parse_budget(self.budget)
+        self.data.check_trains(f"{prefix}data.")
         if self.method in TRAINED:
             untrained = ", ".join(name for name in METHODS if name not in TRAINED)
             given = f"{prefix}method={self.method}"

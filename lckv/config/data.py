@@ -14,6 +14,7 @@ SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
 
 _OF_FILES: dict[str, Any] = {"only_with": {"name": ("files",)}}
+_NO_FRACTION = "must lie between 0 and 1"
 _OF_HUB: dict[str, Any] = {"only_with": {"name": ("hub",)}}
 
 
@@ -24,7 +25,8 @@ class DataConfig(Group):
     Attributes:
         name: the source: "bible" (embedded), "files" or "hub".
         files: source "files": a path, a glob or a list of these; txt, jsonl (also compressed) and parquet.
-        validation_files: source "files": the same for the validation split; `files` is then training text only.
+        validation_files: source "files": the same for the validation split; `files` is then training text only, which
+            evaluation does without.
         document_separator: source "files": what stands between the documents of one txt file (None: one document).
         dataset: source "hub": name of the data set on the Hub, or a local folder of one.
         subset: source "hub": its configuration, such as "en".
@@ -34,7 +36,8 @@ class DataConfig(Group):
         streaming: source "hub": read without downloading everything first; needs `max_documents`.
         text_field: sources "files" (jsonl, parquet) and "hub": the field that holds the text.
         validation_fraction: sources "files" and "hub", where no validation text is named: the part of the documents
-            that is held out, chosen by a hash of each document's text.
+            that is held out, chosen by a hash of each document's text; of too few documents, the end of the text.
+            Evaluation takes all of it (1), but of the text of the model's own training what that held out.
         max_documents: read at most so many documents of each split (None: all).
         block_size: tokens per block.
         document_mask: whether position ids restart at each document, so that no token attends to another document;
@@ -53,7 +56,7 @@ class DataConfig(Group):
     validation_split: str | None = key(None, **_OF_HUB)
     streaming: bool = key(False, **_OF_HUB)
     text_field: str = "text"
-    validation_fraction: float = key(0.05, such_that(lambda value: 0 < value < 1, "must lie between 0 and 1"))
+    validation_fraction: float = key(0.05, such_that(lambda value: 0 < value <= 1, _NO_FRACTION))
     max_documents: int | None = key(None, at_least(or_null=True))
     block_size: int = key(256, at_least(2))
     document_mask: bool = True
@@ -61,7 +64,7 @@ class DataConfig(Group):
 
     def check(self, prefix: str) -> None:
         """Refuses a source that lacks what it needs."""
-        if self.name == "files" and not self.files:
+        if self.name == "files" and not self.files and not self.validation_files:
             example = f"such as {prefix}files='texts/*.jsonl'"
             raise UserError(f"{prefix}files: is not set; give a path, a glob or a list, {example}")
         if self.name != "hub":
@@ -76,14 +79,26 @@ class DataConfig(Group):
             given = f"{prefix}validation_split={self.split!r}"
             raise UserError(f"{given}: is the training split too; name another, or null")
 
+    def check_trains(self, prefix: str) -> None:
+        """Refuses text of which none is left to train on, which is enough for evaluation.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if self.name == "files" and not self.files:
+            only = f"{prefix}validation_files alone is enough for lckv.evaluate only"
+            raise UserError(f"{prefix}files: is not set, the text to train on; {only}")
+        if self.validation_fraction == 1:
+            raise UserError(f"{prefix}validation_fraction={self.validation_fraction!r}: {_NO_FRACTION}")
+
 
 @dataclass
 class TokenizerConfig(Group):
     """What turns text into tokens.
 
     Attributes:
-        name: "bpe" (a byte-level BPE trained on the training documents, cached), a tokenizer's name on the Hub, or a
-            local folder.
+        name: "bpe" (a byte-level BPE trained on the training documents, cached), a tokenizer's name on the Hub, or
+            a local folder: of a tokenizer, a model or a run of `lckv.train`; or a GGUF file.
         vocab_size: only for "bpe": number of tokens, the 256 bytes and the special tokens included.
         revision: only for the Hub: branch, tag or commit.
     """

@@ -249,7 +249,8 @@ class EvaluateConfig(EvaluationConfig):
         model: a run folder of `lckv.train`, a folder with a model and its tokenizer, a GGUF file, or a name on the
             Hub; the models are ours, or Llamas and their like.
         revision: only for the Hub: branch, tag or commit.
-        data: the text; its validation split is what is evaluated, and what needles are hidden in.
+        data: the text that is evaluated, and that needles are hidden in: all of it, or its validation text where it
+            has some of its own. None given: what the model's training run held out of its text, or of the Bible.
         cache: what keys and values go through; `cache=none`: each forward pass has its own.
         out: the folder for `results.json`, where results of other evaluations stay; None: `evaluation/` in a run
             folder, or one in `runs/evaluation/`.
@@ -264,7 +265,7 @@ class EvaluateConfig(EvaluationConfig):
     evals: list[str] = key(["perplexity"], each(one_of(EVALUATIONS)), once)
     model: str | None = literal(required=MODEL_REQUIRED)
     revision: str | None = None
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(validation_fraction=1.0))
     cache: CacheConfig = field(default_factory=lambda: CacheConfig(name=NO_CACHE))
     out: str | None = literal()
     attn_implementation: str | None = key(None, one_of(ATTENTIONS))

@@ -14,7 +14,7 @@ from lckv.config.names import DTYPES, METHODS, OPTIMIZERS, SCHEDULES, TRACKERS, 
 from lckv.costs import DTYPE_BYTES
 from lckv.errors import UserError
 
-_OF_OURS = {
+OF_OURS = {
     "output_dir": "run_dir",
     "seed": "seed",
     "data_seed": "seed",
@@ -50,12 +50,13 @@ _FIXED = {
     "label_smoothing_factor", "n_gpu", "optim_args", "optim_target_modules", "liger_kernel_config", "bf16_full_eval",
     "fp16_full_eval", "prediction_loss_only", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
     "eval_do_concat_batches", "eval_use_gather_object", "metric_for_best_model", "greater_is_better",
+    "parallelism_config",
 }  # fmt: skip
 
 
 def _no_key_of_ours(name: str, given: dict[str, Any]) -> None:
     """Fields that have no key of their own here, and that the training loop leaves open."""
-    ours = {item.name: f"trainer.{item.name}" for item in fields(TrainerConfig)} | _OF_OURS
+    ours = {item.name: f"trainer.{item.name}" for item in fields(TrainerConfig)} | OF_OURS
     for item in given:
         if item in ours:
             raise UserError(f"{name}.{item}: set {ours[item]} instead")
@@ -303,6 +304,7 @@ class TrainConfig(Group):
     def check(self, prefix: str) -> None:
         """Refuses settings of the model, the text, the loop and the teacher that do not go together."""
         model, trainer = self.model, self.trainer
+        self.data.check_trains(f"{prefix}data.")
         self.optim.check_steps(trainer.max_steps, f"{prefix}optim.")
         if model.dtype == "float16" and trainer.precision == "fp16":
             raise UserError(

@@ -171,6 +171,7 @@ def build_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Tok
         UserError: if the text cannot be read, is empty, has no validation documents or fills no block, or the cache
             cannot be written.
     """
+    config.check_trains("data.")
     source = build_source(config)
     encoder = DocumentEncoder(tokenizer)
     key = fingerprint(_VERSION, source.fingerprint, encoder.fingerprint, config.block_size)
@@ -185,7 +186,14 @@ def build_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Tok
         )
         return TokenizedData(train, validation, key)
 
-    return load_or_build(folder, build, load)
+    data = load_or_build(folder, build, load)
+    if source.cut is not None:
+        logger.warning(
+            "%s: has too few documents to hold out whole ones, so that the end of the text is held out: "
+            "%d tokens for validation, %d for training",
+            *(source.description, data.validation.statistics.num_tokens, data.num_tokens),
+        )
+    return data
 
 
 def _build_blocks(folder: Path, source: TextSource, encoder: DocumentEncoder, block_size: int) -> None:
@@ -220,16 +228,8 @@ def _batches(source: TextSource) -> Iterator[tuple[list[str], bool]]:
 def _check_not_empty(source: TextSource, train: _SplitWriter, validation: _SplitWriter) -> None:
     if train.num_documents + validation.num_documents == 0:
         raise UserError(f"{source.description}: the text is empty")
-    if train.num_documents == 0:
-        raise UserError(
-            f"{source.description}: all {validation.num_documents} documents are held out, none is left for training; "
-            "lower data.validation_fraction or give more documents"
-        )
-    if validation.num_documents == 0:
-        raise UserError(
-            f"{source.description}: none of the {train.num_documents} documents is held out, so the validation split "
-            "is empty; raise data.validation_fraction, give more documents, or name validation text"
-        )
+    if train.num_documents == 0 or validation.num_documents == 0:
+        raise UserError(f"{source.description}: is too short to be split into training and validation")
     if train.num_blocks == 0:
         raise UserError(
             f"data.block_size={train.block_size}: longer than the training text, which has {train.num_added} tokens; "

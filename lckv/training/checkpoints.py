@@ -89,6 +89,11 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
+def num_processes_of(checkpoint: Path) -> int:
+    """How many processes have saved `checkpoint`: each leaves the state of its random numbers."""
+    return len(list(checkpoint.glob("rng_state*.pth")))
+
+
 def find_fault(checkpoint: Path) -> str | None:
     """Says what is wrong with a checkpoint folder, or returns `None` for a whole one."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from lckv.patterns import advice_on
 from lckv.storage import write_json
 from lckv.training import callbacks as ours
 from lckv.training.acceleration import compile_layers, use_liger_kernels
-from lckv.training.checkpoints import step_of
+from lckv.training.checkpoints import num_processes_of, step_of
 from lckv.training.distillation import DistillationTrainer, check_teacher_fits
 from lckv.training.loggers import LOGGERS
 from lckv.training.loss_plot import plot_loss
@@ -26,6 +27,8 @@ from lckv.training.optim import build_optimizer, freeze_all_but
 from lckv.training.run_folder import RunFolder
 from lckv.training.run_summary import build_results
 from lckv.training.trainer import LCKVTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def check_can_shard(cfg: TrainConfig, model: PreTrainedModel) -> None:
@@ -141,6 +144,7 @@ class Session:
             self.console.print(f"note: {advice}")
         if self.checkpoint:
             self.console.print(f"going on from {self.checkpoint}")
+            self._tell_of_other_random_numbers(num_processes_of(self.checkpoint))
         try:
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         except KeyboardInterrupt:
@@ -153,6 +157,15 @@ class Session:
         results = self._write_results() if self.trainer.is_world_process_zero() else None
         self.trainer.accelerator.wait_for_everyone()
         return results
+
+    def _tell_of_other_random_numbers(self, num_before: int) -> None:
+        """The blocks of each step are the same in any number of processes, but each draws a dropout of its own."""
+        if num_before != self.args.world_size and self.cfg.model.attention_dropout:
+            logger.warning(
+                "model.attention_dropout=%s: draws other random numbers from here on: the checkpoint was saved by %d "
+                "processes, and this is going on with %d",
+                *(self.cfg.model.attention_dropout, num_before, self.args.world_size),
+            )
 
     def _write_results(self) -> dict[str, Any]:
         results = build_results(self.cfg, self.model, self.data, self.folder, self.args.world_size)

@@ -1,6 +1,7 @@
 """Two processes and one: the same loss curve."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,9 @@ def test_two_processes_give_the_curve_of_one(finished_run: FinishedRun, tmp_path
     assert_same_curve(one, two)
     assert json.loads((two / "results.json").read_text())["num_processes"] == 2
     assert process.stdout.count("validation perplexity") == 1
+    # One process goes on with what two have begun.
+    (two / "results.json").unlink()
+    shutil.rmtree(two / "checkpoints" / "checkpoint-12")
+    train.main(cli.compose(training.command(finished_run.corpus, two, *ALIKE, "trainer.micro_batch_size=2")[3:]))
+    assert_same_curve(one, two)
+    assert json.loads((two / "results.json").read_text())["num_processes"] == 1

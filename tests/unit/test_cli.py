@@ -45,6 +45,26 @@ def test_the_configuration_arrives_as_dataclasses(start, tmp_path):
     assert type(cfg) is PlanConfig
 
 
+def test_debug_runs_of_other_settings_have_folders_of_their_own(start):
+    def folder(*arguments):
+        code, (cfg,), err = start("debug=cpu_smoke", *arguments)
+        assert (code, err) == (0, "")
+        return cfg.run_dir
+
+    others = [
+        ["model.layer_types=0_0_2_2"],
+        ["sharing=cla"],
+        ["optim.learning_rate=1e-4"],
+        ["seed=1"],
+        ["debug=default"],
+    ]
+    folders = [folder(), *(folder(*each) for each in others)]
+    assert len(set(folders)) == len(folders)
+    assert folder() == folders[0]
+    assert folders[1].startswith("runs/debug_cpu_smoke-0_0_2_2-")
+    assert folder("run_dir=mine") == "mine"
+
+
 def test_each_job_of_a_sweep_has_a_folder_of_its_own(start, tmp_path):
     code, jobs, _ = start("-m", "model.layer_types=1_1_1,2_2_2", "seed=0,1")
     assert code == 0

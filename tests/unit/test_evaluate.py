@@ -111,6 +111,39 @@ def test_a_checkpoint_belongs_to_its_run(run, tmp_path: Path):
         assert results["costs"]["train_tokens_per_second"] == 7
 
 
+@pytest.fixture
+def trained_run(run, tmp_path: Path) -> RunFolder:
+    """A run that was trained on `corpus.txt`, a single document."""
+    (tmp_path / "corpus.txt").write_text("\n".join(f"This is line {index}." for index in range(200)))
+    folder = RunFolder(tmp_path / "trained")
+    save_model(folder.model)
+    data = {"name": "files", "files": "corpus.txt", "block_size": 32, "validation_fraction": 0.05}
+    folder.config.write_text(yaml.safe_dump({"data": data}))
+    folder.append_metrics({"step": 4, "loss": 1.0})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_words", "told"),
+    [
+        ([], 40, "what the training run held out of its own"),
+        (["data=files", "data.files=corpus.txt"], 40, "only what the training run held out"),
+        (["data=files", "data.files=[corpus.txt,other.txt]"], 802, "is in part what the model was trained on"),
+        (["data=files", "data.validation_files=corpus.txt"], 800, "is in part what the model was trained on"),
+        (["data=files", "data.files=other.txt"], 2, ""),
+        (["data=files", "data.validation_files=other.txt"], 2, ""),
+    ],
+)
+def test_all_of_a_text_is_scored_but_of_the_training_text_what_was_held_out(
+    trained_run: RunFolder, run_module, arguments: list[str], num_words: int, told: str
+):
+    (trained_run.path.parent / "other.txt").write_text("Something else.")
+    process = run_module("lckv.evaluate", "model=trained", "json=true", *arguments)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["evaluations"]["perplexity"]["num_words"] == num_words
+    assert told in process.stderr
+
+
 def test_results_of_other_weights_are_refused(run, tmp_path: Path):
     run("out=there")
     before = Path("there/results.json").read_text()

@@ -197,7 +197,8 @@ def folder(tmp_path_factory):
     save_source(path / "mine", random_source(6))
     words = "in the beginning was the word and the light shone upon the face of the deep waters".split()
     for number in range(40):
-        (path / f"{number:02}.txt").write_text(" ".join(words[(number * i) % len(words)] for i in range(60)))
+        text = [words[(number * i) % len(words)] for i in range(60)]
+        (path / f"{number:02}.txt").write_text(" ".join([*text, str(number)]))
     return path
 
 

@@ -1,5 +1,6 @@
 """From files on disk to batches: what is in the blocks, and what is found again instead of made again."""
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -171,6 +172,55 @@ def test_the_cache_goes_by_content(
     assert len(num_builds) == 4
 
 
+def test_the_key_holds_all_that_makes_tokens_of_bytes(
+    tmp_path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    raw = Path(config.files).read_bytes()
+    files = {name: tmp_path / name for name in ("b.txt", "c.md", "d.jsonl")}
+    for path in files.values():
+        path.write_bytes(raw)
+    other = build_tokenizer(TokenizerConfig(vocab_size=300), config)
+    other.add_special_tokens({"eos_token": "Text"})
+    without_bos = build_tokenizer(TokenizerConfig(vocab_size=300), config)
+    without_bos.bos_token = None
+    config.files = str(files["d.jsonl"])
+
+    def key(tokenizer: PreTrainedTokenizerFast = tokenizer, **settings: Any) -> str:
+        return build_dataset(dataclasses.replace(config, **settings), tokenizer).fingerprint
+
+    text = str(files["b.txt"])
+    keys = [
+        key(),
+        key(files=text),
+        key(files=text, document_separator="7"),
+        key(validation_fraction=0.4),
+        key(max_documents=70),
+        key(block_size=16),
+        key(validation_files=write(tmp_path / "v.jsonl", ["another"])),
+        key(other),
+        key(without_bos),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(files=str(files["c.md"])) == key(files=text)  # both are plain text
+
+
+def test_a_single_document_is_cut_and_this_is_said(
+    tmp_path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("\n".join(TEXTS))
+    config.files, config.validation_fraction = str(path), 0.1
+    data = build_dataset(config, tokenizer)
+    num_tokens = data.validation.statistics.num_tokens
+    assert f"{num_tokens} tokens for validation, {data.num_tokens} for training" in caplog.text
+    assert 0.05 < num_tokens / (num_tokens + data.num_tokens) < 0.15
+    caplog.clear()
+    assert build_dataset(config, tokenizer).fingerprint == data.fingerprint
+    assert "the end of the text is held out" in caplog.text  # though it was in the cache
+    path.write_text("\n".join(TEXTS) + "\nmore")
+    assert build_dataset(config, tokenizer).fingerprint != data.fingerprint
+
+
 def test_damaged_blocks_are_built_again(
     config: DataConfig, tokenizer: PreTrainedTokenizerFast, num_builds: list[str]
 ) -> None:
@@ -243,8 +293,10 @@ def test_mistakes(config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_pa
     num_tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in split_texts(config)[0])
     fails(f"data.block_size=100000: longer than the training text, which has {num_tokens} tokens", block_size=100000)
     fails("data.block_size=1: allowed is a whole number, 2 or more", block_size=1)
-    fails("none of the 80 documents is held out, so the validation split is empty", validation_fraction=1e-9)
-    fails("all 80 documents are held out, none is left for training", validation_fraction=1 - 1e-9)
+    fails("data.validation_fraction=1: must lie between 0 and 1", validation_fraction=1)
+    fails("data.files: is not set, the text to train on", files=None, validation_files=config.files)
+    (tmp_path / "short.txt").write_text("x")
+    fails("is too short to be split", files=str(tmp_path / "short.txt"))
     (tmp_path / "empty.txt").touch()
     fails("the text is empty", files=str(tmp_path / "empty.txt"))
     (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')

@@ -50,7 +50,7 @@ def fails(message: str, **settings: Any) -> None:
 
 
 def test_validation_documents_are_those_marked_and_a_split_of_their_own_needs_no_training_text(tmp_path: Path) -> None:
-    training, validation = (write_jsonl(tmp_path / name, TEXTS) for name in ("a.jsonl", "b.jsonl"))
+    training, validation = write_jsonl(tmp_path / "a.jsonl", TEXTS), write_jsonl(tmp_path / "b.jsonl", TEXTS[1:])
     for own_split in (None, str(validation)):
         source = build_source(DataConfig(name="files", files=str(training), validation_files=own_split))
         marked = [document for document, is_validation in source.documents() if is_validation]
@@ -131,7 +131,8 @@ def test_globs_and_lists(tmp_path: Path) -> None:
     train, validation = read(name="files", files=str(tmp_path / "*.txt"))
     assert sorted(train + validation) == sorted(TEXTS)
     given = OmegaConf.structured(DataConfig(name="files", files=[f"{tmp_path}/0*.txt", f"{tmp_path}/07.txt"]))
-    assert len(list(build_source(OmegaConf.to_object(given)).documents())) == 10
+    documents = build_source(OmegaConf.to_object(given)).documents()
+    assert "".join(document for document, _ in documents) == "".join(TEXTS[:10])
 
 
 def test_the_split_depends_on_each_text_alone(tmp_path: Path) -> None:
@@ -155,6 +156,49 @@ def test_validation_files_are_the_whole_validation(tmp_path: Path) -> None:
     assert read(name="files", **settings) == (["train"], ["validation"])
 
 
+def test_of_too_few_documents_the_end_of_the_text_is_held_out(tmp_path: Path) -> None:
+    lines = [f"Line {index} of the text.\n" for index in range(1000)]
+    settings: dict[str, Any] = {"name": "files", "validation_fraction": 0.1}
+    for num_files in (1, 2, 3):
+        size = -(-len(lines) // num_files)
+        for index in range(num_files):
+            (tmp_path / f"{num_files}_{index}.txt").write_text("".join(lines[index * size : (index + 1) * size]))
+        train, validation = read(files=f"{tmp_path}/{num_files}_*.txt", **settings)
+        assert "".join(train + validation) == "".join(lines)
+        assert len("".join(validation)) == pytest.approx(len("".join(lines)) / 10, rel=0.01)
+        assert validation[0].startswith("Line 9") and len(train) == num_files
+    # Whole documents at the end, where that is how much they are.
+    path = str(write_jsonl(tmp_path / "a.jsonl", ["x" * 90, "y" * 5, "z" * 5]))
+    assert read(files=path, **settings) == (["x" * 90], ["y" * 5, "z" * 5])
+
+
+@pytest.mark.parametrize(
+    ("text", "num_characters", "end"),
+    [
+        ("one\ntwo three four", 14, "four"),  # the line begins too far before
+        ("one two\nthree four", 12, "three four"),
+        ("one_two_three_four", 14, "four"),
+        ("one two_three_four_five", 20, "ive"),
+    ],
+)
+def test_the_cut_is_where_a_line_or_word_begins(text: str, num_characters: int, end: str) -> None:
+    parts = [(text[: -len(end)], False), (end, True)]
+    assert list(sources.hold_out_end([text, "next"], num_characters)) == [*parts, ("next", True)]
+    assert list(sources.hold_out_end([text], len(text))) == [(text, False)]
+
+
+def test_where_the_hash_serves_both_sides_nothing_is_cut(tmp_path: Path) -> None:
+    source = build_source(DataConfig(name="files", files=str(write_jsonl(tmp_path / "a.jsonl", TEXTS))))
+    assert source.cut is None
+    assert [is_validation for _, is_validation in source.documents()] == [is_held_out(text, 0.05) for text in TEXTS]
+
+
+def test_all_of_a_text_can_be_for_validation(tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", TEXTS[:1]))
+    assert read(name="files", files=path, validation_fraction=1.0) == ([], TEXTS[:1])
+    assert read(name="files", validation_files=path) == ([], TEXTS[:1])
+
+
 def test_max_documents_limits_each_split(tmp_path: Path) -> None:
     path = str(write_jsonl(tmp_path / "a.jsonl", TEXTS))
     train, validation = read(name="files", files=path, max_documents=20, validation_fraction=0.3)
@@ -165,13 +209,13 @@ def test_max_documents_limits_each_split(tmp_path: Path) -> None:
 def test_what_is_no_text_is_left_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "", " \n", None, "half a pair: \ud83d"])
     train, validation = read(name="files", files=str(path))
-    assert sorted(train + validation) == ["half a pair: \ufffd", "one"]
+    assert "".join(train + validation) == "onehalf a pair: \ufffd"
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}', encoding="utf-8-sig")
-    assert sorted(sum(read(name="files", files=str(path)), [])) == ["one", "two"]
+    assert "".join(sum(read(name="files", files=str(path)), [])) == "onetwo"
 
 
 def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
@@ -182,7 +226,7 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
     assert build_source(dataclasses.replace(config, files=[str(moved)])).fingerprint == first
     assert build_source(dataclasses.replace(config, validation_fraction=0.1)).fingerprint != first
     assert build_source(dataclasses.replace(config, max_documents=59)).fingerprint != first
-    assert build_source(dataclasses.replace(config, text_field="id")).fingerprint != first
+    assert build_source(dataclasses.replace(config, text_field="id")).content != build_source(config).content
     write_jsonl(tmp_path / "a.jsonl", [*TEXTS[:-1], "changed"])
     assert build_source(config).fingerprint != first
 
@@ -213,7 +257,10 @@ def test_mistakes_about_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fails("of no known kind: allowed are .txt, .md, .jsonl", name="files", files="notes.doc")
     fails("must be a path, a glob", name="files", files=12)
     fails("is in data.files too", name="files", files="*.jsonl", validation_files="texts.jsonl")
-    fails("set data.document_separator", name="files", files="one.txt")
+    (tmp_path / "link.jsonl").symlink_to("texts.jsonl")
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "texts.jsonl").read_bytes())
+    for same in "link.jsonl", "copy.jsonl":
+        fails("is in data.files too", name="files", files="texts.jsonl", validation_files=same)
 
 
 def test_mistakes_in_jsonl(tmp_path: Path) -> None:
@@ -276,9 +323,34 @@ def test_the_fingerprint_of_the_hub_follows_the_choice(data_set: str) -> None:
     assert of() == of()
     streamed = of(streaming=True, max_documents=20)
     assert streamed == of(max_documents=20)
-    choices = [of(), streamed, of(split="validation"), of(validation_split="validation"), of(text_field="id")]
+    named = {"validation_split": "validation"}
+    choices = [of(), streamed, of(split="validation"), of(**named), of(**named, text_field="id")]
     write_jsonl(Path(data_set) / "train.jsonl", TEXTS[:-1])
     assert len({*choices, of()}) == len(choices) + 1
+
+
+@pytest.mark.parametrize(
+    ("split", "validation_split", "streaming"),
+    [
+        ("train", "train[:25%]", False),
+        ("train[:60%]", "train[50%:]", False),
+        ("train[:31]+validation", "train[30:40]", False),
+        ("train[:-5]", "validation+train[-6:]", False),
+        ("all", "validation", False),
+        ("train+validation", "validation", True),
+    ],
+)
+def test_splits_that_overlap_are_refused(data_set: str, split: str, validation_split: str, streaming: bool) -> None:
+    settings: dict[str, Any] = {"streaming": streaming, "max_documents": 9} if streaming else {}
+    where = {"name": "hub", "dataset": data_set, "split": split, "validation_split": validation_split}
+    fails(
+        f"data.validation_split={validation_split!r}: has documents of data.split={split!r} in it", **where, **settings
+    )
+
+
+def test_parts_of_one_split_that_do_not_overlap(data_set: str) -> None:
+    splits = {"split": "train[25%:]", "validation_split": "train[:25%]"}
+    assert read(name="hub", dataset=data_set, **splits) == (TEXTS[15:], TEXTS[:15])
 
 
 def test_mistakes_about_the_hub(data_set: str) -> None:

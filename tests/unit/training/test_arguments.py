@@ -1,4 +1,7 @@
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +85,49 @@ def test_further_fields_are_passed_through(make_config: MakeConfig):
     assert build_training_arguments(make_config(trainer__hf={"dataloader_prefetch_factor": None})).max_steps == 6
     args = build_training_arguments(make_config(trainer__hf={"ddp_find_unused_parameters": True}))
     assert args.ddp_find_unused_parameters is True
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("split_batches", True),
+        ("dispatch_batches", True),
+        ("even_batches", False),
+        ("gradient_accumulation_kwargs", {"num_steps": 2}),
+    ],
+)
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_accelerate_does_not_cut_batches_up(
+    make_config: MakeConfig, tmp_path: Path, name: str, value: Any, in_a_file: bool
+):
+    given: Any = {name: value}
+    if in_a_file:
+        (tmp_path / "accelerate.json").write_text(json.dumps(given))
+        given = str(tmp_path / "accelerate.json")
+    with pytest.raises(UserError, match=rf"^trainer.hf.accelerator_config.{name}=.*: is decided by the training loop"):
+        build_training_arguments(make_config(trainer__hf={"accelerator_config": given}))
+
+
+def test_accelerate_may_load_as_it_likes(make_config: MakeConfig):
+    given = {"dispatch_batches": False, "non_blocking": True}
+    args = build_training_arguments(make_config(trainer__hf={"accelerator_config": given}))
+    assert args.accelerator_config.non_blocking
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "but trainer.precision=fp32; give trainer.precision=bf16"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "in a way that is not supported"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "in a way that is not supported"),
+    ],
+)
+def test_what_its_launcher_says_of_the_model_is_not_obeyed_in_silence(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name}={value}: .*{message}"):
+        build_training_arguments(make_config())
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch):

@@ -123,13 +123,20 @@ def test_sampling_and_evaluation_leave_no_trace_in_training(make_session: MakeSe
     assert losses == [line["loss"] for line in quiet.folder.read_metrics() if "loss" in line]
 
 
-@pytest.mark.parametrize(("stop", "optimizer"), [(2, "adamw"), (5, "muon")])
+@pytest.mark.parametrize(
+    ("stop", "further"),
+    [
+        (2, {}),
+        (5, {"optim__name": "muon"}),
+        (4, {"trainer__trainable": "kv"}),  # readers then have nothing that the optimizer knows of
+    ],
+)
 def test_interrupted_run_goes_on_bit_for_bit(
-    make_session: MakeSession, interrupt: Callable[[Session, int], None], stop: int, optimizer: str
+    make_session: MakeSession, interrupt: Callable[[Session, int], None], stop: int, further: dict[str, str]
 ):
     settings = {
         "model__attention_dropout": 0.3,
-        "optim__name": optimizer,
+        **further,
         "trainer__logging_steps": 2,  # windows that do not end where checkpoints are
         "trainer__micro_batch_size": 2,
     }
@@ -143,6 +150,21 @@ def test_interrupted_run_goes_on_bit_for_bit(
     assert curve(second) == curve(whole)
     assert results is not None
     assert results["eval_loss"] == whole.folder.finished_results()["eval_loss"]
+
+
+def test_other_random_numbers_in_another_number_of_processes_are_told(
+    make_session: MakeSession, interrupt: Callable[[Session, int], None], caplog: pytest.LogCaptureFixture
+):
+    for dropout in (0.0, 0.3):
+        name, settings = f"dropout{dropout}", {"model__attention_dropout": dropout}
+        interrupt(make_session(name, **settings), 4)
+        again = make_session(name, **settings)
+        own = again.checkpoint / "rng_state.pth"
+        for rank in range(2):  # as two processes would have left it
+            shutil.copy(own, own.with_name(f"rng_state_{rank}.pth"))
+        own.unlink()
+        again.run()
+        assert ("draws other random numbers" in caplog.text) == (dropout > 0)
 
 
 def test_run_killed_between_its_last_checkpoint_and_its_results_needs_no_more_training(
