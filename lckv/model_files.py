@@ -156,10 +156,11 @@ def check_tokenizer_name(name: str, key: str = "tokenizer.name") -> None:
         UserError: naming the key.
     """
     path = Path(name).expanduser()
-    if path.exists() and not holds_tokenizer(path):
-        found = find_files(name, key=key)
-        if found.is_folder and not holds_tokenizer(Path(found.path)):
-            raise UserError(f"{key}={name!r}: holds no tokenizer ({TOKENIZER_FILES[0]})")
+    folder = path
+    if path.is_file() or RunFolder(path).holds_a_run():
+        folder = Path(find_files(name, key=key).path)
+    if path.is_dir() and not holds_tokenizer(folder):
+        raise UserError(f"{key}={name!r}: holds no tokenizer ({TOKENIZER_FILES[0]})")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise UserError(f"{key}={name!r}: there is no such folder{_nearest_folder(path)}")
 

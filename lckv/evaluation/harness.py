@@ -199,11 +199,11 @@ def make_language_model(subject: Subject, options: HarnessConfig) -> Any:
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             # lm-eval puts bos before such a text itself; one that the tokenizer adds would be scored.
-            self.add_bos_token = False
+            before, self.add_bos_token = self.add_bos_token, False
             try:
                 return super().loglikelihood_rolling(requests, disable_tqdm)
             finally:
-                self.add_bos_token = None
+                self.add_bos_token = before
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             longest = max((len(answer) for _, _, answer in requests), default=0)
