@@ -197,6 +197,8 @@ def make_language_model(subject: Subject, options: HarnessConfig) -> Any:
     class SubjectLM(HFLM):
         """Scores and continues by the subject's model and cache; all else is lm-eval's own."""
 
+        add_bos_token: Any  # an option of lm-eval's: `None` leaves it to the tokenizer
+
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             # lm-eval puts bos before such a text itself; one that the tokenizer adds would be scored.
             before, self.add_bos_token = self.add_bos_token, False
