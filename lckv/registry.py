@@ -1,4 +1,4 @@
-"""Name -> object tables: how patterns, data sources, caches and metrics are added in one place."""
+"""Name -> object tables: how patterns, data sources and caches are added in one place."""
 
 from __future__ import annotations
 

@@ -136,6 +136,11 @@ def inspect_file(path: Path, document_separator: str | None) -> FileFacts:
     return FileFacts(digest.hexdigest(), num_documents)
 
 
+def join_line_ends(text: str) -> str:
+    """The text with one character at every line's end, as Python reads it from a file that is opened as text."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _open_text(path: Path) -> IO[str]:
     opener = _OPENERS.get(_compression_of(path), open)
     return opener(path, "rt", encoding="utf-8-sig")  # -sig: a byte order mark is not part of the text

@@ -26,6 +26,7 @@ from lckv.data.readers import (
     check_field,
     find_files,
     inspect_file,
+    join_line_ends,
     pick_text,
     read_documents,
 )
@@ -250,8 +251,13 @@ def local_files(config: DataConfig) -> TextSource:
 
 
 def _unescape(separator: str | None) -> str | None:
-    r"""Reads `\n` and `\t`, because a command line has no easy way to give the characters themselves."""
-    return separator.replace(r"\n", "\n").replace(r"\t", "\t") if separator else None
+    r"""Reads `\n`, `\r` and `\t`, because a command line has no easy way to give the characters themselves.
+
+    Line ends become those of the text that is read, in which no carriage return is left to be found.
+    """
+    if not separator:
+        return None
+    return join_line_ends(separator.replace(r"\r", "\r").replace(r"\n", "\n").replace(r"\t", "\t"))
 
 
 @SOURCES.register("hub")

@@ -178,7 +178,9 @@ class LoadedTasks:
         if getattr(task, "MULTIMODAL", False):
             raise UserError("it needs a model for images or sound")
         if task.OUTPUT_TYPE == "generate_until":
-            num_new = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 256)
+            from lm_eval.models.utils import normalize_gen_kwargs  # which knows all names of the number of tokens
+
+            num_new = normalize_gen_kwargs(task.get_config("generation_kwargs") or {})["max_gen_toks"]
             if num_new >= self.max_length:
                 raise UserError(f"it generates {num_new} tokens, but the model sees {self.max_length} at once")
 

@@ -27,7 +27,7 @@ from lckv.errors import UserError
 from lckv.generation.batch import Generation, generate, generation_config
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prefill import PrefillOptions
-from lckv.generation.streaming import Printer, stream_text
+from lckv.generation.streaming import Printer, TextPieces, stream_text
 from lckv.iteration import CONVERGE
 from lckv.models import LCKVLlamaForCausalLM
 
@@ -293,7 +293,7 @@ class TextGenerator:
 
     def _result(self, prompt: str, encoded: list[int], answer: Answer) -> dict[str, Any]:
         """What came of one prompt, as JSON-able data."""
-        text = str(self.tokenizer.decode(answer.new_tokens, skip_special_tokens=True))
+        text = TextPieces(self.tokenizer, prompt=encoded).all_of(answer.new_tokens)
         counts = {"num_prompt_tokens": len(encoded), "num_new_tokens": len(answer.new_tokens)}
         error = {} if answer.error is None else {"error": answer.error}
         return {"prompt": prompt, "text": text, **counts, **error}

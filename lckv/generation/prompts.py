@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lckv.data.readers import join_line_ends
 from lckv.errors import UserError, near_miss
 
 if TYPE_CHECKING:
@@ -29,14 +30,13 @@ def read_prompts(
     if prompt is not None:
         return [_check_text("prompt", prompt, prompt)]
     if prompts_file is not None:
-        text = _read("prompts_file", prompts_file).replace("\r\n", "\n")  # no other character ends a line of a file
-        lines = [line for line in text.split("\n") if line.strip()]
+        lines = [line for line in _read("prompts_file", prompts_file).split("\n") if line.strip()]
         return lines or [_check_text("prompts_file", prompts_file, "")]
     if prompt_file is None and sys.stdin.isatty():
         raise UserError('prompt: give one: prompt="...", prompt_file=FILE, prompts_file=FILE, or pipe text in')
     path = STANDARD_INPUT if prompt_file is None else prompt_file
     key = "prompt" if prompt_file is None else "prompt_file"
-    text = _read(key, path).removesuffix("\n").removesuffix("\r")
+    text = _read(key, path).removesuffix("\n")
     return [_check_text(key, "standard input" if path == STANDARD_INPUT else path, text)]
 
 
@@ -54,7 +54,7 @@ def _check_text(key: str, given: str, text: str) -> str:
 def _read(key: str, path: str) -> str:
     try:
         data = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).expanduser().read_bytes()
-        return data.decode("utf-8-sig")  # without the mark that some editors put first
+        return join_line_ends(data.decode("utf-8-sig"))  # without the mark that some editors put first
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={path}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, TextIO
@@ -50,15 +50,26 @@ class TextPieces:
     """Turns tokens into text as they come, looking at few of them at a time.
 
     A character of several tokens comes out when it is whole. Each token is decoded behind some earlier ones, as
-    tokenizers treat the first word of a text in their own way.
+    tokenizers treat the first word of a text in their own way: Llama 2's drops the space before it.
+
+    Args:
+        tokenizer: of the model.
+        skip_special_tokens: leaves tokens such as the end of a document out of the text.
+        prompt: the tokens that the text continues.
     """
 
     num_context, max_pending = 8, 16
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+    ) -> None:
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
-        self._context: list[int] = []
+        self._context = list(prompt[-self.num_context :])
         self._pending: list[int] = []
+
+    def all_of(self, token_ids: Iterable[int]) -> str:
+        """The text of tokens that are all there."""
+        return "".join(map(self.push, token_ids)) + self.flush()
 
     def push(self, token_id: int) -> str:
         """The text that is whole with this token; empty if a character is not."""
@@ -90,16 +101,18 @@ class Printer(BaseStreamer):
     """Writes a text to a file while it is generated, and ends it with the end of a line."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, file: TextIO) -> None:
-        self._pieces, self._file = TextPieces(tokenizer), file
-        self._is_prompt = True
+        self._tokenizer, self._file = tokenizer, file
+        self._pieces: TextPieces | None = None
         self._last = ""
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the prompt from `generate`, which is not printed, and then token after token."""
-        if not self._is_prompt:
-            for token in value.flatten().tolist():
-                self.write(self._pieces.push(token))
-        self._is_prompt = False
+        token_ids = value.flatten().tolist()
+        if self._pieces is None:
+            self._pieces = TextPieces(self._tokenizer, prompt=token_ids)
+            return
+        for token in token_ids:
+            self.write(self._pieces.push(token))
 
     def write(self, text: str) -> None:
         """Prints a piece of the text at once."""
@@ -110,7 +123,8 @@ class Printer(BaseStreamer):
 
     def end(self) -> None:
         """Prints what was kept back, and ends the line; also where generation was interrupted."""
-        self.write(self._pieces.flush())
+        if self._pieces is not None:
+            self.write(self._pieces.flush())
         if self._last and not self._last.endswith("\n"):
             self.write("\n")
 
@@ -194,7 +208,7 @@ def stream_text(
     if isinstance(prompt, str):
         token_ids = tokenizer(prompt)["input_ids"]
         prompt = torch.tensor([token_ids], dtype=torch.long)
-    text = TextPieces(tokenizer, skip_special_tokens)
+    text = TextPieces(tokenizer, skip_special_tokens, prompt[0].tolist())
     tokens = stream(model, prompt, past_key_values, **options)
 
     def pieces() -> Iterator[str]:

@@ -150,6 +150,8 @@ def attend(
         The output `(batch, q_len, num_heads, head_dim)` and the weights, where the backend has them.
     """
     window = visible_keys.window
+    # A window counts the query's own token. Where keys are shifted so that it is hidden, the last visible key stands
+    # in its place, and a backend that applies the window itself has to count one less.
     if window is not None and visible_keys.drop_own_token:
         window -= 1
 
@@ -168,7 +170,6 @@ def attend(
             return attend_with_one_query(query, key, value, mask, module.scaling), None
         return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, **backend_kwargs)
 
-    # Keys shifted by one make the query's own token the one that a window of one less begins behind.
     if window is not None:
         kwargs["sliding_window"] = window
     if window == 0:

@@ -1,4 +1,4 @@
-"""One layer with its two verbs, and how a stack of them runs: once, in cycles, or token by token.
+"""One layer with its two verbs, and how a stack of them runs: once, or in cycles.
 
 A layer *writes* (hidden states to the streams that others read) and *reads* (hidden states and streams to hidden
 states). Streams are arguments and results of layers: nothing is passed on behind a layer's back, so that

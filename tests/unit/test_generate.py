@@ -16,6 +16,7 @@ from lckv.errors import UserError
 from lckv.generation.batch import PrefillOptions, StepWatch
 from lckv.generation.batch import generate as generate_batch
 from lckv.generation.decoding_options import DecodingOptions
+from lckv.generation.prompts import read_prompts
 from tests.reference import tiny_model, token_ids
 from tests.unit.test_loading import byte_tokenizer
 
@@ -205,6 +206,12 @@ def test_lines_of_a_prompts_file_end_where_editors_say(run, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffIn the\u2028beginning\r\nAnd\x0cGod\n\n".encode())
     result = json.loads(run(f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=1", "json=true")[0])
     assert [text["prompt"] for text in result["texts"]] == ["In the\u2028beginning", "And\x0cGod"]
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
+def test_lines_end_in_a_prompt_as_in_training_text(tmp_path, end):
+    (tmp_path / "prompt.txt").write_bytes(f"one{end}two{end}".encode())
+    assert read_prompts(prompt_file=str(tmp_path / "prompt.txt")) == ["one\ntwo"]
 
 
 def test_a_window_wider_than_the_model_is_told(run, caplog):

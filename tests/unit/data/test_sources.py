@@ -119,9 +119,11 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
     assert all(split == splits[0] for split in splits)
 
 
-def test_a_separator_can_be_typed(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
-    train, validation = read(name="files", files=str(tmp_path / "a.txt"), document_separator=r"\n\n")
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("separator", [r"\n\n", r"\r\n\r\n", "\r\n\r\n"])
+def test_a_separator_can_be_typed(tmp_path: Path, end: str, separator: str) -> None:
+    (tmp_path / "a.txt").write_bytes((2 * end).join(TEXTS).encode())
+    train, validation = read(name="files", files=str(tmp_path / "a.txt"), document_separator=separator)
     assert sorted(train + validation) == sorted(TEXTS)
 
 

@@ -472,10 +472,13 @@ def test_what_was_downloaded_is_not_looked_for_on_the_hub(tmp_path, monkeypatch)
     assert "Couldn't reach" in load(["kept", "lckv_cloze"], folder).errors["kept"]  # says datasets itself
 
 
-def test_a_task_that_the_model_is_too_short_for(tmp_path):
-    folder = generation_task(tmp_path, generation_kwargs={"max_gen_toks": 400})
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_a_task_that_the_model_is_too_short_for(tmp_path, name):
+    folder = generation_task(tmp_path, generation_kwargs={name: 400})
     errors = load(["continued", "lckv_cloze"], folder).errors
     assert errors == {"continued": "it generates 400 tokens, but the model sees 320 at once"}
+    folder = generation_task(tmp_path, generation_kwargs={name: 8})
+    assert load(["continued"], folder).errors == {}
 
 
 def test_lm_eval_is_not_installed(monkeypatch):

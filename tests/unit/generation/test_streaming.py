@@ -1,6 +1,7 @@
 """Endless text: the same tokens as `generate`, in constant memory, and safe to interrupt."""
 
 import gc
+import io
 import itertools
 import os
 import signal
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from lckv.cache import DynamicKVCache
 from lckv.cache.sink import SinkKVCache
 from lckv.errors import UserError
-from lckv.generation.streaming import Sampling, TextPieces, score_stream, stream, stream_text
+from lckv.generation.streaming import Printer, Sampling, TextPieces, score_stream, stream, stream_text
 from tests.reference import tiny_model, token_ids
 
 PATTERN = "0s_3_3_3_4"
@@ -328,3 +329,21 @@ def test_sampling_out_of_range_is_refused(options):
 def test_a_history_of_nothing_is_refused(model, cache):
     with pytest.raises(UserError, match="history=0: allowed is a whole number, 1 or more"):
         stream(model, token_ids(1, 3), cache, sampling=GREEDY, history=0)
+
+
+def test_the_space_before_the_first_word_is_kept():
+    """Llama 2's decoder strips it from whatever it decodes."""
+    vocab = {"<unk>": 0, "<eos>": 1, "\u2581in": 2, "\u2581the": 3, "ory": 4}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", left=1, right=0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert tokenizer.decode([3]) == "the"
+    assert TextPieces(tokenizer, prompt=[2]).all_of([3, 4]) == " theory"
+    file = io.StringIO()
+    printer = Printer(tokenizer, file)
+    for tokens in ([2], [3], [4]):
+        printer.put(torch.tensor(tokens))
+    printer.end()
+    assert file.getvalue() == " theory\n"
