@@ -92,7 +92,9 @@ class TextGenerator:
             if part.figures is not None:
                 figures.append(part.figures)
                 if not self.cfg.json:
-                    self.console.print(part.summary, style="dim")
+                    is_stuck = not self.decoding.samples and any(loops(answer.new_tokens) for answer in part.answers)
+                    hint = " · the text goes round in a loop: temperature=0.8 draws words instead" if is_stuck else ""
+                    self.console.print(part.summary + hint, style="dim")
         if self.cfg.json:
             _print(json.dumps(self._about() | {"texts": texts, "batches": figures}, ensure_ascii=False, indent=2))
         if num_failed := sum("error" in text for text in texts):
@@ -308,6 +310,15 @@ class TextGenerator:
             "device": str(self.model.device),
             "batching": self.cfg.chosen_batching(),
         }
+
+
+def loops(tokens: list[int], max_period: int = 32, num_rounds: int = 3) -> bool:
+    """Whether the last tokens are one phrase of up to `max_period` tokens, `num_rounds` times over."""
+    return any(
+        len(tokens) >= num_rounds * period
+        and tokens[-period * (num_rounds - 1) :] == tokens[-period * num_rounds : -period]
+        for period in range(1, max_period + 1)
+    )
 
 
 def _batch_part(generation: Generation) -> Part:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median_high
@@ -14,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from lckv.config import TrainConfig
-from lckv.console import arguments_of_this_run, command, python
+from lckv.console import arguments_of_this_run, command
 from lckv.data.dataset import TokenizedData
 from lckv.environment import describe_hardware, versions
 from lckv.evaluation.evaluations import scalar_figures
@@ -152,11 +150,9 @@ def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:
         again = [item for item in given if not item.lstrip("+").startswith(_OF_ONE_RUN)]
         again += [f"model.layer_types={other}", f"run_name={results['run_name']}_{name}"]
         commands.append(command("lckv.train", again))
-    path, prompt = (json.dumps(text, ensure_ascii=False) for text in (str(folder.model), results["sample_prompt"]))
-    generate = (
-        f'import lckv.models; from transformers import pipeline; print(pipeline("text-generation", {path})({prompt}))'
-    )
-    return [*commands, f"{python()} -c {shlex.quote(generate)}"]
+    # Drawn, not greedy: what a small model finds most likely is soon one phrase again and again.
+    generate = [f"model={folder.path}", f"prompt={results['sample_prompt']}", "temperature=0.8"]
+    return [*commands, command("lckv.generate", generate)]
 
 
 def _as_train_takes_them(arguments: list[str]) -> list[str]:

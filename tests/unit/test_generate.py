@@ -16,6 +16,7 @@ from lckv.errors import UserError
 from lckv.generation.batch import PrefillOptions, StepWatch
 from lckv.generation.batch import generate as generate_batch
 from lckv.generation.decoding_options import DecodingOptions
+from lckv.generation.generator import loops
 from lckv.generation.prompts import read_prompts
 from tests.reference import tiny_model, token_ids
 from tests.unit.test_loading import byte_tokenizer
@@ -206,6 +207,27 @@ def test_lines_of_a_prompts_file_end_where_editors_say(run, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffIn the\u2028beginning\r\nAnd\x0cGod\n\n".encode())
     result = json.loads(run(f"prompts_file={tmp_path}/prompts.txt", "max_new_tokens=1", "json=true")[0])
     assert [text["prompt"] for text in result["texts"]] == ["In the\u2028beginning", "And\x0cGod"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "is_loop"),
+    [
+        ([7, 1, 2, 3] + 3 * [4, 5, 6], True),
+        (3 * [4, 5, 6], True),
+        ([1, 4, 4, 4], True),
+        (2 * [4, 5, 6], False),
+        (3 * [4, 5, 6] + [7], False),
+        ([], False),
+    ],
+)
+def test_a_phrase_again_and_again_is_a_loop(tokens, is_loop):
+    assert loops(tokens) == is_loop
+
+
+def test_greedy_text_that_loops_is_told(run):
+    """A random model soon repeats itself, and where it draws, it is not told so."""
+    assert "temperature=0.8 draws words instead" in run("prompt=abc", "max_new_tokens=120")[1]
+    assert "draws words" not in run("prompt=abc", "max_new_tokens=120", "temperature=0.8", "seed=0")[1]
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])

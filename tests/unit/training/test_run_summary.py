@@ -1,6 +1,5 @@
 """The end of a run: what it says to type next is what can be typed."""
 
-import ast
 import shlex
 import sys
 from pathlib import Path
@@ -53,14 +52,15 @@ def test_what_was_converted_by_training_can_be_trained_with_another_pattern(monk
 def test_a_single_layer_has_nothing_to_compare_with(tmp_path):
     plan, generate = commands("0", tmp_path)
     assert plan[1:] == ["-m", "lckv.plan", "model.layer_types=0"]
-    assert generate[1] == "-c"
+    assert generate[1:3] == ["-m", "lckv.generate"] and generate[-1] == "temperature=0.8"
 
 
-def test_any_prompt_survives_the_shell(tmp_path):
+def test_any_prompt_survives_the_shell(monkeypatch, tmp_path):
     prompt = 'He said: "it\'s $HOME" \\ n'
-    code = commands("0_0", tmp_path / "a 'run'", prompt)[-1][-1]
-    texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
-    assert set(texts) == {"text-generation", str(tmp_path / "a 'run'" / "model"), prompt}
+    generate = commands("0_0", tmp_path / "a 'run'", prompt)[-1]
+    monkeypatch.setattr(sys, "argv", ["generate"])
+    cfg = cli.compose(generate[3:], "generate")
+    assert (cfg.model, cfg.prompt, cfg.temperature) == (str(tmp_path / "a 'run'"), prompt, 0.8)
 
 
 def test_evaluations_are_told_without_their_counts():
