@@ -29,6 +29,7 @@ class GenerateConfig(Group):
         prompts_file: a file with one prompt per line, `-` for standard input; they are continued in batches.
         batching: with `prompts_file`, "static" continues batch after batch; "continuous" lets prompts join and leave
             at any step, which needs a cache of pages and no beams; None: "continuous" where it can be had.
+            Greedy texts are the same for both with exact pages; quantised ones may depend on prompts that begin alike.
         batch_size: with `prompts_file`, how many prompts to continue at once; None: all, and with
             `batching=continuous` 64.
         chat: whether the prompt is a message that the tokenizer's chat template makes a prompt of; None: if it has

@@ -29,7 +29,10 @@ from lckv.models.padding import pad_left
 
 
 class ContinuousBatcher:
-    """Generates for many requests at once, each as `generate()` would for it alone.
+    """Generates for many requests at once, each as `generate()` would for it alone, if its pages are exact.
+
+    Quantised pages are rounded once one of the requests that share them is long enough, and when that is depends on
+    `tokens_per_step`: there, what a request gets may depend on others that begin as it does.
 
     In every step the running requests get a token each, from one forward call; what is left of the step's budget goes
     to the prompts of requests that join. A request that ends gives its pages back at once. When pages run out, the
