@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -26,6 +26,7 @@ from lckv.engine.requests import BatchStatistics
 from lckv.errors import UserError
 from lckv.generation.batch import Generation, generate, generation_config
 from lckv.generation.decoding_options import DecodingOptions
+from lckv.generation.loops import LONGEST_TAIL, is_looping
 from lckv.generation.prefill import PrefillOptions
 from lckv.generation.streaming import Printer, TextPieces, stream_text
 from lckv.iteration import CONVERGE
@@ -80,9 +81,11 @@ class TextGenerator:
         parts = self._requests(encoded) if is_continuous else self._batches(encoded, is_streamed=is_streamed)
         texts: list[dict[str, Any]] = []
         figures: list[dict[str, Any]] = []
+        loops: list[bool] = []  # the texts that the next figures are of
         for part in parts:
             for answer in part.answers:
                 index = len(texts)
+                loops.append(self._loops(answer.new_tokens))
                 texts.append(self._result(prompts[index], encoded[index], answer))
                 if not (self.cfg.json or is_streamed):
                     text = texts[index]["text"]
@@ -92,9 +95,8 @@ class TextGenerator:
             if part.figures is not None:
                 figures.append(part.figures)
                 if not self.cfg.json:
-                    is_stuck = not self.decoding.samples and any(loops(answer.new_tokens) for answer in part.answers)
-                    hint = " · the text goes round in a loop: temperature=0.8 draws words instead" if is_stuck else ""
-                    self.console.print(part.summary + hint, style="dim")
+                    self.console.print(part.summary + _loop_note(loops), style="dim")
+                loops = []
         if self.cfg.json:
             _print(json.dumps(self._about() | {"texts": texts, "batches": figures}, ensure_ascii=False, indent=2))
         if num_failed := sum("error" in text for text in texts):
@@ -114,17 +116,18 @@ class TextGenerator:
             chunk_size=self.prefill.chunk_size,
             **self.prefill.iteration,
         )
-        printer = Printer(self.tokenizer, sys.stdout)
+        printer, tail = Printer(self.tokenizer, sys.stdout), deque[str](maxlen=LONGEST_TAIL)
         start_time = time.perf_counter()
         try:
             for piece in pieces:
                 printer.write(piece)
+                tail.append(piece)
         finally:
             printer.end()
             num_seen, seconds = int(cache.get_seq_length()), time.perf_counter() - start_time
             speed = f"{num_seen / seconds:,.1f} tok/s, the prompt's among them"
             seen = f"{_count_tokens(num_seen)} · {speed} · cache {cache.num_bytes():,} bytes"
-            self.console.print(seen, style="dim")
+            self.console.print(seen + _loop_note([self._loops(list(tail))]), style="dim")
 
     def _requests(self, encoded: list[list[int]]) -> Iterator[Part]:
         """Continues all prompts in one batch that they join and leave at any step; answers come in their order."""
@@ -293,6 +296,10 @@ class TextGenerator:
         with Bar(self.console, "reading the prompt", "tokens", num_tokens) as bar:
             yield bar.advance
 
+    def _loops(self, text: Sequence[Hashable]) -> bool:
+        """Whether a text goes round in circles because the likeliest token is taken every time."""
+        return not self.decoding.samples and is_looping(text)
+
     def _result(self, prompt: str, encoded: list[int], answer: Answer) -> dict[str, Any]:
         """What came of one prompt, as JSON-able data."""
         text = TextPieces(self.tokenizer, prompt=encoded).all_of(answer.new_tokens)
@@ -310,15 +317,6 @@ class TextGenerator:
             "device": str(self.model.device),
             "batching": self.cfg.chosen_batching(),
         }
-
-
-def loops(tokens: list[int], max_period: int = 32, num_rounds: int = 3) -> bool:
-    """Whether the last tokens are one phrase of up to `max_period` tokens, `num_rounds` times over."""
-    return any(
-        len(tokens) >= num_rounds * period
-        and tokens[-period * (num_rounds - 1) :] == tokens[-period * num_rounds : -period]
-        for period in range(1, max_period + 1)
-    )
 
 
 def _batch_part(generation: Generation) -> Part:
@@ -356,6 +354,14 @@ def _requests_part(statistics: BatchStatistics) -> Part:
     if statistics.num_preemptions:
         parts.append(f"{statistics.num_preemptions:,} begun again for want of pages")
     return Part([], figures, " · ".join(parts))
+
+
+def _loop_note(loops: Sequence[bool]) -> str:
+    """What a closing line says of texts that repeat themselves, and what helps."""
+    if not (num_looping := sum(loops)):
+        return ""
+    which = "the text repeats itself" if len(loops) == 1 else f"{num_looping} of {len(loops)} texts repeat themselves"
+    return f" · {which}: try temperature=0.8"
 
 
 def _count_tokens(count: int) -> str:

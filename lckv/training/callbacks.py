@@ -169,19 +169,22 @@ def check_sample_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None
         )
 
 
+SAMPLING, SAMPLING_SEED = {"temperature": 0.8, "top_k": 50}, 0
+"""How samples are drawn: the likeliest text of a small model soon repeats itself."""
+
+
 def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
     """Continues `prompt` by up to `num_tokens` drawn at random, the same draw each time; the random state stays."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     # A compiled layer would be compiled again for the lengths that only decoding has.
     with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
-        torch.manual_seed(0)
+        torch.manual_seed(SAMPLING_SEED)
         output = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=max(1, min(num_tokens, room)),
             do_sample=True,
-            temperature=0.8,
-            top_k=50,
+            **SAMPLING,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lckv.config import TrainConfig
+from lckv.config import TrainConfig, TrainerConfig
 from lckv.console import arguments_of_this_run, command
 from lckv.data.dataset import TokenizedData
 from lckv.environment import describe_hardware, versions
 from lckv.evaluation.evaluations import scalar_figures
 from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
 from lckv.patterns import build_layer_types, parse_layer_types
-from lckv.training.callbacks import describe_loss_parts, format_duration
+from lckv.training.callbacks import SAMPLING, SAMPLING_SEED, describe_loss_parts, format_duration
 from lckv.training.run_folder import RunFolder
 
 _OF_CONVERT = {"source": "init.source", "revision": "init.revision", "method": "init.method"}
@@ -150,9 +150,15 @@ def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:
         again = [item for item in given if not item.lstrip("+").startswith(_OF_ONE_RUN)]
         again += [f"model.layer_types={other}", f"run_name={results['run_name']}_{name}"]
         commands.append(command("lckv.train", again))
-    # Drawn, not greedy: what a small model finds most likely is soon one phrase again and again.
-    generate = [f"model={folder.path}", f"prompt={results['sample_prompt']}", "temperature=0.8"]
-    return [*commands, command("lckv.generate", generate)]
+    return [*commands, command("lckv.generate", _generation(results["sample_prompt"], folder))]
+
+
+def _generation(prompt: str, folder: RunFolder) -> list[str]:
+    """Settings that continue the prompt as the samples of the training do."""
+    if not prompt.strip():  # only a sample can begin with nothing
+        prompt = TrainerConfig.sample_prompt
+    sampling = SAMPLING | {"seed": SAMPLING_SEED}
+    return [f"model={folder.path}", f"prompt={prompt}", *(f"{name}={value}" for name, value in sampling.items())]
 
 
 def _as_train_takes_them(arguments: list[str]) -> list[str]:

@@ -16,7 +16,6 @@ from lckv.errors import UserError
 from lckv.generation.batch import PrefillOptions, StepWatch
 from lckv.generation.batch import generate as generate_batch
 from lckv.generation.decoding_options import DecodingOptions
-from lckv.generation.generator import loops
 from lckv.generation.prompts import read_prompts
 from tests.reference import tiny_model, token_ids
 from tests.unit.test_loading import byte_tokenizer
@@ -209,27 +208,6 @@ def test_lines_of_a_prompts_file_end_where_editors_say(run, tmp_path):
     assert [text["prompt"] for text in result["texts"]] == ["In the\u2028beginning", "And\x0cGod"]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "is_loop"),
-    [
-        ([7, 1, 2, 3] + 3 * [4, 5, 6], True),
-        (3 * [4, 5, 6], True),
-        ([1, 4, 4, 4], True),
-        (2 * [4, 5, 6], False),
-        (3 * [4, 5, 6] + [7], False),
-        ([], False),
-    ],
-)
-def test_a_phrase_again_and_again_is_a_loop(tokens, is_loop):
-    assert loops(tokens) == is_loop
-
-
-def test_greedy_text_that_loops_is_told(run):
-    """A random model soon repeats itself, and where it draws, it is not told so."""
-    assert "temperature=0.8 draws words instead" in run("prompt=abc", "max_new_tokens=120")[1]
-    assert "draws words" not in run("prompt=abc", "max_new_tokens=120", "temperature=0.8", "seed=0")[1]
-
-
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
 def test_lines_end_in_a_prompt_as_in_training_text(tmp_path, end):
     (tmp_path / "prompt.txt").write_bytes(f"one{end}two{end}".encode())
@@ -386,6 +364,24 @@ def test_endless_text_in_bounded_memory(run):
     )
     assert len(out) > 20 and out.endswith("\n")
     assert err.startswith("52 tokens · ") and f"cache {5 * 384:,} bytes" in err
+
+
+def test_greedy_text_that_repeats_itself_is_told(run, prompts_file, tmp_path):
+    """Without logits that differ, the first token comes every time."""
+    model = exact_model()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    for arguments, told in (
+        (["prompt=abc"], "the text repeats itself"),
+        (["prompt=abc", "cache=sink", "stream=endless"], "the text repeats itself"),
+        ([prompts_file], "5 of 5 texts repeat themselves"),
+        ([prompts_file, "cache=paged"], "5 of 5 texts repeat themselves"),
+    ):
+        err = run(*arguments, "max_new_tokens=30", model=str(tmp_path / "model"))[1]
+        assert err.endswith(f" · {told}: try temperature=0.8\n"), err
+    for settings in ["max_new_tokens=12"], ["max_new_tokens=30", "seed=1"]:
+        assert "repeat" not in run("prompt=abc", *settings, model=str(tmp_path / "model"))[1]
 
 
 def test_standard_input(run, monkeypatch, folder):

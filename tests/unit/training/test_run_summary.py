@@ -52,15 +52,19 @@ def test_what_was_converted_by_training_can_be_trained_with_another_pattern(monk
 def test_a_single_layer_has_nothing_to_compare_with(tmp_path):
     plan, generate = commands("0", tmp_path)
     assert plan[1:] == ["-m", "lckv.plan", "model.layer_types=0"]
-    assert generate[1:3] == ["-m", "lckv.generate"] and generate[-1] == "temperature=0.8"
+    assert generate[1:3] == ["-m", "lckv.generate"]
 
 
-def test_any_prompt_survives_the_shell(monkeypatch, tmp_path):
+def test_any_prompt_survives_the_shell(tmp_path):
     prompt = 'He said: "it\'s $HOME" \\ n'
-    generate = commands("0_0", tmp_path / "a 'run'", prompt)[-1]
-    monkeypatch.setattr(sys, "argv", ["generate"])
-    cfg = cli.compose(generate[3:], "generate")
-    assert (cfg.model, cfg.prompt, cfg.temperature) == (str(tmp_path / "a 'run'"), prompt, 0.8)
+    cfg = cli.compose(commands("0_0", tmp_path / "a 'run'", prompt)[-1][3:], "generate")
+    assert (cfg.model, cfg.prompt) == (str(tmp_path / "a 'run'"), prompt)
+
+
+def test_text_is_drawn_as_samples_of_the_training_are(tmp_path):
+    for prompt, asked in ("And God", "And God"), (" ", "In the beginning"):  # nothing is no prompt
+        cfg = cli.compose(commands("0_0", tmp_path, prompt)[-1][3:], "generate")
+        assert (cfg.prompt, cfg.temperature, cfg.top_k, cfg.seed) == (asked, 0.8, 50, 0)
 
 
 def test_evaluations_are_told_without_their_counts():
