@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 
 from lckv.iteration import Iteration, Passes
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.masks import VisibleKeys, build_visible_keys, find_documents, has_cached_tokens
+from lckv.models.masks import build_visible_keys, find_documents, has_cached_tokens
 from lckv.models.sharing_cache import SharingCache
 from lckv.models.stack import LCKVDecoderLayer, Stack, Trace
 
@@ -136,21 +136,12 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
                 gradient checkpointing; for options that `use_sequential`, a cache that takes single tokens or the
                 attention backend does not have.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = self._embed(input_ids, inputs_embeds)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if recomputes and past_key_values is not None:
-            raise ValueError("gradient checkpointing runs layers twice, which would write to a cache twice: give none")
-        if use_cache and past_key_values is None and not recomputes:
-            past_key_values = DynamicCache(config=self.config)
+        past_key_values = self._choose_cache(past_key_values, use_cache)
         trace = self._new_trace(inputs_embeds, output_hidden_states, output_attentions, output_kv_residual)
         num_tokens = inputs_embeds.shape[1]
-        num_outputs = None  # all, also for positions in a tensor and where every layer's output is returned
-        if isinstance(logits_to_keep, int) and 0 < logits_to_keep < num_tokens and not trace.wants_each_layer:
-            num_outputs = logits_to_keep
+        num_outputs = None if trace.wants_each_layer else _num_outputs(logits_to_keep, num_tokens)
         is_sequential = self._begin(past_key_values, attention_mask, position_ids, num_tokens, trace)
         has_past = has_cached_tokens(past_key_values, self.layout)
         document_ids = None
@@ -158,28 +149,36 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             position_ids = self._next_positions(num_tokens, past_key_values, inputs_embeds.device)
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
-        visible_keys: list[VisibleKeys | None] = []
-        if not is_sequential:
-            visible_keys = build_visible_keys(
-                self.config, self.layout, inputs_embeds, attention_mask, past_key_values, document_ids, num_outputs
-            )
         stack = self.stack_class(
             self.layers,
             self.sharing_plan,
             self.layout,
             position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
-            visible_keys=visible_keys,
+            visible_keys=[],
             cache=past_key_values,
             has_past=has_past,
             passes=self._iteration(forward_passes, converge_tolerance).passes(num_tokens, torch.is_grad_enabled()),
             kwargs=kwargs,
             trace=trace,
         )
-        if is_sequential:
-            hidden_states = self._run_token_by_token(stack, inputs_embeds, attention_mask, document_ids, num_outputs)
-        else:
-            hidden_states = stack.run(inputs_embeds)
+        run = self._run_token_by_token if is_sequential else self._run_at_once
+        hidden_states = run(stack, inputs_embeds, attention_mask, document_ids, num_outputs)
         return self._outputs(trace, self.norm(hidden_states), past_key_values if use_cache else None)
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """What enters the first layer, `(batch, q_len, hidden_size)`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def _choose_cache(self, past_key_values: Cache | None, use_cache: bool) -> Cache | None:
+        """The cache of the call: the given one, or a new one if one is to be returned."""
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputes and past_key_values is not None:
+            raise ValueError("gradient checkpointing runs layers twice, which would write to a cache twice: give none")
+        if use_cache and past_key_values is None and not recomputes:
+            return DynamicCache(config=self.config)
+        return past_key_values
 
     def _new_trace(
         self,
@@ -251,6 +250,20 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             positions = positions + past_key_values.get_seq_length(self.layout.owners[0])
         return positions[None]
 
+    def _run_at_once(
+        self,
+        stack: Stack,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        num_outputs: int | None,
+    ) -> torch.Tensor:
+        """Runs all tokens together, and returns the hidden states `(batch, num_outputs or q_len, hidden_size)`."""
+        visible_keys = build_visible_keys(
+            self.config, self.layout, inputs_embeds, attention_mask, stack.cache, document_ids, num_outputs
+        )
+        return replace(stack, visible_keys=visible_keys).run(inputs_embeds)
+
     def _run_token_by_token(
         self,
         stack: Stack,
@@ -294,6 +307,12 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             if is_used:
                 outputs.append(output)
         return torch.cat(outputs, dim=1)
+
+
+def _num_outputs(logits_to_keep: int | torch.Tensor, num_tokens: int) -> int | None:
+    """How many of the last tokens' outputs are wanted; `None` for all, also where a tensor says which."""
+    is_fewer = isinstance(logits_to_keep, int) and 0 < logits_to_keep < num_tokens
+    return cast(int, logits_to_keep) if is_fewer else None
 
 
 class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
