@@ -7,7 +7,19 @@ from typing import Any
 
 from lckv.byte_sizes import parse_bytes
 from lckv.config.cache import CacheConfig, one_of_several
-from lckv.config.keys import MODEL_REQUIRED, Group, above_zero, at_least, each, key, literal, once, one_of, passes
+from lckv.config.keys import (
+    MODEL_REQUIRED,
+    Group,
+    above_zero,
+    at_least,
+    each,
+    key,
+    literal,
+    once,
+    one_of,
+    passes,
+    such_that,
+)
 from lckv.config.model import ModelConfig
 from lckv.config.names import BATCHINGS, CACHES, CONTINUOUS, DTYPES, ENDLESS, OFF, STATIC, STREAMS, TOKENS
 from lckv.errors import UserError, check_choice
@@ -163,7 +175,7 @@ class BenchmarkConfig(Group):
     caches: list[Any] = key([], each(one_of_several))
     prompt_length: int = key(512, at_least())
     new_tokens: int = key(32, at_least())
-    batch_sizes: list[int] = key([1], each(at_least()))
+    batch_sizes: list[int] = key([1], such_that(bool, "name at least one, such as 1"), each(at_least()))
     kv_budget: Any = key("64MB", lambda name, value: value is None or parse_bytes(value, name))
     max_batch_size: int = key(4096, at_least())
     rounds: int = key(5, at_least())

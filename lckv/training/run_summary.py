@@ -143,8 +143,7 @@ def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:
     num_layers = parse_layer_types(layer_types).num_hidden_layers
     llama = build_layer_types("llama", num_layers)
     given = _as_train_takes_them(arguments_of_this_run())
-    source = [item for item in given if item.lstrip("+").startswith(("init.source=", "init.revision="))]
-    commands = [command("lckv.plan", [*source, f"model.layer_types={layer_types}"])]
+    commands = [command("lckv.plan", [f"init.source={folder.path}"])]  # its sizes as well as its pattern
     if num_layers > 1:  # a single layer has nothing to share
         other, name = (llama, "llama") if layer_types != llama else (build_layer_types("cla", num_layers), "cla")
         again = [item for item in given if not item.lstrip("+").startswith(_OF_ONE_RUN)]

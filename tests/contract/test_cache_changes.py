@@ -245,6 +245,14 @@ def test_a_restored_cache_continues_bit_by_bit(name, layer_types, dtype, tmp_pat
     assert torch.equal(feed(model, restored, tokens, chunks), feed(model, cache, tokens, chunks))
 
 
+def test_rows_of_an_empty_cache_are_arranged_by_leaving_it(name):
+    model = exact_model("0s_1s_2_2")
+    cache = new_cache(name, model)
+    cache.reorder_cache(torch.tensor([0, 0]))
+    cache.batch_select_indices(torch.tensor([1]))
+    check_continuation(model, cache, token_ids(2, 0), token_ids(2, 4))
+
+
 def test_an_empty_cache_is_saved_too(name, tmp_path):
     model = exact_model("0s_1s_2_2")
     save_cache(new_cache(name, model), tmp_path / "cache.safetensors")

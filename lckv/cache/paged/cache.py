@@ -374,6 +374,8 @@ class PagedKVCache(KVCache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch, `(new_batch,)`, in this order, and frees the pages of the others."""
+        if not self.rows:
+            return  # like every cache that is empty
         rows = torch.arange(len(self.rows))
         self._arrange_rows(rows[indices.cpu() if isinstance(indices, torch.Tensor) else indices].tolist())
 

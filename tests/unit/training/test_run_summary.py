@@ -28,11 +28,10 @@ def test_the_next_run_differs_in_its_pattern_only(monkeypatch, tmp_path):
     assert commands("0_1_2_3", tmp_path)[1][-2:] == ["model.layer_types=0_0_2_2", "run_name=mine_cla"]
 
 
-def test_the_plan_is_that_of_the_source(monkeypatch, tmp_path):
+def test_another_pattern_starts_from_the_same_source(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train", "init.source=a b", "init.revision=main", "init.method=activation"])
     plan, train, _ = commands("0_0_2_2", tmp_path)
-    assert plan[1:] == ["-m", "lckv.plan", "init.source=a b", "init.revision=main", "model.layer_types=0_0_2_2"]
-    cli.compose(plan[3:], "plan")
+    assert cli.compose(plan[3:], "plan").init.source == str(tmp_path)
     assert cli.compose(train[3:], "train").init.source == "a b"
 
 
@@ -40,8 +39,7 @@ def test_the_plan_is_that_of_the_source(monkeypatch, tmp_path):
 def test_what_was_converted_by_training_can_be_trained_with_another_pattern(monkeypatch, tmp_path, given):
     own = ["source=a", "revision=main", "method=distill", "max_shard_size=1GB"]
     monkeypatch.setattr(sys, "argv", ["convert", *own, "out=b", *given, "trainer.max_steps=7"])
-    plan, train, _ = commands("0_0_2_2", tmp_path)
-    assert plan[3:5] == ["init.source=a", "init.revision=main"]
+    _, train, _ = commands("0_0_2_2", tmp_path)
     cfg = cli.compose(train[3:], "train")
     assert (cfg.init.source, cfg.init.revision, cfg.init.method) == ("a", "main", "distill")
     before = cli.compose(sys.argv[1:], "convert")
@@ -51,7 +49,7 @@ def test_what_was_converted_by_training_can_be_trained_with_another_pattern(monk
 
 def test_a_single_layer_has_nothing_to_compare_with(tmp_path):
     plan, generate = commands("0", tmp_path)
-    assert plan[1:] == ["-m", "lckv.plan", "model.layer_types=0"]
+    assert plan[1:] == ["-m", "lckv.plan", f"init.source={tmp_path}"]
     assert generate[1:3] == ["-m", "lckv.generate"]
 
 
