@@ -8,9 +8,10 @@ from, how many bytes a cache will take, the pools of its pages, what a saved cac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lckv.errors import UserError
 from lckv.patterns import SharingPlan
 
 
@@ -148,20 +149,67 @@ def build_layout(
     return KVLayout(tuple(stores), tuple(map(tuple, sources)))
 
 
-def kv_layout(plan: SharingPlan, num_key_value_heads: int, head_dim: int, sliding_window: int) -> KVLayout:
-    """The layout of plain attention: rotated keys, and values, of every layer that computes them.
+LATENT, KEY_LATENT, VALUE_LATENT = "latent", "key_latent", "value_latent"
+"""Streams of which readers make their keys and values: one for both, or one for each."""
+
+Latents = Mapping[str, int]
+"""The latents that an owner keeps in the place of keys and values, by name: the numbers of a token."""
+
+
+def check_latents(kv_latents: Sequence[Latents | None], plan: SharingPlan) -> None:
+    """Refuses latents that a model cannot have.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    if len(kv_latents) != plan.num_hidden_layers:
+        raise UserError(
+            f"kv_latents: has {len(kv_latents)} entries for {plan.num_hidden_layers} layers; give one each"
+        )
+    for layer_idx, latents in enumerate(kv_latents):
+        if latents is None:
+            continue
+        given = f"kv_latents[{layer_idx}]={dict(latents)}"
+        if layer_idx not in plan.kv_owners:
+            raise UserError(f"{given}: layer {layer_idx} keeps nothing ({plan.layer_types}); allowed is null")
+        if tuple(latents) not in ((LATENT,), (KEY_LATENT, VALUE_LATENT)):
+            raise UserError(f"{given}: allowed are {LATENT}, or {KEY_LATENT} and {VALUE_LATENT}")
+        if min(latents.values()) < 1:
+            raise UserError(f"{given}: allowed are sizes of 1 or more")
+    for layer in plan.layers:
+        keeps, reads = layer.layer_idx, layer.kv_source
+        if layer.computes_kv and (kv_latents[keeps] is None) != (kv_latents[reads] is None):
+            raise UserError(
+                f"kv_latents[{keeps}]={kv_latents[keeps]}: layer {keeps} reads layer {reads}, which keeps "
+                f"{kv_latents[reads]}; allowed are latents in both, or keys and values in both"
+            )
+
+
+def kv_layout(
+    plan: SharingPlan,
+    num_key_value_heads: int,
+    head_dim: int,
+    sliding_window: int,
+    kv_latents: Sequence[Latents | None] | None = None,
+) -> KVLayout:
+    """The layout of every layer that computes keys and values: these, the keys rotated, or latents to make them of.
 
     Args:
         plan: whose keys and values each layer reads.
         num_key_value_heads: heads of the keys, and of the values.
         head_dim: numbers of a head.
         sliding_window: tokens in a window, the query's own among them.
+        kv_latents: for every decoder layer, its latents; `None` for keys and values, in a layer or in all.
     """
     keys = Stream("keys", num_key_value_heads, head_dim, is_rotated=True)
     values = Stream("values", num_key_value_heads, head_dim)
+    streams: dict[int, Sequence[Stream]] = {}
+    for owner in plan.kv_owners:
+        latents = kv_latents[owner] if kv_latents else None
+        streams[owner] = [Stream(name, 1, size) for name, size in latents.items()] if latents else [keys, values]
     return build_layout(
-        {owner: (keys, values) for owner in plan.kv_owners},
-        [(StreamSource(source, 0), StreamSource(source, 1)) for source in plan.kv_source],
+        streams,
+        [[StreamSource(source, index) for index in range(len(streams[source]))] for source in plan.kv_source],
         [layer.is_sliding for layer in plan.layers],
         sliding_window,
     )

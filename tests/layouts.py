@@ -10,6 +10,7 @@ from torch import nn
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.layout import KVLayout, Stream, StreamSource, build_layout
 from lckv.models.attention import LCKVAttention, apply_rotary
+from lckv.patterns import parse_layer_types
 from tests.reference import tiny_config
 
 LATENT = 96
@@ -82,15 +83,13 @@ class LatentAttention(LCKVAttention):
 
     stream_modules = frozenset({"down_proj", "rotated_proj"})
 
-    def __init__(self, config, layer_idx):
-        super().__init__(config, layer_idx)
-        size = config.num_key_value_heads * config.head_dim
-        self.is_rotated = len(config.latent_streams) == 2
-        self.k_proj, self.v_proj = nn.Linear(LATENT, size, bias=False), nn.Linear(LATENT, size, bias=False)
-        if config.sharing_plan.layers[layer_idx].computes_kv:
-            self.down_proj = nn.Linear(config.hidden_size, LATENT, bias=False)
+    def add_projections(self, computes_kv):
+        self.is_rotated = len(self.config.latent_streams) == 2
+        self.k_proj, self.v_proj = (nn.Linear(LATENT, self.kv_size, bias=False) for _ in "kv")
+        if computes_kv:
+            self.down_proj = nn.Linear(self.config.hidden_size, LATENT, bias=False)
             if self.is_rotated:
-                self.rotated_proj = nn.Linear(config.hidden_size, config.head_dim, bias=False)
+                self.rotated_proj = nn.Linear(self.config.hidden_size, self.head_dim, bias=False)
 
     def write(self, hidden_states, position_embeddings):
         latent = self.down_proj(hidden_states)[:, None]  # (batch, 1, q_len, LATENT)
@@ -98,7 +97,7 @@ class LatentAttention(LCKVAttention):
             return (latent,)
         return latent, apply_rotary(self.rotated_proj(hidden_states)[:, None], position_embeddings)
 
-    def keys_and_values(self, streams):
+    def keys_and_values(self, streams, visible_keys):
         latent, *rotated = streams
         keys = self._split_heads(self.k_proj(latent[:, 0]))
         return keys + rotated[0] if rotated else keys, self._split_heads(self.v_proj(latent[:, 0]))
@@ -113,18 +112,36 @@ class SplitAttention(LCKVAttention):
 
 
 KINDS = {
-    "latent": (LatentConfig, LatentAttention),
     "latent-and-rotated-key": (RotatedLatentConfig, LatentAttention),
     "split": (SplitConfig, SplitAttention),
 }
+LATENTS = {"joint": {"latent": 11}, "separate": {"key_latent": 5, "value_latent": 9}}
+"""What owners keep in models whose attention is the package's own."""
+
+
+def latent_config(kind, layer_types, **kwargs):
+    """A tiny configuration whose owners keep latents of unequal sizes."""
+    plan = parse_layer_types(layer_types)
+    sizes = [
+        {name: size + layer for name, size in LATENTS[kind].items()} if layer in plan.kv_owners else None
+        for layer in range(plan.num_hidden_layers)
+    ]
+    return tiny_config(layer_types, kv_latents=sizes, **kwargs)
 
 
 def layout_model(kind, layer_types, seed=0, **kwargs):
-    """A tiny model of one of `KINDS`."""
-    config_class, attention_class = KINDS[kind]
+    """A tiny model of one of `KINDS` or `LATENTS`."""
     iteration = {"forward_passes": "converge", "converge_tolerance": 1e-9}
-    config = tiny_config(layer_types, config_class, **(iteration | kwargs))
     torch.manual_seed(seed)
+    if kind in LATENTS:
+        model = LCKVLlamaForCausalLM(latent_config(kind, layer_types, **(iteration | kwargs)))
+        for name, parameter in model.named_parameters():  # at which an untrained model has zeros
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.1)
+        model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+        return model.eval()
+    config_class, attention_class = KINDS[kind]
+    config = tiny_config(layer_types, config_class, **(iteration | kwargs))
     model = LCKVLlamaForCausalLM(config)
     for layer_idx, layer in enumerate(model.model.layers):
         layer.self_attn = attention_class(config, layer_idx)

@@ -84,7 +84,15 @@ def _visible(layer, position, force_nodiag, window):
     return range(first, stop)
 
 
-def _project_kv(layer, hidden, position, inv_freq):
+def _project_latents(owner, hidden, position, inv_freq, reader):
+    """A reader's keys and values, made of what an owner keeps of a token."""
+    kept = owner.self_attn.kv_a_proj(owner.input_layernorm(hidden)).split(owner.self_attn.sizes)
+    keys = reader.self_attn.k_b_proj(kept[0]).view(-1, reader.self_attn.head_dim)
+    values = reader.self_attn.v_b_proj(kept[-1]).view(-1, reader.self_attn.head_dim)
+    return _rotate(keys, position, inv_freq), values
+
+
+def _project_kv(layer, hidden, position, inv_freq, reader=None):
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     keys = attention.k_proj(normed).view(-1, attention.head_dim)
@@ -111,18 +119,19 @@ def exact_logits(model, input_ids):
     """
     config, plan = model.config, model.config.sharing_plan
     inv_freq = model.model.rotary_emb.inv_freq
-    cache = {owner: ([], []) for owner in plan.kv_owners}
+    cache = {owner: [] for owner in plan.kv_owners}
     logits = []
     for position, token in enumerate(input_ids):
         hidden = model.model.embed_tokens(token)
         for layer_plan, layer in zip(plan.layers, model.model.layers, strict=True):
             if layer_plan.computes_kv:
-                key, value = _project_kv(layer, hidden, position, inv_freq)
-                cache[layer_plan.layer_idx][0].append(key)
-                cache[layer_plan.layer_idx][1].append(value)
-            keys, values = cache[layer_plan.kv_source]
+                cache[layer_plan.layer_idx].append(hidden)
+            owner = model.model.layers[layer_plan.kv_source]
             seen = _visible(layer_plan, position, config.force_nodiag, config.sliding_window)
-            hidden = _run_layer(layer, hidden, position, inv_freq, [keys[i] for i in seen], [values[i] for i in seen])
+            project = _project_kv if config.latents_of(layer_plan.layer_idx) is None else _project_latents
+            pairs = [project(owner, cache[layer_plan.kv_source][i], i, inv_freq, layer) for i in seen]
+            keys, values = [key for key, _ in pairs], [value for _, value in pairs]
+            hidden = _run_layer(layer, hidden, position, inv_freq, keys, values)
         logits.append(model.lm_head(model.model.norm(hidden)))
     return torch.stack(logits)
 

@@ -18,9 +18,10 @@ from lckv.cache.dynamic import RingLayer
 from lckv.cache.layers import KVLayer, check_crop, join, roll_ring, writable
 from lckv.errors import UserError, check_whole_number
 from lckv.layout import Store
-from lckv.models.attention import PositionEmbeddings, apply_rotary
+from lckv.models.attention import apply_rotary
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.padding import count_padding
+from lckv.models.positions import PositionEmbeddings
 from lckv.models.sharing_cache import Streams
 
 GROWING_ROPE_TYPES = ("dynamic", "longrope")
@@ -395,6 +396,10 @@ class SinkKVCache(KVCache):
         """Which tokens `write` is about to return, `(batch or 1, kv_len)`."""
         layer = self.owners().get(layer_idx) or self.storage(layer_idx)
         return layer.key_positions(num_new_tokens) if isinstance(layer, SinkLayer) else None
+
+    def get_rotary_positions(self, num_new_tokens: int, layer_idx: int) -> torch.Tensor | None:
+        """None: whatever was dropped, what is returned counts as consecutive tokens, the new ones last."""
+        return None
 
     def _sink_layers(self) -> list[SinkLayer]:
         return [layer for layer in self.layers if isinstance(layer, SinkLayer)]

@@ -13,20 +13,18 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.masks import VisibleKeys
+from lckv.models.positions import PositionEmbeddings
 from lckv.models.sharing_cache import Streams
 
 MIN_BLOCK = 128
 """Queries in a block of attention with a window, at least: smaller ones cost more calls than they save pairs."""
-
-PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines of the rotary embedding, each `(batch or 1, q_len, head_dim)`."""
 
 
 class LCKVAttention(nn.Module):
     """Multi-head attention whose keys and values may come from other layers.
 
     A layer that no entry of `layer_types` names has no key and value projections. Another kind of attention, over
-    other streams, is a subclass with a `write` and a `keys_and_values` (or a `forward`) of its own, and a
+    other streams, is a subclass with `add_projections`, `write` and `keys_and_values` (or `forward`) of its own, and a
     configuration whose `kv_layout` says which streams these are.
     """
 
@@ -46,18 +44,23 @@ class LCKVAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.kv_size = config.num_key_value_heads * self.head_dim
         query_size = config.num_attention_heads * self.head_dim
-        kv_size = config.num_key_value_heads * self.head_dim
-        computes_kv = config.sharing_plan.layers[layer_idx].computes_kv
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        if computes_kv:
-            self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.add_projections(computes_kv=config.sharing_plan.layers[layer_idx].computes_kv)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.has_output_bias)
         if config.use_qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            if computes_kv:
-                self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def add_projections(self, computes_kv: bool) -> None:
+        """Makes the submodules from which keys and values come; `computes_kv` says whether the layer writes any."""
+        if not computes_kv:
+            return
+        config = self.config
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_size, bias=config.attention_bias)
+        if config.use_qk_norm:
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def write(self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings) -> Streams:
         """Computes what the layer keeps for its readers: rotated keys, and values.
@@ -103,14 +106,23 @@ class LCKVAttention(nn.Module):
         if self.config.use_qk_norm:
             query_states = self.q_norm(query_states)
         query_states = apply_rotary(query_states, position_embeddings)
-        key_states, value_states = self.keys_and_values(streams)
+        key_states, value_states = self.keys_and_values(streams, visible_keys)
         attn_output, attn_weights = attend(self, query_states, key_states, value_states, visible_keys, **kwargs)
+        attn_output = self.from_values(attn_output, visible_keys)
         return self.o_proj(attn_output.flatten(2)), attn_weights  # (batch, q_len, num_heads, head_dim) -> hidden_size
 
-    def keys_and_values(self, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `(batch, num_kv_heads, kv_len, head_dim)` from the streams that the layer reads."""
+    def keys_and_values(self, streams: Streams, visible_keys: VisibleKeys) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys `(batch, num_kv_heads, kv_len, head_dim)` and what is summed up, from the streams that the layer reads.
+
+        That is values of the same shape, or, for a single query, something of which `from_values` makes them
+        afterwards, `(batch, 1 or num_kv_heads, kv_len, width)`.
+        """
         key_states, value_states = streams
         return key_states, value_states
+
+    def from_values(self, attn_output: torch.Tensor, visible_keys: VisibleKeys) -> torch.Tensor:
+        """Weighted sums of values `(batch, q_len, num_heads, head_dim)` from those of what `keys_and_values` gave."""
+        return attn_output
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, num_heads, q_len, head_dim)
@@ -166,14 +178,16 @@ def attend(
             module.config._attn_implementation, eager_attention_forward
         )
         dropout = module.attention_dropout if module.training else 0.0
-        if dropout == 0.0 and not isinstance(mask, BlockMask) and _is_compiled_decoding_on_cpu(module, query):
-            return attend_with_one_query(query, key, value, mask, module.scaling), None
+        is_latent = value.shape[1::2] != key.shape[1::2]  # other heads, of another width, which few backends take
+        if dropout == 0.0 and not isinstance(mask, BlockMask):
+            if is_latent or _is_compiled_decoding_on_cpu(module, query):
+                return attend_with_one_query(query, key, value, mask, module.scaling)
         return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, **backend_kwargs)
 
     if window is not None:
         kwargs["sliding_window"] = window
     if window == 0:
-        return torch.zeros_like(query_states).transpose(1, 2), None
+        return _zeros(query_states, value_states), None
     if visible_keys.varlen is not None:
         return _attend_varlen(backend, query_states, key_states, value_states, visible_keys, **kwargs), None
     if visible_keys.drop_own_token:
@@ -200,29 +214,47 @@ def _is_compiled_decoding_on_cpu(module: LCKVAttention, query: torch.Tensor) -> 
 
 def attend_with_one_query(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
-    """Attention of one query per row, as sums of products that a compiler fuses into one loop over the keys.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query per row, whose values may have other heads than the keys, of another width.
 
-    On a CPU the matrix products inside torch's own kernel take longer to set up than to compute for one query, in
-    bfloat16 most of all: for 256 keys the compiled kernel takes a third of the time.
+    When compiled for a CPU, products are sums that the compiler fuses into one loop over the keys: the matrix products
+    inside torch's own kernel take longer to set up than to compute for one query, in bfloat16 most of all: for 256
+    keys the compiled kernel takes a third of the time.
 
     Args:
         query: `(batch, num_heads, 1, head_dim)`.
         key: `(batch, num_kv_heads, kv_len, head_dim)`.
-        value: like `key`.
-        mask: boolean, `(batch or 1, 1, 1, kv_len)`, or `None` if all keys are visible.
+        value: `(batch, 1 or num_kv_heads, kv_len, width)`.
+        mask: boolean or additive, `(batch or 1, 1, 1, kv_len)`, or `None` if all keys are visible.
         scaling: of the scores.
 
     Returns:
-        `(batch, 1, num_heads, head_dim)`.
+        `(batch, 1, num_heads, width)`, and the weights `(batch, num_heads, 1, kv_len)`.
     """
-    query = query.unflatten(1, (key.shape[1], -1)).float() * scaling  # (batch, num_kv_heads, groups, 1, head_dim)
-    scores = (query * key[:, :, None].float()).sum(-1)  # (batch, num_kv_heads, groups, kv_len)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+    is_fused = torch.compiler.is_compiling() and query.device.type == "cpu"
+    num_groups = query.shape[1] // key.shape[1]
+    query = query.unflatten(1, (key.shape[1], num_groups))[..., 0, :]  # (batch, num_kv_heads, groups, head_dim)
+    if is_fused:
+        scores = (query[..., None, :].float() * scaling * key[:, :, None].float()).sum(-1)
+    else:
+        scores = (query * scaling @ key.transpose(2, 3)).float()
+    if mask is not None:  # (batch, num_kv_heads, groups, kv_len)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1)
-    output = (weights[..., None] * value[:, :, None].float()).sum(-2)  # (batch, num_kv_heads, groups, head_dim)
-    return output.flatten(1, 2)[:, None].to(value.dtype)
+    if is_fused:
+        output = (weights[..., None] * value[:, :, None].float()).sum(-2)
+    elif value.shape[1] == 1:  # heads are rows of one product, and the values are read once
+        output = (weights.flatten(1, 2)[:, None].to(value.dtype) @ value)[:, 0].unflatten(1, (-1, num_groups))
+    else:
+        output = weights.to(value.dtype) @ value
+    output = output.flatten(1, 2)[:, None].to(value.dtype)  # from (batch, num_kv_heads, groups, width)
+    return output, weights.flatten(1, 2)[:, :, None].to(value.dtype)
+
+
+def _zeros(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What queries get that see nothing, `(batch, q_len, num_heads, width)`."""
+    batch_size, num_heads, q_len = query.shape[:3]
+    return query.new_zeros(batch_size, q_len, num_heads, value.shape[3])
 
 
 def _attend_shifted(
@@ -232,7 +264,7 @@ def _attend_shifted(
     key, value = key[:, :, :-1], value[:, :, :-1]
     num_blind = 1 if key.shape[2] < query.shape[2] else 0  # nothing is cached: the first query has no key
     if num_blind and query.shape[2] == 1:
-        return torch.zeros_like(query).transpose(1, 2)
+        return _zeros(query, value)
     # With the last key gone, lengths align queries with the token before theirs: causal as backends mean it, from
     # the last query backwards, now hides the own token too.
     attn_output, _ = backend(query[:, :, num_blind:], key, value, **kwargs)

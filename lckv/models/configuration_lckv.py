@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, cache_utils
 
 from lckv.errors import UserError
-from lckv.layout import KVLayout, kv_layout
+from lckv.layout import KVLayout, check_latents, kv_layout
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 # Older transformers have no cache layer for decoder layers without KV of their own. There, "moe" is the one name that
@@ -37,6 +37,9 @@ class LCKVLlamaConfig(LlamaConfig):
         force_nodiag: no layer sees the token's own key.
         attention_output_bias: whether `o_proj` has a bias, where that differs from `attention_bias`, as in Qwen2.
         use_qk_norm: whether each head's queries and keys are normalised before they are rotated, as in Qwen3.
+        kv_latents: for every decoder layer, the latents that it keeps in the place of keys and values (MLA), such as
+            `{"latent": 96}` or `{"key_latent": 32, "value_latent": 64}`; `None` for keys and values, in a layer or in
+            all, and for layers that compute neither.
 
     Raises:
         UserError: for a bad `layer_types` string and values out of range.
@@ -55,6 +58,7 @@ class LCKVLlamaConfig(LlamaConfig):
     force_nodiag: bool = False
     attention_output_bias: bool | None = None
     use_qk_norm: bool = False
+    kv_latents: list[dict[str, int] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.layer_types, str):
@@ -73,6 +77,8 @@ class LCKVLlamaConfig(LlamaConfig):
             raise UserError(f"converge_tolerance={self.converge_tolerance}: allowed is a number above 0")
         if self.sliding_window < 1:
             raise UserError(f"sliding_window={self.sliding_window}: allowed is 1 or more")
+        if self.kv_latents is not None:
+            check_latents(self.kv_latents, plan)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -93,7 +99,12 @@ class LCKVLlamaConfig(LlamaConfig):
     def kv_layout(self) -> KVLayout:
         """What every layer keeps for its readers."""
         assert self.num_key_value_heads is not None and self.head_dim is not None  # filled in above
-        return kv_layout(self.sharing_plan, self.num_key_value_heads, self.head_dim, self.sliding_window)
+        heads, head_dim = self.num_key_value_heads, self.head_dim
+        return kv_layout(self.sharing_plan, heads, head_dim, self.sliding_window, self.kv_latents)
+
+    def latents_of(self, layer_idx: int) -> dict[str, int] | None:
+        """The latents that layer `layer_idx` reads; `None` if it reads keys and values."""
+        return self.kv_latents[self.sharing_plan.kv_source[layer_idx]] if self.kv_latents else None
 
     @property
     def has_output_bias(self) -> bool:

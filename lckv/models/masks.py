@@ -32,6 +32,7 @@ from transformers.masking_utils import (
 
 from lckv.layout import KVLayout
 from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.positions import PositionEmbeddings, Positions
 from lckv.models.sharing_cache import SharingCache
 from lckv.models.varlen import VarlenBatch, cut_packed, cut_padded
 from lckv.patterns import LayerPlan
@@ -93,6 +94,8 @@ class VisibleKeys:
         window: as in [`MaskKind`]; flash attention applies it itself.
         reach: how many keys up to its own each query looks back at most, where `mask` is long enough to be cut into
             blocks; the last key is the last query's own.
+        key_rotation: cosines and sines for the positions of the keys, each `(batch or 1, kv_len, head_dim)`, where
+            layers make keys of what was not rotated when it was written.
     """
 
     num_queries: int
@@ -102,6 +105,7 @@ class VisibleKeys:
     varlen: VarlenBatch | None = None
     window: int | None = None
     reach: int | None = None
+    key_rotation: PositionEmbeddings | None = None
 
 
 def build_visible_keys(
@@ -112,6 +116,7 @@ def build_visible_keys(
     past_key_values: Cache | None,
     document_ids: torch.Tensor | None,
     num_outputs: int | None = None,
+    positions: Positions | None = None,
 ) -> list[VisibleKeys | None]:
     """Builds what the queries of every layer see in one forward call, before the cache takes the call's tokens.
 
@@ -127,18 +132,24 @@ def build_visible_keys(
         past_key_values: the cache, before this call's tokens.
         document_ids: `(batch, past + q_len)`, equal for tokens that may see each other; `None` if all may.
         num_outputs: how many of the last tokens' outputs are wanted; `None` for all.
+        positions: of the new tokens, if keys are rotated when they are read.
 
     Returns:
         For every layer what its queries see; `None` for layers from which no output is wanted.
     """
     builder = _MaskBuilder(config, layout, inputs_embeds, attention_mask, past_key_values, document_ids)
+    rotations: dict[int, PositionEmbeddings] = {}  # by the layer that says where the keys lie
     masks: dict[MaskKind, VisibleKeys | None] = {}
     visible_keys = []
     for layer in config.sharing_plan.layers:
         is_cut = num_outputs is not None and layer.layer_idx >= layout.owners[-1]
         kind = builder.kind_of(layer, cast(int, num_outputs) if is_cut else inputs_embeds.shape[1])
         if kind not in masks:
-            masks[kind] = builder.build(kind) if kind.num_queries else None
+            masks[kind] = visible = builder.build(kind) if kind.num_queries else None
+            if visible is not None and positions is not None:
+                if kind.geometry_layer not in rotations:
+                    rotations[kind.geometry_layer] = positions.embed_keys(past_key_values, kind.geometry_layer)
+                visible.key_rotation = rotations[kind.geometry_layer]
         visible_keys.append(masks[kind])
     return visible_keys
 

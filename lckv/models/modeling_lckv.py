@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 from lckv.iteration import Iteration, Passes
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.masks import build_visible_keys, find_documents, has_cached_tokens
+from lckv.models.positions import Positions
 from lckv.models.sharing_cache import SharingCache
 from lckv.models.stack import LCKVDecoderLayer, Stack, Trace
 
@@ -149,11 +150,12 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             position_ids = self._next_positions(num_tokens, past_key_values, inputs_embeds.device)
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
+        positions = Positions(position_ids, lambda ids: self.rotary_emb(inputs_embeds, position_ids=ids))
         stack = self.stack_class(
             self.layers,
             self.sharing_plan,
             self.layout,
-            position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
+            position_embeddings=positions.embed(position_ids),
             visible_keys=[],
             cache=past_key_values,
             has_past=has_past,
@@ -162,7 +164,10 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             trace=trace,
         )
         run = self._run_token_by_token if is_sequential else self._run_at_once
-        hidden_states = run(stack, inputs_embeds, attention_mask, document_ids, num_outputs)
+        has_latents = self.config.kv_latents is not None  # keys made of which are rotated when they are read
+        hidden_states = run(
+            stack, inputs_embeds, attention_mask, document_ids, num_outputs, positions if has_latents else None
+        )
         return self._outputs(trace, self.norm(hidden_states), past_key_values if use_cache else None)
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -257,10 +262,11 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         attention_mask: torch.Tensor | None,
         document_ids: torch.Tensor | None,
         num_outputs: int | None,
+        positions: Positions | None,
     ) -> torch.Tensor:
         """Runs all tokens together, and returns the hidden states `(batch, num_outputs or q_len, hidden_size)`."""
         visible_keys = build_visible_keys(
-            self.config, self.layout, inputs_embeds, attention_mask, stack.cache, document_ids, num_outputs
+            self.config, self.layout, inputs_embeds, attention_mask, stack.cache, document_ids, num_outputs, positions
         )
         return replace(stack, visible_keys=visible_keys).run(inputs_embeds)
 
@@ -271,6 +277,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         attention_mask: torch.Tensor | None,
         document_ids: torch.Tensor | None,
         num_outputs: int | None,
+        positions: Positions | None,
     ) -> torch.Tensor:
         """Runs all layers for one token after the other, which is exact for every pattern.
 
@@ -293,7 +300,14 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             if isinstance(cache, SharingCache):
                 cache.begin_forward(self.config, mask, 1)
             visible_keys = build_visible_keys(
-                self.config, self.layout, inputs_embeds[:, token], mask, cache, document_ids, None if is_used else 0
+                self.config,
+                self.layout,
+                inputs_embeds[:, token],
+                mask,
+                cache,
+                document_ids,
+                None if is_used else 0,
+                None if positions is None else replace(positions, new=positions.new[:, token]),
             )
             token_stack = replace(
                 stack,

@@ -42,6 +42,13 @@ class SharingCache(Cache):
         """
         return None
 
+    def get_rotary_positions(self, num_new_tokens: int, layer_idx: int) -> torch.Tensor | None:
+        """The same tokens as they count for rotations: how far apart keys and queries are, `(batch or 1, kv_len)`.
+
+        For readers that make keys of what was not rotated when it was written.
+        """
+        return self.get_key_positions(num_new_tokens, layer_idx)
+
     def check_length(self, seq_length: int) -> None:
         """Refuses texts that do not fit: asked before compiled steps, which cannot look at the length themselves.
 

@@ -19,9 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from lckv.iteration import Passes
 from lckv.layout import KVLayout
-from lckv.models.attention import LCKVAttention, PositionEmbeddings, last_positions
+from lckv.models.attention import LCKVAttention, last_positions
 from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.latent_attention import LatentAttention
 from lckv.models.masks import VisibleKeys
+from lckv.models.positions import PositionEmbeddings
 from lckv.models.sharing_cache import CachePeeker, CacheWriter, Streams
 from lckv.patterns import Segment, SharingPlan
 
@@ -38,7 +40,8 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         sources = config.kv_layout.sources[layer_idx]
         # For each stream that the layer reads: which of its own it is, or `None` for another layer's.
         self.own_indices = tuple(source.index if source.owner == layer_idx else None for source in sources)
-        self.self_attn = LCKVAttention(config, layer_idx)
+        attention = LCKVAttention if config.latents_of(layer_idx) is None else LatentAttention
+        self.self_attn = attention(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

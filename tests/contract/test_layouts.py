@@ -8,13 +8,14 @@ from transformers import DynamicCache
 
 from lckv.cache import build_cache
 from tests.contract.caches import LOSSY, VARIANTS, assert_close, feed, live_bytes
-from tests.layouts import KINDS, layout_model
-from tests.reference import token_ids
+from tests.layouts import KINDS, LATENTS, layout_model
+from tests.reference import PATTERNS as ALL_PATTERNS
+from tests.reference import exact_logits, token_ids
 
 PATTERNS = ["0_1_1_3", "0s_0_2s_2", "0_2_2_3", "2s_1s_2_1"]
 LENGTH = 9
 
-over_kinds = pytest.mark.parametrize("kind", KINDS)
+over_kinds = pytest.mark.parametrize("kind", [*KINDS, *LATENTS])
 over_patterns = pytest.mark.parametrize("layer_types", PATTERNS)
 
 
@@ -77,3 +78,87 @@ def test_generation_with_transformers_own_cache_equals_ours(kind):
     cache = build_cache("dynamic", model.config)
     texts.append(model.generate(input_ids, max_new_tokens=12, do_sample=False, past_key_values=cache))
     assert torch.equal(*texts)
+
+
+OPTIONS = {
+    "plain": {},
+    "biases": {"attention_bias": True},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+        }
+    },
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+        }
+    },
+    "eager": {"attn_implementation": "eager"},
+    "nodiag": {"force_nodiag": True},
+    "norms": {"use_qk_norm": True},
+    "window-of-one": {"sliding_window": 1},
+    "wide-heads": {"head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("number", range(len(ALL_PATTERNS)))
+@pytest.mark.parametrize("kind", LATENTS)
+@torch.no_grad()
+def test_latents_are_what_the_plain_reading_says(kind, number):
+    """Token by token with lists of keys and values, whole, padded, packed, and cached token by token."""
+    plain = [name for name in OPTIONS if name not in ("llama3", "yarn", "norms")]  # which the plain reading has not
+    options = OPTIONS[plain[number % len(plain)]]
+    model, input_ids = layout_model(kind, ALL_PATTERNS[number], **options), token_ids(2, LENGTH)
+    expected = torch.stack([exact_logits(model, row) for row in input_ids])
+    assert_close(model(input_ids, use_cache=False).logits, expected)
+    assert_close(feed(model, build_cache("dynamic", model.config), input_ids, [1] * LENGTH), expected)
+    mask = torch.ones(2, LENGTH + 3, dtype=torch.long)
+    mask[0, :3] = mask[1, :1] = 0
+    padded = torch.zeros_like(mask)
+    padded[mask.bool()] = torch.cat([input_ids[0], input_ids[1], input_ids[1, :2]])
+    cache = build_cache("dynamic", model.config)
+    logits = feed(model, cache, padded, [4, 1, 2, 1, 1, 1, 1, 1], attention_mask=mask)
+    assert_close(logits[0, 3:], expected[0])
+    assert_close(logits[1, 1 : LENGTH + 1], expected[1])
+    positions = torch.cat([torch.arange(5), torch.arange(LENGTH)])[None]
+    packed = torch.cat([input_ids[:1, :5], input_ids[1:]], dim=1)
+    logits = model(packed, position_ids=positions, use_cache=False).logits
+    assert_close(logits[0, :5], expected[0, :5])
+    assert_close(logits[0, 5:], expected[1])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", LATENTS)
+@torch.no_grad()
+def test_cached_latents_equal_uncached_ones(kind, options):
+    model, input_ids = layout_model(kind, "0_1s_1_3", **OPTIONS[options]), token_ids(2, 40)
+    expected = model(input_ids, use_cache=False).logits
+    for name, settings in VARIANTS.values():
+        settings = settings | ({"max_length": 48} if "max_length" in settings else {})
+        if name != "sink":  # whose text is cut
+            cache = build_cache(name, model.config, **settings)
+            assert_close(feed(model, cache, input_ids, [20, 1, 1, 7, 1, 10]), expected)
+
+
+@pytest.mark.parametrize("kind", LATENTS)
+@torch.no_grad()
+def test_sinks_count_the_tokens_that_are_left(kind):
+    """Behind dropped tokens, the next one sees what it would in a text without them."""
+    model, input_ids = layout_model(kind, "0_1_1_3"), token_ids(1, 30)
+    cache = build_cache("sink", model.config, num_sinks=2, window=6)
+    logits = feed(model, cache, input_ids, [8] + [1] * 22)
+    # Of one layer's attention alone, as layers above see latents that were made while other tokens were there.
+    first = layout_model(kind, "0")
+    cache = build_cache("sink", first.config, num_sinks=2, window=6)
+    kept = torch.cat([input_ids[:, :2], input_ids[:, -6:]], dim=1)
+    expected = first(kept, use_cache=False).logits[:, -1]
+    assert_close(feed(first, cache, input_ids, [8] + [1] * 22)[:, -1], expected)
+    assert logits.isfinite().all()

@@ -364,10 +364,16 @@ def test_attention_with_one_query_equals_torch(dtype):
         expected = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, scale=0.3, enable_gqa=True
         )
-        actual = attend_with_one_query(query, key, value, visible, scaling=0.3)
+        actual, weights = attend_with_one_query(query, key, value, visible, scaling=0.3)
         assert actual.dtype == dtype
         tolerance = 1e-6 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(actual, expected.transpose(1, 2), atol=tolerance, rtol=0)
+        for num_heads in (1, 2):  # of values, one for all or as many as of keys, of another width
+            latents = torch.randn(2, num_heads, 9, 5, generator=generator).to(dtype)
+            actual, again = attend_with_one_query(query, key, latents, visible, scaling=0.3)
+            assert torch.equal(weights, again)
+            expected = weights @ latents.repeat_interleave(6 // num_heads, dim=1)
+            torch.testing.assert_close(actual, expected.transpose(1, 2), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("force_nodiag", [False, True])

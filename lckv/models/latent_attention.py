@@ -1,0 +1,89 @@
+"""Multi-head Latent Attention (DeepSeek-V2, 2024): a token keeps a short latent, of which keys and values are made.
+
+    kept          c = kv_a_proj(x), once per owner: `latent`, or `key_latent` and `value_latent`
+    read          k = rotate(k_norm(k_b_proj(c)))     v = v_b_proj(c), by every reader with projections of its own
+
+A latent is not rotated, as no projection could undo that: a rotation mixes what `k_b_proj` gives, by the position of
+the token. So keys are made anew for all tokens in sight whenever they are read. Values need not be: their weighted sum
+is the projection of the latents' weighted sum, which is what a decoding step computes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from lckv.models.attention import LCKVAttention, apply_rotary
+from lckv.models.masks import VisibleKeys
+from lckv.models.positions import PositionEmbeddings
+from lckv.models.sharing_cache import Streams
+
+_ABSORBING = ("eager", "sdpa")
+"""Backends whose masks of a single query are tensors."""
+
+
+class LatentAttention(LCKVAttention):
+    """Attention that keeps latents and makes keys and values of those that it reads, its own or another layer's."""
+
+    stream_modules: ClassVar[frozenset[str]] = frozenset({"kv_a_proj", "k_b_proj", "v_b_proj", "k_norm"})
+
+    def add_projections(self, computes_kv: bool) -> None:
+        """Makes the projections to the latents that the layer keeps, and from those that it reads."""
+        config = self.config
+        read = config.latents_of(self.layer_idx)
+        assert read is not None and config.kv_latents is not None
+        if computes_kv:
+            self.sizes = list((config.kv_latents[self.layer_idx] or {}).values())
+            self.kv_a_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        key_size, *_, value_size = [*read.values(), *read.values()]  # the same one twice if it serves both
+        self.k_b_proj = nn.Linear(key_size, self.kv_size, bias=config.attention_bias)
+        self.v_b_proj = nn.Linear(value_size, self.kv_size, bias=config.attention_bias)
+        if config.use_qk_norm:
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def write(self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings) -> Streams:
+        """Computes the latents of these tokens, each `(batch, 1, q_len, size)`."""
+        latents = self.kv_a_proj(hidden_states).split(self.sizes, dim=-1)
+        return tuple(latent[:, None] for latent in latents)
+
+    def keys_and_values(self, streams: Streams, visible_keys: VisibleKeys) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys `(batch, num_kv_heads, kv_len, head_dim)`, and values like them or the latents that they come from."""
+        key_latent, value_latent = streams[0], streams[-1]
+        key_states = self._split_heads(self.k_b_proj(key_latent[:, 0]))
+        if self.config.use_qk_norm:
+            key_states = self.k_norm(key_states)
+        assert visible_keys.key_rotation is not None
+        key_states = apply_rotary(key_states, visible_keys.key_rotation)
+        if self._absorbs(visible_keys):
+            return key_states, value_latent
+        return key_states, self._split_heads(self.v_b_proj(value_latent[:, 0]))
+
+    def from_values(self, attn_output: torch.Tensor, visible_keys: VisibleKeys) -> torch.Tensor:
+        """Weighted sums of values, `(batch, q_len, num_heads, head_dim)`, from those of values or of latents."""
+        if not self._absorbs(visible_keys):
+            return attn_output
+        weight = self.v_b_proj.weight.unflatten(0, (-1, self.head_dim))  # (num_kv_heads, head_dim, size)
+        by_head = attn_output.unflatten(2, (len(weight), -1))  # (batch, 1, num_kv_heads, groups, size)
+        values = by_head @ weight.transpose(1, 2)
+        if self.v_b_proj.bias is not None:  # once, as weights sum up to one
+            values = values + self.v_b_proj.bias.unflatten(0, (-1, 1, self.head_dim))
+        return values.flatten(2, 3)
+
+    def _absorbs(self, visible_keys: VisibleKeys) -> bool:
+        """Whether latents are summed up, which pays for a single query, where values would be needed of all tokens.
+
+        Not where a query may see nothing: its sum has to be zero, without the bias of the values.
+        """
+        may_see_nothing = visible_keys.drop_own_token or visible_keys.sees_nothing is not None
+        return (
+            visible_keys.num_queries == 1
+            and not self.training
+            and not may_see_nothing
+            and self.config._attn_implementation in _ABSORBING
+        )
+
+
+__all__ = ["LatentAttention"]
