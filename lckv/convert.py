@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lckv import cli, train
 from lckv.byte_sizes import parse_bytes
 from lckv.config import ConvertConfig, TrainConfig, validate
-from lckv.config.names import CALIBRATED, TRAINED
+from lckv.config.names import CALIBRATED, NO_LATENT, TRAINED
 from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.model_arguments import plan_from_source
 from lckv.model_files import check_model
-from lckv.patterns import SharingPlan
 from lckv.processes import check_launch, is_main_process, set_num_threads
 from lckv.run_names import default_run_name
 from lckv.storage import check_new_folder
+
+if TYPE_CHECKING:
+    from lckv.models import LCKVLlamaConfig
 
 
 def main(cfg: ConvertConfig) -> None:
@@ -45,7 +48,7 @@ def main(cfg: ConvertConfig) -> None:
         asked = adopt_source(asked, source.config)
         convert(asked, source, out, console, device=cfg.device, max_shard_size=max_shard_size)
     if is_main_process():
-        console.print(f"{given}: {_describe(asked, out, source.config.sharing_plan)}")
+        console.print(f"{given}: {_describe(asked, out, source.config)}")
 
 
 def _check_source(cfg: TrainConfig) -> None:
@@ -53,20 +56,26 @@ def _check_source(cfg: TrainConfig) -> None:
     assert cfg.init.source is not None
     own = check_model(cfg.init.source, revision=cfg.init.revision, key="source", needs_tokenizer=False)
     plan = None if own is None else plan_from_source(cfg, own)
-    if cfg.init.method in CALIBRATED and (own is None or plan != own):
+    if cfg.latent.name != NO_LATENT or (cfg.init.method in CALIBRATED and (own is None or plan != own)):
         check_model(cfg.init.source, key="source")
         check_text_files(cfg.data)
 
 
-def _describe(cfg: TrainConfig, out: Path, before: SharingPlan) -> str:
+def _describe(cfg: TrainConfig, out: Path, source: LCKVLlamaConfig) -> str:
     """What was made, in one line."""
     from lckv.models import LCKVLlamaConfig
 
-    plan = LCKVLlamaConfig.from_pretrained(out).sharing_plan
+    config = LCKVLlamaConfig.from_pretrained(out)
+    plan = config.sharing_plan
     made = f"{cfg.model.layer_types or cfg.sharing.name} from {cfg.init.source} by {cfg.init.method}"
+    if cfg.latent.name != NO_LATENT:
+        layout, plain = config.kv_layout, source.kv_layout
+        kept, before = (sum(store.size for store in each.stores) for each in (layout, plain))
+        return f"{cfg.latent.name} latents from {cfg.init.source}: {kept} numbers of a token for {before}"
     if len(plan.kv_owners) == plan.num_hidden_layers:
         return f"{made}; nothing is shared: give model.layer_types or sharing"
-    return f"{made}; shared as before: give model.layer_types or sharing" if plan == before else made
+    same = plan == source.sharing_plan
+    return f"{made}; shared as before: give model.layer_types or sharing" if same else made
 
 
 def _train(cfg: TrainConfig, out: Path, max_shard_size: int) -> None:

@@ -8,13 +8,13 @@ capacity but not reads, so what is written, what is kept and what is read are th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 from lckv.errors import check_choice, check_whole_number
 from lckv.iteration import Iteration
-from lckv.layout import KVLayout, kv_layout
+from lckv.layout import KVLayout, Latents, kv_layout
 from lckv.patterns import LayerPlan, Segment, SharingPlan, build_layer_types, parse_layer_types
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
@@ -37,6 +37,7 @@ class ModelSizes:
     use_qk_norm: bool = False
     mlp_bias: bool = False
     force_nodiag: bool = False
+    kv_latents: Sequence[Latents | None] | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSizes:
@@ -47,6 +48,11 @@ class ModelSizes:
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         values.setdefault("sliding_window", given["max_position_embeddings"])
         return cls(**values)
+
+    @property
+    def of_llama(self) -> ModelSizes:
+        """Those of a model to compare with: with keys and values in every layer."""
+        return replace(self, kv_latents=None)
 
     @property
     def has_output_bias(self) -> bool:
@@ -60,7 +66,21 @@ class ModelSizes:
 
     def layout(self, plan: SharingPlan) -> KVLayout:
         """What the layers of such a model keep for their readers."""
-        return kv_layout(plan, self.num_key_value_heads, self.head_dim, self.sliding_window)
+        return kv_layout(plan, self.num_key_value_heads, self.head_dim, self.sliding_window, self.kv_latents)
+
+    def latents_of(self, layer: LayerPlan) -> Latents | None:
+        """The latents that a layer reads; `None` if it reads keys and values."""
+        return self.kv_latents[layer.kv_source] if self.kv_latents else None
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.num_key_value_heads * self.head_dim
+
+    def latent_parameters(self, layer: LayerPlan) -> int:
+        """Weights with which a layer makes keys and values of the latents that it reads."""
+        sizes = list((self.latents_of(layer) or {}).values())
+        return self.kv_size * (sizes[0] + sizes[-1]) if sizes else 0
 
 
 @dataclass(frozen=True)
@@ -164,9 +184,12 @@ def count_parameters(plan: SharingPlan, sizes: ModelSizes) -> int:
     for layer in plan.layers:
         total += sizes.hidden_size * (2 * sizes.query_size + 3 * sizes.intermediate_size + 2)
         total += sizes.attention_bias * sizes.query_size + sizes.has_output_bias * sizes.hidden_size
-        total += sizes.use_qk_norm * (1 + layer.computes_kv) * sizes.head_dim
         total += sizes.mlp_bias * (2 * sizes.intermediate_size + sizes.hidden_size)
-        total += written.get(layer.layer_idx, 0) * (sizes.hidden_size + sizes.attention_bias)
+        total += written.get(layer.layer_idx, 0) * sizes.hidden_size + sizes.latent_parameters(layer)
+        # Norms and biases of keys and values are where these are made: by readers, if owners keep latents.
+        makes_kv = layer.computes_kv if sizes.latents_of(layer) is None else True
+        total += sizes.use_qk_norm * (1 + makes_kv) * sizes.head_dim
+        total += makes_kv * sizes.attention_bias * 2 * sizes.kv_size
     return total
 
 
@@ -197,7 +220,8 @@ class _FlopCount:
     def per_token(self, iteration: Iteration) -> FlopsPerToken:
         lm_head = 2 * self.sizes.vocab_size * self.sizes.hidden_size
         decode = lm_head + sum(
-            self._layer(layer, _num_keys(layer, self.sizes, self.context_length)) for layer in self.plan.layers
+            self._layer(layer, _num_keys(layer, self.sizes, self.context_length), is_alone=True)
+            for layer in self.plan.layers
         )
         segments = [self._segment(segment, iteration) for segment in self.plan.segments]
         prefill, forward, train = (_sum_of_known(parts) for parts in zip(*segments, strict=True))
@@ -236,15 +260,15 @@ class _FlopCount:
                 total += self._attention(layer, self._mean_keys[layer.layer_idx])
         return total
 
-    def _layer(self, layer: LayerPlan, num_keys: float) -> float:
-        return self._attention(layer, num_keys) + self._mlp + self._written(layer)
+    def _layer(self, layer: LayerPlan, num_keys: float, is_alone: bool = False) -> float:
+        return self._attention(layer, num_keys, is_alone) + self._mlp + self._written(layer)
 
     def _prefilled_layer(self, layer: LayerPlan) -> float:
         """A layer in the last pass of a prefill; from the highest owner on, only the last token leaves it."""
         if layer.layer_idx < self.plan.kv_owners[-1]:
             return self._layer(layer, self._mean_keys[layer.layer_idx])
         num_keys = _num_keys(layer, self.sizes, self.context_length)
-        last_token = self._attention(layer, num_keys) + self._mlp
+        last_token = self._attention(layer, num_keys, is_alone=True) + self._mlp
         return self._written(layer) + last_token / self.context_length
 
     @cached_property
@@ -261,11 +285,22 @@ class _FlopCount:
     def _mlp(self) -> int:
         return 6 * self.sizes.hidden_size * self.sizes.intermediate_size
 
-    def _attention(self, layer: LayerPlan, num_keys: float) -> float:
-        """Query and output projections, and each query head with what it reads: scores, and the sum of the values."""
+    def _attention(self, layer: LayerPlan, num_keys: float, is_alone: bool = False) -> float:
+        """Query and output projections, and each query head with what it reads: scores, and the sum of the values.
+
+        Where these are made of latents: once a token as many queries pass; by one that `is_alone`, keys of all that it
+        sees, while it sums up latents, and makes values of their sum.
+        """
+        sizes, latents = self.sizes, list((self.sizes.latents_of(layer) or {}).values())
+        projections = 4 * sizes.query_size * sizes.hidden_size
+        if latents and is_alone:
+            keys = 2 * latents[0] * sizes.kv_size * num_keys
+            summed = 2 * sizes.num_attention_heads * (sizes.head_dim + latents[-1]) * num_keys
+            return projections + keys + summed + 2 * latents[-1] * sizes.query_size
+        if latents:
+            return projections + 2 * sizes.latent_parameters(layer) + 4 * sizes.query_size * num_keys
         width = sum(stream.head_dim for stream in self._layout.reads(layer.layer_idx))
-        projections = 4 * self.sizes.query_size * self.sizes.hidden_size
-        return projections + 2 * self.sizes.num_attention_heads * width * num_keys
+        return projections + 2 * sizes.num_attention_heads * width * num_keys
 
     @cached_property
     def _mean_keys(self) -> list[float]:

@@ -6,9 +6,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from lckv.config import TrainConfig
+from lckv.config.names import NO_LATENT
 from lckv.costs import ModelSizes
 from lckv.errors import UserError
 from lckv.iso import match_llama
+from lckv.latents import latent_budget
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 DEFAULT_SLIDING_WINDOW = 4096
@@ -110,6 +112,9 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
     if cfg.iso is not None:
         sizes = match_llama(cfg.iso, plan, ModelSizes.from_config(arguments), cfg.iso_multiple)
         arguments.update(intermediate_size=sizes.intermediate_size, num_key_value_heads=sizes.num_key_value_heads)
+    if cfg.latent.name != NO_LATENT:
+        sizes = ModelSizes.from_config(arguments)
+        arguments["kv_latents"] = latent_budget(cfg.latent, plan, sizes.kv_size, sizes.hidden_size).uniform
     return {name: value for name, value in arguments.items() if value is not None}
 
 

@@ -89,7 +89,7 @@ def build_report(cfg: PlanConfig) -> PlanReport:
     context_length = cfg.model.max_position_embeddings if cfg.context_length is None else cfg.context_length
     costs, llama_costs = (
         count_costs(each, its_sizes, context_length, iteration=iteration, dtype=cfg.kv_dtype)
-        for each, its_sizes in ((plan, sizes), (llama_plan(plan), llama_sizes))
+        for each, its_sizes in ((plan, sizes), (llama_plan(plan), llama_sizes.of_llama))
     )
     return PlanReport(plan, sizes, iteration, context_length, cfg.kv_dtype, costs, llama_costs)
 

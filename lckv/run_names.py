@@ -7,6 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from lckv.config import TrainConfig
+from lckv.config.model import LatentConfig
+from lckv.config.names import NO_LATENT
 
 
 def default_run_name(cfg: TrainConfig) -> str:
@@ -19,7 +21,14 @@ def default_run_name(cfg: TrainConfig) -> str:
         sharing = cfg.sharing.name + "".join(f"-{name}{value}" for name, value in cfg.sharing.options().items())
     model = cfg.model.name if cfg.init.source is None else f"{source_name(cfg.init.source)}-{cfg.init.method}"
     iso = f"-iso_{cfg.iso}" if cfg.iso is not None else ""
-    return file_name(f"{model}-{sharing}{iso}-seed{cfg.seed}")
+    return file_name(f"{model}-{sharing}{_latent_name(cfg.latent)}{iso}-seed{cfg.seed}")
+
+
+def _latent_name(latent: LatentConfig) -> str:
+    if latent.name == NO_LATENT:
+        return ""
+    size = f"_ratio{latent.ratio:g}" if latent.dim is None else f"_dim{latent.dim}"
+    return f"-{latent.name}{size}" + (f"_skip{latent.skip_layers}" if latent.skip_layers else "")
 
 
 def source_name(source: str) -> str:

@@ -8,6 +8,7 @@ from lckv import cli
 from lckv.config import SearchConfig, validate
 from lckv.console import new_console
 from lckv.data.sources import check_text_files
+from lckv.errors import UserError
 from lckv.model_files import check_model
 from lckv.storage import check_new_folder
 
@@ -31,7 +32,12 @@ def main(cfg: SearchConfig) -> None:
 
     set_num_threads(cfg.num_threads)
     console = new_console(to_stderr=True)
-    session = SearchSession(cfg, Source.find(cfg.source, revision=cfg.revision), console)
+    source = Source.find(cfg.source, revision=cfg.revision)
+    if source.config.kv_latents is not None:
+        raise UserError(
+            f"source={cfg.source}: keeps latents, of which none can be shared; allowed are keys and values"
+        )
+    session = SearchSession(cfg, source, console)
     report = session.run()
     folder = write_report(report, out)
     output = new_console()

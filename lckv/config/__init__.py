@@ -18,7 +18,7 @@ from lckv.config.evaluation import (
 )
 from lckv.config.generation import DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, GenerateConfig
 from lckv.config.keys import Group, key, literal
-from lckv.config.model import ModelConfig, SharingConfig
+from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
 from lckv.config.reporting import ReportConfig
 from lckv.config.training import (
     CalibrationConfig,

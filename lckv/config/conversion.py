@@ -9,7 +9,7 @@ from lckv.byte_sizes import parse_budget, parse_bytes
 from lckv.config.data import DataConfig
 from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, key, literal, one_of, passes
-from lckv.config.model import ModelConfig, SharingConfig
+from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
 from lckv.config.names import METHODS, TRAINED
 from lckv.config.training import (
     CalibrationConfig,
@@ -51,6 +51,7 @@ class ConvertConfig(Group):
     model: ModelConfig = field(default_factory=ModelConfig)
     init: CalibrationConfig = field(default_factory=CalibrationConfig)
     sharing: SharingConfig = field(default_factory=SharingConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

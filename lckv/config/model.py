@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lckv.config.keys import Group, above_zero, at_least, fraction, key, one_of, passes
-from lckv.config.names import ATTENTIONS, DTYPES
+from lckv.config.keys import Group, above_zero, at_least, each, fraction, key, one_of, passes, such_that
+from lckv.config.names import ATTENTIONS, DTYPES, LATENTS, NO_LATENT
 from lckv.errors import UserError
 from lckv.patterns import PATTERNS
 
@@ -46,6 +46,8 @@ class ModelConfig(Group):
         converge_tolerance: with `converge`, the relative change of the KV at which the iteration stops.
         use_sequential: whether cycles run token by token, which is exact and slow.
         force_nodiag: whether every layer hides a token's own key from it, not only those that read upward.
+        kv_latents: for every layer the latents that it keeps in the place of keys and values, by name; the `latent`
+            group fills it in.
     """
 
     name: str = "custom"
@@ -76,6 +78,7 @@ class ModelConfig(Group):
     converge_tolerance: float = key(1e-3, above_zero)
     use_sequential: bool = False
     force_nodiag: bool = False
+    kv_latents: Any = None
     attn_implementation: str = key("sdpa", one_of(ATTENTIONS))
     dtype: str = key("float32", one_of(DTYPES))
 
@@ -106,3 +109,32 @@ class SharingConfig(Group):
     group_size: int | None = None
     warmup_layers: int | None = None
     num_self_layers: int | None = None
+
+
+def _sizes(name: str, value: Any) -> None:
+    """A size, or one for each of several; null for none."""
+    if isinstance(value, list):
+        each(at_least())(name, value)
+    elif value is not None:
+        at_least()(name, value)
+
+
+@dataclass
+class LatentConfig(Group):
+    """Latents in the place of keys and values (Multi-head Latent Attention), on top of whatever is shared.
+
+    Attributes:
+        name: "joint": one latent for keys and values of an owner; "separate": one for each; "none": keys and values.
+        ratio: how many times fewer numbers the owners keep of a token, all together.
+        dim: instead, how many numbers each latent has, such as 96; of separate ones also `[32,64]`, keys first.
+        skip_layers: so many of the lowest layers keep keys and values.
+    """
+
+    name: str = key(NO_LATENT, one_of((*LATENTS, NO_LATENT)))
+    ratio: float = key(
+        4.0,
+        such_that(lambda value: value >= 1, "allowed is a number, 1 or more"),
+        only_with={"name": LATENTS, "dim": (None,)},
+    )
+    dim: Any = key(None, _sizes, only_with={"name": LATENTS})
+    skip_layers: int = key(0, at_least(0), only_with={"name": LATENTS})

@@ -17,6 +17,12 @@ CACHES = ("dynamic", "static", "sink", "paged", "quantized")
 NO_CACHE = "none"
 """In place of a cache's name: each forward pass has its own keys and values."""
 
+LATENTS = ("joint", "separate")
+"""What owners may keep in the place of keys and values: one latent for both, or one for each."""
+
+NO_LATENT = "none"
+"""In their place: keys and values."""
+
 CONTINUOUS, STATIC = BATCHINGS = ("continuous", "static")
 """How many prompts share the model: joining and leaving at any step, or batch after batch."""
 

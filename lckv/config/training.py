@@ -9,7 +9,7 @@ from typing import Any
 from lckv.config.data import DataConfig, TokenizerConfig
 from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, each, key, not_negative, one_of, such_that
-from lckv.config.model import ModelConfig, SharingConfig
+from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
 from lckv.config.names import DTYPES, METHODS, OPTIMIZERS, SCHEDULES, TRACKERS, TRAINABLE
 from lckv.costs import DTYPE_BYTES
 from lckv.errors import UserError
@@ -288,6 +288,7 @@ class TrainConfig(Group):
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
     sharing: SharingConfig = field(default_factory=SharingConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

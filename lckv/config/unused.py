@@ -20,7 +20,7 @@ from lckv.config.evaluation import EVALUATIONS, EvaluateConfig, EvaluationConfig
 from lckv.config.generation import BenchmarkConfig, GenerateConfig
 from lckv.config.keys import Group, keys_of
 from lckv.config.model import KEPT_WITH_SOURCE
-from lckv.config.names import CALIBRATED, NO_CACHE, TRAINED
+from lckv.config.names import CALIBRATED, NO_CACHE, NO_LATENT, TRAINED
 from lckv.config.training import TrainConfig
 from lckv.errors import UserError
 
@@ -113,6 +113,19 @@ def _brings_its_own(cfg: TrainConfig | ConvertConfig, key: str) -> str | None:
 
 
 _NO_TEXT = f"with method={{cfg.method}}, which looks at no text ({', '.join(sorted(CALIBRATED))} do); leave it out"
+_LATENT_FIT = "with latent={cfg.latent.name}, which has a fit of its own; leave it out"
+
+
+def has_latents(cfg: TrainConfig | ConvertConfig) -> bool:
+    """Whether owners are to keep latents."""
+    return cfg.latent.name != NO_LATENT
+
+
+def _fits_by_method(cfg: TrainConfig | ConvertConfig) -> bool:
+    """Whether a conversion is done by the method, or at least trained by it."""
+    return not has_latents(cfg) or (cfg.method if isinstance(cfg, ConvertConfig) else cfg.init.method) in TRAINED
+
+
 _NO_TRAINING = f"with method={{cfg.method}}, which does not train ({', '.join(sorted(TRAINED))} does); leave it out"
 
 
@@ -191,6 +204,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             lambda cfg: cfg.teacher.source is not None or (cfg.init.source is not None and cfg.init.method in TRAINED),
             "without teacher.source; give one, or leave it out",
         ),
+        _unless("init.method", _fits_by_method, _LATENT_FIT),
         _unless("init", lambda cfg: cfg.init.source, "without init.source; give one, or leave it out"),
         _unless(
             "iso",
@@ -201,7 +215,8 @@ TABLE: dict[type, tuple[Unused, ...]] = {
     ),
     ConvertConfig: (
         *_MODEL,
-        _unless("init data", lambda cfg: cfg.method in CALIBRATED, _NO_TEXT, is_preset=True),
+        _unless("method", _fits_by_method, _LATENT_FIT),
+        _unless("init data", lambda cfg: cfg.method in CALIBRATED or has_latents(cfg), _NO_TEXT, is_preset=True),
         _unless(
             "trainer optim teacher logger evaluation seed run_name "
             "model.dtype model.attention_dropout model.attn_implementation",

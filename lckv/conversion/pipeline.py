@@ -7,19 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 from transformers import TrainingArguments
 
 from lckv.config import TrainConfig
-from lckv.config.names import CALIBRATED, TRAINED
+from lckv.config.names import CALIBRATED, NO_LATENT, TRAINED
 from lckv.console import Bar
-from lckv.conversion.calibration import calibrate, choose_blocks
-from lckv.conversion.methods import groups_of, needed_pairs
+from lckv.conversion.calibration import batches_of, calibrate, choose_blocks
+from lckv.conversion.latents import LatentFit, sources_of
+from lckv.conversion.methods import Group, groups_of, make_tensors, needed_pairs
+from lckv.conversion.sensitivity import measure_sensitivity
 from lckv.conversion.settings import adopt_source, check_block_size, model_settings
 from lckv.conversion.source import Source
 from lckv.conversion.target import converted_config, source_config_of, write_converted
 from lckv.data.dataset import build_dataset
+from lckv.latents import latent_budget
 from lckv.loading import find_device
 from lckv.model_arguments import resolve_plan
+from lckv.models import LCKVLlamaConfig
 from lckv.processes import is_main_process
 from lckv.training.run_folder import RunFolder
 
@@ -41,6 +46,9 @@ def convert(
     find_device(device)
     plan, own, method = resolve_plan(cfg), source.config.sharing_plan, cfg.init.method
     config = converted_config(source.config, plan, **model_settings(cfg))
+    if cfg.latent.name != NO_LATENT:
+        convert_to_latents(cfg, source, config, out, console, device=device, max_shard_size=max_shard_size)
+        return
     moments, record = None, {}
     if method in CALIBRATED and groups_of(plan, own):
         check_block_size(cfg.data, source.config)
@@ -61,6 +69,58 @@ def convert(
             out,
             moments=moments,
             ridge=cfg.init.ridge,
+            max_shard_size=max_shard_size,
+            record=record,
+            on_parameters=bar.update,
+        )
+
+
+def convert_to_latents(
+    cfg: TrainConfig,
+    source: Source,
+    config: LCKVLlamaConfig,
+    out: Path,
+    console: Console,
+    *,
+    device: str,
+    max_shard_size: int,
+) -> None:
+    """The same for a model whose owners keep latents; `config` is that of the model without them."""
+    plan, own, latent = config.sharing_plan, source.config.sharing_plan, cfg.latent
+    assert config.num_key_value_heads is not None and config.head_dim is not None
+    budget = latent_budget(latent, plan, config.num_key_value_heads * config.head_dim, config.hidden_size)
+    check_block_size(cfg.data, source.config)
+    data = build_dataset(cfg.data, source.load_tokenizer())
+    chosen = choose_blocks(data.train, cfg.init.calibration_tokens)
+    groups = sources_of(plan, own, budget.owners)
+    with Bar(console, "calibrating", "tokens", len(chosen) * data.train.block_size) as bar:
+        model, batches = source.load_for_text(device), batches_of(data.train, chosen)
+        sensitivity = measure_sensitivity(model, batches, groups, on_batch=bar.advance)
+        del model
+    tensors = source.tensors()
+    fit = LatentFit(latent.name, tensors, plan, own, groups, sensitivity, cfg.init.ridge)
+    kv_latents = budget.uniform if budget.dims else fit.sizes(budget.total)
+    config = converted_config(config, plan, kv_latents=kv_latents)
+
+    def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
+        if kv_latents[owner] is None:  # skipped
+            return make_tensors("average", Group(owner, readers, tensors, source.config))
+        return fit.make(kv_latents, owner)
+
+    record = {
+        "latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio},
+        "data": cfg.data.name,
+        "data_fingerprint": data.fingerprint,
+        "calibration_tokens": sensitivity.num_tokens,
+        "ridge": cfg.init.ridge,
+    }
+    with Bar(console, "writing", "parameters") as bar:
+        write_converted(
+            source,
+            config,
+            latent.name,
+            out,
+            make=make,
             max_shard_size=max_shard_size,
             record=record,
             on_parameters=bar.update,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from lckv.config import DataConfig, ModelConfig, TrainConfig
 from lckv.config.model import KEPT_WITH_SOURCE
+from lckv.config.names import NO_LATENT
 from lckv.errors import UserError
 from lckv.model_arguments import iteration_settings, plan_from_source
 from lckv.models import LCKVLlamaConfig
@@ -30,6 +31,7 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
     """
     own = source.sharing_plan
     plan = plan_from_source(cfg, own)
+    _check_latents(cfg, source, plan)
     sizes = {item.name: getattr(source, item.name) for item in fields(ModelConfig) if hasattr(source, item.name)}
     kept = {name: getattr(cfg.model, name) for name in KEPT_WITH_SOURCE}
     if own.has_cycles:
@@ -43,6 +45,17 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
     model.validate("model.")
     _warn_of_lost_windows(plan, source)
     return replace(cfg, model=model)
+
+
+def _check_latents(cfg: TrainConfig, source: LCKVLlamaConfig, plan: SharingPlan) -> None:
+    """Refuses to make other latents of latents."""
+    if source.kv_latents is None or (cfg.latent.name == NO_LATENT and plan == source.sharing_plan):
+        return
+    given = f"model.layer_types={plan.layer_types}" if cfg.latent.name == NO_LATENT else f"latent={cfg.latent.name}"
+    raise UserError(
+        f"{given}: the source keeps latents already, which can be trained, but not made into others; leave it out, "
+        "or give the model that it was made from"
+    )
 
 
 def _iteration_of(source: LCKVLlamaConfig, asked: ModelConfig) -> dict[str, Any]:

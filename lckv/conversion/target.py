@@ -110,6 +110,7 @@ def write_converted(
     out: Path,
     *,
     model_class: type[LCKVLlamaForCausalLM] = LCKVLlamaForCausalLM,
+    make: Make | None = None,
     moments: InputMoments | None = None,
     ridge: float = 0.0,
     max_shard_size: int = 5 * 10**9,
@@ -124,9 +125,10 @@ def write_converted(
     Args:
         source: the model to start from.
         config: the converted model's; see [`converted_config`].
-        method: a name in `METHODS`.
+        method: a name in `METHODS`, or of what `make` does.
         out: the folder; it must not be there yet, or be empty.
         model_class: what `config` is of, which says what tensors there are.
+        make: what makes an owner's tensors, in the place of a method.
         moments: for methods that look at calibration text.
         ridge: for these, too.
         max_shard_size: bytes of a file of weights.
@@ -141,12 +143,12 @@ def write_converted(
     shapes = expected_shapes(config, model_class)
     total = sum(shape.numel() for shape in shapes.values())
 
-    def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
+    def by_method(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
         return make_tensors(method, Group(owner, readers, tensors, source.config, moments, ridge))
 
     def told() -> Iterator[tuple[str, Tensor]]:
         done = 0
-        for name, tensor in converted_tensors(tensors, source_plan, plan, shapes, method, make):
+        for name, tensor in converted_tensors(tensors, source_plan, plan, shapes, method, make or by_method):
             yield name, tensor
             done += tensor.numel()
             if on_parameters is not None:

@@ -46,7 +46,9 @@ def llama_sizes_of(model: PreTrainedModel, config: Mapping[str, Any]) -> ModelSi
 def cost_figures(model: PreTrainedModel, context_length: int, llama_sizes: ModelSizes | None = None) -> dict[str, Any]:
     """What stands beside the quality of a model in `results.json`: KV bytes, a Llama's beside them, and FLOPs."""
     costs, plan = costs_of(model, context_length), sharing_plan_of(model)
-    llama = count_kv_bytes(llama_plan(plan), llama_sizes or ModelSizes.from_config(model.config), context_length)
+    llama = count_kv_bytes(
+        llama_plan(plan), (llama_sizes or ModelSizes.from_config(model.config)).of_llama, context_length
+    )
     return {
         "kv_bytes_context_length": context_length,
         "kv_bytes": asdict(costs.kv_bytes),

@@ -244,7 +244,7 @@ def llama_flops(run: Row) -> float | None:
     counted = count_flops(plan, sizes, length, iteration).train
     if counted is None or not math.isclose(counted, own, rel_tol=1e-6):
         return None
-    return count_flops(llama_plan(plan), sizes, length, iteration).train
+    return count_flops(llama_plan(plan), sizes.of_llama, length, iteration).train
 
 
 def pareto_front(candidates: DataFrame) -> DataFrame:

@@ -25,11 +25,13 @@ from lckv.config import (
 from lckv.config.cache import cache_options
 from lckv.config.data import SMALLEST_BPE, SPECIAL_TOKENS
 from lckv.config.evaluation import EVALUATIONS
+from lckv.conversion.latents import MADE_OF
 from lckv.conversion.methods import METHODS
 from lckv.data.sources import SOURCES
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import FUNCTIONS
 from lckv.hydra_store import NAMED_OPTIONS, config_dir, register_schema
+from lckv.latents import STREAMS
 from lckv.model_arguments import model_arguments, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
@@ -80,6 +82,7 @@ def test_every_other_choice_composes(group):
 
 def test_every_registered_name_is_an_option():
     registered = {"sharing": PATTERNS, "data": SOURCES, "optim": OPTIMIZERS, "cache": [*CACHES, "none"]}
+    registered["latent"] = [*STREAMS, "none"]
     assert {group: sorted(known) for group, known in NAMED_OPTIONS.items()} == {
         group: sorted(known) for group, known in registered.items()
     }
@@ -91,6 +94,8 @@ def test_what_is_known_of_names_before_torch_is_what_is_registered_behind_it():
     for declared, registered in (
         (names.CACHES, CACHES),
         (names.METHODS, METHODS),
+        (names.LATENTS, STREAMS),
+        (names.LATENTS, MADE_OF),
         (names.OPTIMIZERS, OPTIMIZERS),
         (names.SCHEDULES, SCHEDULES),
         (names.SOURCES, SOURCES),

@@ -101,6 +101,45 @@ def test_parameters_of_every_pattern(name):
     assert count_parameters(config.sharing_plan, ModelSizes.from_config(config)) == expected
 
 
+def latent_config(string: str, kind: str, **settings) -> LCKVLlamaConfig:
+    sizes = {"latent": 7} if kind == "joint" else {"key_latent": 3, "value_latent": 5}
+    owners = parse_layer_types(string).kv_owners
+    kv_latents = [sizes if layer in owners else None for layer in range(string.count("_") + 1)]
+    return tiny_config(string, kv_latents=kv_latents, **settings)
+
+
+@pytest.mark.parametrize("kind", ["joint", "separate"])
+@pytest.mark.parametrize("string", ["0_1_2_3", "0_0_2_2", "0_2_2_3"])
+@pytest.mark.parametrize("family", [{}, {"attention_bias": True}, {"use_qk_norm": True}])
+def test_parameters_and_bytes_of_latents(kind, string, family):
+    config = latent_config(string, kind, **family)
+    sizes = ModelSizes.from_config(config)
+    assert count_parameters(config.sharing_plan, sizes) == LCKVLlamaForCausalLM(config).num_parameters()
+    written = count_kv_bytes(config.sharing_plan, sizes, 10, "float32").written
+    assert written == 4 * len(config.sharing_plan.kv_owners) * (7 if kind == "joint" else 8)
+
+
+@pytest.mark.parametrize("kind", ["joint", "separate"])
+def test_flops_of_latents_are_those_that_torch_counts(kind):
+    """Whole passes with masks computed in full, and a decoding step, which makes keys of all that it sees."""
+    config = latent_config("0_1_1", kind, attn_implementation="eager", sliding_window=64)
+    model, input_ids = LCKVLlamaForCausalLM(config).eval(), torch.arange(12)[None]
+    sizes, plan = ModelSizes.from_config(config), config.sharing_plan
+    with torch.no_grad():
+        past = model(input_ids[:, :11]).past_key_values
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids[:, 11:], past_key_values=past)
+    rotations = 2 * (config.head_dim // 2) * (1 + 12)  # positions times frequencies, a product in transformers
+    counted = counter.get_total_flops()
+    assert counted - count_flops(plan, sizes, 12).decode in (0, rotations, 2 * rotations)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids, use_cache=False)
+    scores = 4 * sizes.query_size * 12 * 3  # all pairs of tokens, of which half are masked
+    seen = 4 * sizes.query_size * 6.5 * 3
+    expected = count_flops(plan, sizes, 12).forward + scores - seen
+    assert 12 * expected == pytest.approx(counter.get_total_flops(), rel=2e-2)
+
+
 def test_tinyllama_has_as_many_parameters_as_published():
     sizes = ModelSizes(32000, 2048, 5632, 32, 4, 64, 4096)
     assert count_parameters(parse_layer_types(build_layer_types("llama", 22)), sizes) == 1_100_048_384

@@ -20,7 +20,7 @@ LAYERS = [
     ["errors", "registry", "byte_sizes", "storage", "console", "environment", "processes", "hub"],
     ["patterns"],
     ["layout", "iteration", "model_values"],
-    ["costs", "iso", "config", "hydra_store", "run_names", "overrides", "drawing", "charts"],
+    ["costs", "iso", "config", "latents", "hydra_store", "run_names", "overrides", "drawing", "charts"],
     ["model_arguments"],
     ["data", "models", "logits"],
     ["cache"],

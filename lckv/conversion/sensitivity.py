@@ -1,0 +1,207 @@
+"""How much a pretrained model's predictions depend on the keys and values of every token, measured on text.
+
+Which directions of keys and values matter is asked of the model itself: text runs through it, what it would say next
+is drawn from its own distribution, and the gradient of that prediction's loss with respect to keys and values says how
+the distribution changes with them (the Fisher information). Its covariance weighs the directions of a layer's keys and
+values; its size weighs tokens, so that those that much attends to count more; and as all layers share one loss, what
+is lost in one layer compares with what is lost in another, in keys with values, whatever the architecture between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lckv.conversion.calibration import InputMoments
+from lckv.errors import UserError
+from lckv.models import LCKVLlamaForCausalLM
+
+KEYS, VALUES = "k_proj", "v_proj"
+"""The projections whose outputs are looked at, before norms and rotations."""
+
+_ROWS_AT_ONCE = 128
+"""Tokens whose distributions over the vocabulary are in memory at a time."""
+
+
+class Sensitivity:
+    """Second moments of inputs, weighted by token, and of gradients, of the layers that compute keys and values.
+
+    Args:
+        groups: for each layer that will write, the layers of the source whose keys and values are to be made of it.
+        has_ones: see [`InputMoments`].
+
+    Attributes:
+        moments: for each group the second moments of its layers' inputs, under the layers' pairs. A token counts as
+            much as the keys and values of the group depend on it, in the mean over all of them.
+        gradients: for each layer and projection, the mean of `g g^T` over tokens, `(kv_size, kv_size)` in float64,
+            where `g` is the loss's gradient with respect to what the projection gives.
+    """
+
+    def __init__(self, groups: dict[int, tuple[int, ...]], *, has_ones: bool) -> None:
+        self.groups = groups
+        self.layers = sorted({layer for sources in groups.values() for layer in sources})
+        self.inputs = sorted({*groups, *self.layers})
+        self.moments = {
+            owner: InputMoments({(owner, owner)} | {(owner, each) for each in sources}, has_ones=has_ones)
+            for owner, sources in groups.items()
+        }
+        self.gradients: dict[tuple[int, str], Tensor] = {}
+        self.num_tokens = 0
+        self._scales: dict[tuple[int, str], Tensor] = {}
+
+    def add(self, inputs: dict[int, Tensor], gradients: dict[tuple[int, str], Tensor]) -> None:
+        """Adds a batch: of each layer the inputs `(batch, q_len, hidden_size)`, and gradients `(..., kv_size)`."""
+        num_tokens = next(iter(inputs.values())).shape[:2].numel()
+        sizes = {}
+        for place, gradient in gradients.items():
+            rows = gradient.flatten(0, 1).float()
+            product = (rows.T @ rows).cpu().double()
+            old = self.gradients.get(place, 0.0)
+            self.gradients[place] = old + (product / num_tokens - old) * (num_tokens / (self.num_tokens + num_tokens))
+            sizes[place] = rows.norm(dim=1)
+            # Measured once: the first text says how large gradients are, so that all projections count alike.
+            self._scales.setdefault(place, sizes[place].mean().clamp(min=torch.finfo(torch.float32).tiny))
+        for owner, sources in self.groups.items():
+            places = [(layer, name) for layer in sources for name in (KEYS, VALUES)]
+            weights = torch.stack([sizes[place] / self._scales[place] for place in places]).mean(0)
+            shape = (*inputs[owner].shape[:2], 1)
+            kept = {layer: inputs[layer].float() * weights.sqrt().view(shape) for layer in {owner, *sources}}
+            self.moments[owner].add(kept)
+        self.num_tokens += num_tokens
+
+    def check_finite(self) -> None:
+        """Refuses sums that nothing can be fitted to.
+
+        Raises:
+            UserError: naming the layer.
+        """
+        for moments in self.moments.values():
+            moments.check_finite()
+        for (layer, _), gradient in self.gradients.items():
+            if not gradient.isfinite().all():
+                raise UserError(
+                    f"layer {layer}'s gradients are not finite on the calibration text: the source's type is too "
+                    "narrow for what it computes; allowed are models of finite numbers, such as bfloat16 for float16"
+                )
+
+
+def measure_sensitivity(
+    model: LCKVLlamaForCausalLM,
+    batches: Iterable[dict[str, Tensor]],
+    groups: dict[int, tuple[int, ...]],
+    *,
+    seed: int = 0,
+    on_batch: Callable[[int], Any] | None = None,
+) -> Sensitivity:
+    """Runs text through a model, and back.
+
+    No more than one layer's activations are in memory, beside what leaves each of them.
+
+    Args:
+        model: a model of ours, in evaluation mode.
+        batches: `input_ids` and `position_ids`, each `(batch, q_len)`, and perhaps `labels`.
+        groups: see [`Sensitivity`].
+        seed: of the predictions that are drawn.
+        on_batch: called after each batch with the number of its tokens.
+
+    Raises:
+        UserError: if what enters a layer, or comes back, is not finite.
+    """
+    sensitivity = Sensitivity(groups, has_ones=False)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    needs_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ExitStack() as stack:
+        stack.callback(lambda: [parameter.requires_grad_(True) for parameter in needs_grad])
+        model.requires_grad_(False)
+        stack.enter_context(_recomputing(model))
+        taps = stack.enter_context(_Taps(model, sensitivity.inputs, sensitivity.layers))
+        for batch in batches:
+            batch = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
+            gradients = _gradients(model, batch, taps, generator)
+            sensitivity.add(taps.inputs, gradients)
+            if on_batch is not None:
+                on_batch(batch["input_ids"].numel())
+    sensitivity.check_finite()
+    return sensitivity
+
+
+@contextmanager
+def _recomputing(model: LCKVLlamaForCausalLM) -> Iterator[None]:
+    """Within, layers keep no activations but compute them again on the way back, and drop nothing out."""
+    attentions = [layer.self_attn for layer in model.model.layers]
+    dropout, is_training = attentions[0].attention_dropout, model.training
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # its former name
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    model.train()  # without which nothing is computed again
+    for attention in attentions:
+        attention.attention_dropout = 0.0
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            attention.attention_dropout = dropout
+        model.train(is_training)
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
+class _Taps(ExitStack):
+    """Keeps what enters and leaves the projections of some layers in the last forward pass."""
+
+    def __init__(self, model: LCKVLlamaForCausalLM, inputs: list[int], layers: list[int]) -> None:
+        super().__init__()
+        self.inputs: dict[int, Tensor] = {}
+        self.outputs: dict[tuple[int, str], Tensor] = {}
+        self.is_open = True
+        for layer in inputs:
+            norm = model.model.layers[layer].input_layernorm
+            self.callback(norm.register_forward_hook(self._keep(self.inputs, layer)).remove)
+        for layer in layers:
+            for name in (KEYS, VALUES):
+                projection = getattr(model.model.layers[layer].self_attn, name)
+                self.callback(projection.register_forward_hook(self._keep(self.outputs, (layer, name))).remove)
+
+    def _keep(self, where: dict[Any, Tensor], key: Any) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, output: Tensor) -> None:
+            if self.is_open:  # not while checkpointing recomputes, which makes other tensors of the same numbers
+                where[key] = output
+
+        return hook
+
+
+def _gradients(
+    model: LCKVLlamaForCausalLM, batch: dict[str, Tensor], taps: _Taps, generator: torch.Generator
+) -> dict[tuple[int, str], Tensor]:
+    """Gradients of one batch's loss with respect to what the tapped projections gave, `(batch, q_len, kv_size)`."""
+    with torch.enable_grad():
+        embeddings = model.model.embed_tokens(batch["input_ids"]).requires_grad_(True)
+        taps.is_open = True
+        states = model.model(inputs_embeds=embeddings, position_ids=batch["position_ids"], use_cache=False)[0]
+        taps.is_open = False
+    above = _gradient_above(model, states.detach(), generator)
+    places = list(taps.outputs)
+    found = torch.autograd.grad(states, [taps.outputs[place] for place in places], above, allow_unused=True)
+    gradients = {
+        place: torch.zeros_like(taps.outputs[place]) if gradient is None else gradient
+        for place, gradient in zip(places, found, strict=True)
+    }
+    taps.inputs.update({layer: states.detach() for layer, states in taps.inputs.items()})
+    taps.outputs.clear()
+    return gradients
+
+
+def _gradient_above(model: LCKVLlamaForCausalLM, states: Tensor, generator: torch.Generator) -> Tensor:
+    """The loss's gradient with respect to what leaves the last norm, `(batch, q_len, hidden_size)`."""
+    parts = []
+    for rows in states.flatten(0, 1).split(_ROWS_AT_ONCE):
+        with torch.enable_grad():
+            rows = rows.requires_grad_(True)
+            logits = model.lm_head(rows).float()
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            loss = F.cross_entropy(logits, drawn, reduction="sum")
+        parts.append(torch.autograd.grad(loss, rows)[0])
+    return torch.cat(parts).view_as(states)
