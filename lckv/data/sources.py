@@ -3,13 +3,15 @@
 A source is one function `source(config) -> TextSource`, registered under the name that `data.name` chooses. Whole
 documents go to one side or the other, so that no validation text stands a line below training text. The choice
 depends only on the text (a list of books, a named split, or a hash of the document), not on order, seed or machine.
-Where that leaves one side without documents, as of a single one, the text is cut: its end is for validation.
+Where that leaves one side without documents, as of a single one, the text is cut: its end is for validation. What
+named validation text holds is left out of the training text, from whichever file or split it comes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from lckv.data.cache import fingerprint
 from lckv.data.readers import (
-    FileFacts,
     check_field,
     find_files,
     inspect_file,
@@ -35,6 +36,8 @@ from lckv.registry import Registry
 
 if TYPE_CHECKING:
     from lckv.config import DataConfig
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT_BOOKS = frozenset({"Ruth", "Esther", "Ecclesiastes", "Daniel", "Jonah", "John", "Galatians", "James"})
 """The validation books of the Bible, 6.4 % of the text.
@@ -58,6 +61,7 @@ class TextSource:
         num_documents: about how many documents there are, where that is known beforehand; for progress bars.
         validation_fraction: the part of the documents that are picked for validation, if they are picked; 1: all.
         max_documents: at most so many documents are read from each of the two.
+        names: what messages call the text of `read_training` and that of `read_validation`.
         training_parts: hashes of what `read_training` reads, such as files, where other sources may hold them too.
         validation_parts: the same of `read_validation`.
     """
@@ -69,6 +73,7 @@ class TextSource:
     num_documents: int | None = None
     validation_fraction: float = 0.0
     max_documents: int | None = None
+    names: tuple[str, str] = ("the training text", "the validation text")
     training_parts: frozenset[str] = frozenset()
     validation_parts: frozenset[str] = frozenset()
 
@@ -85,7 +90,7 @@ class TextSource:
         if self.read_validation is not None or self.validation_fraction == 1:
             return None
         sides, num_characters = set(), 0
-        for document in self._clean(self.read_training()):
+        for document in _distinct(self._clean(self.read_training())):
             sides.add(is_held_out(document, self.validation_fraction))
             if len(sides) == 2:
                 return None
@@ -94,28 +99,43 @@ class TextSource:
 
     def training_documents(self) -> Iterator[str]:
         """Yields the training documents."""
-        return (document for document, is_validation in self._read_first() if not is_validation)
+        return (training for training, _ in self._parts() if training.strip())
 
     def validation_documents(self) -> Iterator[str]:
         """Yields the validation documents; where they have a split of their own, no training text is read."""
         if self.read_validation is not None:
             return self._clean(self.read_validation())
-        return (document for document, is_validation in self._read_first() if is_validation)
+        return (validation for _, validation in self._parts() if validation.strip())
 
     def documents(self) -> Iterator[tuple[str, bool]]:
         """Yields every document, in a fixed order, and whether it is for validation."""
-        yield from self._read_first()
+        num_left_out = 0
+        for parts in self._parts():
+            num_left_out += not any(parts)
+            yield from ((part, bool(side)) for side, part in enumerate(parts) if part.strip())
         if self.read_validation is not None:
             yield from ((document, True) for document in self._clean(self.read_validation()))
+        if num_left_out:
+            logger.warning(
+                "%s: documents that are in %s too, and so left out of the training text: %d",
+                *(*self.names, num_left_out),
+            )
 
-    def _read_first(self) -> Iterator[tuple[str, bool]]:
+    def _parts(self) -> Iterator[tuple[str, str]]:
+        """Yields what `read_training` gives, each document as its part for training and that for validation.
+
+        Both are empty where it is left out.
+        """
         documents = self._clean(self.read_training())
         if self.cut is not None:
-            yield from hold_out_end(documents, self.cut)
-            return
-        for document in documents:
-            is_validation = self.read_validation is None and is_held_out(document, self.validation_fraction)
-            yield document, is_validation
+            yield from hold_out_end(_distinct(documents), self.cut)
+        elif self.read_validation is None:
+            for document in documents:
+                yield ("", document) if is_held_out(document, self.validation_fraction) else (document, "")
+        else:
+            held_out = {_key_of(document) for document in self.validation_documents()}
+            for document in documents:
+                yield "" if _key_of(document) in held_out else document, ""
 
     def _clean(self, documents: Iterable[str]) -> Iterator[str]:
         for document in islice(documents, self.max_documents):
@@ -129,15 +149,31 @@ SOURCES: Registry[Callable[[DataConfig], TextSource]] = Registry("data source")
 
 
 def check_text_files(config: DataConfig) -> None:
-    """Refuses files that are not there, or of no known kind, without reading any.
+    """Refuses files that are not there, of no known kind, or on both sides, without reading any.
 
     Raises:
         UserError: naming the key.
     """
     if config.name == "files":
-        find_files(config.files, "data.files")
-        if config.validation_files:
-            find_files(config.validation_files, "data.validation_files")
+        _find_text_files(config)
+
+
+def _find_text_files(config: DataConfig) -> dict[str, list[Path]]:
+    """The files that were given, by key."""
+    found = {
+        key: find_files(given, f"data.{key}")
+        for key in ("files", "validation_files")
+        if (given := getattr(config, key)) or key == "files" and not config.validation_files
+    }
+    for path in found.get("validation_files", []):
+        if path in found.get("files", []):
+            raise UserError(f"data.validation_files: {str(path)!r} is in data.files too; text can be in only one")
+    return found
+
+
+def _read_files(files: Iterable[Path], config: DataConfig) -> Iterator[str]:
+    for path in files:
+        yield from read_documents(path, config.text_field, _unescape(config.document_separator))
 
 
 def build_source(config: DataConfig) -> TextSource:
@@ -163,8 +199,22 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def hold_out_end(documents: Iterable[str], num_characters: int) -> Iterator[tuple[str, bool]]:
-    """Yields every document and whether it stands behind the first `num_characters`; one that does in part, in two.
+def _key_of(document: str) -> bytes:
+    """Equal for documents that differ at most in line ends and in the white space around them."""
+    return hashlib.blake2b(join_line_ends(document).strip().encode("utf-8"), digest_size=16).digest()
+
+
+def _distinct(documents: Iterable[str]) -> Iterator[str]:
+    """Leaves out copies of earlier documents."""
+    keys = set()
+    for document in documents:
+        if (key := _key_of(document)) not in keys:
+            keys.add(key)
+            yield document
+
+
+def hold_out_end(documents: Iterable[str], num_characters: int) -> Iterator[tuple[str, str]]:
+    """Yields of every document what is among the first `num_characters`, and the rest.
 
     It is cut where the line begins in which the first character behind stands, or else the word; unless that is so far
     before that twice as much of it would be held out.
@@ -176,9 +226,7 @@ def hold_out_end(documents: Iterable[str], num_characters: int) -> Iterator[tupl
             earliest = max(1, 2 * position - len(document))
             breaks = [document.rfind(each, earliest, position) + 1 for each in ("\n", " ")]
             position = next(filter(None, breaks), position)
-        for part, is_end in (document[:position], False), (document[position:], True):
-            if part.strip():
-                yield part, is_end
+        yield document[:position], document[position:]
         num_left -= len(document)
 
 
@@ -220,33 +268,21 @@ def _join_verses(raw: bytes) -> Iterator[tuple[str, str]]:
 def local_files(config: DataConfig) -> TextSource:
     """Local txt, jsonl and parquet files; validation by `validation_files`, or by a hash of each document's text."""
     separator = _unescape(config.document_separator)
-    files = [
-        [(path, inspect_file(path, separator)) for path in (find_files(given, key) if given else [])]
-        for given, key in ((config.files, "data.files"), (config.validation_files, "data.validation_files"))
-    ]
-    training, validation = ({facts.digest: path for path, facts in split} for split in files)
-    for both in training.keys() & validation.keys():
-        raise UserError(
-            f"data.validation_files: {str(validation[both])!r} is in data.files too ({str(training[both])!r}); "
-            "text can be in only one"
-        )
-    counts = [facts.num_documents for split in files for _, facts in split]
-
-    def read(split: list[tuple[Path, FileFacts]]) -> Iterator[str]:
-        for path, _ in split:
-            yield from read_documents(path, config.text_field, separator)
-
-    given = {name: getattr(config, name) for name in ("files", "validation_files") if getattr(config, name)}
+    found = _find_text_files(config)
+    training, validation = ([*found.get(key, [])] for key in ("files", "validation_files"))
+    facts = [[inspect_file(path, separator) for path in files] for files in (training, validation)]
+    digests = [[each.digest for each in split] for split in facts]
+    counts = [each.num_documents for split in facts for each in split]
     return TextSource(
-        description=", ".join(f"data.{name}={value!r}" for name, value in given.items()),
-        content=fingerprint(
-            "files", [[facts.digest for _, facts in split] for split in files], separator, config.text_field
-        ),
-        read_training=lambda: read(files[0]),
-        read_validation=(lambda: read(files[1])) if validation else None,
+        description=", ".join(f"data.{key}={getattr(config, key)!r}" for key in found),
+        # The name tells cached blocks apart from those made when only equal files were found out.
+        content=fingerprint("files apart" if validation else "files", digests, separator, config.text_field),
+        read_training=lambda: _read_files(training, config),
+        read_validation=(lambda: _read_files(validation, config)) if validation else None,
         num_documents=None if None in counts else sum(count or 0 for count in counts),
-        training_parts=frozenset(training),
-        validation_parts=frozenset(validation),
+        names=(f"data.files={config.files!r}", f"data.validation_files={config.validation_files!r}"),
+        training_parts=frozenset(digests[0]),
+        validation_parts=frozenset(digests[1]),
     )
 
 
@@ -271,49 +307,17 @@ def hub(config: DataConfig) -> TextSource:
         import datasets
 
         builder = datasets.load_dataset_builder(config.dataset, config.subset, revision=config.revision)
-        _check_splits_are_apart(config, builder)
-    splits = [config.split, config.validation_split]
+    splits = (config.split, config.validation_split)
     version = [builder.config_id, builder.hash, str(builder.config.version)]
     return TextSource(
         description=f"data.dataset={config.dataset!r}",
-        content=fingerprint("hub", config.dataset, version, splits, config.text_field),
+        content=fingerprint(
+            "hub apart" if config.validation_split else "hub", config.dataset, version, splits, config.text_field
+        ),
         read_training=lambda: _read_hub(config, config.split),
         read_validation=(lambda: _read_hub(config, config.validation_split)) if config.validation_split else None,
         num_documents=config.max_documents if config.streaming else None,
-    )
-
-
-def _check_splits_are_apart(config: DataConfig, builder: Any) -> None:
-    """Refuses to train on validation documents: `train` beside `train[:25%]`."""
-    if config.validation_split is None:
-        return
-    names = [{part.strip().partition("[")[0] for part in split.split("+")} for split in _splits(config)]
-    if names[0].isdisjoint(names[1]) and "all" not in names[0] | names[1]:
-        return
-    if config.streaming or _overlap(*_splits(config), builder):  # of a stream, only whole splits can be read
-        raise UserError(
-            f"data.validation_split={config.validation_split!r}: has documents of data.split={config.split!r} in it; "
-            "name splits that have none in common, such as 'train[25%:]' and 'train[:25%]'"
-        )
-
-
-def _splits(config: DataConfig) -> tuple[str, str]:
-    return str(config.split), str(config.validation_split)
-
-
-def _overlap(split: str, other: str, builder: Any) -> bool:
-    from datasets import ReadInstruction
-
-    builder.download_and_prepare()
-    lengths = {name: info.num_examples for name, info in builder.info.splits.items()}
-    ranges, others = (
-        ReadInstruction.from_spec("+".join(lengths) if spec == "all" else spec).to_absolute(lengths)
-        for spec in (split, other)
-    )
-    return any(
-        one.splitname == two.splitname and max(one.from_, two.from_) < min(one.to, two.to)
-        for one in ranges
-        for two in others
+        names=(f"data.split={config.split!r}", f"data.validation_split={config.validation_split!r}"),
     )
 
 
