@@ -137,6 +137,19 @@ class TextSource:
             for document in documents:
                 yield "" if _key_of(document) in held_out else document, ""
 
+    def is_in_training_text_of(self, other: TextSource) -> bool:
+        """Whether a document for validation, or the file it is from, is for training in `other`, at least in part."""
+        if other.training_parts & (self.validation_parts or self.training_parts):
+            return True
+        scored = {_key_of(document) for document in self._whole_documents(is_validation=True)}
+        return any(_key_of(document) in scored for document in other._whole_documents(is_validation=False))
+
+    def _whole_documents(self, *, is_validation: bool) -> Iterator[str]:
+        """Yields every document that is for one of the two, or a part of it."""
+        if is_validation and self.read_validation is not None:
+            return self._clean(self.read_validation())
+        return ("".join(parts) for parts in self._parts() if parts[is_validation].strip())
+
     def _clean(self, documents: Iterable[str]) -> Iterator[str]:
         for document in islice(documents, self.max_documents):
             if document.strip():

@@ -26,32 +26,48 @@ def choose_text(given: DataConfig, *, is_named: bool, stored: dict[str, Any] | N
     if stored is None:
         return given
     own = DataConfig(**{item.name: stored[item.name] for item in fields(DataConfig) if item.name in stored})
-    if not is_named:
-        default = EvaluateConfig().data
-        changed = {name: value for name, value in vars(given).items() if value != getattr(default, name)}
-        logger.info("the text is what the training run held out of its own")
-        return replace(own, **changed)
-    if given.validation_fraction == 1 and _is_trained_on(given, own):
-        logger.info("the model was trained on this text: only what the training run held out of it is scored")
-        limit = given.max_documents or own.max_documents
-        return replace(given, validation_fraction=own.validation_fraction, max_documents=limit)
-    return given
-
-
-def _is_trained_on(given: DataConfig, own: DataConfig) -> bool:
-    """Whether both are the same text; warns where it is so in part, and validation text would be training text."""
-    if given.name != own.name:
-        return False
-    source = build_source(given)
+    asked = {name: value for name, value in vars(given).items() if value != getattr(EvaluateConfig().data, name)}
+    text = given if is_named else replace(own, **asked)
+    if own.name == "hub" and own.dataset != text.dataset:  # not to be downloaded only to be compared
+        return text
     try:
         trained = build_source(own)
     except UserError:  # such as of files that are gone
-        return False
+        return text
+    source = build_source(text)
     if source.content == trained.content:
-        return True
-    if trained.training_parts & (source.validation_parts or source.training_parts):
+        text = _parted_alike(text, asked, own, is_picked=trained.read_validation is None)
+        logger.info("only what the training run held out of its own text is scored")
+        if own.max_documents is None or (text.max_documents or 0) <= own.max_documents:
+            return text
+        source = build_source(text)
+    if source.is_in_training_text_of(trained):
         logger.warning("%s: is in part what the model was trained on, so the figures flatter it", source.description)
-    return False
+    return text
+
+
+def _parted_alike(text: DataConfig, asked: dict[str, Any], own: DataConfig, *, is_picked: bool) -> DataConfig:
+    """The text of the training, parted as it was there.
+
+    Args:
+        text: the text.
+        asked: what was asked for in so many words.
+        own: the text as training had it.
+        is_picked: whether validation documents were picked, and not named.
+
+    Raises:
+        UserError: for a setting that would pick others, which may have been trained on.
+    """
+    parted: dict[str, Any] = {"max_documents": text.max_documents or own.max_documents}
+    if is_picked:
+        parted = {name: getattr(own, name) for name in ("validation_fraction", "max_documents")}
+        for name in parted.keys() & asked.keys():
+            if asked[name] != parted[name]:
+                raise UserError(
+                    f"data.{name}={asked[name]}: this is the text of the model's training, and only what that held "
+                    "out of it is scored; leave it out (perplexity.max_documents=... scores less of it)"
+                )
+    return replace(text, **parted)
 
 
 def validation_documents(config: DataConfig, max_documents: int | None = None) -> Iterator[str]:

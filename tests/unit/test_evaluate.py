@@ -1,15 +1,19 @@
 """`lckv.evaluate` from the configuration to the results, with a tiny model."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lckv import cli, evaluate
+from lckv.config import DataConfig
+from lckv.data.sources import build_source
 from lckv.errors import UserError
 from lckv.evaluation import evaluations
 from lckv.evaluation.model_costs import llama_sizes_of
+from lckv.evaluation.text import choose_text, validation_documents
 from lckv.training.run_folder import RunFolder
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer
@@ -126,8 +130,9 @@ def trained_run(run, tmp_path: Path) -> RunFolder:
 @pytest.mark.parametrize(
     ("arguments", "num_words", "told"),
     [
-        ([], 40, "what the training run held out of its own"),
+        ([], 40, "only what the training run held out of its own"),
         (["data=files", "data.files=corpus.txt"], 40, "only what the training run held out"),
+        (["data=files", "data.files=copy.jsonl"], 802, "is in part what the model was trained on"),
         (["data=files", "data.files=[corpus.txt,other.txt]"], 802, "is in part what the model was trained on"),
         (["data=files", "data.validation_files=corpus.txt"], 800, "is in part what the model was trained on"),
         (["data=files", "data.files=other.txt"], 2, ""),
@@ -138,10 +143,45 @@ def test_all_of_a_text_is_scored_but_of_the_training_text_what_was_held_out(
     trained_run: RunFolder, run_module, arguments: list[str], num_words: int, told: str
 ):
     (trained_run.path.parent / "other.txt").write_text("Something else.")
+    texts = "Something else.", (trained_run.path.parent / "corpus.txt").read_text()
+    (trained_run.path.parent / "copy.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     process = run_module("lckv.evaluate", "model=trained", "json=true", *arguments)
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["evaluations"]["perplexity"]["num_words"] == num_words
     assert told in process.stderr
+
+
+def lines_of(name: str, **settings) -> DataConfig:
+    return DataConfig(name="files", files=name, document_separator="\n", **settings)
+
+
+@pytest.mark.parametrize("name", [None, "lines.txt"])
+@pytest.mark.parametrize("setting", [{"max_documents": 3}, {"max_documents": 300}, {"validation_fraction": 0.5}])
+def test_what_was_held_out_is_not_moved(tmp_path: Path, monkeypatch, name: str | None, setting: dict):
+    monkeypatch.chdir(tmp_path)
+    Path("lines.txt").write_text("\n".join(f"Line {index}" for index in range(100)))
+    own = lines_of("lines.txt", validation_fraction=0.1)
+    stored, is_named = asdict(own), name is not None
+    given = replace(lines_of(name) if name else DataConfig(), **({"validation_fraction": 1.0} | setting))
+    with pytest.raises(UserError, match=r"^data\.\w+=[\d.]+: this is the text of the model's training"):
+        choose_text(given, is_named=is_named, stored=stored)
+    same = {key: getattr(own, key) for key in setting}
+    given = replace(given, **({"validation_fraction": 1.0} | same))
+    chosen = choose_text(given, is_named=is_named, stored=stored)
+    assert [*validation_documents(chosen)] == [*build_source(own).validation_documents()]
+
+
+def test_how_much_of_named_validation_text_is_scored_is_free(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"Line {index}" for index in range(20)]
+    Path("lines.txt").write_text("\n".join(lines))
+    Path("reversed.txt").write_text("\n".join(reversed(lines)))
+    own = lines_of("lines.txt", validation_files="reversed.txt", max_documents=5)
+    for limit, is_told in (2, False), (15, False), (16, True):
+        given = replace(DataConfig(validation_fraction=1.0), max_documents=limit)
+        chosen = choose_text(given, is_named=False, stored=asdict(own))
+        assert [*validation_documents(chosen)] == lines[::-1][:limit]
+        assert ("is in part what the model was trained on" in caplog.text) == is_told
 
 
 def test_results_of_other_weights_are_refused(run, tmp_path: Path):
