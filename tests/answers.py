@@ -144,6 +144,8 @@ def make_files(folder: Path) -> None:
     (folder / "full").mkdir()
     for file in ("log", "fake.gguf", "full/file"):
         (folder / file).write_text("a note", encoding="utf-8")
+    for file, text in ("text.md", "a note"), ("blank.md", " \n"):
+        (folder / file).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -226,10 +226,9 @@ def _batches(source: TextSource) -> Iterator[tuple[list[str], bool]]:
 
 
 def _check_not_empty(source: TextSource, train: _SplitWriter, validation: _SplitWriter) -> None:
-    if train.num_documents + validation.num_documents == 0:
-        raise UserError(f"{source.description}: the text is empty")
-    if train.num_documents == 0 or validation.num_documents == 0:
-        raise UserError(f"{source.description}: is too short to be split into training and validation")
+    for split in (train, validation):
+        if split.num_documents == 0:
+            raise source.missing(is_validation=split is validation)
     if train.num_blocks == 0:
         raise UserError(
             f"data.block_size={train.block_size}: longer than the training text, which has {train.num_added} tokens; "

@@ -150,6 +150,17 @@ class TextSource:
             return self._clean(self.read_validation())
         return ("".join(parts) for parts in self._parts() if parts[is_validation].strip())
 
+    def missing(self, *, is_validation: bool) -> UserError:
+        """Says why there is no text for one of the two."""
+        name, read = self.names[0], self.read_training
+        if is_validation and self.read_validation is not None:
+            name, read = self.names[1], self.read_validation
+        if not any(self._clean(read())):
+            return UserError(f"{name}: holds no text")
+        if self.read_validation is None:
+            return UserError(f"{name}: is too short to be split into training and validation")
+        return UserError(f"{name}: every document of it is in {self.names[1]} too, so that none is left to train on")
+
     def _clean(self, documents: Iterable[str]) -> Iterator[str]:
         for document in islice(documents, self.max_documents):
             if document.strip():
@@ -162,13 +173,16 @@ SOURCES: Registry[Callable[[DataConfig], TextSource]] = Registry("data source")
 
 
 def check_text_files(config: DataConfig) -> None:
-    """Refuses files that are not there, of no known kind, or on both sides, without reading any.
+    """Refuses files that are not there, of no known kind, on both sides, or without text; reads up to the first text.
 
     Raises:
         UserError: naming the key.
     """
-    if config.name == "files":
-        _find_text_files(config)
+    if config.name != "files":
+        return
+    for key, files in _find_text_files(config).items():
+        if not any(document.strip() for document in _read_files(files, config)):
+            raise UserError(f"data.{key}={getattr(config, key)!r}: holds no text")
 
 
 def _find_text_files(config: DataConfig) -> dict[str, list[Path]]:
@@ -176,11 +190,12 @@ def _find_text_files(config: DataConfig) -> dict[str, list[Path]]:
     found = {
         key: find_files(given, f"data.{key}")
         for key in ("files", "validation_files")
-        if (given := getattr(config, key)) or key == "files" and not config.validation_files
+        if (given := getattr(config, key))
     }
     for path in found.get("validation_files", []):
         if path in found.get("files", []):
-            raise UserError(f"data.validation_files: {str(path)!r} is in data.files too; text can be in only one")
+            given = f"data.validation_files={config.validation_files!r}"
+            raise UserError(f"{given}: {path.name} is in data.files too; text can be in only one")
     return found
 
 

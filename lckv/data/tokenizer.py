@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -118,8 +118,7 @@ def _train_bpe(source: TextSource, vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     logger.info("training a byte-level BPE of %d tokens on %s", vocab_size, source.description)
-    documents = track(source.training_documents(), "training the tokenizer", source.num_documents)
-    tokenizer.train_from_iterator(_texts(documents), trainer)
+    tokenizer.train_from_iterator(_texts(source), trainer)
     # A prompt then starts as the documents do; packing adds both tokens itself.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{_BOS} $A", special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))]
@@ -133,17 +132,15 @@ def _train_bpe(source: TextSource, vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _texts(documents: Iterable[str]) -> Iterator[str]:
+def _texts(source: TextSource) -> Iterator[str]:
     num_characters = 0
-    for document in documents:
+    for document in track(source.training_documents(), "training the tokenizer", source.num_documents):
         num_characters += len(document)
         yield document
         if num_characters >= _MAX_BPE_TRAINING_CHARACTERS:
             return
     if num_characters == 0:
-        raise UserError(
-            "the training text is empty, so no tokenizer can be trained on it; check data.files or data.dataset"
-        )
+        raise source.missing(is_validation=False)
 
 
 class DocumentEncoder:

@@ -82,4 +82,4 @@ def validation_documents(config: DataConfig, max_documents: int | None = None) -
         is_empty = False
         yield document
     if is_empty:
-        raise UserError(f"{source.description}: there is no document to evaluate")
+        raise source.missing(is_validation=True)

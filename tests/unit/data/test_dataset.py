@@ -298,7 +298,12 @@ def test_mistakes(config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_pa
     (tmp_path / "short.txt").write_text("x")
     fails("is too short to be split", files=str(tmp_path / "short.txt"))
     (tmp_path / "empty.txt").touch()
-    fails("the text is empty", files=str(tmp_path / "empty.txt"))
+    fails("empty.txt': holds no text", files=str(tmp_path / "empty.txt"))
     (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
-    fails("the text is empty", files=str(tmp_path / "blank.jsonl"))
+    fails("blank.jsonl': holds no text", files=str(tmp_path / "blank.jsonl"))
+    validation = str(tmp_path / "blank.jsonl")
+    fails(f"data.validation_files={validation!r}: holds no text", validation_files=validation)
+    texts = [*split_texts(config)[0], *split_texts(config)[1]]
+    validation = str(write(tmp_path / "copy.jsonl", texts))
+    fails(f"every document of it is in data.validation_files={validation!r} too", validation_files=validation)
     assert not [path for path in (tmp_path / "cache/blocks").iterdir() if path.is_dir()]

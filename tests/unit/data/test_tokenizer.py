@@ -242,7 +242,7 @@ def test_mistakes(tmp_path: Path) -> None:
     fails("cannot be loaded", TokenizerConfig(name=str(tmp_path)))
     (tmp_path / "tokenizer.json").write_text('{"version": ')
     fails("cannot be loaded", TokenizerConfig(name=str(tmp_path)))
-    fails("the training text is empty", TokenizerConfig(), files_config(tmp_path, ["", " "], tmp_path))
+    fails("texts.jsonl': holds no text", TokenizerConfig(), files_config(tmp_path, ["", " "], tmp_path))
 
 
 @pytest.mark.parametrize(

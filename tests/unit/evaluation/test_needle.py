@@ -234,7 +234,7 @@ def test_text_too_short_and_too_poor(tmp_path: Path):
         (". ".join(words) + ".", 250, r"needle\.lengths=250: allowed is at most 15\d, as there is no more"),
         (". ".join(words) + ".", 130, r"needle\.lengths=130: leaves \d words of the validation text that are not in"),
         ("Three words only.", 100, r"evals=needle: the validation text has \d words of equally many tokens"),
-        (" \n ", 100, "there is no document to evaluate"),
+        (" \n ", 100, "holds no text"),
     ]
     for written, length, message in cases:
         subject = Subject(InductionHead(257), byte_tokenizer(), data_of(written, tmp_path))
