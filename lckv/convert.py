@@ -14,7 +14,7 @@ from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.model_arguments import plan_from_source
 from lckv.model_files import check_model
-from lckv.processes import check_launch, is_main_process, set_num_threads
+from lckv.processes import check_launch, is_main_process, num_processes, set_num_threads
 from lckv.run_names import default_run_name
 from lckv.storage import check_new_folder
 
@@ -52,8 +52,10 @@ def main(cfg: ConvertConfig) -> None:
 
 
 def _check_source(cfg: TrainConfig) -> None:
-    """Finds mistakes in the source, the pattern and the text before anything slow is imported."""
+    """Finds mistakes in the batch, the source, the pattern and the text before anything slow is imported."""
     assert cfg.init.source is not None
+    if cfg.init.method in TRAINED:
+        cfg.trainer.cut_batch(num_processes())
     own = check_model(cfg.init.source, revision=cfg.init.revision, key="source", needs_tokenizer=False)
     plan = None if own is None else plan_from_source(cfg, own)
     if cfg.latent.name != NO_LATENT or (cfg.init.method in CALIBRATED and (own is None or plan != own)):

@@ -14,6 +14,7 @@ from lckv import cli
 from lckv.config import EvaluateConfig, validate
 from lckv.config.names import NO_CACHE
 from lckv.console import new_console
+from lckv.data.sources import check_text_files
 from lckv.errors import UserError
 from lckv.model_files import check_model, is_of_training
 from lckv.run_names import file_name
@@ -38,6 +39,7 @@ def main(cfg: EvaluateConfig) -> None:
     validate(cfg)
     assert cfg.model is not None  # checked
     check_model(cfg.model, revision=cfg.revision)
+    check_text_files(cfg.data)
 
     # Behind the checks: importing torch and transformers takes seconds.
     import torch

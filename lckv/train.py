@@ -11,7 +11,7 @@ from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.model_arguments import plan_from_source, resolve_plan
 from lckv.model_files import check_model, check_tokenizer_name
-from lckv.processes import check_launch, is_main_process, prepare_process
+from lckv.processes import check_launch, is_main_process, num_processes, prepare_process
 from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder, recorded_failure
 
 
@@ -93,7 +93,8 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _check_files(cfg: TrainConfig, folder: RunFolder) -> None:
-    """Finds mistakes in the pattern and in what the configuration names before anything slow is imported."""
+    """Finds mistakes in sizes, the pattern and what the configuration names before anything slow is imported."""
+    cfg.trainer.cut_batch(num_processes())
     if cfg.init.source is None:
         resolve_plan(cfg)
         check_tokenizer_name(cfg.tokenizer.name)

@@ -129,6 +129,25 @@ class TrainerConfig(Group):
     resume: bool = True
     hf: dict[str, Any] = key({}, _no_key_of_ours)
 
+    def cut_batch(self, num_processes: int) -> tuple[int, int]:
+        """Cuts the global batch up: returns the micro batch size of a process, and how many of them it accumulates.
+
+        Raises:
+            UserError: if the global batch does not divide.
+        """
+        if self.micro_batch_size is None and self.global_batch_size % num_processes == 0:
+            return self.global_batch_size // num_processes, 1
+        micro_batch_size = self.micro_batch_size or 1
+        at_once = micro_batch_size * num_processes
+        if self.global_batch_size % at_once:
+            micro = f"trainer.micro_batch_size={micro_batch_size} times " if self.micro_batch_size else ""
+            raise UserError(
+                f"trainer.global_batch_size={self.global_batch_size}: is not divisible by {micro}{num_processes} "
+                f"process{'es' * (num_processes > 1)}; nearest allowed is "
+                f"{max(1, round(self.global_batch_size / at_once)) * at_once}"
+            )
+        return micro_batch_size, self.global_batch_size // at_once
+
 
 @dataclass
 class OptimConfig(Group):

@@ -23,26 +23,6 @@ _TRUE = ("true", "1", "yes")
 _USES_OF_ACCELERATE = ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM")
 
 
-def gradient_accumulation_steps(cfg: TrainerConfig, num_processes: int) -> tuple[int, int]:
-    """Cuts the global batch up: returns the micro batch size of a process, and how many of them it accumulates.
-
-    Raises:
-        UserError: if the global batch does not divide.
-    """
-    if cfg.micro_batch_size is None and cfg.global_batch_size % num_processes == 0:
-        return cfg.global_batch_size // num_processes, 1
-    micro_batch_size = cfg.micro_batch_size or 1
-    at_once = micro_batch_size * num_processes
-    if cfg.global_batch_size % at_once:
-        micro = f"trainer.micro_batch_size={micro_batch_size} times " if cfg.micro_batch_size else ""
-        raise UserError(
-            f"trainer.global_batch_size={cfg.global_batch_size}: is not divisible by {micro}{num_processes} "
-            f"process{'es' * (num_processes > 1)}; nearest allowed is "
-            f"{max(1, round(cfg.global_batch_size / at_once)) * at_once}"
-        )
-    return micro_batch_size, cfg.global_batch_size // at_once
-
-
 def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     """Builds transformers' arguments for a run.
 
@@ -102,7 +82,7 @@ def _check_accelerate(args: TrainingArguments, precision: str) -> None:
 def _fields_set_here(cfg: TrainConfig) -> dict[str, Any]:
     """The fields of `TrainingArguments` that follow from our configuration, or that our loop relies on."""
     trainer, optim = cfg.trainer, cfg.optim
-    micro_batch_size, accumulation = gradient_accumulation_steps(trainer, num_processes())
+    micro_batch_size, accumulation = trainer.cut_batch(num_processes())
     schedule, schedule_kwargs, warmup_steps = schedule_arguments(optim, trainer.max_steps)
     ours = {
         "output_dir": str(Path(cfg.run_dir or ".") / "checkpoints"),

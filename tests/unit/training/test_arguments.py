@@ -10,7 +10,7 @@ from lckv.config import TrainConfig, TrainerConfig
 from lckv.errors import UserError
 from lckv.processes import set_num_threads
 from lckv.training import arguments
-from lckv.training.arguments import build_training_arguments, gradient_accumulation_steps
+from lckv.training.arguments import build_training_arguments
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -21,7 +21,7 @@ MakeConfig = Callable[..., TrainConfig]
 )
 def test_global_batch_is_cut_up(global_size: int, micro_size: int | None, processes: int, expected: tuple[int, int]):
     cfg = TrainerConfig(global_batch_size=global_size, micro_batch_size=micro_size)
-    micro, accumulation = gradient_accumulation_steps(cfg, processes)
+    micro, accumulation = cfg.cut_batch(processes)
     assert (micro, accumulation) == expected
     assert micro * accumulation * processes == global_size
 
@@ -32,7 +32,7 @@ def test_global_batch_is_cut_up(global_size: int, micro_size: int | None, proces
 def test_global_batch_that_does_not_divide_is_refused(global_size, micro_size, processes, nearest):
     cfg = TrainerConfig(global_batch_size=global_size, micro_batch_size=micro_size)
     with pytest.raises(UserError, match=f"trainer.global_batch_size={global_size}.*nearest allowed is {nearest}$"):
-        gradient_accumulation_steps(cfg, processes)
+        cfg.cut_batch(processes)
 
 
 @pytest.mark.parametrize(
