@@ -49,8 +49,9 @@ def _processors(sampling: Sampling) -> LogitsProcessorList:
 class TextPieces:
     """Turns tokens into text as they come, looking at few of them at a time.
 
-    A character of several tokens comes out when it is whole. Each token is decoded behind some earlier ones, as
-    tokenizers treat the first word of a text in their own way: Llama 2's drops the space before it.
+    A character of several tokens comes out when it is whole. Each token is decoded behind the last piece of text, as
+    tokenizers treat the first word of a text in their own way: Llama 2's drops the space before it. That piece is
+    whole: behind half a character, some tokenizers take whole ones for broken too.
 
     Args:
         tokenizer: of the model.
@@ -64,7 +65,8 @@ class TextPieces:
         self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
     ) -> None:
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
-        self._context = list(prompt[-self.num_context :])
+        ends = (list(prompt[-length:]) for length in range(1, self.num_context + 1))
+        self._context: list[int] = next((end for end in ends if _is_whole(self._decode(end))), [])
         self._pending: list[int] = []
 
     def all_of(self, token_ids: Iterable[int]) -> str:
@@ -85,7 +87,10 @@ class TextPieces:
 
     def _take(self, text: str) -> str:
         piece = text[len(self._decode(self._context)) :]
-        self._context = (self._context + self._pending)[-self.num_context :]
+        if _is_whole(piece):
+            self._context = self._pending
+        elif not text:  # a first space, which the next word shows
+            self._context = (self._context + self._pending)[-self.num_context :]
         self._pending = []
         return piece
 
@@ -95,6 +100,10 @@ class TextPieces:
         )
         assert isinstance(text, str)
         return text
+
+
+def _is_whole(text: str) -> bool:
+    return text != "" and "\ufffd" not in text
 
 
 class Printer(BaseStreamer):

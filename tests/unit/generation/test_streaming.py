@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lckv.cache import DynamicKVCache
@@ -347,3 +347,19 @@ def test_the_space_before_the_first_word_is_kept():
         printer.put(torch.tensor(tokens))
     printer.end()
     assert file.getvalue() == " theory\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"), [("", "世界" * 8), ("a", "世界" * 8 + " a"), ("世界" * 8, " a 世"), ("a ", " a世")]
+)
+def test_a_piece_does_not_depend_on_half_of_a_character_before_it(prompt, text):
+    """The decoders of Llama 2 and Mistral take a run of bytes for broken as a whole if any byte of it is."""
+    vocab = {token: index for index, token in enumerate(["\u2581", "a", *(f"<0x{byte:02X}>" for byte in range(256))])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    before, after = (tokenizer(part)["input_ids"] for part in (prompt, prompt + text))
+    assert TextPieces(tokenizer, prompt=before).all_of(after[len(before) :]) == text
