@@ -41,13 +41,15 @@ _READ_HERE = frozenset(
         "rope.scaling.original_context_length",
         "rope.scaling.yarn_beta_fast",
         "rope.scaling.yarn_beta_slow",
-        "rope.scale_linear",  # what the two above were called once
+        "rope.scaling.yarn_ext_factor",
+        "rope.scale_linear",  # what the factor was called once
         "attention.key_length",
         "attention.value_length",
         "attention.sliding_window",
     }
 )
 _WITHOUT_EFFECT = frozenset({"rope.scaling.finetuned", "tensor_data_layout"})
+_AS_HERE = {"attention.causal": True, "rope.scaling.yarn_attn_factor": 1.0}
 _FREQUENCIES = "rope_freqs.weight"
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_LENGTH = 1.0, 4.0, 8192
 
@@ -76,7 +78,8 @@ def complete_config(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name, value in settings.items():
         # Files say of what their architecture might have, and they have not, that it is 0 or "none".
-        if name not in _READ_BY_TRANSFORMERS | _READ_HERE | _WITHOUT_EFFECT and value not in (0, "", "none"):
+        absent = (_AS_HERE[name],) if name in _AS_HERE else (0, "", "none")
+        if name not in _READ_BY_TRANSFORMERS | _READ_HERE | _WITHOUT_EFFECT and value not in absent:
             raise UserError(f"says {architecture}.{name}={value}, which the models here do not have")
     completed = dict(values)
     head_dim = _head_dim(settings, architecture)
@@ -102,46 +105,82 @@ def _head_dim(settings: Mapping[str, Any], architecture: str) -> int:
 
 def _scaling(reader: GGUFReader, settings: Mapping[str, Any], theta: float, head_dim: int) -> dict[str, Any]:
     """How the rotary embedding is stretched, in transformers' words."""
-    length = int(settings.get("rope.scaling.original_context_length", settings["context_length"]))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if unknown := next((name for name in tensors if name.startswith("rope_") and name != _FREQUENCIES), None):
         raise UserError(f"holds {unknown}, which the models here do not have")
+    factor, extrapolates = _stretch(settings)
+    if extrapolates and _FREQUENCIES in tensors:
+        raise UserError(f"says rope.scaling.type=yarn and holds {_FREQUENCIES}; allowed is one of them")
+    if extrapolates:
+        return _yarn(settings, factor)
+    divisors = np.ones(head_dim // 2)
     if _FREQUENCIES in tensors:
         divisors = np.array(tensors[_FREQUENCIES].data, dtype=np.float64).flatten()
-        return _scaling_by_frequency(divisors, settings, theta, head_dim, length)
-    kind = settings.get("rope.scaling.type")
-    factor = float(settings.get("rope.scaling.factor", settings.get("rope.scale_linear", 1.0)))
-    if kind is None:
-        kind = "linear" if factor != 1.0 else "none"
-    if kind == "none":
-        return {"rope_type": "default"}
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind != "yarn":
-        raise UserError(f"says rope.scaling.type={kind}; allowed are none, linear, yarn and a tensor {_FREQUENCIES}")
+    return _scaling_by_frequency(divisors * factor, settings, theta)
+
+
+def _yarn(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
     betas = {
         name: float(settings[f"rope.scaling.yarn_{name}"])
         for name in ("beta_fast", "beta_slow")
         if f"rope.scaling.yarn_{name}" in settings
     }
-    # Beyond what the factor implies, 0.1 * ln(factor) + 1, which transformers works out by itself.
-    attention = float(settings.get("rope.scaling.attn_factor", 1.0)) * (0.1 * math.log(factor) + 1.0)
     return {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": length,
-        "attention_factor": attention,
+        "original_max_position_embeddings": _original_length(settings),
+        # Beyond what the factor implies, which transformers works out by itself.
+        "attention_factor": _attention_factor(settings) * (0.1 * math.log(factor) + 1.0),
         **betas,
     }
 
 
-def _scaling_by_frequency(
-    divisors: np.ndarray, settings: Mapping[str, Any], theta: float, head_dim: int, length: int
-) -> dict[str, Any]:
-    """What divides each of the `(head_dim / 2,)` frequencies: by Llama 3's formula if it is that, else as a list."""
+def _original_length(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("rope.scaling.original_context_length") or settings["context_length"])
+
+
+def _attention_factor(settings: Mapping[str, Any]) -> float:
+    return float(settings.get("rope.scaling.attn_factor", 1.0))
+
+
+def _stretch(settings: Mapping[str, Any]) -> tuple[float, bool]:
+    """By what all positions are divided, and whether fast frequencies are left as they are, as in YaRN."""
+    kind = settings.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise UserError(f"says rope.scaling.type={kind}; allowed are none, linear, yarn and a tensor {_FREQUENCIES}")
+    factor = float(settings.get("rope.scaling.factor", settings.get("rope.scale_linear", 1.0))) or 1.0  # 0: not given
+    extrapolation = settings.get("rope.scaling.yarn_ext_factor", -1.0)
+    if kind == "none" or factor == 1.0:
+        return 1.0, False
+    if extrapolation < 0:  # not given
+        extrapolation = kind == "yarn"
+    if extrapolation not in (0, 1):
+        raise UserError(f"says rope.scaling.yarn_ext_factor={extrapolation}; allowed are 0 and 1")
+    return factor, bool(extrapolation)
+
+
+def _scaling_by_frequency(divisors: np.ndarray, settings: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    """What divides each of the `(head_dim / 2,)` frequencies: by a formula if it is one's, else as a list."""
+    attention = _attention_factor(settings)
+    if attention == 1.0 and (formula := _formula(divisors, theta, _original_length(settings))):
+        return formula
+    return {
+        "rope_type": "longrope",
+        "short_factor": divisors.tolist(),
+        "long_factor": divisors.tolist(),
+        "attention_factor": attention,
+        "original_max_position_embeddings": int(settings["context_length"]),
+    }
+
+
+def _formula(divisors: np.ndarray, theta: float, length: int) -> dict[str, Any] | None:
+    """The scaling that divides the `(head_dim / 2,)` frequencies so, or `None`."""
     factor = float(divisors.max())
+    if np.ptp(divisors) == 0:
+        return {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
     for original in {length, _LLAMA3_LENGTH}:
-        if factor > 1 and np.allclose(divisors, llama3_divisors(theta, head_dim, factor, original), rtol=1e-4):
+        expected = llama3_divisors(theta, 2 * len(divisors), factor, original)
+        if factor > 1 and np.allclose(divisors, expected, rtol=1e-4):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
@@ -149,13 +188,7 @@ def _scaling_by_frequency(
                 "high_freq_factor": _LLAMA3_HIGH,
                 "original_max_position_embeddings": original,
             }
-    return {
-        "rope_type": "longrope",
-        "short_factor": divisors.tolist(),
-        "long_factor": divisors.tolist(),
-        "attention_factor": 1.0,
-        "original_max_position_embeddings": int(settings["context_length"]),
-    }
+    return None
 
 
 def llama3_divisors(theta: float, head_dim: int, factor: float, original_length: int) -> np.ndarray:

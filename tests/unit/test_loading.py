@@ -97,6 +97,8 @@ def test_a_gguf_file(tmp_path):
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FACTORS = [1.0, 1.5, 1.0, 3.0]
+LISTED = {"rope_type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS, "attention_factor": 1.0}
+UNIFORM = LISTED | {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
 
 
 @pytest.mark.parametrize(
@@ -104,10 +106,19 @@ FACTORS = [1.0, 1.5, 1.0, 3.0]
     [
         (LLAMA3 | {"original_max_position_embeddings": 8192}, {}),
         (LLAMA3 | {"original_max_position_embeddings": 64}, {"rope.scaling.original_context_length": 64}),
-        ({"rope_type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS, "attention_factor": 1.0}, {}),
+        (LISTED, {}),
+        (LISTED | {"attention_factor": 1.5}, {"rope.scaling.attn_factor": 1.5}),
+        (LISTED, {"rope.scaling.type": "linear", "rope.scaling.factor": 0.5}),
+        (UNIFORM | {"attention_factor": 1.5}, {"rope.scaling.attn_factor": 1.5}),
         ({"rope_type": "linear", "factor": 4.0}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
         ({"rope_type": "linear", "factor": 2.0}, {"rope.scale_linear": 2.0}),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, YARN),
+        ({"rope_type": "linear", "factor": 4.0}, YARN | {"rope.scaling.yarn_ext_factor": 0.0}),
+        ({"rope_type": "default"}, {"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}),
+        (
+            {"rope_type": "default"},
+            {"attention.causal": True, "rope.scaling.type": "none", "rope.scaling.factor": 2.0},
+        ),
         ({"rope_type": "default"}, {"rope.scaling.type": "none", "attention.key_length": 8, "expert_count": 0}),
     ],
 )
@@ -120,7 +131,8 @@ def test_a_gguf_file_says_how_positions_are_scaled(tmp_path, rope, settings):
     if rope["rope_type"] in ("llama3", "longrope"):
         plain = 500.0 ** -(torch.arange(0, 8, 2) / 8)
         scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](llama.config, "cpu")
-        tensors["rope_freqs.weight"] = plain / scaled
+        stretched_already = settings.get("rope.scaling.factor", 1.0)
+        tensors["rope_freqs.weight"] = plain / scaled / stretched_already
     path = tmp_path / "tiny.gguf"
     write_gguf(gguf, path, llama, byte_tokenizer(), settings=settings, tensors=tensors)
     model, _ = load_model(str(path))
@@ -151,6 +163,13 @@ def test_a_gguf_file_says_that_attention_has_a_window(tmp_path):
         ({"attn_logit_softcapping": 50.0}, {}, "says llama.attn_logit_softcapping=50.0"),
         ({"rope.dimension_count": 4}, {}, "says llama.rope.dimension_count=4; allowed is the width of a head, 8"),
         ({"rope.scaling.type": "longrope"}, {}, "rope.scaling.type=longrope; allowed are none, linear, yarn"),
+        ({"attention.causal": False}, {}, "says llama.attention.causal=False"),
+        (
+            YARN | {"rope.scaling.yarn_ext_factor": 0.5},
+            {},
+            "says rope.scaling.yarn_ext_factor=0.5; allowed are 0 and 1",
+        ),
+        (YARN, {"rope_freqs.weight": torch.ones(4)}, "says rope.scaling.type=yarn and holds rope_freqs.weight"),
         ({}, {"rope_factors_long.weight": torch.ones(4)}, "holds rope_factors_long.weight"),
     ],
 )
@@ -172,7 +191,7 @@ def write_gguf(
     tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
     config, writer = llama.config, gguf.GGUFWriter(path, "llama")
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for name, value in (settings or {}).items():
         add[type(value)](f"llama.{name}", value)
     for name, tensor in (tensors or {}).items():
