@@ -62,7 +62,7 @@ def complete_config(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         values: a configuration as transformers reads it from there.
 
     Returns:
-        The same with the scaling of the rotary embedding, and with the window of attention.
+        The same with the scaling of the rotary embedding, the window of attention, and which projections have a bias.
 
     Raises:
         UserError: for a setting that the models here do not have.
@@ -70,7 +70,7 @@ def complete_config(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
-    architecture = _value(reader.fields["general.architecture"])
+    architecture = architecture_of(reader)
     settings = {
         name.removeprefix(f"{architecture}."): _value(field)
         for name, field in reader.fields.items()
@@ -81,8 +81,8 @@ def complete_config(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         absent = (_AS_HERE[name],) if name in _AS_HERE else (0, "", "none")
         if name not in _READ_BY_TRANSFORMERS | _READ_HERE | _WITHOUT_EFFECT and value not in absent:
             raise UserError(f"says {architecture}.{name}={value}, which the models here do not have")
-    completed = dict(values)
     head_dim = _head_dim(settings, architecture)
+    completed = {**values, **_biases(reader), "head_dim": head_dim}
     theta = float(settings.get("rope.freq_base", 10000.0))
     completed["rope_parameters"] = {"rope_theta": theta, **_scaling(reader, settings, theta, head_dim)}
     completed.pop("rope_theta", None)
@@ -91,6 +91,21 @@ def complete_config(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"says {architecture}.attention.sliding_window={window}, but not of which layers")
         completed |= {"model_type": "mistral", "sliding_window": int(window)}
     return completed
+
+
+def architecture_of(reader: GGUFReader) -> str:
+    """The family of models, in GGUF's words."""
+    return str(_value(reader.fields["general.architecture"]))
+
+
+def _biases(reader: GGUFReader) -> dict[str, bool]:
+    """Which projections have one, of which GGUF has no setting."""
+    biases = {tensor.name.split(".")[-2] for tensor in reader.tensors if tensor.name.endswith(".bias")}
+    return {
+        "attention_bias": not biases.isdisjoint(("attn_q", "attn_k", "attn_v")),
+        "attention_output_bias": "attn_output" in biases,
+        "mlp_bias": not biases.isdisjoint(("ffn_gate", "ffn_up", "ffn_down")),
+    }
 
 
 def _head_dim(settings: Mapping[str, Any], architecture: str) -> int:
@@ -106,8 +121,6 @@ def _head_dim(settings: Mapping[str, Any], architecture: str) -> int:
 def _scaling(reader: GGUFReader, settings: Mapping[str, Any], theta: float, head_dim: int) -> dict[str, Any]:
     """How the rotary embedding is stretched, in transformers' words."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if unknown := next((name for name in tensors if name.startswith("rope_") and name != _FREQUENCIES), None):
-        raise UserError(f"holds {unknown}, which the models here do not have")
     factor, extrapolates = _stretch(settings)
     if extrapolates and _FREQUENCIES in tensors:
         raise UserError(f"says rope.scaling.type=yarn and holds {_FREQUENCIES}; allowed is one of them")

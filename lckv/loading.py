@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -26,6 +25,7 @@ from lckv.config.names import DTYPES
 from lckv.data.tokenizer import frame_texts
 from lckv.errors import UserError, check_choice
 from lckv.gguf_settings import complete_config
+from lckv.gguf_weights import read_weights
 from lckv.hub import hub_answers
 from lckv.model_files import ModelFiles, find_files, is_of_training
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
@@ -213,17 +213,10 @@ def load_weights(checkpoint: Checkpoint, config: LCKVLlamaConfig, dtype: str = "
     Raises:
         UserError: if the weights cannot be read, or do not fit.
     """
-    arguments = {
-        "dtype": dtype,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-        **checkpoint.arguments(),
-    }
-    model_class: Any = LCKVLlamaForCausalLM if checkpoint.gguf_file is None else AutoModelForCausalLM
-    if checkpoint.gguf_file is None:
-        arguments["config"] = config
     with checkpoint.loading("the weights"):
-        model, info = model_class.from_pretrained(checkpoint.path, **arguments)
+        arguments = _weights_of(checkpoint, config, dtype) | {"output_loading_info": True, "config": config}
+        loaded: Any = LCKVLlamaForCausalLM.from_pretrained(**arguments, ignore_mismatched_sizes=True)
+    model, info = loaded
     missing = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     if missing:
         raise UserError(
@@ -234,18 +227,18 @@ def load_weights(checkpoint: Checkpoint, config: LCKVLlamaConfig, dtype: str = "
         logger.warning("%s: %d weights are not used, such as %s", checkpoint.given, len(unexpected), unexpected[0])
     # Where the file holds a head of its own, transformers does not tie it, whatever the configuration says.
     config.tie_word_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
-    if not isinstance(model, LCKVLlamaForCausalLM):
-        return _as_sharing_model(model, config)
     model.config.tie_word_embeddings = config.tie_word_embeddings
+    assert isinstance(model, LCKVLlamaForCausalLM)
     return model
 
 
-def _as_sharing_model(original: PreTrainedModel, config: LCKVLlamaConfig) -> LCKVLlamaForCausalLM:
-    """The same model as one of ours, with the same tensors."""
-    model: LCKVLlamaForCausalLM = LCKVLlamaForCausalLM._from_config(config, dtype=original.dtype)
-    model.load_state_dict(original.state_dict(), assign=True)
-    model.tie_weights()
-    return model
+def _weights_of(checkpoint: Checkpoint, config: LCKVLlamaConfig, dtype: str) -> dict[str, Any]:
+    """For `from_pretrained`: where the weights are; those of a GGUF file are float32 unless asked for otherwise."""
+    if checkpoint.gguf_file is None:
+        return {"pretrained_model_name_or_path": checkpoint.path, "dtype": dtype, **checkpoint.arguments()}
+    kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    weights = read_weights(Path(checkpoint.path, checkpoint.gguf_file), config, kind)
+    return {"pretrained_model_name_or_path": None, "dtype": kind, "state_dict": weights}
 
 
 def _tidy_generation_config(model: LCKVLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:

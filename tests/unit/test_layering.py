@@ -26,6 +26,7 @@ LAYERS = [
     ["cache"],
     ["evaluation", "training"],
     ["gguf_settings", "model_files"],
+    ["gguf_weights"],
     ["loading"],
     ["building"],
     ["engine"],

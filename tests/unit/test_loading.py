@@ -83,9 +83,16 @@ def test_a_llama_becomes_one_of_ours(tmp_path, tie):
     torch.testing.assert_close(model(token_ids(2, 12)).logits, llama(token_ids(2, 12)).logits, atol=1e-5, rtol=0)
 
 
-def test_a_gguf_file(tmp_path):
+@pytest.mark.parametrize(
+    "biases", [(), ("q_proj", "v_proj", "k_proj"), ("q_proj", "v_proj", "k_proj", "o_proj"), ("_proj",)]
+)
+def test_a_gguf_file(tmp_path, biases):
     gguf = pytest.importorskip("gguf")
-    llama = llama_folder(tmp_path / "llama")
+    llama = llama_folder(tmp_path / "llama", attention_bias=True, mlp_bias=True)
+    for name, module in llama.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            module.bias.data.normal_()
+            module.bias = module.bias if any(part in name for part in biases) else None
     path = tmp_path / "tiny.gguf"
     write_gguf(gguf, path, llama, byte_tokenizer())
     model, tokenizer = load_model(str(path))
@@ -171,6 +178,11 @@ def test_a_gguf_file_says_that_attention_has_a_window(tmp_path):
         ),
         (YARN, {"rope_freqs.weight": torch.ones(4)}, "says rope.scaling.type=yarn and holds rope_freqs.weight"),
         ({}, {"rope_factors_long.weight": torch.ones(4)}, "holds rope_factors_long.weight"),
+        (
+            {},
+            {"blk.0.attn_q_norm.weight": torch.ones(8)},
+            "holds blk.0.attn_q_norm.weight, which the models here do not",
+        ),
     ],
 )
 def test_what_a_gguf_file_says_and_no_model_here_does_is_refused_by_name(tmp_path, settings, tensors, answer):
@@ -226,9 +238,9 @@ def write_gguf(
     for name, tensor in llama.state_dict().items():
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
-        if num_heads := next((number for part, number in heads.items() if f"{part}.weight" in name), None):
+        if num_heads := next((number for part, number in heads.items() if f"{part}." in name), None):
             # GGUF keeps the two halves that a rotation mixes side by side.
-            tensor = tensor.view(num_heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+            tensor = tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
