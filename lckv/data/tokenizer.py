@@ -88,7 +88,7 @@ def frame_texts(tokenizer: PreTrainedTokenizerBase) -> None:
 
     Documents are such texts with eos behind them. Many tokenizers have a bos that they do not add, others add eos to
     every prompt; a model would then be asked for something else than what it has learned. A chat template writes out
-    what it wants, and is not touched.
+    what it wants: what it made gets no bos, in generation and LM-Harness alike.
     """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     if tokenizer("a")["input_ids"] != [*text_prefix(tokenizer), *plain]:

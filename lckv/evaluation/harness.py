@@ -242,6 +242,8 @@ def make_language_model(subject: Subject, options: HarnessConfig) -> Any:
         backend="causal",
         max_length=options.max_length,
         batch_size=options.batch_size,
+        # As `frame_texts` says: a chat template writes the special tokens out.
+        add_bos_token=False if options.apply_chat_template else None,
     )
 
 

@@ -25,6 +25,7 @@ from lckv.evaluation import harness_tasks, held_out_tasks
 from lckv.evaluation.evaluations import Subject, run_evaluations
 from lckv.evaluation.harness import harness, make_language_model, num_rows_that_fit, score
 from lckv.evaluation.harness_tasks import load_tasks
+from lckv.generation.prompts import encode_prompts
 from tests.reference import tiny_model, token_ids
 from tests.tiny import byte_tokenizer
 
@@ -311,6 +312,22 @@ def test_the_chat_template_is_applied():
     subject.tokenizer.chat_template = "{% for m in messages %}user: {{ m['content'] }}\nyou:{% endfor %}"
     chat = run(subject, tasks=["lckv_last_word"], limit=2, apply_chat_template=True)
     assert chat["tasks"] != plain["tasks"]
+
+
+@pytest.mark.parametrize("beginning", ["", "{{ bos_token }}"])
+def test_a_chat_begins_as_its_template_says_and_as_in_generation(beginning):
+    subject = make_subject()
+    subject.tokenizer.bos_token = "Z"
+    frame_texts(subject.tokenizer)
+    subject.tokenizer.chat_template = (
+        f"{beginning}{{% for m in messages %}}user: {{{{ m.content }}}}\nyou:{{% endfor %}}"
+    )
+    language_model = make_language_model(subject, HarnessConfig(apply_chat_template=True))
+    text = language_model.apply_chat_template([{"role": "user", "content": "hello"}])
+    (expected,) = encode_prompts(["hello"], subject.tokenizer)
+    assert (expected[0] == subject.tokenizer.bos_token_id) == bool(beginning)
+    assert language_model.tok_encode(text) == language_model.tok_batch_encode([text])[0][0].tolist() == expected
+    assert language_model._encode_pair(text, " yes")[0] == expected
 
 
 def test_files_are_written(tmp_path):
