@@ -36,7 +36,6 @@ from lckv.training.run_folder import RunFolder, recorded_failure
 
 logger = logging.getLogger(__name__)
 
-_GROUPS_WITHOUT_KEY = ("experiment", "debug")
 _CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)  # ValueError: Hydra's own checks
 _NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -279,7 +278,7 @@ def _check_keys(composed: DictConfig, schema: type, prefix: str = "") -> None:
     known = keys_of(schema)
     for name in map(str, composed):
         if (key := prefix + name) not in known:
-            raise UserError(f"unknown key {key!r}{_hint(key, schema)}")
+            raise UserError(_describe_key(key, schema))
         if known[key].is_group:
             _check_keys(composed[name], schema, f"{key}.")
 
@@ -338,8 +337,7 @@ def describe(error: Exception, schema: type) -> str:
 def _describe_flag(flag: str, value: str | None, schema: type) -> str:
     """What to write in place of `--name value`, where other tools have flags."""
     name, known = flag.lstrip("-").replace("-", "_"), keys_of(schema)
-    others = _GROUPS_WITHOUT_KEY if "trainer" in known else ()
-    keys = [key for key in (*known, *others) if f".{key}".endswith(f".{name}")]
+    keys = [key for key in (*known, *_groups_without_key(schema)) if f".{key}".endswith(f".{name}")]
     if not keys and name in OF_OURS and (ours := OF_OURS[name]) in known:
         keys, value = [ours], "..."  # which may count something else
     if not keys:
@@ -354,16 +352,29 @@ def _describe_flag(flag: str, value: str | None, schema: type) -> str:
 
 def _describe_unknown_key(cause: OmegaConfBaseException, error: Exception, schema: type) -> str:
     key = str(cause.full_key or cause.key)
-    if key in _GROUPS_WITHOUT_KEY:
-        return f"{_where(error).strip(' ()') or key}: needs '# @package _global_' as its first line"
-    return f"unknown key {key!r}{_hint(key, schema)}{_where(error)}"
+    where = _where(error)
+    if key in _groups_without_key(schema) and where:
+        return f"{where.strip(' ()')}: needs '# @package _global_' as its first line"
+    return f"{_describe_key(key, schema)}{where}"
+
+
+def _describe_key(key: str, schema: type) -> str:
+    """What an unknown key is to be."""
+    if key not in _groups_without_key(schema):
+        return f"unknown key {key!r}{_hint(key, schema)}"
+    options = sorted(file.stem for file in (hydra_store.config_dir() / key).glob("*.yaml"))
+    return f"{key}: has no keys of its own; allowed are {', '.join(f'{key}={option}' for option in options)}"
+
+
+def _groups_without_key(schema: type) -> tuple[str, ...]:
+    """Groups whose options are settings of other groups."""
+    return ("experiment", "debug") if "trainer" in keys_of(schema) else ()
 
 
 def _hint(key: str, schema: type) -> str:
     """The known key most like `key`: one of (nearly) the same last part anywhere, else one like it in its group."""
     parent, _, name = key.rpartition(".")
-    known_keys = keys_of(schema)
-    keys = [*known_keys, *(_GROUPS_WITHOUT_KEY if "trainer" in known_keys else ())]
+    keys = [*keys_of(schema), *_groups_without_key(schema)]
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
     anywhere = {known.rpartition(".")[2]: known for known in reversed(keys)} | siblings
     for names, cutoff in (anywhere, 1.0), (siblings, 0.7), (anywhere, 0.8), (siblings, 0.6):

@@ -31,6 +31,7 @@ FLAGS = (
 
 _KEY = re.compile(rf"(?:\+\+|[+~])?(?:[\w$/-]+\.)*(?:{'|'.join(_TEXT_KEYS)})(?:@[\w.]*)?=\s*", re.ASCII)
 _OPTIONAL_GROUP = re.compile(r"^\+(?=(?:experiment|debug)=)")
+_OPTION_LIKE_A_NUMBER = re.compile(r"(?P<key>(?:experiment|debug)=)(?P<text>\d+|true|false)", re.IGNORECASE)
 # Text such as the folders of a sweep, `runs/sweep/sharing=cla,seed=0`: in what Hydra's grammar allows, a value has an
 # equals sign only in quotes, behind a backslash, or among the arguments of a function.
 _TEXT_WITH_EQUALS = re.compile(r"""(?P<key>[^=]+=)(?P<text>[^\s'"\\(\[{$][^'"\\(\[{$]*=[^'"\\(\[{$]*)""")
@@ -137,7 +138,7 @@ def unescape(text: str | None) -> str | None:
 
 def _quote_override(override: str) -> str:
     override = _OPTIONAL_GROUP.sub("", override)
-    if pair := _TEXT_WITH_EQUALS.fullmatch(override):
+    if pair := _TEXT_WITH_EQUALS.fullmatch(override) or _OPTION_LIKE_A_NUMBER.fullmatch(override):
         return f"{pair['key']}'{pair['text']}'"
     key = _KEY.match(override)
     if key is None:
