@@ -58,6 +58,7 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
 
     from lckv.building import build_model, build_teacher, choose_tokenizer
     from lckv.conversion.pipeline import adopt_init, convert_init
+    from lckv.conversion.target import source_config_of
     from lckv.data.dataset import build_dataset
     from lckv.training.arguments import build_training_arguments
     from lckv.training.callbacks import build_evaluate, check_sample_prompt
@@ -88,7 +89,7 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
         evaluate = build_evaluate(cfg, model, tokenizer, folder)
         results = Session(cfg, args, model, tokenizer, data, folder, console, teacher, evaluate).run()
     if results is not None:
-        show_results(results, folder, console)
+        show_results(results, folder, console, None if init is None else source_config_of(init).sharing_plan)
     return results
 
 

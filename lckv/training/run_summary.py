@@ -17,7 +17,7 @@ from lckv.data.dataset import TokenizedData
 from lckv.environment import describe_hardware, versions
 from lckv.evaluation.evaluations import scalar_figures
 from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
-from lckv.patterns import build_layer_types, parse_layer_types
+from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.training.callbacks import SAMPLING, SAMPLING_SEED, describe_loss_parts, format_duration
 from lckv.training.run_folder import RunFolder
 
@@ -74,8 +74,13 @@ def build_results(
     return results | {name: train[-1][name] for name in where_measured if name in train[-1]}
 
 
-def show_results(results: dict[str, Any], folder: RunFolder, console: Console) -> None:
-    """Prints the results as a table, where the files are, and what to type next."""
+def show_results(
+    results: dict[str, Any], folder: RunFolder, console: Console, source: SharingPlan | None = None
+) -> None:
+    """Prints the results as a table, where the files are, and what to type next.
+
+    `source` is the pattern of the pretrained model that the run has started from, if it has.
+    """
     table = Table(title=f"{results['run_name']}  {results['layer_types']}", title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -87,7 +92,7 @@ def show_results(results: dict[str, Any], folder: RunFolder, console: Console) -
     for name, path in paths:
         console.print(f"{name:<12} {path}")
     console.print("\nnext:", style="bold")
-    for line in _next_commands(results, folder):
+    for line in _next_commands(results, folder, source):
         console.print(f"  {line}")
 
 
@@ -138,18 +143,25 @@ def _evaluation(figures: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:,.4f}" for name, value in scalar_figures(figures) if isinstance(value, float))
 
 
-def _next_commands(results: dict[str, Any], folder: RunFolder) -> list[str]:
-    layer_types = results["layer_types"]
-    num_layers = parse_layer_types(layer_types).num_hidden_layers
-    llama = build_layer_types("llama", num_layers)
+def _next_commands(results: dict[str, Any], folder: RunFolder, source: SharingPlan | None = None) -> list[str]:
     given = _as_train_takes_them(arguments_of_this_run())
     commands = [command("lckv.plan", [f"init.source={folder.path}"])]  # its sizes as well as its pattern
-    if num_layers > 1:  # a single layer has nothing to share
-        other, name = (llama, "llama") if layer_types != llama else (build_layer_types("cla", num_layers), "cla")
+    for name, other in _other_patterns(results["layer_types"], source)[:1]:
         again = [item for item in given if not item.lstrip("+").startswith(_OF_ONE_RUN)]
         again += [f"model.layer_types={other}", f"run_name={results['run_name']}_{name}"]
         commands.append(command("lckv.train", again))
     return [*commands, command("lckv.generate", _generation(results["sample_prompt"], folder))]
+
+
+def _other_patterns(layer_types: str, source: SharingPlan | None) -> list[tuple[str, str]]:
+    """Names and patterns to compare with, the best first; those that the source can start, if there is one."""
+    num_layers = parse_layer_types(layer_types).num_hidden_layers
+    patterns = {"source": source.layer_types} if source else {"llama": build_layer_types("llama", num_layers)}
+    if num_layers > 1:  # a single layer has nothing to share
+        patterns["cla"] = build_layer_types("cla", num_layers)
+    owners = set(source.kv_owners if source else range(num_layers))
+    fitting = {name: each for name, each in patterns.items() if owners.issuperset(parse_layer_types(each).kv_owners)}
+    return [(name, pattern) for name, pattern in fitting.items() if pattern != layer_types]
 
 
 def _generation(prompt: str, folder: RunFolder) -> list[str]:

@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 
 from lckv import cli
+from lckv.model_arguments import plan_from_source
+from lckv.patterns import SharingPlan, parse_layer_types
 from lckv.training.run_folder import RunFolder
 from lckv.training.run_summary import _evaluation, _next_commands
 
 
-def commands(layer_types: str, folder: Path, prompt: str = "In the beginning") -> list[list[str]]:
+def commands(
+    layer_types: str, folder: Path, prompt: str = "In the beginning", source: SharingPlan | None = None
+) -> list[list[str]]:
     results = {"layer_types": layer_types, "run_name": "mine", "sample_prompt": prompt}
-    return [shlex.split(command) for command in _next_commands(results, RunFolder(str(folder)))]
+    return [shlex.split(command) for command in _next_commands(results, RunFolder(str(folder)), source)]
 
 
 def test_the_next_run_differs_in_its_pattern_only(monkeypatch, tmp_path):
@@ -51,6 +55,23 @@ def test_a_single_layer_has_nothing_to_compare_with(tmp_path):
     plan, generate = commands("0", tmp_path)
     assert plan[1:] == ["-m", "lckv.plan", f"init.source={tmp_path}"]
     assert generate[1:3] == ["-m", "lckv.generate"]
+
+
+@pytest.mark.parametrize(
+    ("own", "layer_types", "other"),
+    [
+        ("0_1_2_3", "0_0_2_2", ["model.layer_types=0_1_2_3", "run_name=mine_source"]),
+        ("0_0_2_3", "0_0_2_2", ["model.layer_types=0_0_2_3", "run_name=mine_source"]),
+        ("0_0_2_3", "0_0_2_3", ["model.layer_types=0_0_2_2", "run_name=mine_cla"]),
+        ("0_0_0_3", "0_0_0_3", None),
+    ],
+)
+def test_a_source_that_shares_already_can_start_the_next_run(own, layer_types, other, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train", "init.source=a"])
+    _, *train, _ = commands(layer_types, tmp_path, source=parse_layer_types(own))
+    assert [each[4:] for each in train] == ([] if other is None else [other])
+    for each in train:
+        assert plan_from_source(cli.compose(each[3:], "train"), parse_layer_types(own))
 
 
 def test_any_prompt_survives_the_shell(tmp_path):
