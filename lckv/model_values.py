@@ -1,16 +1,18 @@
-"""What a model's `config.json` says of its family and its sharing pattern, as far as transformers is not needed."""
+"""What a model's `config.json` says of its family, heads and sharing pattern, as far as transformers is not needed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, check_whole_number, near_miss
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 OURS = "lckv-llama"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Other families that can be read as ours; how, is registered in `lckv.models.families`."""
+
+_SIZES_OF_HEADS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def check_family(values: Mapping[str, Any]) -> None:
@@ -20,7 +22,8 @@ def check_family(values: Mapping[str, Any]) -> None:
         values: what `config.json` holds.
 
     Raises:
-        UserError: for another family, or weights that are quantised; the message says what is allowed.
+        UserError: for another family, weights that are quantised, or heads that do not fit together; the message says
+            what is allowed.
     """
     model_type, allowed = values.get("model_type"), (OURS, *FAMILIES)
     if model_type not in allowed:
@@ -31,6 +34,39 @@ def check_family(values: Mapping[str, Any]) -> None:
     quantization = values.get("quantization_config")
     if method := quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization:
         raise UserError(f"its weights are quantised ({method}), which cannot be read here; take the original ones")
+    check_heads(values)
+
+
+def check_heads(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuses heads that do not fit together, as far as their sizes are given.
+
+    Args:
+        values: the sizes under transformers' names.
+        prefix: what stands before the names of keys.
+
+    Raises:
+        UserError: naming the sizes.
+    """
+    sizes = {name: values[name] for name in _SIZES_OF_HEADS if values.get(name) is not None}
+    for name, size in sizes.items():
+        check_whole_number(f"{prefix}{name}", size)
+    hidden_size, heads, kv_heads, head_dim = map(sizes.get, _SIZES_OF_HEADS)
+    if heads is None:
+        return
+    if hidden_size is not None and hidden_size % heads:
+        raise UserError(
+            f"{prefix}hidden_size={hidden_size}: is not divisible by {prefix}num_attention_heads={heads}; "
+            f"nearest allowed is {max(1, round(hidden_size / heads)) * heads}"
+        )
+    name = f"{prefix}head_dim" if head_dim else f"{prefix}hidden_size / {prefix}num_attention_heads"
+    width = head_dim or (hidden_size or 0) // heads
+    if width % 2:
+        raise UserError(f"{name}={width}: rotary positions need an even size")
+    if kv_heads is not None and heads % kv_heads:
+        raise UserError(
+            f"{prefix}num_attention_heads={heads}: is not divisible by {prefix}num_key_value_heads={kv_heads}; "
+            f"allowed are {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}"
+        )
 
 
 def stored_plan(values: Mapping[str, Any]) -> SharingPlan | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lckv.config.keys import Group, above_zero, at_least, each, fraction, key, one_of, passes, such_that
 from lckv.config.names import ATTENTIONS, DTYPES, LATENTS, NO_LATENT
-from lckv.errors import UserError
+from lckv.model_values import check_heads
 from lckv.patterns import PATTERNS
 
 KEPT_WITH_SOURCE = (
@@ -84,20 +84,7 @@ class ModelConfig(Group):
 
     def check(self, prefix: str) -> None:
         """Refuses sizes that do not fit together."""
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.hidden_size % heads:
-            raise UserError(
-                f"{prefix}hidden_size={self.hidden_size}: is not divisible by {prefix}num_attention_heads={heads}; "
-                f"nearest allowed is {max(1, round(self.hidden_size / heads)) * heads}"
-            )
-        if (self.head_dim or self.hidden_size // heads) % 2:
-            name = f"{prefix}head_dim" if self.head_dim else f"{prefix}hidden_size / {prefix}num_attention_heads"
-            raise UserError(f"{name}={self.head_dim or self.hidden_size // heads}: rotary positions need an even size")
-        if kv_heads is not None and heads % kv_heads:
-            raise UserError(
-                f"{prefix}num_attention_heads={heads}: is not divisible by {prefix}num_key_value_heads={kv_heads}; "
-                f"allowed are {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}"
-            )
+        check_heads(vars(self), prefix)
 
 
 @dataclass

@@ -42,7 +42,10 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
         model.sliding_window = cfg.model.sliding_window or source.sliding_window
     if plan == own:
         model.layer_types = source.kv_sharing
-    model.validate("model.")
+    try:
+        model.validate()
+    except UserError as error:  # what the user gives was checked before
+        raise UserError(f"the source says {error}") from error
     _warn_of_lost_windows(plan, source)
     return replace(cfg, model=model)
 

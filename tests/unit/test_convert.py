@@ -86,7 +86,8 @@ def test_layers_that_compute_no_keys_and_values_cannot_be_read(tmp_path):
     [
         ([], "the configuration cannot be read"),
         ({"quantization_config": "gptq"}, "its weights are quantised (gptq)"),
-        ({"num_attention_heads": 0}, "the configuration"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0: allowed is a whole number, 1 or more"),
+        ({"hidden_act": 0}, "the configuration"),
     ],
 )
 def test_damaged_configurations(source, tmp_path, damage, message):

@@ -102,6 +102,11 @@ def test_patterns_of_another_length():
     assert "\n" not in str(error.value)
 
 
+def test_sizes_of_the_source_are_not_told_as_keys():
+    with pytest.raises(UserError, match="^the source says max_position_embeddings=0: allowed is a whole number, 1"):
+        adopted(tiny_config("0_1", max_position_embeddings=0))
+
+
 @pytest.fixture
 def text(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
