@@ -16,6 +16,7 @@ from lckv.config import DataConfig, EvaluationConfig
 from lckv.config.evaluation import default_context_length
 from lckv.errors import UserError, is_out_of_memory
 from lckv.evaluation.perplexity import in_eval_mode
+from lckv.logits import check_logits
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Subject:
 
         Returns:
             `(batch, num_kept, vocab_size)` in float32, on the CPU.
+
+        Raises:
+            UserError: if the logits are not finite.
         """
         input_ids = input_ids.to(self.model.device)
         options: dict[str, Any] = {"use_cache": False}
@@ -67,6 +71,7 @@ class Subject:
             self.model(input_ids[:, :num_cached], **options, logits_to_keep=1)
             input_ids = input_ids[:, num_cached:]
         outputs = self.model(input_ids, **options, logits_to_keep=num_kept)
+        check_logits(outputs.logits.flatten(0, 1), "the model's logits")
         return outputs.logits.float().log_softmax(dim=-1).cpu()
 
 

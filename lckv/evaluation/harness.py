@@ -22,6 +22,7 @@ from lckv.config import EvaluationConfig, HarnessConfig
 from lckv.errors import UserError, is_out_of_memory
 from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.harness_tasks import LoadedTasks, first_line, join_errors, load_tasks
+from lckv.logits import check_logits
 
 logger = logging.getLogger(__name__)
 
@@ -219,14 +220,16 @@ def make_language_model(subject: Subject, options: HarnessConfig) -> Any:
             self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
         ) -> torch.Tensor:
             # Without the mask: padding is on the right, where no token that counts can see it.
-            return score(self.model, inps, subject.new_cache)
+            logits = score(self.model, inps, subject.new_cache)
+            check_logits(logits.flatten(0, 1), "the model's logits")
+            return logits
 
         def _model_generate(
             self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
         ) -> torch.Tensor:
             past = build_cache("dynamic", self.model.config) if subject.new_cache is None else subject.new_cache()
             # transformers would compile the steps of a static cache by itself.
-            own = {"past_key_values": past, "disable_compile": True}
+            own = {"past_key_values": past, "disable_compile": True, "logits_processor": [_checked]}
             return super()._model_generate(context, max_length, stop, **own, **generation_kwargs)
 
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
@@ -245,6 +248,12 @@ def make_language_model(subject: Subject, options: HarnessConfig) -> Any:
         # As `frame_texts` says: a chat template writes the special tokens out.
         add_bos_token=False if options.apply_chat_template else None,
     )
+
+
+def _checked(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """For `generate`: refuses to go on from logits `(batch, vocab_size)` that are not finite."""
+    check_logits(scores, "the model's logits")
+    return scores
 
 
 @torch.no_grad()

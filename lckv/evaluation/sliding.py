@@ -25,6 +25,7 @@ from lckv.data.tokenizer import DocumentEncoder, check_tokenizer
 from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.perplexity import Perplexity
 from lckv.evaluation.text import validation_documents
+from lckv.logits import check_logits
 from lckv.models.padding import positions
 
 DEFAULT_CACHE_CHUNK = 32
@@ -47,8 +48,8 @@ def evaluate_sliding(subject: Subject, config: EvaluationConfig) -> dict[str, An
     """Perplexity of the validation documents per token, word and byte, and bits per byte.
 
     Raises:
-        UserError: if there is no validation document, the window does not fit the model, or the tokenizer is none for
-            documents.
+        UserError: if there is no validation document, the window does not fit the model, the tokenizer is none for
+            documents, or the model's logits are not finite.
     """
     settings, prefix = config.perplexity, f"{subject.key_prefix}perplexity."
     limit = subject.model.config.max_position_embeddings
@@ -128,6 +129,9 @@ def score_windows(
         new_cache: makes an empty cache, which gets the unscored tokens first and then the others in chunks; without,
             everything goes through the model at once.
         cache_chunk: tokens of such a chunk.
+
+    Raises:
+        UserError: if the logits are not finite.
     """
     # The longest first: what does not fit into memory is known at once, and alike lengths need little padding.
     ordered = sorted(windows, key=lambda window: len(window.tokens), reverse=True)
@@ -141,6 +145,7 @@ def score_windows(
             losses = F.cross_entropy(
                 logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
             )
+            check_logits(-losses[None], "the model's logits")
             total += math.fsum(losses.tolist())  # on the CPU: not every device has float64
     return total
 

@@ -198,6 +198,17 @@ def test_mistakes_are_named(run):
         run("perplexity.context_length=1000")
 
 
+@pytest.mark.parametrize("name", ["perplexity", "recall"])
+@pytest.mark.parametrize("cache", ["none", "dynamic"])
+def test_figures_of_broken_weights_are_refused(run, tmp_path, name, cache):
+    folder, model = save_model(tmp_path / "broken"), tiny_model(PATTERN, vocab_size=300, bos_token_id=None)
+    model.lm_head.weight.data[0] = float("nan")
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match=f"^{name}: the model's logits are not finite .*: the weights are broken"):
+        run(f"evals=[{name}]", f"cache={cache}", model=folder)
+    assert read("runs/evaluation/broken")["evaluations"] == {}
+
+
 @pytest.mark.parametrize(("iso", "expected"), [("kv", 1), (None, None)])
 def test_kv_bytes_are_compared_with_those_that_iso_matched(iso: str | None, expected: int | None):
     config = {"iso": iso, "model": {"num_key_value_heads": 1, "num_attention_heads": 4}}

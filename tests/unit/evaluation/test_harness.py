@@ -306,6 +306,14 @@ def test_options_have_an_effect():
     assert few["num_fewshot"] == {"lckv_last_word": 1} and few["tasks"] != plain["tasks"]
 
 
+def test_answers_of_broken_weights_are_refused(tmp_path):
+    subject = make_subject()
+    subject.model.lm_head.weight.data[0] = torch.nan
+    for options in {"tasks": BOTH}, {"tasks": ["continued"], "include_path": generation_task(tmp_path)}:
+        with pytest.raises(UserError, match="none can be done; .*: the model's logits are not finite"):
+            run(subject, **options)
+
+
 def test_the_chat_template_is_applied():
     subject = make_subject()
     plain = run(subject, tasks=["lckv_last_word"], limit=2)
