@@ -89,7 +89,9 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
         evaluate = build_evaluate(cfg, model, tokenizer, folder)
         results = Session(cfg, args, model, tokenizer, data, folder, console, teacher, evaluate).run()
     if results is not None:
-        show_results(results, folder, console, None if init is None else source_config_of(init).sharing_plan)
+        origin = None if init is None else source_config_of(init)
+        plan, keeps_latents = (origin.sharing_plan, origin.kv_latents is not None) if origin else (None, False)
+        show_results(results, folder, console, plan, keeps_latents=keeps_latents)
     return results
 
 

@@ -75,11 +75,21 @@ def build_results(
 
 
 def show_results(
-    results: dict[str, Any], folder: RunFolder, console: Console, source: SharingPlan | None = None
+    results: dict[str, Any],
+    folder: RunFolder,
+    console: Console,
+    source: SharingPlan | None = None,
+    *,
+    keeps_latents: bool = False,
 ) -> None:
     """Prints the results as a table, where the files are, and what to type next.
 
-    `source` is the pattern of the pretrained model that the run has started from, if it has.
+    Args:
+        results: of the run.
+        folder: the run's.
+        console: to print on.
+        source: the pattern of the pretrained model that the run has started from, if it has.
+        keeps_latents: whether that model keeps latents, so that it can start no other pattern.
     """
     table = Table(title=f"{results['run_name']}  {results['layer_types']}", title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
@@ -92,7 +102,7 @@ def show_results(
     for name, path in paths:
         console.print(f"{name:<12} {path}")
     console.print("\nnext:", style="bold")
-    for line in _next_commands(results, folder, source):
+    for line in _next_commands(results, folder, source, keeps_latents):
         console.print(f"  {line}")
 
 
@@ -143,10 +153,13 @@ def _evaluation(figures: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:,.4f}" for name, value in scalar_figures(figures) if isinstance(value, float))
 
 
-def _next_commands(results: dict[str, Any], folder: RunFolder, source: SharingPlan | None = None) -> list[str]:
+def _next_commands(
+    results: dict[str, Any], folder: RunFolder, source: SharingPlan | None = None, keeps_latents: bool = False
+) -> list[str]:
     given = _as_train_takes_them(arguments_of_this_run())
     commands = [command("lckv.plan", [f"init.source={folder.path}"])]  # its sizes as well as its pattern
-    for name, other in _other_patterns(results["layer_types"], source)[:1]:
+    others = [] if keeps_latents else _other_patterns(results["layer_types"], source)
+    for name, other in others[:1]:
         again = [item for item in given if not item.lstrip("+").startswith(_OF_ONE_RUN)]
         again += [f"model.layer_types={other}", f"run_name={results['run_name']}_{name}"]
         commands.append(command("lckv.train", again))
