@@ -14,7 +14,7 @@ from typing import Any
 
 from lckv.errors import check_choice, check_whole_number
 from lckv.iteration import Iteration
-from lckv.layout import KVLayout, Latents, kv_layout
+from lckv.layout import PLANES, KVLayout, Latents, kv_layout
 from lckv.patterns import LayerPlan, Segment, SharingPlan, build_layer_types, parse_layer_types
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
@@ -77,10 +77,31 @@ class ModelSizes:
         """Width of the keys, and of the values."""
         return self.num_key_value_heads * self.head_dim
 
+    def latent_sizes(self, layer: LayerPlan) -> tuple[int, int, int] | None:
+        """What a layer makes keys of, and values, and the rotated numbers that keys have beside; `None` without."""
+        latents = self.latents_of(layer)
+        if latents is None:
+            return None
+        sizes = [size for name, size in latents.items() if name != PLANES]
+        return sizes[0], sizes[-1], 2 * len(latents.get(PLANES, ()))
+
     def latent_parameters(self, layer: LayerPlan) -> int:
         """Weights with which a layer makes keys and values of the latents that it reads."""
-        sizes = list((self.latents_of(layer) or {}).values())
-        return self.kv_size * (sizes[0] + sizes[-1]) if sizes else 0
+        latents = self.latent_sizes(layer)
+        if latents is None:
+            return 0
+        key_size, value_size, num_rotated = latents
+        made_of_pairs = self.num_key_value_heads * num_rotated
+        return self.num_unrotated(layer) * key_size + made_of_pairs + self.kv_size * value_size
+
+    def num_unrotated(self, layer: LayerPlan) -> int:
+        """How many numbers of a token's keys are made of what was not rotated when it was written, or are kept."""
+        return self.kv_size - 2 * self.num_key_value_heads * len(set(self.planes_of(layer.kv_source)))
+
+    def planes_of(self, owner: int) -> Sequence[int]:
+        """The rotary planes of what an owner rotates beside a latent."""
+        latents = self.kv_latents[owner] if self.kv_latents else None
+        return tuple((latents or {}).get(PLANES, ()))
 
 
 @dataclass(frozen=True)
@@ -189,7 +210,8 @@ def count_parameters(plan: SharingPlan, sizes: ModelSizes) -> int:
         # Norms and biases of keys and values are where these are made: by readers, if owners keep latents.
         makes_kv = layer.computes_kv if sizes.latents_of(layer) is None else True
         total += sizes.use_qk_norm * (1 + makes_kv) * sizes.head_dim
-        total += makes_kv * sizes.attention_bias * 2 * sizes.kv_size
+        total += makes_kv * sizes.attention_bias * (sizes.kv_size + sizes.num_unrotated(layer))
+        total += sizes.attention_bias * bool(sizes.planes_of(layer.layer_idx)) * written.get(layer.layer_idx, 0)
     return total
 
 
@@ -288,17 +310,27 @@ class _FlopCount:
     def _attention(self, layer: LayerPlan, num_keys: float, is_alone: bool = False) -> float:
         """Query and output projections, and each query head with what it reads: scores, and the sum of the values.
 
-        Where these are made of latents: once a token as many queries pass; by one that `is_alone`, keys of all that it
-        sees, while it sums up latents, and makes values of their sum.
+        Where these are made of latents: once a token as many queries pass. One that `is_alone` sums up latents, and
+        makes values of their sum, but keys of all that it sees, unless they are rotated already.
         """
-        sizes, latents = self.sizes, list((self.sizes.latents_of(layer) or {}).values())
+        sizes, latents = self.sizes, self.sizes.latent_sizes(layer)
         projections = 4 * sizes.query_size * sizes.hidden_size
         if latents and is_alone:
-            keys = 2 * latents[0] * sizes.kv_size * num_keys
-            summed = 2 * sizes.num_attention_heads * (sizes.head_dim + latents[-1]) * num_keys
-            return projections + keys + summed + 2 * latents[-1] * sizes.query_size
+            key_size, value_size, num_rotated = latents
+            from_sum = 2 * value_size * sizes.query_size
+            if num_rotated:  # the query goes to the latent, and not the keys to the query
+                width = key_size + num_rotated
+                attention = 2 * sizes.num_attention_heads * (width + value_size) * num_keys
+                return projections + attention + 2 * width * sizes.query_size + from_sum
+            keys = 2 * key_size * sizes.kv_size * num_keys
+            return (
+                projections
+                + keys
+                + from_sum
+                + (2 * sizes.num_attention_heads * (sizes.head_dim + value_size) * num_keys)
+            )
         if latents:
-            return projections + 2 * sizes.latent_parameters(layer) + 4 * sizes.query_size * num_keys
+            return projections + 2 * sizes.kv_size * sum(latents) + 4 * sizes.query_size * num_keys
         width = sum(stream.head_dim for stream in self._layout.reads(layer.layer_idx))
         return projections + 2 * sizes.num_attention_heads * width * num_keys
 

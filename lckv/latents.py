@@ -6,13 +6,14 @@ By arithmetic alone: no torch, no model. See [`lckv.models.latent_attention`] fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lckv.config.model import LatentConfig
 from lckv.errors import UserError
-from lckv.layout import KEY_LATENT, LATENT, VALUE_LATENT
+from lckv.layout import KEY_LATENT, LATENT, PLANES, VALUE_LATENT
 from lckv.patterns import SharingPlan
 
-STREAMS = {"joint": (LATENT,), "separate": (KEY_LATENT, VALUE_LATENT)}
+STREAMS = {"joint": (LATENT,), "separate": (KEY_LATENT, VALUE_LATENT), "decoupled_rope": (LATENT, PLANES)}
 """What an owner keeps, by the name of the kind."""
 
 
@@ -25,7 +26,8 @@ class LatentBudget:
         kind: a name in [`STREAMS`].
         owners: those that keep latents; the others keep keys and values.
         total: numbers of a token, in all of these owners together.
-        dims: of each latent, where it is given.
+        dims: of each latent, where it is given; of rotated pairs, two for each.
+        num_planes: rotary planes of a head.
     """
 
     plan: SharingPlan
@@ -33,44 +35,58 @@ class LatentBudget:
     owners: tuple[int, ...]
     total: int
     dims: tuple[int, ...] | None
+    num_planes: int
 
     @property
-    def uniform(self) -> list[dict[str, int] | None]:
+    def uniform(self) -> list[dict[str, Any] | None]:
         """The same sizes for every owner, one entry per decoder layer: `kv_latents` of a configuration."""
         streams = STREAMS[self.kind]
-        dims = self.dims or (max(1, self.total // len(self.owners) // len(streams)),) * len(streams)
-        sizes = dict(zip(streams, dims, strict=True))
-        return [dict(sizes) if layer in self.owners else None for layer in range(self.plan.num_hidden_layers)]
+        size = self.total // len(self.owners)
+        dims = self.dims or (max(1, size // len(streams)),) * len(streams)
+        latents: dict[str, Any] = dict(zip(streams, dims, strict=True))
+        if PLANES in latents:
+            num_pairs = latents[PLANES] // 2 if self.dims else max(1, size // 8)  # a quarter of all
+            latents[PLANES] = [index * self.num_planes // num_pairs for index in range(num_pairs)]
+            latents[LATENT] = self.dims[0] if self.dims else max(1, size - 2 * num_pairs)
+        return [dict(latents) if layer in self.owners else None for layer in range(self.plan.num_hidden_layers)]
 
 
-def latent_budget(latent: LatentConfig, plan: SharingPlan, kv_size: int, hidden_size: int) -> LatentBudget:
+def latent_budget(
+    latent: LatentConfig, plan: SharingPlan, num_key_value_heads: int, head_dim: int, hidden_size: int
+) -> LatentBudget:
     """What the `latent` group asks for.
 
     Args:
         latent: the group, with a name.
         plan: the pattern.
-        kv_size: numbers of a token's keys, and of its values.
+        num_key_value_heads: heads of keys, and of values.
+        head_dim: numbers of a head.
         hidden_size: of the model, which no latent can exceed.
 
     Raises:
         UserError: for sizes that are none or too large, and if no owner is left.
     """
-    streams = STREAMS[latent.name]
+    streams, kv_size = STREAMS[latent.name], num_key_value_heads * head_dim
     owners = tuple(owner for owner in plan.kv_owners if owner >= latent.skip_layers)
     if not owners:
         raise UserError(
             f"latent.skip_layers={latent.skip_layers}: leaves no layer that computes keys and values "
             f"({plan.layer_types}); allowed are 0 to {plan.kv_owners[-1]}"
         )
-    dims = None
-    if latent.dim is not None:
-        dims = tuple(latent.dim) if isinstance(latent.dim, list) else (latent.dim,) * len(streams)
-        most = min(hidden_size, kv_size if len(streams) == 2 else 2 * kv_size)
-        if len(dims) != len(streams):
-            raise UserError(
-                f"latent.dim={latent.dim}: has {len(dims)} sizes; latent={latent.name} keeps {', '.join(streams)}"
-            )
-        if not all(1 <= dim <= most for dim in dims):
-            raise UserError(f"latent.dim={latent.dim}: allowed are 1 to {most}, at which nothing is lost")
+    dims = None if latent.dim is None else _check_dims(latent, kv_size, hidden_size)
     per_owner = sum(dims) if dims else min(2 * kv_size / latent.ratio, hidden_size * len(streams))
-    return LatentBudget(plan, latent.name, owners, int(per_owner * len(owners)), dims)
+    return LatentBudget(plan, latent.name, owners, int(per_owner * len(owners)), dims, head_dim // 2)
+
+
+def _check_dims(latent: LatentConfig, kv_size: int, hidden_size: int) -> tuple[int, ...]:
+    """The size of each stream."""
+    streams, given = STREAMS[latent.name], f"latent.dim={latent.dim}"
+    dims = tuple(latent.dim) if isinstance(latent.dim, list) else (latent.dim,) * len(streams)
+    most = min(hidden_size, kv_size if len(streams) == 2 and PLANES not in streams else 2 * kv_size)
+    if len(dims) != len(streams):
+        raise UserError(f"{given}: has {len(dims)} sizes; latent={latent.name} keeps {', '.join(streams)}")
+    if not all(1 <= dim <= most for dim in dims):
+        raise UserError(f"{given}: allowed are 1 to {most}, at which nothing is lost")
+    if PLANES in streams and (dims[1] % 2 or dims[1] > kv_size):
+        raise UserError(f"{given}: what is rotated are pairs; allowed in its place are even sizes up to {kv_size}")
+    return dims

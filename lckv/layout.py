@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lckv.errors import UserError
 from lckv.patterns import SharingPlan
@@ -25,12 +26,15 @@ class Stream:
         head_dim: numbers of a head.
         is_rotated: whether it is rotated by the position of its token when it is written (RoPE), so that who moves a
             token has to rotate it again.
+        planes: where only the last numbers of a head are rotated, two for each of these rotary planes: first all real
+            parts, then all imaginary ones.
     """
 
     name: str
     num_heads: int
     head_dim: int
     is_rotated: bool = False
+    planes: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -98,6 +102,12 @@ class KVLayout:
         """What every owner keeps of a token."""
         return {store.owner: store.streams for store in self.stores}
 
+    @property
+    def rotates_keys_late(self) -> bool:
+        """Whether keys are made of some latent, so that their rotations are needed where they are read."""
+        streams = (stream for store in self.stores for stream in store.streams)
+        return any(stream.name in (LATENT, KEY_LATENT) and not stream.is_rotated for stream in streams)
+
     def store(self, owner: int) -> Store:
         """What layer `owner` keeps."""
         return self.stores[self.owners.index(owner)]
@@ -152,8 +162,20 @@ def build_layout(
 LATENT, KEY_LATENT, VALUE_LATENT = "latent", "key_latent", "value_latent"
 """Streams of which readers make their keys and values: one for both, or one for each."""
 
-Latents = Mapping[str, int]
-"""The latents that an owner keeps in the place of keys and values, by name: the numbers of a token."""
+PLANES = "rotated_planes"
+"""Beside a latent for both: the rotary plane of each rotated pair of numbers that the same stream ends with."""
+
+Latents = Mapping[str, Any]
+"""What an owner keeps in the place of keys and values: the size of each latent by its name, and planes."""
+
+
+def latent_streams(latents: Latents) -> tuple[Stream, ...]:
+    """The streams of an owner of latents."""
+    planes = tuple(latents.get(PLANES, ()))
+    sizes = {name: size for name, size in latents.items() if name != PLANES}
+    return tuple(
+        Stream(name, 1, size + 2 * len(planes), is_rotated=bool(planes), planes=planes) for name, size in sizes.items()
+    )
 
 
 def check_latents(kv_latents: Sequence[Latents | None], plan: SharingPlan) -> None:
@@ -172,9 +194,11 @@ def check_latents(kv_latents: Sequence[Latents | None], plan: SharingPlan) -> No
         given = f"kv_latents[{layer_idx}]={dict(latents)}"
         if layer_idx not in plan.kv_owners:
             raise UserError(f"{given}: layer {layer_idx} keeps nothing ({plan.layer_types}); allowed is null")
-        if tuple(latents) not in ((LATENT,), (KEY_LATENT, VALUE_LATENT)):
-            raise UserError(f"{given}: allowed are {LATENT}, or {KEY_LATENT} and {VALUE_LATENT}")
-        if min(latents.values()) < 1:
+        if tuple(latents) not in ((LATENT,), (LATENT, PLANES), (KEY_LATENT, VALUE_LATENT)):
+            raise UserError(
+                f"{given}: allowed are {LATENT}, perhaps with {PLANES}, or {KEY_LATENT} and {VALUE_LATENT}"
+            )
+        if min(size for name, size in latents.items() if name != PLANES) < 1:
             raise UserError(f"{given}: allowed are sizes of 1 or more")
     for layer in plan.layers:
         keeps, reads = layer.layer_idx, layer.kv_source
@@ -206,7 +230,7 @@ def kv_layout(
     streams: dict[int, Sequence[Stream]] = {}
     for owner in plan.kv_owners:
         latents = kv_latents[owner] if kv_latents else None
-        streams[owner] = [Stream(name, 1, size) for name, size in latents.items()] if latents else [keys, values]
+        streams[owner] = latent_streams(latents) if latents else (keys, values)
     return build_layout(
         streams,
         [[StreamSource(source, index) for index in range(len(streams[source]))] for source in plan.kv_source],

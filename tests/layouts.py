@@ -115,7 +115,11 @@ KINDS = {
     "latent-and-rotated-key": (RotatedLatentConfig, LatentAttention),
     "split": (SplitConfig, SplitAttention),
 }
-LATENTS = {"joint": {"latent": 11}, "separate": {"key_latent": 5, "value_latent": 9}}
+LATENTS = {
+    "joint": {"latent": 11},
+    "separate": {"key_latent": 5, "value_latent": 9},
+    "decoupled": {"latent": 7, "rotated_planes": [2, 0, 0]},
+}
 """What owners keep in models whose attention is the package's own."""
 
 
@@ -123,7 +127,9 @@ def latent_config(kind, layer_types, **kwargs):
     """A tiny configuration whose owners keep latents of unequal sizes."""
     plan = parse_layer_types(layer_types)
     sizes = [
-        {name: size + layer for name, size in LATENTS[kind].items()} if layer in plan.kv_owners else None
+        {name: size + layer if isinstance(size, int) else size for name, size in LATENTS[kind].items()}
+        if layer in plan.kv_owners
+        else None
         for layer in range(plan.num_hidden_layers)
     ]
     return tiny_config(layer_types, kv_latents=sizes, **kwargs)

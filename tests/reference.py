@@ -86,10 +86,26 @@ def _visible(layer, position, force_nodiag, window):
 
 def _project_latents(owner, hidden, position, inv_freq, reader):
     """A reader's keys and values, made of what an owner keeps of a token."""
-    kept = owner.self_attn.kv_a_proj(owner.input_layernorm(hidden)).split(owner.self_attn.sizes)
-    keys = reader.self_attn.k_b_proj(kept[0]).view(-1, reader.self_attn.head_dim)
-    values = reader.self_attn.v_b_proj(kept[-1]).view(-1, reader.self_attn.head_dim)
-    return _rotate(keys, position, inv_freq), values
+    own, attention = owner.self_attn, reader.self_attn
+    kept = own.kv_a_proj(owner.input_layernorm(hidden)).split(own.own_sizes)
+    if not own.own_planes:
+        keys = attention.k_b_proj(kept[0]).view(-1, attention.head_dim)
+        values = attention.v_b_proj(kept[-1]).view(-1, attention.head_dim)
+        return _rotate(keys, position, inv_freq), values
+    projection, planes, head_dim = attention.k_b_proj, list(own.own_planes), attention.head_dim
+    latent, pairs = kept[0].split([attention.v_b_proj.in_features, 2 * len(planes)])
+    pairs = torch.complex(*_rotate(pairs, position, inv_freq[planes]).chunk(2))
+    made = iter(projection.weight @ latent + (0 if projection.bias is None else projection.bias))
+    keys = torch.zeros(len(projection.rotated), head_dim)
+    for head, factors in enumerate(torch.complex(*projection.rotated.unbind(1))):
+        for index in range(head_dim):
+            plane = index % (head_dim // 2)
+            if plane in planes:
+                turned = sum(pairs[i] * factors[i] for i, each in enumerate(planes) if each == plane)
+                keys[head, index] = turned.real if index == plane else turned.imag
+            else:
+                keys[head, index] = next(made)
+    return keys, attention.v_b_proj(latent).view(-1, head_dim)
 
 
 def _project_kv(layer, hidden, position, inv_freq, reader=None):
@@ -103,6 +119,8 @@ def _project_kv(layer, hidden, position, inv_freq, reader=None):
 def _run_layer(layer, hidden, position, inv_freq, keys, values):
     attention = layer.self_attn
     queries = attention.q_proj(layer.input_layernorm(hidden)).view(-1, attention.head_dim)
+    if planes := getattr(attention, "planes", ()):  # others stay as they are
+        inv_freq = torch.stack([each if plane in planes else each * 0 for plane, each in enumerate(inv_freq)])
     queries = _rotate(queries, position, inv_freq)
     hidden = hidden + attention.o_proj(_attend(queries, keys, values, attention.scaling).flatten())
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

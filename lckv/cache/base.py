@@ -300,6 +300,7 @@ def describe_streams(stores: Mapping[int, Sequence[Stream]]) -> str:
         each = (
             f"{stream.num_heads} head{'s' * (stream.num_heads != 1)} of {stream.head_dim} "
             f"{'rotated ' * stream.is_rotated}{stream.name}"
+            f"{f' of planes {list(stream.planes)}' if stream.planes else ''}"
             for stream in streams
         )
         layers.setdefault(" and ".join(each), []).append(str(owner))

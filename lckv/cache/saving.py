@@ -100,7 +100,8 @@ def _check_model(path: Path, metadata: dict[str, Any], config: Any) -> None:
     given = config.kv_layout.streams
     if "streams" in metadata:  # files that do not say so have plain keys and values of the sizes above
         saved = {
-            int(owner): tuple(Stream(**each) for each in streams) for owner, streams in metadata["streams"].items()
+            int(owner): tuple(Stream(**each | {"planes": tuple(each.get("planes", ()))}) for each in streams)
+            for owner, streams in metadata["streams"].items()
         }
         if saved != given:
             raise UserError(

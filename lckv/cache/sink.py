@@ -20,6 +20,7 @@ from lckv.errors import UserError, check_whole_number
 from lckv.layout import Store
 from lckv.models.attention import apply_rotary
 from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.latent_attention import rotate_planes
 from lckv.models.padding import count_padding
 from lckv.models.positions import PositionEmbeddings
 from lckv.models.sharing_cache import Streams
@@ -41,10 +42,11 @@ class KeyRotation:
         self.config = config
         self._last: tuple[Any, PositionEmbeddings] | None = None
 
-    def __call__(self, key_states: torch.Tensor, shifts: list[int]) -> torch.Tensor:
+    def __call__(self, key_states: torch.Tensor, shifts: list[int], planes: tuple[int, ...] = ()) -> torch.Tensor:
         """Moves keys `(batch, num_heads, num_tokens, head_dim)` on by `shifts` positions, one for each row or all.
 
-        It is a pure rotation, computed in float32 or better: keys that are scaled as well (YaRN) stay so.
+        With `planes`, only what these rotate at its end. It is a pure rotation, computed in float32 or better: keys
+        that are scaled as well (YaRN) stay so.
         """
         if not any(shifts):
             return key_states
@@ -53,7 +55,9 @@ class KeyRotation:
         last = self._last  # read once: another thread may write it
         if last is None or last[0] != key:
             self._last = last = key, self._make_tables(shifts, dtype, key_states.device)
-        return apply_rotary(key_states.to(dtype), last[1]).to(key_states.dtype)
+        states = key_states.to(dtype)
+        moved = rotate_planes(states, last[1], planes) if planes else apply_rotary(states, last[1])
+        return moved.to(key_states.dtype)
 
     def forget_tables(self) -> None:
         """Frees the tables: the step is over."""
@@ -89,7 +93,9 @@ class Movable(KVLayer):
     def rotated(self, streams: Streams, shifts: list[int]) -> Streams:
         """These `(batch, num_heads, num_tokens, head_dim)`, the rotated ones moved on by `shifts` positions."""
         pairs = zip(self.store.streams, streams, strict=True)
-        return tuple(self.rotation(states, shifts) if stream.is_rotated else states for stream, states in pairs)
+        return tuple(
+            self.rotation(states, shifts, stream.planes) if stream.is_rotated else states for stream, states in pairs
+        )
 
     def rebase(self, offset: int) -> None:
         """Rotates the window, in place of the text's beginning, to count from token `offset`."""

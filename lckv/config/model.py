@@ -111,9 +111,12 @@ class LatentConfig(Group):
     """Latents in the place of keys and values (Multi-head Latent Attention), on top of whatever is shared.
 
     Attributes:
-        name: "joint": one latent for keys and values of an owner; "separate": one for each; "none": keys and values.
+        name: "joint": one latent for keys and values of an owner; "separate": one for each; "decoupled_rope": a latent
+            for values and for what of the keys is hardly rotated, and the rest of these in rotated pairs, which is
+            read as it is kept; "none": keys and values.
         ratio: how many times fewer numbers the owners keep of a token, all together.
-        dim: instead, how many numbers each latent has, such as 96; of separate ones also `[32,64]`, keys first.
+        dim: instead, how many numbers each latent has, such as 96; of separate ones also `[32,64]`, keys first; with
+            decoupled_rope `[64,32]`, the latent first.
         skip_layers: so many of the lowest layers keep keys and values.
     """
 

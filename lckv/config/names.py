@@ -17,8 +17,8 @@ CACHES = ("dynamic", "static", "sink", "paged", "quantized")
 NO_CACHE = "none"
 """In place of a cache's name: each forward pass has its own keys and values."""
 
-LATENTS = ("joint", "separate")
-"""What owners may keep in the place of keys and values: one latent for both, or one for each."""
+LATENTS = ("joint", "separate", "decoupled_rope")
+"""What owners may keep instead of keys and values: a latent for both, one for each, or rotated keys beside one."""
 
 NO_LATENT = "none"
 """In their place: keys and values."""

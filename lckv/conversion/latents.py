@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ from torch import Tensor
 from lckv.conversion.fitting import predictor
 from lckv.conversion.heads import Tensors, layer_prefix, read_finite
 from lckv.conversion.sensitivity import KEYS, VALUES, Sensitivity
-from lckv.layout import KEY_LATENT, LATENT, VALUE_LATENT
+from lckv.latents import LatentBudget
+from lckv.layout import KEY_LATENT, LATENT, PLANES, VALUE_LATENT
+from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan
 
 Place = tuple[int, str]
@@ -27,6 +31,12 @@ Place = tuple[int, str]
 
 _ROUNDING = 1e-10
 """Eigenvalues that are smaller, beside the largest, are none."""
+
+_MOST_TURNED = 2.0
+"""By how many radians a rotary plane may turn over a text whose keys are made as if it did not."""
+
+_STEPS = (8, 4, 2)
+"""Latents have sizes that one of these divides, the first that leaves room to choose: kernels want it so."""
 
 
 def sources_of(plan: SharingPlan, own: SharingPlan, owners: Iterable[int]) -> dict[int, tuple[int, ...]]:
@@ -50,6 +60,13 @@ class Factors:
     down: Tensor
     up: Mapping[Place, Tensor]
 
+    cost = 1
+    """Numbers of a token for each direction."""
+
+    def kept(self, count: int) -> Any:
+        """What a configuration says of the first `count` directions."""
+        return count
+
     def cut(self, size: int) -> Factors:
         """The most important `size` directions, in coordinates in which the rows of `down` are orthonormal.
 
@@ -60,100 +77,157 @@ class Factors:
         return Factors(self.losses[:size], rows.T, up)
 
 
-def factorize(
-    tensors: Tensors, owner: int, places: Sequence[Place], sensitivity: Sensitivity, ridge: float
-) -> Factors:
-    """The latent of layer `owner` from which these projections of the source are made with the least loss.
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of numbers of which keys are made within one rotary plane each, the most important first; all complex.
 
-    Raises:
-        UserError: if a weight is not finite.
+    Attributes:
+        losses: what is lost without each pair, `(count,)`, in falling order.
+        planes: the plane of each.
+        down: from the layer's input to the pair, `(count, hidden_size)`.
+        bias: of the pair, `(count,)`.
+        up: for each layer of the source, the factors of its heads, `(num_kv_heads, count)`.
     """
-    moments = sensitivity.moments[owner]
-    root, inverse = roots(moments[owner, owner])
-    maps, weighted = [], []
-    for place in places:
-        layer, name = place
-        weight = read_finite(tensors, f"{layer_prefix(layer)}{name}.weight").double()
-        if layer != owner:  # as well as it can be told from this layer's input
-            weight = weight @ predictor(moments, layer, owner, ridge)
-        maps.append(weight)
-        weighted.append(roots(sensitivity.gradients[place])[0] @ weight)
-    _, values, directions = torch.linalg.svd(torch.cat(weighted) @ root, full_matrices=False)
-    # With C^1/2 v as encoder's dual, M C^1/2 v is the best decoder of the latent v^T C^-1/2 x.
-    decoder = root @ directions.T
-    sizes = [len(weight) for weight in maps]
-    up = (torch.cat(maps) @ decoder).split(sizes)
-    return Factors(values.square(), directions @ inverse, dict(zip(places, up, strict=True)))
 
+    losses: Tensor
+    planes: list[int]
+    down: Tensor
+    bias: Tensor
+    up: Mapping[int, Tensor]
 
-def roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root of a covariance `(n, n)`, and its inverse; directions without variance are given very little."""
-    values, vectors = torch.linalg.eigh(covariance.double())
-    values = values.clamp(min=max(float(values[-1]), torch.finfo(torch.float64).tiny) * _ROUNDING)
-    return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+    cost = 2
+    """Numbers of a token for each pair."""
 
-
-def allot(losses: Mapping[Place, Tensor], total: int) -> dict[Place, int]:
-    """How many directions each latent keeps, at least one, so that `total` are kept and the least is lost."""
-    kept = dict.fromkeys(losses, 1)
-    rest = sorted(((float(loss), key) for key, each in losses.items() for loss in each[1:]), key=lambda pair: -pair[0])
-    for _, key in rest[: max(0, total - len(kept))]:
-        kept[key] += 1
-    return kept
-
-
-MADE_OF: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "joint": {LATENT: (KEYS, VALUES)},
-    "separate": {KEY_LATENT: (KEYS,), VALUE_LATENT: (VALUES,)},
-}
-"""The latents of each kind, and what is made of them."""
+    def kept(self, count: int) -> Any:
+        """What a configuration says of the first `count` pairs."""
+        return self.planes[:count]
 
 
 class LatentFit:
     """All latents of a model: their factors, and the tensors of a model that keeps so many directions of each.
 
     Args:
-        kind: "joint" or "separate".
+        budget: which owners keep what kind of latents, and how much.
         tensors: of the source.
-        plan: the pattern of the model to make.
-        own: the source's.
-        groups: the owners that are to keep latents, each with the layers of the source of which it makes them.
+        config: the source's.
+        groups: for these owners, the layers of the source of which latents are made; see [`sources_of`].
         sensitivity: of the source.
         ridge: see [`lckv.conversion.fitting.predictor`].
+        num_unturned: so many of the slowest rotary planes may be taken for planes that do not turn, where rotated keys
+            are kept beside the latent.
     """
 
     def __init__(
         self,
-        kind: str,
+        budget: LatentBudget,
         tensors: Tensors,
-        plan: SharingPlan,
-        own: SharingPlan,
+        config: LCKVLlamaConfig,
         groups: Mapping[int, Sequence[int]],
         sensitivity: Sensitivity,
         ridge: float,
+        num_unturned: int = 0,
     ) -> None:
-        self.tensors, self.plan, self.own = tensors, plan, own
-        self.factors: dict[Place, Factors] = {}
-        for owner, sources in groups.items():
-            for stream, names in MADE_OF[kind].items():
-                places = [(layer, name) for layer in sources for name in names]
-                self.factors[owner, stream] = factorize(tensors, owner, places, sensitivity, ridge)
+        self.budget, self.tensors, self.config, self.groups = budget, tensors, config, groups
+        self.plan, self.own = budget.plan, config.sharing_plan
+        self.sensitivity, self.ridge = sensitivity, ridge
+        assert config.head_dim is not None
+        num_heads, half = config.num_key_value_heads or 1, config.head_dim // 2
+        num_pairs = budget.dims[1] // 2 if budget.dims and PLANES in FITS[budget.kind] else 0
+        self.turning = max(half - num_unturned, -(-num_pairs // num_heads))  # planes enough for those asked for
+        # Rows of the key projection in planes that do not turn, `(num_kv_heads, 2 * num_unturned)`.
+        unturned = [part + plane for part in (0, half) for plane in range(self.turning, half)]
+        heads = torch.arange(num_heads)[:, None] * config.head_dim
+        self.unturned = heads + torch.tensor(unturned, dtype=torch.int64)
+        self.factors: dict[Place, Factors | Pairs] = {}
+        for owner in groups:
+            for stream, fit in FITS[budget.kind].items():
+                self.factors[owner, stream] = fit(self, owner)
 
-    def sizes(self, total: int) -> list[dict[str, int] | None]:
-        """`kv_latents` of a model that keeps `total` numbers of a token, in all layers together."""
-        kept = allot({place: factors.losses for place, factors in self.factors.items()}, total)
-        latents: list[dict[str, int] | None] = [None] * self.plan.num_hidden_layers
-        for owner, stream in self.factors:
-            latents[owner] = (latents[owner] or {}) | {stream: kept[owner, stream]}
+    def sizes(self) -> list[dict[str, Any] | None]:
+        """`kv_latents` of a model that keeps what the budget allows."""
+        if self.budget.dims is None:
+            kept = allot(self.factors, self.budget.total)
+        else:
+            dims = dict(zip(FITS[self.budget.kind], self.budget.dims, strict=True))
+            kept = {place: dims[place[1]] // factors.cost for place, factors in self.factors.items()}
+        latents: list[dict[str, Any] | None] = [None] * self.plan.num_hidden_layers
+        for (owner, stream), factors in self.factors.items():
+            latents[owner] = (latents[owner] or {}) | {stream: factors.kept(kept[owner, stream])}
         return latents
 
-    def make(self, kv_latents: Sequence[Mapping[str, int] | None], owner: int) -> dict[str, Tensor]:
+    def factorize(self, owner: int, names: Sequence[str], key_rows: Tensor | None = None) -> Factors:
+        """The latent of layer `owner` from which these projections of its sources are made with the least loss.
+
+        Of keys only some rows, if they are given.
+
+        Raises:
+            UserError: if a weight is not finite.
+        """
+        root, inverse = roots(self.sensitivity.moments[owner][owner, owner])
+        places = [(layer, name) for layer in self.groups[owner] for name in names]
+        maps, weighted = [], []
+        for layer, name in places:
+            weight, gradients = self._map(owner, layer, name), self.sensitivity.gradients[layer, name]
+            if name == KEYS and key_rows is not None:
+                weight, gradients = weight[key_rows], gradients[key_rows][:, key_rows]
+            maps.append(weight)
+            weighted.append(roots(gradients)[0] @ weight)
+        _, values, directions = torch.linalg.svd(torch.cat(weighted) @ root, full_matrices=False)
+        # With C^1/2 v as encoder's dual, M C^1/2 v is the best decoder of the latent v^T C^-1/2 x.
+        up = (torch.cat(maps) @ root @ directions.T).split([len(weight) for weight in maps])
+        return Factors(values.square(), directions @ inverse, dict(zip(places, up, strict=True)))
+
+    def pair(self, owner: int) -> Pairs:
+        """Of every turning plane, the pairs of numbers of which all heads' keys in it are made with the least loss.
+
+        The keys of all heads in one plane are complex numbers that one rotation turns alike, so that they can be mixed
+        before or after. The error of a score is the real part of a product, half of it in the mean over angles.
+        """
+        root, inverse = (each.to(torch.complex128) for each in roots(self.sensitivity.moments[owner][owner, owner]))
+        layers, found = self.groups[owner], []
+        maps = {layer: self._in_planes(self._map(owner, layer, KEYS)) for layer in layers}
+        biases = {layer: self._in_planes(self._bias(layer)[:, None])[..., 0] for layer in layers}
+        for plane in range(self.turning):
+            grams = [self._gram(layer, plane) for layer in layers]
+            halves = [roots(gram)[0] for gram in grams]
+            weighted = torch.cat([half @ maps[layer][:, plane] for half, layer in zip(halves, layers, strict=True)])
+            _, values, directions = torch.linalg.svd(weighted @ root, full_matrices=False)
+            for value, direction in zip(values, directions, strict=True):
+                down = direction @ inverse
+                up = {layer: maps[layer][:, plane] @ root @ direction.conj() for layer in layers}
+                # What of the bias lies in this direction, as the loss measures it.
+                products = [gram @ up[layer] for gram, layer in zip(grams, layers, strict=True)]
+                size = sum((each.conj() @ up[layer]).real for each, layer in zip(products, layers, strict=True))
+                bias = sum(each.conj() @ biases[layer][:, plane] for each, layer in zip(products, layers, strict=True))
+                found.append((value.square() / 2, plane, down, bias / size, up))
+        found.sort(key=lambda each: -float(each[0]))
+        losses, planes, downs, all_biases, ups = zip(*found, strict=True)
+        scales = torch.stack(downs).norm(dim=1, keepdim=True)  # all pairs are read from directions of length one
+        return Pairs(
+            torch.stack(losses),
+            list(planes),
+            torch.stack(downs) / scales,
+            torch.stack(all_biases) / scales[:, 0],
+            {layer: torch.stack([up[layer] for up in ups], dim=1) * scales[:, 0] for layer in layers},
+        )
+
+    def make(self, kv_latents: Sequence[Mapping[str, Any] | None], owner: int) -> dict[str, Tensor]:
         """The tensors of an owner and its readers, under the names that the model has for them."""
         latents = kv_latents[owner]
         assert latents is not None
-        dtype = self.tensors[f"{layer_prefix(owner)}{KEYS}.weight"].dtype
-        cut = {stream: self.factors[owner, stream].cut(size) for stream, size in latents.items()}
-        made = {f"{layer_prefix(owner)}kv_a_proj.weight": torch.cat([each.down for each in cut.values()])}
+        cut, prefix = {}, layer_prefix(owner)
+        for stream, size in latents.items():
+            if isinstance(factors := self.factors[owner, stream], Factors):
+                cut[stream] = factors.cut(size)
+        down = [each.down for each in cut.values()]
+        pairs, count = self.factors.get((owner, PLANES)), len(latents.get(PLANES, ()))
+        made: dict[str, Tensor] = {}
+        if isinstance(pairs, Pairs):
+            down.append(as_rows(pairs.down[:count]))
+            if self.config.attention_bias:
+                zeros = torch.zeros(latents[LATENT], dtype=torch.float64)
+                made[f"{prefix}kv_a_proj.bias"] = torch.cat([zeros, as_rows(pairs.bias[:count])])
+        made[f"{prefix}kv_a_proj.weight"] = torch.cat(down)
         for reader in (layer.layer_idx for layer in self.plan.readers(owner)):
             source, prefix = self.own.kv_source[reader], layer_prefix(reader)
             for factors in cut.values():
@@ -163,4 +237,103 @@ class LatentFit:
             for name in ("k_proj.bias", "v_proj.bias", "k_norm.weight"):
                 if (of_source := layer_prefix(source) + name) in self.tensors:
                     made[prefix + name.replace("_proj", "_b_proj")] = self.tensors[of_source]
+            if isinstance(pairs, Pairs):
+                made |= self._beside_pairs(made, prefix, pairs, count, source)
+        dtype = self.tensors[f"{layer_prefix(owner)}{KEYS}.weight"].dtype
         return {name: tensor.to(dtype).contiguous() for name, tensor in made.items()}
+
+    def _beside_pairs(
+        self, made: Mapping[str, Tensor], prefix: str, pairs: Pairs, count: int, source: int
+    ) -> dict[str, Tensor]:
+        """A reader's keys of pairs, and of the latent in all planes that have none: zero in those that turn."""
+        factors, half = pairs.up[source][:, :count], self.turning + self.unturned.shape[1] // 2
+        free = [row for row in range(2 * half) if row % half not in pairs.planes[:count]]
+        name = f"{prefix}k_b_proj.weight"
+        weight = made[name].new_zeros(len(factors), 2 * half, made[name].shape[1])
+        weight.flatten(0, 1)[self.unturned.flatten()] = made[name]
+        keys = {name: weight[:, free].flatten(0, 1)}
+        keys[f"{prefix}k_b_proj.rotated"] = torch.stack([factors.real, factors.imag], dim=1)
+        if (name := f"{prefix}k_b_proj.bias") in made:
+            is_unturned = torch.tensor([row % half >= self.turning for row in range(2 * half)])
+            keys[name] = (made[name].unflatten(0, (-1, 2 * half)) * is_unturned)[:, free].flatten()
+        return keys
+
+    def _map(self, owner: int, layer: int, name: str) -> Tensor:
+        """From the owner's input to what a projection of a layer gives, as well as it can be told, in float64."""
+        weight = read_finite(self.tensors, f"{layer_prefix(layer)}{name}.weight").double()
+        if layer == owner:
+            return weight
+        return weight @ predictor(self.sensitivity.moments[owner], layer, owner, self.ridge)
+
+    def _bias(self, layer: int) -> Tensor:
+        """Of the keys, `(kv_size,)` in float64."""
+        name = f"{layer_prefix(layer)}k_proj.bias"
+        if name in self.tensors:
+            return read_finite(self.tensors, name).double()
+        return torch.zeros(len(self.tensors[f"{layer_prefix(layer)}k_proj.weight"]), dtype=torch.float64)
+
+    def _in_planes(self, rows: Tensor) -> Tensor:
+        """`(kv_size, n)` as complex `(num_kv_heads, head_dim / 2, n)`."""
+        real, imaginary = rows.unflatten(0, (self.config.num_key_value_heads or 1, 2, -1)).unbind(1)
+        return torch.complex(real.contiguous(), imaginary.contiguous())
+
+    def _gram(self, layer: int, plane: int) -> Tensor:
+        """The mean of `g g^H` of the keys' gradients in one plane, `(num_kv_heads, num_kv_heads)`, complex."""
+        gram, half = self.sensitivity.gradients[layer, KEYS], self.turning + self.unturned.shape[1] // 2
+        real = torch.arange(self.config.num_key_value_heads or 1) * 2 * half + plane
+        imaginary = real + half
+        return torch.complex(
+            gram[real][:, real] + gram[imaginary][:, imaginary], gram[imaginary][:, real] - gram[real][:, imaginary]
+        )
+
+
+FITS: Mapping[str, Mapping[str, Any]] = {
+    "joint": {LATENT: partial(LatentFit.factorize, names=(KEYS, VALUES))},
+    "separate": {
+        KEY_LATENT: partial(LatentFit.factorize, names=(KEYS,)),
+        VALUE_LATENT: partial(LatentFit.factorize, names=(VALUES,)),
+    },
+    "decoupled_rope": {
+        LATENT: lambda fit, owner: fit.factorize(owner, (KEYS, VALUES), fit.unturned.flatten()),
+        PLANES: LatentFit.pair,
+    },
+}
+"""What owners keep, by the kind of latents, and what finds it."""
+
+
+def num_unturned_planes(frequencies: Tensor, seq_length: int) -> int:
+    """How many rotary planes, of frequencies `(head_dim / 2,)`, do not turn far over a text of so many tokens."""
+    return int((frequencies * seq_length < _MOST_TURNED).sum())
+
+
+def as_rows(values: Tensor) -> Tensor:
+    """Complex `(count, ...)` as real parts and then imaginary ones, `(2 * count, ...)`."""
+    return torch.cat([values.real, values.imag])
+
+
+def roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of a covariance `(n, n)`, and its inverse; directions without variance are given very little."""
+    values, vectors = torch.linalg.eigh(covariance if covariance.is_complex() else covariance.double())
+    largest = float(values[-1:].sum())  # of none, zero
+    values = values.clamp(min=max(largest, torch.finfo(torch.float64).tiny) * _ROUNDING)
+    return (vectors * values.sqrt()) @ vectors.mH, (vectors / values.sqrt()) @ vectors.mH
+
+
+def allot(factors: Mapping[Place, Factors | Pairs], total: int) -> dict[Place, int]:
+    """How many directions each latent keeps, so that no more than `total` numbers are kept and the least is lost.
+
+    They are kept by eight numbers at a time, or fewer where that would leave too little choice; each keeps some.
+    """
+    step = next((step for step in _STEPS if 2 * step * len(factors) <= total), 1)
+    counts = {place: max(1, step // each.cost) for place, each in factors.items()}
+    chunks = [
+        (float(chunk.sum()) / chunk.numel() / factors[place].cost, index, place, chunk.numel())
+        for place, count in counts.items()
+        for index, chunk in enumerate(factors[place].losses.split(count))
+    ]
+    kept, left = dict.fromkeys(factors, 0), total
+    for _, _, place, count in sorted(chunks, key=lambda chunk: (chunk[1] > 0, -chunk[0])):  # first one of each
+        if count * factors[place].cost <= left or kept[place] == 0:
+            kept[place] += count
+            left -= count * factors[place].cost
+    return kept

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, cache_utils
 
 from lckv.errors import UserError
-from lckv.layout import KVLayout, check_latents, kv_layout
+from lckv.layout import PLANES, KVLayout, check_latents, kv_layout
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 # Older transformers have no cache layer for decoder layers without KV of their own. There, "moe" is the one name that
@@ -39,7 +39,8 @@ class LCKVLlamaConfig(LlamaConfig):
         use_qk_norm: whether each head's queries and keys are normalised before they are rotated, as in Qwen3.
         kv_latents: for every decoder layer, the latents that it keeps in the place of keys and values (MLA), such as
             `{"latent": 96}` or `{"key_latent": 32, "value_latent": 64}`; `None` for keys and values, in a layer or in
-            all, and for layers that compute neither.
+            all, and for layers that compute neither. `{"latent": 64, "rotated_planes": [0, 3, 3]}` has a rotated key
+            beside the latent, of a pair of numbers for each of these rotary planes; other planes are not rotated.
 
     Raises:
         UserError: for a bad `layer_types` string and values out of range.
@@ -58,7 +59,7 @@ class LCKVLlamaConfig(LlamaConfig):
     force_nodiag: bool = False
     attention_output_bias: bool | None = None
     use_qk_norm: bool = False
-    kv_latents: list[dict[str, int] | None] | None = None
+    kv_latents: list[dict[str, Any] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.layer_types, str):
@@ -79,6 +80,8 @@ class LCKVLlamaConfig(LlamaConfig):
             raise UserError(f"sliding_window={self.sliding_window}: allowed is 1 or more")
         if self.kv_latents is not None:
             check_latents(self.kv_latents, plan)
+            if self.use_qk_norm and any(PLANES in (latents or {}) for latents in self.kv_latents):
+                raise UserError(f"use_qk_norm=True: normalised keys are no sum; allowed are latents without {PLANES}")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -102,7 +105,7 @@ class LCKVLlamaConfig(LlamaConfig):
         heads, head_dim = self.num_key_value_heads, self.head_dim
         return kv_layout(self.sharing_plan, heads, head_dim, self.sliding_window, self.kv_latents)
 
-    def latents_of(self, layer_idx: int) -> dict[str, int] | None:
+    def latents_of(self, layer_idx: int) -> dict[str, Any] | None:
         """The latents that layer `layer_idx` reads; `None` if it reads keys and values."""
         return self.kv_latents[self.sharing_plan.kv_source[layer_idx]] if self.kv_latents else None
 

@@ -6,6 +6,15 @@
 A latent is not rotated, as no projection could undo that: a rotation mixes what `k_b_proj` gives, by the position of
 the token. So keys are made anew for all tokens in sight whenever they are read. Values need not be: their weighted sum
 is the projection of the latents' weighted sum, which is what a decoding step computes.
+
+With `rotated_planes`, keys need not be made either:
+
+    kept          c, z = kv_a_proj(x), and z is rotated: a pair of numbers for each of these planes, in one stream
+    read          k = k_b_proj(c, z)                  v = v_b_proj(c)       q is rotated in these planes alone
+
+`k_b_proj` gives keys of z in the rotated planes, each pair in its own, where heads turn and scale it, which a rotation
+does not notice; and keys of c in the others. So the score q k is that of the query, sent through this projection, with
+what is kept: this is attention with a single head of keys (c, z) and of values c, as DeepSeek's kernels compute it.
 """
 
 from __future__ import annotations
@@ -16,6 +25,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lckv.layout import PLANES, latent_streams
 from lckv.models.attention import LCKVAttention, apply_rotary
 from lckv.models.masks import VisibleKeys
 from lckv.models.positions import PositionEmbeddings
@@ -32,34 +42,66 @@ class LatentAttention(LCKVAttention):
 
     def add_projections(self, computes_kv: bool) -> None:
         """Makes the projections to the latents that the layer keeps, and from those that it reads."""
-        config = self.config
+        config, bias = self.config, self.config.attention_bias
         read = config.latents_of(self.layer_idx)
         assert read is not None and config.kv_latents is not None
         if computes_kv:
-            self.sizes = list((config.kv_latents[self.layer_idx] or {}).values())
-            self.kv_a_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
-        key_size, *_, value_size = [*read.values(), *read.values()]  # the same one twice if it serves both
-        self.k_b_proj = nn.Linear(key_size, self.kv_size, bias=config.attention_bias)
-        self.v_b_proj = nn.Linear(value_size, self.kv_size, bias=config.attention_bias)
+            own = config.kv_latents[self.layer_idx] or {}
+            self.own_planes = tuple(own.get(PLANES, ()))
+            self.own_sizes = [stream.head_dim for stream in latent_streams(own)]
+            has_bias = bias and bool(self.own_planes)  # what is rotated is so with its bias
+            self.kv_a_proj = nn.Linear(config.hidden_size, sum(self.own_sizes), bias=has_bias)
+        self.planes = tuple(read.get(PLANES, ()))
+        sizes = [size for name, size in read.items() if name != PLANES]
+        self.k_b_proj: nn.Linear | PlaneProjection
+        if self.planes:
+            num_heads = self.kv_size // self.head_dim
+            self.k_b_proj = PlaneProjection(sizes[0], self.planes, num_heads, self.head_dim, bias)
+        else:
+            self.k_b_proj = nn.Linear(sizes[0], self.kv_size, bias=bias)
+        self.v_b_proj = nn.Linear(sizes[-1], self.kv_size, bias=bias)
         if config.use_qk_norm:
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def write(self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings) -> Streams:
-        """Computes the latents of these tokens, each `(batch, 1, q_len, size)`."""
-        latents = self.kv_a_proj(hidden_states).split(self.sizes, dim=-1)
-        return tuple(latent[:, None] for latent in latents)
+        """Computes the latents of these tokens, each `(batch, 1, q_len, size)`, with what is rotated at their ends."""
+        latents = [latent[:, None] for latent in self.kv_a_proj(hidden_states).split(self.own_sizes, dim=-1)]
+        if self.own_planes:
+            latents = [rotate_planes(latents[0], position_embeddings, self.own_planes)]
+        return tuple(latents)
+
+    def rotate_queries(self, query_states: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
+        """Rotates queries `(batch, num_heads, q_len, head_dim)`, in the planes in which keys are rotated."""
+        if self.planes:
+            position_embeddings = only_planes(position_embeddings, self.planes)
+        return apply_rotary(query_states, position_embeddings)
 
     def keys_and_values(self, streams: Streams, visible_keys: VisibleKeys) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys `(batch, num_kv_heads, kv_len, head_dim)`, and values like them or the latents that they come from."""
+        """Keys `(batch, num_kv_heads, kv_len, head_dim)`, and values like them; or the latents in their places."""
         key_latent, value_latent = streams[0], streams[-1]
+        if self.planes:
+            value_latent = key_latent[..., : self.v_b_proj.in_features]
+            if self._absorbs(visible_keys):
+                return key_latent, value_latent
         key_states = self._split_heads(self.k_b_proj(key_latent[:, 0]))
         if self.config.use_qk_norm:
             key_states = self.k_norm(key_states)
-        assert visible_keys.key_rotation is not None
-        key_states = apply_rotary(key_states, visible_keys.key_rotation)
+        if not self.planes:
+            assert visible_keys.key_rotation is not None
+            key_states = apply_rotary(key_states, visible_keys.key_rotation)
         if self._absorbs(visible_keys):
             return key_states, value_latent
         return key_states, self._split_heads(self.v_b_proj(value_latent[:, 0]))
+
+    def to_keys(self, query_states: torch.Tensor, visible_keys: VisibleKeys) -> torch.Tensor:
+        """Queries for what `keys_and_values` gave: `(batch, num_heads, q_len, head_dim)`, or for latents, their width.
+
+        A bias of the keys adds the same to all scores of a query, which softmax does not notice.
+        """
+        if not (isinstance(self.k_b_proj, PlaneProjection) and self._absorbs(visible_keys)):
+            return query_states
+        weight = self.k_b_proj.matrix().unflatten(0, (-1, self.head_dim))  # (num_kv_heads, head_dim, width)
+        return (query_states.unflatten(1, (len(weight), -1)) @ weight[:, None]).flatten(1, 2)
 
     def from_values(self, attn_output: torch.Tensor, visible_keys: VisibleKeys) -> torch.Tensor:
         """Weighted sums of values, `(batch, q_len, num_heads, head_dim)`, from those of values or of latents."""
@@ -73,7 +115,7 @@ class LatentAttention(LCKVAttention):
         return values.flatten(2, 3)
 
     def _absorbs(self, visible_keys: VisibleKeys) -> bool:
-        """Whether latents are summed up, which pays for a single query, where values would be needed of all tokens.
+        """Whether latents are read as they are, which pays for a single query, for which all tokens' would be made.
 
         Not where a query may see nothing: its sum has to be zero, without the bias of the values.
         """
@@ -86,4 +128,71 @@ class LatentAttention(LCKVAttention):
         )
 
 
-__all__ = ["LatentAttention"]
+class PlaneProjection(nn.Module):
+    """From a latent, and rotated pairs of numbers behind it, to the keys of all heads.
+
+    A pair goes to its own rotary plane, as a complex number that each head multiplies by one of its own: this commutes
+    with rotations. The latent goes to the planes that are not rotated.
+
+    Attributes:
+        weight: of the latent, `(num_heads * num_unrotated, size)`.
+        rotated: real and imaginary parts of the heads' factors, `(num_heads, 2, num_pairs)`.
+        bias: of what is made of the latent, `(num_heads * num_unrotated,)`, or `None`.
+    """
+
+    def __init__(self, size: int, planes: tuple[int, ...], num_heads: int, head_dim: int, bias: bool) -> None:
+        super().__init__()
+        half = head_dim // 2
+        self.planes, self.head_dim = planes, head_dim
+        self.unrotated = [index for index in range(head_dim) if index % half not in planes]
+        num_rows = num_heads * len(self.unrotated)
+        self.weight = nn.Parameter(torch.empty(num_rows, size))
+        self.rotated = nn.Parameter(torch.empty(num_heads, 2, len(planes)))
+        self.bias = nn.Parameter(torch.zeros(num_rows)) if bias else None
+        for parameter in (self.weight, self.rotated):
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        """From `(..., size + 2 * num_pairs)`, real parts of the pairs first, to `(..., num_heads * head_dim)`."""
+        bias = None if self.bias is None else self._place(self.bias[:, None]).flatten()
+        return nn.functional.linear(stream, self.matrix(), bias)
+
+    def matrix(self) -> torch.Tensor:
+        """The projection as a matrix, `(num_heads * head_dim, size + 2 * num_pairs)`."""
+        num_pairs, half = len(self.planes), self.head_dim // 2
+        real, imaginary = self.rotated.unbind(1)
+        rows = [plane + part for part in (0, half) for plane in (*self.planes, *self.planes)]
+        columns = [*range(2 * num_pairs), *range(2 * num_pairs)]
+        factors = torch.cat([real, -imaginary, imaginary, real], dim=1)  # of a real part in the real one, and so on
+        pairs = factors.new_zeros(len(factors), self.head_dim, 2 * num_pairs)
+        pairs[:, rows, columns] = factors
+        return torch.cat([self._place(self.weight), pairs.flatten(0, 1)], dim=1)
+
+    def _place(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(num_heads * num_unrotated, n)` among zeros, `(num_heads * head_dim, n)`."""
+        num_heads = len(self.rotated)
+        placed = rows.new_zeros(num_heads, self.head_dim, rows.shape[1])
+        placed[:, self.unrotated] = rows.unflatten(0, (num_heads, len(self.unrotated)))
+        return placed.flatten(0, 1)
+
+
+def rotate_planes(
+    states: torch.Tensor, position_embeddings: PositionEmbeddings, planes: tuple[int, ...]
+) -> torch.Tensor:
+    """Rotates the last `2 * len(planes)` numbers of `(batch, num_heads, q_len, size)`, each pair by its plane."""
+    num_rotated = 2 * len(planes)
+    columns = [*planes, *planes]
+    cos, sin = (table[..., columns] for table in position_embeddings)
+    kept, rotated = states.split([states.shape[-1] - num_rotated, num_rotated], dim=-1)
+    return torch.cat([kept, apply_rotary(rotated, (cos, sin))], dim=-1)
+
+
+def only_planes(position_embeddings: PositionEmbeddings, planes: tuple[int, ...]) -> PositionEmbeddings:
+    """Cosines and sines that leave other planes where they are, scaled as the rotary embedding scales all (YaRN)."""
+    cos, sin = position_embeddings
+    is_rotated = torch.zeros(cos.shape[-1], dtype=torch.bool, device=cos.device)
+    is_rotated[[plane + half for plane in planes for half in (0, cos.shape[-1] // 2)]] = True
+    return torch.where(is_rotated, cos, cos.square() + sin.square()), torch.where(is_rotated, sin, 0.0)
+
+
+__all__ = ["LatentAttention", "PlaneProjection", "only_planes", "rotate_planes"]

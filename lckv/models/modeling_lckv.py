@@ -164,10 +164,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             trace=trace,
         )
         run = self._run_token_by_token if is_sequential else self._run_at_once
-        has_latents = self.config.kv_latents is not None  # keys made of which are rotated when they are read
-        hidden_states = run(
-            stack, inputs_embeds, attention_mask, document_ids, num_outputs, positions if has_latents else None
-        )
+        read_late = positions if self.layout.rotates_keys_late else None
+        hidden_states = run(stack, inputs_embeds, attention_mask, document_ids, num_outputs, read_late)
         return self._outputs(trace, self.norm(hidden_states), past_key_values if use_cache else None)
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:

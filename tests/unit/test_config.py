@@ -25,7 +25,7 @@ from lckv.config import (
 from lckv.config.cache import cache_options
 from lckv.config.data import SMALLEST_BPE, SPECIAL_TOKENS
 from lckv.config.evaluation import EVALUATIONS
-from lckv.conversion.latents import MADE_OF
+from lckv.conversion.latents import FITS
 from lckv.conversion.methods import METHODS
 from lckv.data.sources import SOURCES
 from lckv.errors import UserError
@@ -95,7 +95,7 @@ def test_what_is_known_of_names_before_torch_is_what_is_registered_behind_it():
         (names.CACHES, CACHES),
         (names.METHODS, METHODS),
         (names.LATENTS, STREAMS),
-        (names.LATENTS, MADE_OF),
+        (names.LATENTS, FITS),
         (names.OPTIMIZERS, OPTIMIZERS),
         (names.SCHEDULES, SCHEDULES),
         (names.SOURCES, SOURCES),
