@@ -122,12 +122,3 @@ def run_evaluations(
         else:
             # Some have a batch size of their own.
             yield name, figures | {"settings": common | asdict(getattr(config, name))}
-
-
-def scalar_figures(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yields the numbers among an evaluation's figures, those of nested mappings with their path as the name."""
-    for name, value in figures.items():
-        if isinstance(value, Mapping) and name != "settings":
-            yield from scalar_figures(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{name}", value

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lckv.errors import UserError
-from lckv.evaluation.evaluations import scalar_figures
 from lckv.storage import locked, write_json
 
 
@@ -105,6 +104,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def scalar_figures(figures: Mapping[str, Any], prefix: str = "", separator: str = "/") -> Iterator[tuple[str, float]]:
+    """Yields the numbers among an evaluation's figures, those of nested mappings with their path as the name.
+
+    The settings that are noted with them are none.
+    """
+    for name, value in figures.items():
+        if isinstance(value, Mapping) and name != "settings":
+            yield from scalar_figures(value, f"{prefix}{name}{separator}", separator)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
 
 
 def show_results(results: Mapping[str, Any], path: Path, console: Console) -> None:

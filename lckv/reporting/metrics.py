@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from scipy import stats
 
 from lckv.errors import UserError, check_choice
+from lckv.evaluation.results_file import scalar_figures
 
 SIGNIFICANT = 0.05
 _NO_SPREAD = 1e-12
@@ -21,7 +22,7 @@ _LABELS = {"bits_per_byte": "bits per byte", "perplexity": "perplexity", "loss":
 _LOWER_IS_BETTER = re.compile(
     r"(^|[_,])(loss|perplexity|ppl|bits|nll|error|divergence|seconds|latency|bytes)([_,]|$)", re.IGNORECASE
 )
-_NOT_SHOWN = re.compile(r"_stderr(,|$)|^num_|^context_length$|^stride$|^chance_")
+_NOT_SHOWN = re.compile(r"_stderr([,.]|$)|(^|\.)(num_|chance_|context_length$|stride$)")
 """Standard errors, which the spread over seeds replaces, and what was asked for."""
 
 
@@ -166,7 +167,12 @@ def metrics_of(results: Mapping[str, Any], evaluations: Mapping[str, Any]) -> di
             values = _means_of_maps(values)
         if evaluation == "harness" and isinstance(values, Mapping):
             values = values.get("tasks")
-        figures |= {f"{evaluation}:{key}": value for key, value in _scalars(values)}
+        if isinstance(values, Mapping):
+            figures |= {
+                f"{evaluation}:{name}": number(value)
+                for name, value in scalar_figures(values, separator=".")
+                if not _NOT_SHOWN.search(name)
+            }
     return {name: value for name, value in figures.items() if value is not None}
 
 
@@ -180,16 +186,6 @@ def _means_of_maps(needle: Any) -> dict[str, float]:
         if known := [cell for cell in cells if cell is not None]:
             figures[str(name)] = sum(known) / len(known)
     return figures
-
-
-def _scalars(values: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in values.items() if isinstance(values, Mapping) else ():
-        if _NOT_SHOWN.search(str(key)):
-            continue
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}.")
-        elif (figure := number(value)) is not None:
-            yield f"{prefix}{key}", figure
 
 
 def evaluation_names(metrics: Sequence[Mapping[str, float]]) -> list[str]:

@@ -24,8 +24,9 @@ from transformers import TrainingArguments as Arguments
 from lckv.config import TrainConfig
 from lckv.environment import peak_flops, peak_memory_bytes
 from lckv.errors import UserError
-from lckv.evaluation.evaluations import Outcome, Subject, run_evaluations, scalar_figures
+from lckv.evaluation.evaluations import Outcome, Subject, run_evaluations
 from lckv.evaluation.perplexity import in_eval_mode
+from lckv.evaluation.results_file import scalar_figures
 from lckv.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from lckv.config import TrainConfig, TrainerConfig
 from lckv.console import arguments_of_this_run, command
 from lckv.data.dataset import TokenizedData
 from lckv.environment import describe_hardware, versions
-from lckv.evaluation.evaluations import scalar_figures
 from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
+from lckv.evaluation.results_file import scalar_figures
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.training.callbacks import SAMPLING, SAMPLING_SEED, describe_loss_parts, format_duration
 from lckv.training.run_folder import RunFolder

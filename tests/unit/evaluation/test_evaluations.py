@@ -13,8 +13,8 @@ import torch
 from lckv.config import DataConfig, EvaluationConfig, PerplexityConfig, SpeedConfig
 from lckv.errors import UserError
 from lckv.evaluation import evaluations
-from lckv.evaluation.evaluations import FUNCTIONS, Subject, find_evaluation, run_evaluations, scalar_figures
-from lckv.evaluation.results_file import ResultsFile
+from lckv.evaluation.evaluations import FUNCTIONS, Subject, find_evaluation, run_evaluations
+from lckv.evaluation.results_file import ResultsFile, scalar_figures
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer
 

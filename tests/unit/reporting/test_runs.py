@@ -86,10 +86,11 @@ def test_patterns_by_family_string_and_parameters(tmp_path):
 
 def test_figures_keep_their_types_and_evaluations_beside_the_run_win(tmp_path):
     within = {"needle": {"accuracy": [[0.5, 1.0]]}, "mine": {"a": 1, "flag": True, "text": "x", "deep": {"b": 2.5}}}
+    within["mine"]["settings"] = {"seed": 3, "data": {"validation_fraction": 0.5}}
     run = write_run(tmp_path / "a", evaluations=within)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('[1]\n{"step": 41')  # torn by a kill
-    tasks = {"arc": {"acc": 0.25, "acc_stderr": 0.1}}
+    tasks = {"arc": {"acc": 0.25, "acc_stderr": 0.1, "num_samples": 8}}
     write_evaluations(run, {"harness": {"tasks": tasks}, "needle": {"accuracy": [[0.0, 0.5], [1.0, None]]}})
     write_run(tmp_path / "b", drop=("kv_bytes",))
     first, second = read_runs(tmp_path).itertuples()
