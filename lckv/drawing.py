@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lckv.errors import UserError, near_miss
 from lckv.patterns import LayerPlan, Segment, SharingPlan
-from lckv.storage import new_file
+from lckv.storage import check_folder, new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,7 +166,7 @@ def save_drawing(plan: SharingPlan, file: str | Path) -> None:
     path = Path(file)
     if path.suffix.lower() not in FILE_TYPES:
         raise UserError(
-            f"{path}: cannot draw a {path.suffix or 'file without ending'}; "
+            f"draw={file}: cannot draw a {path.suffix or 'file without ending'}; "
             f"allowed are {', '.join(FILE_TYPES)}{near_miss(path.suffix, FILE_TYPES)}"
         )
     drawing = _Drawing(plan)
@@ -180,11 +180,12 @@ def save_drawing(plan: SharingPlan, file: str | Path) -> None:
         drawing.draw(axes, own_width / unit, unit)
         _draw_legend(figure, plan, _FOOTER * 0.42 / height)
         try:
+            check_folder(path.parent, f"draw={file}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(path) as file:
-                figure.savefig(file, dpi=200, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+            with new_file(path) as written:
+                figure.savefig(written, dpi=200, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
         except OSError as error:
-            raise UserError(f"{path}: the drawing cannot be written there: {error.strerror}") from error
+            raise UserError(f"draw={file}: the drawing cannot be written there: {error.strerror}") from error
 
 
 class _Drawing:

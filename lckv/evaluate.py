@@ -18,6 +18,7 @@ from lckv.data.sources import check_text_files
 from lckv.errors import UserError
 from lckv.model_files import check_model, is_of_training
 from lckv.run_names import file_name
+from lckv.storage import check_folder
 
 if TYPE_CHECKING:
     from lckv.evaluation.evaluations import Subject
@@ -38,6 +39,8 @@ def main(cfg: EvaluateConfig) -> None:
     """
     validate(cfg)
     assert cfg.model is not None  # checked
+    if cfg.out is not None:
+        check_folder(Path(cfg.out).expanduser(), f"out={cfg.out}")
     check_model(cfg.model, revision=cfg.revision)
     check_text_files(cfg.data)
 

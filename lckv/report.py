@@ -19,12 +19,11 @@ def main(cfg: ReportConfig) -> None:
     # Behind the check: importing matplotlib and scipy takes a second.
     from lckv.reporting.analysis import analyse
     from lckv.reporting.runs import read_runs
-    from lckv.reporting.writing import check_out, print_report, write_report
+    from lckv.reporting.writing import print_report, write_report
 
     folder = Path(cfg.folder).expanduser()
     out = folder / "report" if cfg.out is None else Path(cfg.out).expanduser()
     report = analyse(read_runs(folder), folder, cfg.metric)
-    check_out(out)
     files = write_report(report, out)
     print_report(report, files, new_console())
 

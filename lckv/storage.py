@@ -166,14 +166,34 @@ def check_new_folder(path: Path, key: str = "out") -> None:
     here, place = Path.cwd(), path.resolve()
     if place in (here, *here.parents):
         raise UserError(f"{key}={path}: is the current folder, or holds it; name a folder that is not there yet")
-    if place.is_dir() and not any(place.iterdir()):
-        return
-    if place.exists():
-        kind = "is not empty" if place.is_dir() else "is a file"
-        raise UserError(f"{key}={path}: {kind}; name a folder that is not there yet")
-    nearest = next(parent for parent in place.parents if parent.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{key}={path}: {nearest} is a file; name a folder that is not there yet")
+    check_folder(path, f"{key}={path}", instead="name a folder that is not there yet")
+    if place.is_dir() and any(place.iterdir()):
+        raise UserError(f"{key}={path}: is not empty; name a folder that is not there yet")
+
+
+def check_folder(path: Path, setting: str, instead: str = "name another folder") -> None:
+    """Refuses a folder that cannot be made, or be written into; only trying tells, as of what is in /proc.
+
+    Args:
+        path: the folder, which may be there.
+        setting: what the user gave, `key=value`.
+        instead: what may be done.
+
+    Raises:
+        UserError: if it is a file or in one, or for what the operating system says.
+    """
+    place = path.resolve()
+    try:
+        missing = [each for each in (place, *place.parents) if not each.exists()]
+        nearest = missing[-1].parent if missing else place
+        if not nearest.is_dir():
+            file = nearest if path.is_absolute() else os.path.relpath(nearest)
+            raise UserError(f"{setting}: {file} is a file; {instead}")
+        tried = _hidden(missing[-1] if missing else place / "new", _PARTIAL)
+        tried.mkdir()
+        tried.rmdir()
+    except OSError as error:
+        raise UserError(f"{setting}: cannot be written to ({error.strerror}); {instead}") from error
 
 
 def numbered(path: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from lckv.data.sources import check_text_files
 from lckv.model_arguments import plan_from_source, resolve_plan
 from lckv.model_files import check_model, check_tokenizer_name
 from lckv.processes import check_launch, is_main_process, num_processes, prepare_process
+from lckv.storage import check_folder
 from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder, recorded_failure
 
 
@@ -96,7 +97,8 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _check_files(cfg: TrainConfig, folder: RunFolder) -> None:
-    """Finds mistakes in sizes, the pattern and what the configuration names before anything slow is imported."""
+    """Finds mistakes in folder, sizes, pattern and what the configuration names before anything slow is imported."""
+    check_folder(folder.path, f"run_dir={folder.path}", folder.instead)
     cfg.trainer.cut_batch(num_processes())
     if cfg.init.source is None:
         resolve_plan(cfg)

@@ -15,7 +15,7 @@ from lckv.errors import UserError, near_miss
 from lckv.iteration import CONVERGE
 from lckv.model_arguments import model_arguments
 from lckv.patterns import PATTERNS
-from lckv.storage import numbered, write_json
+from lckv.storage import check_folder, numbered, write_json
 
 if TYPE_CHECKING:  # importing it takes seconds, and most mistakes are found without
     from lckv.models import LCKVLlamaConfig
@@ -144,14 +144,14 @@ class OutputFolder:
         plot_format: of the picture.
 
     Raises:
-        UserError: if the folder holds results, or is a file.
+        UserError: if the folder holds results, or cannot be written to.
     """
 
     def __init__(self, path: str | None, *, overwrite: bool, plot_format: str) -> None:
         self.path = _DEFAULT_FOLDER if path is None else Path(path)
         self._is_named, self._overwrite, self._plot_format = path is not None, overwrite, plot_format
-        if path is not None and self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output_dir={path}: is a file; name a folder")
+        if path is not None:
+            check_folder(self.path, f"output_dir={path}")
         if path is not None and self.results.exists() and not overwrite:
             raise UserError(
                 f"output_dir={path}: holds the results of an earlier run; name another folder, or give overwrite=true"

@@ -23,6 +23,7 @@ from lckv.errors import UserError, is_out_of_memory
 from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.harness_tasks import LoadedTasks, first_line, join_errors, load_tasks
 from lckv.logits import check_logits
+from lckv.storage import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,8 @@ def _output_path(options: HarnessConfig, subject: Subject, prefix: str) -> str |
     if path is None:
         return None
     folder = path.parent if path.suffix == ".json" else path  # a file's name gets the date behind it
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{prefix}output_path={str(path)!r}: cannot be made ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{prefix}output_path={str(path)!r}: cannot be written to")
+    check_folder(folder, f"{prefix}output_path={str(path)!r}")
+    folder.mkdir(parents=True, exist_ok=True)
     return str(path)
 
 

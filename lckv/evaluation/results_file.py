@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lckv.errors import UserError
-from lckv.storage import locked, write_json
+from lckv.storage import check_folder, locked, write_json
 
 
 @dataclass
@@ -41,10 +41,8 @@ class ResultsFile:
             UserError: if not.
         """
         self._read()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out={self.path.parent}: cannot be made ({error.strerror}); give another out=") from error
+        check_folder(self.path.parent, f"out={self.path.parent}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, figures: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """Writes the figures of evaluations, by their names, beside those of others, whole or not at all.

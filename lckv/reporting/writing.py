@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from lckv.reporting.pictures.needles import needle_maps
 from lckv.reporting.runs import first_known, table
 from lckv.reporting.sentences import answers, method_notes, status
 from lckv.reporting.tables import Table, main_table, tables_of, trouble_table
-from lckv.storage import new_folder
+from lckv.storage import check_folder, new_folder
 
 _MADE_BY = "lckv.report"
 _FIGURES = "report.json"
@@ -50,12 +49,13 @@ def check_out(out: Path) -> None:
     """Refuses a place where something else than an earlier report would be lost.
 
     Raises:
-        UserError: if there is a file, or a folder with other things, or it is the current folder.
+        UserError: if it is a folder with other things, or the current one, or it cannot be written to.
     """
     if out.resolve() == Path.cwd():
         raise UserError(f"out={out}: is the current folder, which a report would take the place of; name another")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"out={out}: is {'a link' if out.is_symlink() else 'a file'}; name a folder")
+    if out.is_symlink():
+        raise UserError(f"out={out}: is a link; name a folder")
+    check_folder(out, f"out={out}")
     others = {path.name for path in out.iterdir()} - _own_files(out) if out.is_dir() else set()
     if others:
         raise UserError(f"out={out}: holds {min(others)}, which is no part of a report; give another out=...")
@@ -74,14 +74,11 @@ def write_report(report: Report, out: Path) -> list[Path]:
     """Writes Markdown, HTML, pictures and figures, and returns their paths.
 
     Raises:
-        UserError: see `check_out`; and if it cannot be made.
+        UserError: see `check_out`.
     """
+    check_out(out)
     pictures = pictures_of(report)
-    with ExitStack() as stack:
-        try:
-            folder = stack.enter_context(new_folder(out, replaces=True))
-        except OSError as error:
-            raise UserError(f"out={out}: cannot be made ({error.strerror}); give another out=...") from error
+    with new_folder(out, replaces=True) as folder:
         for name, text in render(report, pictures).items():
             (folder / name).write_text(text, encoding="utf-8")
         for picture in pictures:

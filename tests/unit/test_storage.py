@@ -168,7 +168,7 @@ def test_places_where_something_would_be_lost_are_refused(tmp_path, monkeypatch)
     for given, reason in {
         tmp_path / "full": "is not empty",
         tmp_path / "full/b/..": "is not empty",
-        tmp_path / "full/a": "is a file",
+        tmp_path / "full/a": f"{tmp_path}/full/a is a file",
         tmp_path / "full/a/b/c": f"{tmp_path}/full/a is a file",
         Path("."): "is the current folder, or holds it",
         Path("new/.."): "is the current folder, or holds it",

@@ -203,5 +203,5 @@ def test_results_that_have_come_meanwhile_stay(tmp_path, caplog):
 
 def test_a_file_is_no_folder_for_results(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="^output_dir=.*file: is a file; name a folder"):
+    with pytest.raises(UserError, match="^output_dir=.*file is a file; name another folder"):
         OutputFolder(str(tmp_path / "file"), overwrite=True, plot_format="png")

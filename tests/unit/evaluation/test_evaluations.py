@@ -139,5 +139,5 @@ def test_results_of_other_weights_and_other_files_are_refused(tmp_path: Path):
         with pytest.raises(UserError, match="holds no results of lckv.evaluate"):
             open_file(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="^out=.*cannot be made"):
+    with pytest.raises(UserError, match="^out=.*file is a file"):
         open_file(tmp_path / "file")

@@ -388,7 +388,7 @@ def _broken_model():
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"harness.output_path='.*file/out': cannot be made"):
+    with pytest.raises(UserError, match=r"harness.output_path='.*file/out': .*file is a file"):
         run(make_subject(_broken_model()), output_path=str(tmp_path / "file" / "out"))
 
 

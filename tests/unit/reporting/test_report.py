@@ -271,16 +271,14 @@ def test_only_a_report_is_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(out)
-    for name in ("file", "link"):
-        with pytest.raises(UserError, match=f"is a {name}"):
+    reasons = {"file": "is a file", "link": "is a link", "file/sub": "file is a file", "n" * 250: "File name too long"}
+    for name, reason in reasons.items():  # what is written first has a longer name
+        with pytest.raises(UserError, match=f"^out=.*{reason}"):
             check_out(tmp_path / name)
     with pytest.raises(UserError, match="out=.*sweep: holds a, which"):
         check_out(tmp_path / "sweep")
     with pytest.raises(UserError, match="out=.: is the current folder"):
         check_out(Path())
-    for name in ("file/sub", "n" * 250):  # what is written first has a longer name
-        with pytest.raises(UserError, match="out=.*: cannot be made .*; give another out="):
-            write_report(report, tmp_path / name)
 
 
 def test_a_report_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
