@@ -293,7 +293,7 @@ def _fill_run_dir(cfg: config.TrainConfig, hydra_cfg: DictConfig) -> None:
             )
         cfg.run_dir = str(Path(hydra_cfg.sweep.dir) / job_name(hydra_cfg))
     else:
-        cfg.run_dir = cfg.run_dir or str(Path("runs") / file_name(cfg.run_name))
+        cfg.run_dir = str(Path("runs") / file_name(cfg.run_name)) if cfg.run_dir is None else cfg.run_dir
 
 
 def job_name(hydra_cfg: DictConfig) -> str:

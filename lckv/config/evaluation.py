@@ -10,7 +10,19 @@ from typing import Any
 
 from lckv.config.cache import CacheConfig
 from lckv.config.data import DataConfig
-from lckv.config.keys import MODEL_REQUIRED, Group, Rule, at_least, each, key, literal, once, one_of, such_that
+from lckv.config.keys import (
+    MODEL_REQUIRED,
+    Group,
+    Rule,
+    at_least,
+    each,
+    is_named,
+    key,
+    literal,
+    once,
+    one_of,
+    such_that,
+)
 from lckv.config.names import ATTENTIONS, DTYPES, NO_CACHE
 from lckv.errors import UserError, check_whole_number
 
@@ -111,7 +123,7 @@ class HarnessConfig(Group):
     max_length: int | None = key(None, at_least())
     apply_chat_template: bool = False
     log_samples: bool = False
-    output_path: str | None = literal()
+    output_path: str | None = literal(is_named)
     bootstrap_iters: int = key(100000, at_least(0))
 
     def check_length(self, limit: int, prefix: str) -> None:
@@ -267,7 +279,7 @@ class EvaluateConfig(EvaluationConfig):
     revision: str | None = None
     data: DataConfig = field(default_factory=lambda: DataConfig(validation_fraction=1.0))
     cache: CacheConfig = field(default_factory=lambda: CacheConfig(name=NO_CACHE))
-    out: str | None = literal()
+    out: str | None = literal(is_named)
     attn_implementation: str | None = key(None, one_of(ATTENTIONS))
     device: str = "auto"
     dtype: str = key("auto", one_of(("auto", *DTYPES)))

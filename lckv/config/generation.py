@@ -13,6 +13,7 @@ from lckv.config.keys import (
     above_zero,
     at_least,
     each,
+    is_named,
     key,
     literal,
     once,
@@ -186,7 +187,7 @@ class BenchmarkConfig(Group):
     dtype: str = key("auto", one_of(("auto", *DTYPES)))
     num_threads: int | None = key(None, at_least())
     seed: int = 0
-    output_dir: str | None = None
+    output_dir: str | None = key(None, is_named)
     overwrite: bool = False
     plot_format: str = key("png", one_of(("png", "svg", "pdf")))
     json: bool = False

@@ -36,9 +36,9 @@ def key(default: Any, *rules: Rule, required: str | None = None, is_literal: boo
     return field(default=default, metadata=metadata)
 
 
-def literal(required: str | None = None) -> Any:
+def literal(*rules: Rule, required: str | None = None) -> Any:
     """A key for text that the command line takes as it stands; None by default."""
-    return key(None, required=required, is_literal=True)
+    return key(None, *rules, required=required, is_literal=True)
 
 
 class Group:
@@ -133,6 +133,10 @@ def such_that(holds: Callable[[Any], bool], allowed: str) -> Rule:
             raise UserError(f"{name}={value!r}: {allowed}")
 
     return rule
+
+
+is_named = such_that(bool, "is empty; name a folder, or leave it out")
+"""A path, which an empty text would make that of the current folder."""
 
 
 def each(rule: Rule) -> Rule:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lckv.config.data import DataConfig, TokenizerConfig
 from lckv.config.evaluation import EvaluationConfig
-from lckv.config.keys import Group, above_zero, at_least, each, key, not_negative, one_of, such_that
+from lckv.config.keys import Group, above_zero, at_least, each, is_named, key, not_negative, one_of, such_that
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
 from lckv.config.names import DTYPES, METHODS, OPTIMIZERS, SCHEDULES, TRACKERS, TRAINABLE
 from lckv.costs import DTYPE_BYTES
@@ -317,7 +317,7 @@ class TrainConfig(Group):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = key(0, seed_of_32_bits)
     run_name: str | None = None
-    run_dir: str | None = None
+    run_dir: str | None = key(None, is_named)
     iso: str | None = key(None, one_of(("params", "kv")))
     iso_multiple: int = key(8, at_least(), only_with={"iso": ("params",)})
 
