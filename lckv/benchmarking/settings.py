@@ -61,18 +61,39 @@ def build_workload(cfg: BenchmarkConfig) -> Workload:
 
 
 def random_models(cfg: BenchmarkConfig) -> dict[str, dict[str, Any]]:
-    """The arguments of `LCKVLlamaConfig` for every pattern, by its label.
+    """The arguments of `LCKVLlamaConfig` for every pattern, by its label; all have the same number of layers.
 
     Raises:
-        UserError: for a wrong pattern.
+        UserError: for a wrong pattern, or one of another number of layers.
     """
     patterns = cfg.patterns if cfg.patterns or cfg.checkpoints else DEFAULT_PATTERNS
+    model = _with_depth_of(patterns, cfg.model)
     arguments = {}
     for index, pattern in enumerate(patterns):
         if pattern in arguments:
             raise UserError(f"patterns[{index}]={pattern}: is there twice; leave one of them out")
-        arguments[pattern] = _arguments(cfg.model, pattern, f"patterns[{index}]")
+        arguments[pattern] = _arguments(model, pattern, f"patterns[{index}]")
     return arguments
+
+
+def _with_depth_of(patterns: Sequence[Any], model: ModelConfig) -> ModelConfig:
+    """The settings with the depth of the `layer_types` strings for named patterns, too, unless one is asked for."""
+    depths = {
+        f"patterns[{index}]={pattern}": pattern.count("_") + 1
+        for index, pattern in enumerate(patterns)
+        if _is_layer_types(pattern)
+    }
+    if not depths:
+        return model
+    (first, depth), *others = depths.items()
+    for other, number in others:
+        if number != depth:
+            raise UserError(f"{other}: has {number} entries, but {first} has {depth}; all must have as many")
+    return replace(model, default_num_hidden_layers=depth)
+
+
+def _is_layer_types(pattern: Any) -> bool:
+    return isinstance(pattern, str) and pattern[:1].isdigit()
 
 
 def checkpoint_labels(paths: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
@@ -120,7 +141,7 @@ def _arguments(model: ModelConfig, pattern: Any, key: str) -> dict[str, Any]:
             f"{key}={pattern!r}: must be text, but the configuration holds a {type(pattern).__name__} (YAML reads "
             'unquoted digits and underscores as a number); write it in quotes, such as "0_0_2_2"'
         )
-    if pattern[:1].isdigit():
+    if _is_layer_types(pattern):
         cfg = TrainConfig(model=replace(model, layer_types=pattern))
     elif pattern in PATTERNS:
         cfg = TrainConfig(model=model, sharing=SharingConfig(name=pattern))

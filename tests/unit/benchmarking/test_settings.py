@@ -49,6 +49,11 @@ def test_patterns_stay_text_and_follow_the_model_group():
     assert {each["vocab_size"] for each in models.values()} == {77}
 
 
+def test_named_patterns_have_as_many_layers_as_strings():
+    models = random_models(compose("model=nano", "prompt_length=9", "patterns=[llama,1_1_1_1_4_4,cla]"))
+    assert [each["num_hidden_layers"] for each in models.values()] == [6, 6, 6]
+
+
 def test_checkpoints_alone_need_no_patterns():
     assert random_models(compose("checkpoints=[a,123]")) == {}
     assert compose("checkpoints=[a,123]").checkpoints == ["a", "123"]
