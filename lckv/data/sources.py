@@ -81,12 +81,16 @@ class TextSource:
     def fingerprint(self) -> str:
         """A short name for the documents and how they are split."""
         fraction = self.validation_fraction if self.read_validation is None else None
-        cut = [] if self.cut is None else ["cut", self.cut]
+        # The name tells cached blocks apart from those made when white space around a text counted.
+        cut = [] if self.cut is None else ["cut within", self.cut]
         return fingerprint(self.content, fraction, self.max_documents, *cut)
 
     @cached_property
     def cut(self) -> int | None:
-        """How many characters are for training, if the text is cut; `None`: whole documents are picked, or named."""
+        """How many characters are for training, if the text is cut; `None`: whole documents are picked, or named.
+
+        White space around documents is not counted.
+        """
         if self.read_validation is not None or self.validation_fraction == 1:
             return None
         sides, num_characters = set(), 0
@@ -94,7 +98,7 @@ class TextSource:
             sides.add(is_held_out(document, self.validation_fraction))
             if len(sides) == 2:
                 return None
-            num_characters += len(document)
+            num_characters += len(document.strip())
         return max(1, min(num_characters - 1, round(num_characters * (1 - self.validation_fraction))))
 
     def training_documents(self) -> Iterator[str]:
@@ -245,17 +249,21 @@ def hold_out_end(documents: Iterable[str], num_characters: int) -> Iterator[tupl
     """Yields of every document what is among the first `num_characters`, and the rest.
 
     It is cut where the line begins in which the first character behind stands, or else the word; unless that is so far
-    before that twice as much of it would be held out.
+    before that twice as much of it would be held out. White space around a document does not count, and stays with the
+    text beside it: else it would be one of the two where there is much of it.
     """
     num_left = num_characters
     for document in documents:
-        position = max(0, min(num_left, len(document)))
-        if 0 < position < len(document):
-            earliest = max(1, 2 * position - len(document))
-            breaks = [document.rfind(each, earliest, position) + 1 for each in ("\n", " ")]
-            position = next(filter(None, breaks), position)
+        text = document.strip()
+        position = max(0, min(num_left, len(text)))
+        if 0 < position < len(text):
+            earliest = max(1, 2 * position - len(text))
+            breaks = [text.rfind(each, earliest, position) + 1 for each in ("\n", " ")]
+            position = document.index(text) + next(filter(None, breaks), position)
+        elif position:
+            position = len(document)
         yield document[:position], document[position:]
-        num_left -= len(document)
+        num_left -= len(text)
 
 
 @SOURCES.register("bible")

@@ -209,12 +209,20 @@ def test_of_too_few_documents_the_end_of_the_text_is_held_out(tmp_path: Path) ->
         ("one two\nthree four", 12, "three four"),
         ("one_two_three_four", 14, "four"),
         ("one two_three_four_five", 20, "ive"),
+        ("one\ntwo three four" + "\n" * 200, 14, "four" + "\n" * 200),
     ],
 )
 def test_the_cut_is_where_a_line_or_word_begins(text: str, num_characters: int, end: str) -> None:
     parts = (text[: -len(end)], end)
     assert list(sources.hold_out_end([text, "next"], num_characters)) == [parts, ("", "next")]
-    assert list(sources.hold_out_end([text], len(text))) == [(text, "")]
+    assert list(sources.hold_out_end([text], len(text.strip()))) == [(text, "")]
+
+
+def test_white_space_around_a_text_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n" * 300 + "one two three four\n" * 60 + "\n" * 300)
+    train, validation = read(name="files", files=str(tmp_path / "a.txt"))
+    assert [text.split()[0] for text in train + validation] == ["one", "one"]
+    assert len(validation[0].split()) == 16
 
 
 def test_where_the_hash_serves_both_sides_nothing_is_cut(tmp_path: Path) -> None:
