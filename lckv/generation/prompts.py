@@ -81,8 +81,9 @@ def encode_prompts(
         raise UserError(f"system: has no effect with {reason}; leave it out")
     if is_chat:
         prompts = [_apply_template(tokenizer, prompt, system) for prompt in prompts]
+    texts = [join_line_ends(prompt) for prompt in prompts]
     # A chat template writes the special tokens out.
-    encoded: list[list[int]] = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"]
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if not tokens:
             raise UserError(f"prompt={prompt!r}: encodes to no token with this tokenizer; give some text")

@@ -26,6 +26,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from lckv.cache import KVCache
+from lckv.data.readers import join_line_ends
 from lckv.errors import UserError, check_whole_number
 from lckv.generation.decoding_options import Sampling
 from lckv.generation.prefill import num_at_once
@@ -215,7 +216,7 @@ def stream_text(
     `skip_special_tokens` leaves tokens such as the end of a document out of the text.
     """
     if isinstance(prompt, str):
-        token_ids = tokenizer(prompt)["input_ids"]
+        token_ids = tokenizer(join_line_ends(prompt))["input_ids"]
         prompt = torch.tensor([token_ids], dtype=torch.long)
     text = TextPieces(tokenizer, skip_special_tokens, prompt[0].tolist())
     tokens = stream(model, prompt, past_key_values, **options)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers import TrainingArguments as Arguments
 
 from lckv.config import TrainConfig
+from lckv.data.readers import join_line_ends
 from lckv.environment import peak_flops, peak_memory_bytes
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Outcome, Subject, run_evaluations
@@ -176,7 +177,7 @@ SAMPLING, SAMPLING_SEED = {"temperature": 0.8, "top_k": 50}, 0
 
 def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
     """Continues `prompt` by up to `num_tokens` drawn at random, the same draw each time; the random state stays."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    inputs = tokenizer(join_line_ends(prompt), return_tensors="pt", return_token_type_ids=False).to(model.device)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     # A compiled layer would be compiled again for the lengths that only decoding has.
     with in_eval_mode(model), torch.compiler.set_stance("force_eager"):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from lckv.errors import UserError
 from lckv.generation.batch import PrefillOptions, StepWatch
 from lckv.generation.batch import generate as generate_batch
 from lckv.generation.decoding_options import DecodingOptions
-from lckv.generation.prompts import read_prompts
+from lckv.generation.prompts import encode_prompts, read_prompts
+from lckv.generation.streaming import Sampling, stream_text
 from tests.reference import tiny_model, token_ids
 from tests.unit.test_loading import byte_tokenizer
 
@@ -212,6 +214,13 @@ def test_lines_of_a_prompts_file_end_where_editors_say(run, tmp_path):
 def test_lines_end_in_a_prompt_as_in_training_text(tmp_path, end):
     (tmp_path / "prompt.txt").write_bytes(f"one{end}two{end}".encode())
     assert read_prompts(prompt_file=str(tmp_path / "prompt.txt")) == ["one\ntwo"]
+    assert encode_prompts([f"one{end}two"], byte_tokenizer()) == encode_prompts(["one\ntwo"], byte_tokenizer())
+    model, greedy = exact_model("0s_3_3_3_4"), Sampling(greedy=True)
+    texts = set()
+    for given in f"one{end}two", "one\ntwo":
+        cache = build_cache("sink", model.config, window=5)
+        texts.add("".join(islice(stream_text(model, byte_tokenizer(), given, cache, sampling=greedy), 5)))
+    assert len(texts) == 1
 
 
 def test_a_window_wider_than_the_model_is_told(run, caplog):
