@@ -54,11 +54,27 @@ _FREQUENCIES = "rope_freqs.weight"
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_LENGTH = 1.0, 4.0, 8192
 
 
-def complete_config(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+def open_gguf(path: Path) -> GGUFReader:
+    """Reads what a file says of itself and where its tensors are, all of which must be there.
+
+    Raises:
+        UserError: if it is damaged, or `gguf` is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UserError("is a GGUF file, which needs gguf; pip install 'lckv[gguf]'") from error
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # whatever reading a torn file may end in
+        raise UserError("is damaged or cut off; get it once more") from error
+
+
+def complete_config(reader: GGUFReader, values: Mapping[str, Any]) -> dict[str, Any]:
     """Adds what transformers has not read to what it has.
 
     Args:
-        path: the file.
+        reader: of the file.
         values: a configuration as transformers reads it from there.
 
     Returns:
@@ -67,9 +83,6 @@ def complete_config(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: for a setting that the models here do not have.
     """
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
     architecture = architecture_of(reader)
     settings = {
         name.removeprefix(f"{architecture}."): _value(field)

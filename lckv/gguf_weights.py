@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lckv.errors import UserError
-from lckv.gguf_settings import architecture_of
+from lckv.gguf_settings import architecture_of, open_gguf
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 _READ_ELSEWHERE = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?")  # rotations are worked out anew
@@ -21,9 +21,9 @@ def read_weights(path: Path, config: LCKVLlamaConfig, dtype: torch.dtype) -> dic
     Raises:
         UserError: for a tensor that the model has no place for.
     """
-    from gguf import GGUFReader, dequantize
+    from gguf import dequantize
 
-    reader = GGUFReader(path)
+    reader = open_gguf(path)
     architecture = architecture_of(reader)
     names = _names(architecture, config)
     stored = [tensor for tensor in reader.tensors if not _READ_ELSEWHERE.fullmatch(tensor.name)]

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from lckv.config.names import DTYPES
 from lckv.data.tokenizer import frame_texts
 from lckv.errors import UserError, check_choice
-from lckv.gguf_settings import complete_config
+from lckv.gguf_settings import complete_config, open_gguf
 from lckv.gguf_weights import read_weights
 from lckv.hub import hub_answers
 from lckv.model_files import ModelFiles, find_files, is_of_training
@@ -57,8 +57,10 @@ class Checkpoint(ModelFiles):
             UserError: if it cannot be read.
         """
         with self.loading("the configuration"):
+            # A torn file is found here, before transformers stumbles over it.
+            reader = None if self.gguf_file is None else open_gguf(Path(self.path, self.gguf_file))
             values: dict[str, Any] = PretrainedConfig.get_config_dict(self.path, **self.arguments())[0]
-            return values if self.gguf_file is None else complete_config(Path(self.path, self.gguf_file), values)
+            return values if reader is None else complete_config(reader, values)
 
     def load_config(self) -> LCKVLlamaConfig:
         """The configuration as one of ours; see [`lckv.models.families.read_config`].

@@ -99,6 +99,10 @@ def test_a_gguf_file(tmp_path, biases):
     assert model.config.sharing_plan.layer_types == "0_1_2"
     torch.testing.assert_close(model(token_ids(2, 12)).logits, llama(token_ids(2, 12)).logits, atol=1e-4, rtol=0)
     assert tokenizer.decode(tokenizer("abc", add_special_tokens=False)["input_ids"]) == "abc"
+    whole = path.read_bytes()
+    for size in (4, 200, len(whole) // 2, len(whole) - 4000):
+        path.write_bytes(whole[:size])
+        assert message_of(path) == f"model={path}: is damaged or cut off; get it once more"
 
 
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
