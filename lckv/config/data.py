@@ -24,7 +24,7 @@ class DataConfig(Group):
 
     Attributes:
         name: the source: "bible" (embedded), "files" or "hub".
-        files: source "files": a path, a glob or a list of these; txt, jsonl (also compressed) and parquet.
+        files: source "files": a path, a glob or a list of these; text, jsonl (also compressed) and parquet.
         validation_files: source "files": the same for the validation split; `files` is then training text only (but
             for documents that are in both), which evaluation does without.
         document_separator: source "files": what stands between the documents of one txt file (None: one document).

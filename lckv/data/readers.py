@@ -209,7 +209,7 @@ def pick_text(row: dict[str, Any], text_field: str, where: str) -> str:
     return text
 
 
-TEXT_SUFFIXES = (".txt", ".md")
+TEXT_SUFFIXES = (".txt", ".md", ".raw", ".tokens")  # the latter two of WikiText's files
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 READERS: dict[str, Callable[[Path, str, str | None], Iterator[str]]] = {

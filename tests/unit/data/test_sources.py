@@ -108,8 +108,10 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
     separator = "\n---\n"
     (tmp_path / "a.txt").write_text(separator.join(TEXTS))
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(separator.join(TEXTS).encode()))
+    for name in "wiki.train.raw", "wiki.train.tokens":
+        (tmp_path / name).write_text(separator.join(TEXTS))
     files = [
-        *(tmp_path / "a.txt", tmp_path / "b.txt.gz"),
+        *(tmp_path / name for name in ("a.txt", "b.txt.gz", "wiki.train.raw", "wiki.train.tokens")),
         write_jsonl(tmp_path / "c.jsonl", TEXTS),
         write_parquet(tmp_path / "d.parquet", TEXTS),
     ]
@@ -292,7 +294,7 @@ def test_mistakes_about_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fails("there is no folder 'nowhere'", name="files", files="nowhere/a.txt")
     fails("matches no file", name="files", files="*.parquet")
     fails("is a folder; name the files in it", name="files", files=str(tmp_path))
-    fails("of no known kind: allowed are .txt, .md, .jsonl", name="files", files="notes.doc")
+    fails("of no known kind: allowed are .txt, .md, .raw, .tokens, .jsonl", name="files", files="notes.doc")
     fails("must be a path, a glob", name="files", files=12)
     (tmp_path / "link.jsonl").symlink_to("texts.jsonl")
     for same in "texts.jsonl", "link.jsonl":
