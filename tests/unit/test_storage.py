@@ -15,7 +15,16 @@ from safetensors import torch as safetensors_torch
 
 from lckv import storage
 from lckv.errors import UserError
-from lckv.storage import check_new_folder, clear_away, locked, new_file, new_folder, numbered, save_tensors
+from lckv.storage import (
+    check_folder,
+    check_new_folder,
+    clear_away,
+    locked,
+    new_file,
+    new_folder,
+    numbered,
+    save_tensors,
+)
 
 KINDS = ["file", "folder", "replaced folder"]
 
@@ -179,6 +188,14 @@ def test_places_where_something_would_be_lost_are_refused(tmp_path, monkeypatch)
         assert str(error.value).startswith(f"out={given}: {reason}; name a folder") and "\n" not in str(error.value)
     for name in ("new", "new/newer", tmp_path / "empty/new"):
         check_new_folder(Path(name))
+    assert not any(Path().iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no place where nobody can make a folder")
+@pytest.mark.parametrize("place", ["/proc/nope", "/proc", "n" * 250])
+def test_folders_that_cannot_be_written_are_found_by_trying(place):
+    with pytest.raises(UserError, match=rf"^out={place}: cannot be written to \(.+\); name another folder$"):
+        check_folder(Path(place), f"out={place}")
 
 
 def test_of_two_processes_one_is_let_in(tmp_path):
