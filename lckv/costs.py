@@ -315,24 +315,20 @@ class _FlopCount:
         """
         sizes, latents = self.sizes, self.sizes.latent_sizes(layer)
         projections = 4 * sizes.query_size * sizes.hidden_size
-        if latents and is_alone:
-            key_size, value_size, num_rotated = latents
-            from_sum = 2 * value_size * sizes.query_size
-            if num_rotated:  # the query goes to the latent, and not the keys to the query
-                width = key_size + num_rotated
-                attention = 2 * sizes.num_attention_heads * (width + value_size) * num_keys
-                return projections + attention + 2 * width * sizes.query_size + from_sum
-            keys = 2 * key_size * sizes.kv_size * num_keys
-            return (
-                projections
-                + keys
-                + from_sum
-                + (2 * sizes.num_attention_heads * (sizes.head_dim + value_size) * num_keys)
-            )
-        if latents:
-            return projections + 2 * sizes.kv_size * sum(latents) + 4 * sizes.query_size * num_keys
-        width = sum(stream.head_dim for stream in self._layout.reads(layer.layer_idx))
-        return projections + 2 * sizes.num_attention_heads * width * num_keys
+        if latents is None:
+            width = sum(stream.head_dim for stream in self._layout.reads(layer.layer_idx))
+            return projections + 2 * sizes.num_attention_heads * width * num_keys
+        key_size, value_size, num_rotated = latents
+        keys, values = 2.0 * key_size * sizes.num_unrotated(layer), 2 * value_size * sizes.kv_size
+        if not is_alone:
+            return projections + keys + values + 4 * sizes.query_size * num_keys
+        groups, width = sizes.num_attention_heads // sizes.num_key_value_heads, sizes.head_dim
+        from_sum = groups * values
+        if num_rotated:  # the query goes to the latent, as keys would to each query head of theirs
+            keys, width = groups * keys, key_size + num_rotated
+        else:
+            keys *= num_keys
+        return projections + keys + from_sum + 2 * sizes.num_attention_heads * (width + value_size) * num_keys
 
     @cached_property
     def _mean_keys(self) -> list[float]:

@@ -20,8 +20,8 @@ from lckv.errors import UserError, check_whole_number
 from lckv.layout import Store
 from lckv.models.attention import apply_rotary
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.latent_attention import rotate_planes
 from lckv.models.padding import count_padding
+from lckv.models.planes import Planes, rotate_planes
 from lckv.models.positions import PositionEmbeddings
 from lckv.models.sharing_cache import Streams
 
@@ -42,7 +42,7 @@ class KeyRotation:
         self.config = config
         self._last: tuple[Any, PositionEmbeddings] | None = None
 
-    def __call__(self, key_states: torch.Tensor, shifts: list[int], planes: tuple[int, ...] = ()) -> torch.Tensor:
+    def __call__(self, key_states: torch.Tensor, shifts: list[int], planes: Planes = ()) -> torch.Tensor:
         """Moves keys `(batch, num_heads, num_tokens, head_dim)` on by `shifts` positions, one for each row or all.
 
         With `planes`, only what these rotate at its end. It is a pure rotation, computed in float32 or better: keys

@@ -105,25 +105,23 @@ class LCKVAttention(nn.Module):
         query_states = self._split_heads(self.q_proj(hidden_states))
         if self.config.use_qk_norm:
             query_states = self.q_norm(query_states)
-        query_states = self.to_keys(self.rotate_queries(query_states, position_embeddings), visible_keys)
+        query_states = self.rotate_queries(query_states, position_embeddings, visible_keys)
         key_states, value_states = self.keys_and_values(streams, visible_keys)
         attn_output, attn_weights = attend(self, query_states, key_states, value_states, visible_keys, **kwargs)
         attn_output = self.from_values(attn_output, visible_keys)
         return self.o_proj(attn_output.flatten(2)), attn_weights  # (batch, q_len, num_heads, head_dim) -> hidden_size
 
-    def rotate_queries(self, query_states: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
-        """Rotates queries `(batch, num_heads, q_len, head_dim)` as keys are rotated."""
+    def rotate_queries(
+        self, query_states: torch.Tensor, position_embeddings: PositionEmbeddings, visible_keys: VisibleKeys
+    ) -> torch.Tensor:
+        """Queries `(batch, num_heads, q_len, head_dim)` rotated as keys are, for what `keys_and_values` gives."""
         return apply_rotary(query_states, position_embeddings)
-
-    def to_keys(self, query_states: torch.Tensor, visible_keys: VisibleKeys) -> torch.Tensor:
-        """Rotated queries as what `keys_and_values` gives takes them, `(batch, num_heads, q_len, width of a key)`."""
-        return query_states
 
     def keys_and_values(self, streams: Streams, visible_keys: VisibleKeys) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys `(batch, num_kv_heads, kv_len, head_dim)` and values like them, from the streams that the layer reads.
 
         For a single query either may be something in its place, `(batch, 1 or num_kv_heads, kv_len, width)`, for which
-        `to_keys` has made the query, and of whose sum `from_values` makes that of values.
+        `rotate_queries` has made the query, and of whose sum `from_values` makes that of values.
         """
         key_states, value_states = streams
         return key_states, value_states

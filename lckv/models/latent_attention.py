@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lckv.layout import PLANES, latent_streams
 from lckv.models.attention import LCKVAttention, apply_rotary
 from lckv.models.masks import VisibleKeys
+from lckv.models.planes import PlaneProjection, only_planes, rotate_planes
 from lckv.models.positions import PositionEmbeddings
 from lckv.models.sharing_cache import Streams
 
@@ -70,38 +71,30 @@ class LatentAttention(LCKVAttention):
             latents = [rotate_planes(latents[0], position_embeddings, self.own_planes)]
         return tuple(latents)
 
-    def rotate_queries(self, query_states: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
-        """Rotates queries `(batch, num_heads, q_len, head_dim)`, in the planes in which keys are rotated."""
-        if self.planes:
-            position_embeddings = only_planes(position_embeddings, self.planes)
-        return apply_rotary(query_states, position_embeddings)
+    def rotate_queries(
+        self, query_states: torch.Tensor, position_embeddings: PositionEmbeddings, visible_keys: VisibleKeys
+    ) -> torch.Tensor:
+        """Queries `(batch, num_heads, q_len, head_dim)` rotated where keys are, or as wide as what is kept."""
+        if not isinstance(self.k_b_proj, PlaneProjection):
+            return apply_rotary(query_states, position_embeddings)
+        if self._absorbs(visible_keys):
+            return self.k_b_proj.absorb(query_states, position_embeddings)
+        return apply_rotary(query_states, only_planes(position_embeddings, self.planes))
 
     def keys_and_values(self, streams: Streams, visible_keys: VisibleKeys) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys `(batch, num_kv_heads, kv_len, head_dim)`, and values like them; or the latents in their places."""
         key_latent, value_latent = streams[0], streams[-1]
+        absorbs = self._absorbs(visible_keys)
         if self.planes:
             value_latent = key_latent[..., : self.v_b_proj.in_features]
-            if self._absorbs(visible_keys):
-                return key_latent, value_latent
-        key_states = self._split_heads(self.k_b_proj(key_latent[:, 0]))
-        if self.config.use_qk_norm:
-            key_states = self.k_norm(key_states)
-        if not self.planes:
+            key_states = key_latent if absorbs else self.k_b_proj(key_latent[:, 0])
+        else:
+            key_states = self._split_heads(self.k_b_proj(key_latent[:, 0]))
+            if self.config.use_qk_norm:
+                key_states = self.k_norm(key_states)
             assert visible_keys.key_rotation is not None
             key_states = apply_rotary(key_states, visible_keys.key_rotation)
-        if self._absorbs(visible_keys):
-            return key_states, value_latent
-        return key_states, self._split_heads(self.v_b_proj(value_latent[:, 0]))
-
-    def to_keys(self, query_states: torch.Tensor, visible_keys: VisibleKeys) -> torch.Tensor:
-        """Queries for what `keys_and_values` gave: `(batch, num_heads, q_len, head_dim)`, or for latents, their width.
-
-        A bias of the keys adds the same to all scores of a query, which softmax does not notice.
-        """
-        if not (isinstance(self.k_b_proj, PlaneProjection) and self._absorbs(visible_keys)):
-            return query_states
-        weight = self.k_b_proj.matrix().unflatten(0, (-1, self.head_dim))  # (num_kv_heads, head_dim, width)
-        return (query_states.unflatten(1, (len(weight), -1)) @ weight[:, None]).flatten(1, 2)
+        return key_states, value_latent if absorbs else self._split_heads(self.v_b_proj(value_latent[:, 0]))
 
     def from_values(self, attn_output: torch.Tensor, visible_keys: VisibleKeys) -> torch.Tensor:
         """Weighted sums of values, `(batch, q_len, num_heads, head_dim)`, from those of values or of latents."""
@@ -128,71 +121,4 @@ class LatentAttention(LCKVAttention):
         )
 
 
-class PlaneProjection(nn.Module):
-    """From a latent, and rotated pairs of numbers behind it, to the keys of all heads.
-
-    A pair goes to its own rotary plane, as a complex number that each head multiplies by one of its own: this commutes
-    with rotations. The latent goes to the planes that are not rotated.
-
-    Attributes:
-        weight: of the latent, `(num_heads * num_unrotated, size)`.
-        rotated: real and imaginary parts of the heads' factors, `(num_heads, 2, num_pairs)`.
-        bias: of what is made of the latent, `(num_heads * num_unrotated,)`, or `None`.
-    """
-
-    def __init__(self, size: int, planes: tuple[int, ...], num_heads: int, head_dim: int, bias: bool) -> None:
-        super().__init__()
-        half = head_dim // 2
-        self.planes, self.head_dim = planes, head_dim
-        self.unrotated = [index for index in range(head_dim) if index % half not in planes]
-        num_rows = num_heads * len(self.unrotated)
-        self.weight = nn.Parameter(torch.empty(num_rows, size))
-        self.rotated = nn.Parameter(torch.empty(num_heads, 2, len(planes)))
-        self.bias = nn.Parameter(torch.zeros(num_rows)) if bias else None
-        for parameter in (self.weight, self.rotated):
-            nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, stream: torch.Tensor) -> torch.Tensor:
-        """From `(..., size + 2 * num_pairs)`, real parts of the pairs first, to `(..., num_heads * head_dim)`."""
-        bias = None if self.bias is None else self._place(self.bias[:, None]).flatten()
-        return nn.functional.linear(stream, self.matrix(), bias)
-
-    def matrix(self) -> torch.Tensor:
-        """The projection as a matrix, `(num_heads * head_dim, size + 2 * num_pairs)`."""
-        num_pairs, half = len(self.planes), self.head_dim // 2
-        real, imaginary = self.rotated.unbind(1)
-        rows = [plane + part for part in (0, half) for plane in (*self.planes, *self.planes)]
-        columns = [*range(2 * num_pairs), *range(2 * num_pairs)]
-        factors = torch.cat([real, -imaginary, imaginary, real], dim=1)  # of a real part in the real one, and so on
-        pairs = factors.new_zeros(len(factors), self.head_dim, 2 * num_pairs)
-        pairs[:, rows, columns] = factors
-        return torch.cat([self._place(self.weight), pairs.flatten(0, 1)], dim=1)
-
-    def _place(self, rows: torch.Tensor) -> torch.Tensor:
-        """`(num_heads * num_unrotated, n)` among zeros, `(num_heads * head_dim, n)`."""
-        num_heads = len(self.rotated)
-        placed = rows.new_zeros(num_heads, self.head_dim, rows.shape[1])
-        placed[:, self.unrotated] = rows.unflatten(0, (num_heads, len(self.unrotated)))
-        return placed.flatten(0, 1)
-
-
-def rotate_planes(
-    states: torch.Tensor, position_embeddings: PositionEmbeddings, planes: tuple[int, ...]
-) -> torch.Tensor:
-    """Rotates the last `2 * len(planes)` numbers of `(batch, num_heads, q_len, size)`, each pair by its plane."""
-    num_rotated = 2 * len(planes)
-    columns = [*planes, *planes]
-    cos, sin = (table[..., columns] for table in position_embeddings)
-    kept, rotated = states.split([states.shape[-1] - num_rotated, num_rotated], dim=-1)
-    return torch.cat([kept, apply_rotary(rotated, (cos, sin))], dim=-1)
-
-
-def only_planes(position_embeddings: PositionEmbeddings, planes: tuple[int, ...]) -> PositionEmbeddings:
-    """Cosines and sines that leave other planes where they are, scaled as the rotary embedding scales all (YaRN)."""
-    cos, sin = position_embeddings
-    is_rotated = torch.zeros(cos.shape[-1], dtype=torch.bool, device=cos.device)
-    is_rotated[[plane + half for plane in planes for half in (0, cos.shape[-1] // 2)]] = True
-    return torch.where(is_rotated, cos, cos.square() + sin.square()), torch.where(is_rotated, sin, 0.0)
-
-
-__all__ = ["LatentAttention", "PlaneProjection", "only_planes", "rotate_planes"]
+__all__ = ["LatentAttention"]
