@@ -26,6 +26,7 @@ class LatentBudget:
         kind: a name in [`STREAMS`].
         owners: those that keep latents; the others keep keys and values.
         total: numbers of a token, in all of these owners together.
+        ratio: how many times fewer than of keys and values that is, where no `dims` are given.
         dims: of each latent, where it is given; of rotated pairs, two for each.
         num_planes: rotary planes of a head.
     """
@@ -34,6 +35,7 @@ class LatentBudget:
     kind: str
     owners: tuple[int, ...]
     total: int
+    ratio: float
     dims: tuple[int, ...] | None
     num_planes: int
 
@@ -75,7 +77,7 @@ def latent_budget(
         )
     dims = None if latent.dim is None else _check_dims(latent, kv_size, hidden_size)
     per_owner = sum(dims) if dims else min(2 * kv_size / latent.ratio, hidden_size * len(streams))
-    return LatentBudget(plan, latent.name, owners, int(per_owner * len(owners)), dims, head_dim // 2)
+    return LatentBudget(plan, latent.name, owners, int(per_owner * len(owners)), latent.ratio, dims, head_dim // 2)
 
 
 def _check_dims(latent: LatentConfig, kv_size: int, hidden_size: int) -> tuple[int, ...]:

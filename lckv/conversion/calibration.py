@@ -69,7 +69,8 @@ class InputMoments:
         if broken:
             raise UserError(
                 f"layer {(own or broken[0])[0]}'s inputs are not finite on the calibration text: the source's weights "
-                "are broken, or its type is too narrow for what they compute; allowed are models of finite numbers"
+                "are broken, or its type is too narrow for what they compute (bfloat16 reaches further than float16); "
+                "allowed are models of finite numbers"
             )
 
 

@@ -7,23 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from torch import Tensor
 from transformers import TrainingArguments
 
 from lckv.config import TrainConfig
-from lckv.config.model import LatentConfig
 from lckv.config.names import CALIBRATED, NO_LATENT, TRAINED
 from lckv.console import Bar
 from lckv.conversion.calibration import batches_of, calibrate, choose_blocks
-from lckv.conversion.latents import LatentFit, num_unturned_planes, sources_of
-from lckv.conversion.methods import Group, groups_of, make_tensors, needed_pairs
-from lckv.conversion.sensitivity import measure_sensitivity
+from lckv.conversion.latent_models import budget_of, fit_latents, measure
+from lckv.conversion.methods import groups_of, needed_pairs
 from lckv.conversion.settings import adopt_source, check_block_size, model_settings
 from lckv.conversion.source import Source
 from lckv.conversion.target import converted_config, source_config_of, write_converted
 from lckv.data.dataset import build_dataset
-from lckv.errors import UserError
-from lckv.latents import LatentBudget, latent_budget
 from lckv.loading import find_device
 from lckv.model_arguments import resolve_plan
 from lckv.models import LCKVLlamaConfig
@@ -88,27 +83,17 @@ def convert_to_latents(
     max_shard_size: int,
 ) -> None:
     """The same for a model whose owners keep latents; `config` is that of the model without them."""
-    plan, latent, budget = config.sharing_plan, cfg.latent, budget_of(cfg.latent, config)
+    latent, budget = cfg.latent, budget_of(cfg.latent, config)
     check_block_size(cfg.data, source.config)
     data = build_dataset(cfg.data, source.load_tokenizer())
     chosen = choose_blocks(data.train, cfg.init.calibration_tokens)
-    groups = sources_of(plan, source.config.sharing_plan, budget.owners)
     with Bar(console, "calibrating", "tokens", len(chosen) * data.train.block_size) as bar:
-        model, batches = source.load_for_text(device), batches_of(data.train, chosen)
-        sensitivity = measure_sensitivity(model, batches, groups, on_batch=bar.advance)
+        model = source.load_for_text(device)
+        sensitivity = measure(model, budget, batches_of(data.train, chosen), bar.advance)
         frequencies = model.model.rotary_emb.inv_freq.cpu()
         del model
-    num_unturned = 0 if latent.ratio == 1 else num_unturned_planes(frequencies, data.train.block_size)
-    tensors = source.tensors()
-    fit = LatentFit(budget, tensors, source.config, groups, sensitivity, cfg.init.ridge, num_unturned)
-    kv_latents = fit.sizes()
-    config = converted_config(config, plan, kv_latents=kv_latents)
-
-    def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
-        if kv_latents[owner] is None:  # skipped
-            return make_tensors("average", Group(owner, readers, tensors, source.config))
-        return fit.make(kv_latents, owner)
-
+    tensors, ridge = source.tensors(), cfg.init.ridge
+    config, make = fit_latents(tensors, source.config, config, budget, sensitivity, frequencies, ridge)
     record = {
         "latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio},
         "data": cfg.data.name,
@@ -127,21 +112,6 @@ def convert_to_latents(
             record=record,
             on_parameters=bar.update,
         )
-
-
-def budget_of(latent: LatentConfig, config: LCKVLlamaConfig) -> LatentBudget:
-    """What the `latent` group asks for in a model of this configuration.
-
-    Raises:
-        UserError: if that cannot be.
-    """
-    assert config.num_key_value_heads is not None and config.head_dim is not None
-    if latent.name == "decoupled_rope" and config.use_qk_norm:
-        raise UserError(
-            "latent=decoupled_rope: the source normalises its keys, which are then no sum of a rotated part and "
-            "another; allowed are joint and separate"
-        )
-    return latent_budget(latent, config.sharing_plan, config.num_key_value_heads, config.head_dim, config.hidden_size)
 
 
 def adopt_init(cfg: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, Source | None]:

@@ -40,6 +40,8 @@ class Sensitivity:
             much as the keys and values of the group depend on it, in the mean over all of them.
         gradients: for each layer and projection, the mean of `g g^T` over tokens, `(kv_size, kv_size)` in float64,
             where `g` is the loss's gradient with respect to what the projection gives.
+        num_tokens: that were looked at.
+        seq_length: of the longest text among them.
     """
 
     def __init__(self, groups: dict[int, tuple[int, ...]], *, has_ones: bool) -> None:
@@ -51,7 +53,7 @@ class Sensitivity:
             for owner, sources in groups.items()
         }
         self.gradients: dict[tuple[int, str], Tensor] = {}
-        self.num_tokens = 0
+        self.num_tokens = self.seq_length = 0
         self._scales: dict[tuple[int, str], Tensor] = {}
 
     def add(self, inputs: dict[int, Tensor], gradients: dict[tuple[int, str], Tensor]) -> None:
@@ -73,21 +75,7 @@ class Sensitivity:
             kept = {layer: inputs[layer].float() * weights.sqrt().view(shape) for layer in {owner, *sources}}
             self.moments[owner].add(kept)
         self.num_tokens += num_tokens
-
-    def check_finite(self) -> None:
-        """Refuses sums that nothing can be fitted to.
-
-        Raises:
-            UserError: naming the layer.
-        """
-        for moments in self.moments.values():
-            moments.check_finite()
-        for (layer, _), gradient in self.gradients.items():
-            if not gradient.isfinite().all():
-                raise UserError(
-                    f"layer {layer}'s gradients are not finite on the calibration text: the source's type is too "
-                    "narrow for what it computes; allowed are models of finite numbers, such as bfloat16 for float16"
-                )
+        self.seq_length = max(self.seq_length, next(iter(inputs.values())).shape[1])
 
 
 def measure_sensitivity(
@@ -110,7 +98,7 @@ def measure_sensitivity(
         on_batch: called after each batch with the number of its tokens.
 
     Raises:
-        UserError: if what enters a layer, or comes back, is not finite.
+        UserError: if what a layer computes, or what comes back to it, is not finite.
     """
     sensitivity = Sensitivity(groups, has_ones=False)
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -126,7 +114,8 @@ def measure_sensitivity(
             sensitivity.add(taps.inputs, gradients)
             if on_batch is not None:
                 on_batch(batch["input_ids"].numel())
-    sensitivity.check_finite()
+    for moments in sensitivity.moments.values():
+        moments.check_finite()
     return sensitivity
 
 
@@ -182,6 +171,7 @@ def _gradients(
         taps.is_open = True
         states = model.model(inputs_embeds=embeddings, position_ids=batch["position_ids"], use_cache=False)[0]
         taps.is_open = False
+    _check_finite(taps.inputs | {len(model.model.layers): states})
     above = _gradient_above(model, states.detach(), generator)
     places = list(taps.outputs)
     found = torch.autograd.grad(states, [taps.outputs[place] for place in places], above, allow_unused=True)
@@ -189,9 +179,19 @@ def _gradients(
         place: torch.zeros_like(taps.outputs[place]) if gradient is None else gradient
         for place, gradient in zip(places, found, strict=True)
     }
+    _check_finite({layer: gradient for (layer, _), gradient in gradients.items()})
     taps.inputs.update({layer: states.detach() for layer, states in taps.inputs.items()})
     taps.outputs.clear()
     return gradients
+
+
+def _check_finite(states: dict[int, Tensor]) -> None:
+    """Refuses numbers to which nothing can be fitted, of the lowest layer that has such."""
+    if broken := [layer for layer, each in sorted(states.items()) if not each.isfinite().all()]:
+        raise UserError(
+            f"what enters layer {broken[0]} on the calibration text, or comes back to it, is not finite: the weights "
+            "are broken, or their type is too narrow (bfloat16 reaches further than float16); take another source"
+        )
 
 
 def _gradient_above(model: LCKVLlamaForCausalLM, states: Tensor, generator: torch.Generator) -> Tensor:

@@ -5,10 +5,12 @@ from functools import cache, partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lckv.cache import build_cache
 from lckv.config.model import LatentConfig
 from lckv.config.names import LATENTS
+from lckv.conversion.latent_models import to_latents
 from lckv.conversion.latents import Factors, LatentFit, Pairs, allot, num_unturned_planes, roots, sources_of
 from lckv.conversion.sensitivity import KEYS, VALUES, measure_sensitivity
 from lckv.conversion.source import expected_shapes
@@ -234,3 +236,38 @@ def test_convert_writes_what_was_asked_for(source, tmp_path, arguments, expected
     with pytest.raises(UserError, match="the source keeps latents already"):
         run_convert(out, tmp_path / "again", "latent=joint", *TEXT)
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("kind", LATENTS)
+@torch.no_grad()
+def test_a_loaded_model_is_converted_in_memory(kind):
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=kind == "joint",
+        initializer_range=0.2,
+    )
+    model, text = LlamaForCausalLM(config).eval(), [batch["input_ids"] for batch in batches()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = to_latents(model, text, kind, ratio=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    input_ids = token_ids(2, 20, 99, 300)
+    torch.testing.assert_close(whole(input_ids).logits, model(input_ids).logits, atol=1e-4, rtol=1e-4)
+    shared = to_latents(model, text, kind, ratio=2, layer_types="0_0_2")
+    assert sum(store.size for store in shared.config.kv_layout.stores) == 2 * 16
+    assert shared.generate(input_ids, max_new_tokens=4, do_sample=False).shape == (2, 24)
+    with pytest.raises(UserError, match="the model keeps latents already"):
+        to_latents(shared, text)
+    with pytest.raises(UserError, match="the calibration text has 24 tokens: latents need as many .* 32"):
+        to_latents(model, [token_ids(1, 24, 0, 300)])
+
+
+def test_numbers_that_overflow_are_told():
+    model = random_source(2)
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(float("inf"))
+    with pytest.raises(UserError, match="what enters layer 2 on the calibration text.*bfloat16 reaches further"):
+        measure_sensitivity(model, batches(1), {0: (0,), 1: (1,)})

@@ -1,0 +1,149 @@
+"""Models of latents: what is measured and fitted for one, in memory or on the way to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lckv.config.model import LatentConfig
+from lckv.conversion.heads import Tensors
+from lckv.conversion.latents import LatentFit, num_unturned_planes, sources_of
+from lckv.conversion.methods import Group, make_tensors
+from lckv.conversion.sensitivity import Sensitivity, measure_sensitivity
+from lckv.conversion.source import HEAD, expected_shapes
+from lckv.conversion.target import Make, converted_config, converted_tensors
+from lckv.errors import UserError
+from lckv.latents import LatentBudget, latent_budget
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.models.families import read_config
+from lckv.patterns import parse_layer_types
+
+
+def budget_of(latent: LatentConfig, config: LCKVLlamaConfig) -> LatentBudget:
+    """What the `latent` group asks for in a model of this configuration, which has the pattern to make.
+
+    Raises:
+        UserError: if that cannot be.
+    """
+    assert config.num_key_value_heads is not None and config.head_dim is not None
+    if config.kv_latents is not None:
+        raise UserError(f"latent={latent.name}: the model keeps latents already; give the one that it was made from")
+    if latent.name == "decoupled_rope" and config.use_qk_norm:
+        raise UserError(
+            "latent=decoupled_rope: the source normalises its keys, which are then no sum of a rotated part and "
+            "another; allowed are joint and separate"
+        )
+    return latent_budget(latent, config.sharing_plan, config.num_key_value_heads, config.head_dim, config.hidden_size)
+
+
+def measure(
+    model: LCKVLlamaForCausalLM,
+    budget: LatentBudget,
+    batches: Iterable[dict[str, Tensor]],
+    on_batch: Callable[[int], Any] | None = None,
+) -> Sensitivity:
+    """What a fit needs to know of the model that latents are made for.
+
+    Raises:
+        UserError: for too little text, and numbers that are not finite.
+    """
+    groups = sources_of(budget.plan, model.config.sharing_plan, budget.owners)
+    sensitivity = measure_sensitivity(model, batches, groups, on_batch=on_batch)
+    if sensitivity.num_tokens < model.config.hidden_size:
+        raise UserError(
+            f"the calibration text has {sensitivity.num_tokens} tokens: latents need as many as a layer's input has "
+            f"numbers, {model.config.hidden_size}, better ten times that; give more text, or init.calibration_tokens"
+        )
+    return sensitivity
+
+
+def fit_latents(
+    tensors: Tensors,
+    source: LCKVLlamaConfig,
+    target: LCKVLlamaConfig,
+    budget: LatentBudget,
+    sensitivity: Sensitivity,
+    frequencies: Tensor,
+    ridge: float,
+) -> tuple[LCKVLlamaConfig, Make]:
+    """The configuration of the model with latents, and what makes its tensors.
+
+    Args:
+        tensors: of the source.
+        source: its configuration.
+        target: the same with the pattern to make, without latents.
+        budget: what owners may keep.
+        sensitivity: see [`measure`].
+        frequencies: of the source's rotary planes, `(head_dim / 2,)`.
+        ridge: a penalty on large weights where a layer's input is predicted from another's.
+    """
+    groups = sources_of(budget.plan, source.sharing_plan, budget.owners)
+    is_whole = budget.dims is None and budget.ratio == 1  # which is to lose nothing
+    num_unturned = 0 if is_whole else num_unturned_planes(frequencies, sensitivity.seq_length)
+    fit = LatentFit(budget, tensors, source, groups, sensitivity, ridge, num_unturned)
+    kv_latents = fit.sizes()
+
+    def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
+        if kv_latents[owner] is None:  # skipped
+            return make_tensors("average", Group(owner, readers, tensors, source))
+        return fit.make(kv_latents, owner)
+
+    return converted_config(target, budget.plan, kv_latents=kv_latents), make
+
+
+def to_latents(
+    model: PreTrainedModel,
+    batches: Iterable[Tensor],
+    kind: str = "joint",
+    *,
+    ratio: float = 4.0,
+    dim: int | list[int] | None = None,
+    skip_layers: int = 0,
+    layer_types: str | None = None,
+    ridge: float = 1e-2,
+) -> LCKVLlamaForCausalLM:
+    """Makes a model that keeps latents from a loaded one, in memory.
+
+    Args:
+        model: of a family that can be read as ours, or one of ours.
+        batches: calibration text, each `(batch, q_len)`; a few thousand tokens will do.
+        kind: a name of the `latent` group of the configuration; the other arguments are its keys.
+        ratio: how many times fewer numbers owners keep.
+        dim: instead, the size of each latent.
+        skip_layers: so many of the lowest layers keep keys and values.
+        layer_types: a sharing pattern on top; by default the model's own.
+        ridge: see [`fit_latents`].
+
+    Returns:
+        The model in evaluation mode, of the types that the given one has.
+
+    Raises:
+        UserError: for another family, and settings or text that do not allow it.
+    """
+    source = read_config(model.config.to_dict())
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if source.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    ours: Any = LCKVLlamaForCausalLM(source)
+    ours.to(model.dtype)
+    ours.load_state_dict(tensors, strict=not source.tie_word_embeddings)
+    ours.to(model.device).eval()
+    plan = source.sharing_plan if layer_types is None else parse_layer_types(layer_types, source.num_hidden_layers)
+    target = converted_config(source, plan)
+    budget = budget_of(LatentConfig(kind, ratio, dim, skip_layers), target)
+    text = ({"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)} for ids in batches)
+    sensitivity = measure(ours, budget, text)
+    frequencies = ours.model.rotary_emb.inv_freq.cpu()
+    config, make = fit_latents(tensors, source, target, budget, sensitivity, frequencies, ridge)
+    made = converted_tensors(tensors, source.sharing_plan, plan, expected_shapes(config), kind, make)
+    with torch.device("meta"):
+        latent_model: Any = LCKVLlamaForCausalLM(config)
+    latent_model.load_state_dict(dict(made), strict=not config.tie_word_embeddings, assign=True)
+    latent_model.tie_weights()
+    latent_model.model.rotary_emb = ours.model.rotary_emb  # whose tables no checkpoint holds
+    result: LCKVLlamaForCausalLM = latent_model.to(model.device).eval()
+    return result
