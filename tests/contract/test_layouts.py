@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from lckv.cache import build_cache
 from tests.contract.caches import LOSSY, VARIANTS, assert_close, feed, live_bytes
@@ -164,3 +164,35 @@ def test_sinks_count_the_tokens_that_are_left(kind):
     expected = first(kept, use_cache=False).logits[:, -1]
     assert_close(feed(first, cache, input_ids, [8] + [1] * 22)[:, -1], expected)
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("layer_types", ["0_3_3_3_4", "0s_1s_2_2"])
+@pytest.mark.parametrize("kind", LATENTS)
+@torch.no_grad()
+def test_compiled_decoding_of_latents(kind, layer_types):
+    torch._dynamo.reset()
+    model, input_ids = layout_model(kind, layer_types), token_ids(2, 8)
+    expected = model(input_ids, use_cache=False).logits
+    step = torch.compile(model, backend="eager")
+    for cache in (StaticCache(config=model.config, max_cache_len=9), build_cache("static", model.config, max_length=9)):
+        logits = [model(input_ids[:, :3], past_key_values=cache).logits]
+        logits += [step(token, past_key_values=cache).logits for token in input_ids[:, 3:].split(1, dim=1)]
+        assert_close(torch.cat(logits, dim=1), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", LATENTS)
+def test_latents_compiled_with_inductor_equal_eager(kind):
+    torch._dynamo.reset()
+    model, input_ids = layout_model(kind, "0_1_1_3"), token_ids(2, 8)
+    trained = copy.deepcopy(model).train()
+    losses = [each(input_ids, labels=input_ids, use_cache=False).loss for each in (trained, torch.compile(trained))]
+    assert_close(losses[1], losses[0])
+    losses[1].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in trained.parameters() if parameter.grad is not None)
+    with torch.no_grad():
+        cache, step = build_cache("static", model.config, max_length=9), torch.compile(model)
+        logits = [model(input_ids[:, :3], past_key_values=cache).logits]
+        logits += [step(token, past_key_values=cache).logits for token in input_ids[:, 3:].split(1, dim=1)]
+        assert_close(torch.cat(logits, dim=1), model(input_ids, use_cache=False).logits)
