@@ -58,7 +58,8 @@ def _check_source(cfg: TrainConfig) -> None:
         cfg.trainer.cut_batch(num_processes())
     own = check_model(cfg.init.source, revision=cfg.init.revision, key="source", needs_tokenizer=False)
     plan = None if own is None else plan_from_source(cfg, own)
-    if cfg.latent.name != NO_LATENT or (cfg.init.method in CALIBRATED and (own is None or plan != own)):
+    reads_text = cfg.init.method in CALIBRATED and (own is None or plan != own)
+    if reads_text if cfg.latent.name == NO_LATENT else cfg.init.calibration_tokens:
         check_model(cfg.init.source, key="source")
         check_text_files(cfg.data)
 

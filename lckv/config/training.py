@@ -10,7 +10,7 @@ from lckv.config.data import DataConfig, TokenizerConfig
 from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, each, is_named, key, not_negative, one_of, such_that
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
-from lckv.config.names import DTYPES, METHODS, OPTIMIZERS, SCHEDULES, TRACKERS, TRAINABLE
+from lckv.config.names import CALIBRATED, DTYPES, METHODS, NO_LATENT, OPTIMIZERS, SCHEDULES, TRACKERS, TRAINABLE
 from lckv.costs import DTYPE_BYTES
 from lckv.errors import UserError
 
@@ -234,11 +234,11 @@ class CalibrationConfig(Group):
     """What conversion methods that look at text do with it.
 
     Attributes:
-        calibration_tokens: so many tokens of the training split.
+        calibration_tokens: so many tokens of the training split; 0 with latents: none, which is far worse.
         ridge: the penalty on large weights, relative to the mean square of what they multiply.
     """
 
-    calibration_tokens: int = key(32768, at_least())
+    calibration_tokens: int = key(32768, at_least(0))
     ridge: float = key(1e-2, above_zero)
 
 
@@ -337,6 +337,8 @@ class TrainConfig(Group):
             self._check_outputs_can_be_seen()
         if self.init.source is None:  # else the sizes are the source's
             self.check_sizes()
+        elif self.init.method in CALIBRATED and self.latent.name == NO_LATENT and not self.init.calibration_tokens:
+            raise UserError(f"init.calibration_tokens=0: {self.init.method} looks at text; allowed is 1 or more")
 
     def check_sizes(self) -> None:
         """Refuses sizes of the model for which it could not be trained so.

@@ -13,7 +13,7 @@ from lckv.config.model import LatentConfig
 from lckv.conversion.heads import Tensors
 from lckv.conversion.latents import LatentFit, num_unturned_planes, sources_of
 from lckv.conversion.methods import Group, make_tensors
-from lckv.conversion.sensitivity import Sensitivity, measure_sensitivity
+from lckv.conversion.sensitivity import Sensitivity, assume_sensitivity, measure_sensitivity
 from lckv.conversion.source import HEAD, expected_shapes
 from lckv.conversion.target import Make, converted_config, converted_tensors
 from lckv.errors import UserError
@@ -83,7 +83,9 @@ def fit_latents(
     """
     groups = sources_of(budget.plan, source.sharing_plan, budget.owners)
     is_whole = budget.dims is None and budget.ratio == 1  # which is to lose nothing
-    num_unturned = 0 if is_whole else num_unturned_planes(frequencies, sensitivity.seq_length)
+    num_unturned = (
+        0 if is_whole else num_unturned_planes(frequencies, sensitivity.seq_length or source.max_position_embeddings)
+    )
     fit = LatentFit(budget, tensors, source, groups, sensitivity, ridge, num_unturned)
     kv_latents = fit.sizes()
 
@@ -97,7 +99,7 @@ def fit_latents(
 
 def to_latents(
     model: PreTrainedModel,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor] | None,
     kind: str = "joint",
     *,
     ratio: float = 4.0,
@@ -110,7 +112,8 @@ def to_latents(
 
     Args:
         model: of a family that can be read as ours, or one of ours.
-        batches: calibration text, each `(batch, q_len)`; a few thousand tokens will do.
+        batches: calibration text, each `(batch, q_len)`; a few thousand tokens will do. `None`: the weights alone
+            have to say what matters, which is far worse.
         kind: a name of the `latent` group of the configuration; the other arguments are its keys.
         ratio: how many times fewer numbers owners keep.
         dim: instead, the size of each latent.
@@ -135,8 +138,11 @@ def to_latents(
     plan = source.sharing_plan if layer_types is None else parse_layer_types(layer_types, source.num_hidden_layers)
     target = converted_config(source, plan)
     budget = budget_of(LatentConfig(kind, ratio, dim, skip_layers), target)
-    text = ({"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)} for ids in batches)
-    sensitivity = measure(ours, budget, text)
+    if batches is None:
+        sensitivity = assume_sensitivity(tensors, source, sources_of(plan, source.sharing_plan, budget.owners))
+    else:
+        text = ({"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)} for ids in batches)
+        sensitivity = measure(ours, budget, text)
     frequencies = ours.model.rotary_emb.inv_freq.cpu()
     config, make = fit_latents(tensors, source, target, budget, sensitivity, frequencies, ridge)
     made = converted_tensors(tensors, source.sharing_plan, plan, expected_shapes(config), kind, make)

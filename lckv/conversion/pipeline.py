@@ -8,13 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 from transformers import TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lckv.config import TrainConfig
 from lckv.config.names import CALIBRATED, NO_LATENT, TRAINED
 from lckv.console import Bar
 from lckv.conversion.calibration import batches_of, calibrate, choose_blocks
 from lckv.conversion.latent_models import budget_of, fit_latents, measure
+from lckv.conversion.latents import sources_of
 from lckv.conversion.methods import groups_of, needed_pairs
+from lckv.conversion.sensitivity import assume_sensitivity
 from lckv.conversion.settings import adopt_source, check_block_size, model_settings
 from lckv.conversion.source import Source
 from lckv.conversion.target import converted_config, source_config_of, write_converted
@@ -84,23 +87,24 @@ def convert_to_latents(
 ) -> None:
     """The same for a model whose owners keep latents; `config` is that of the model without them."""
     latent, budget = cfg.latent, budget_of(cfg.latent, config)
-    check_block_size(cfg.data, source.config)
-    data = build_dataset(cfg.data, source.load_tokenizer())
-    chosen = choose_blocks(data.train, cfg.init.calibration_tokens)
-    with Bar(console, "calibrating", "tokens", len(chosen) * data.train.block_size) as bar:
-        model = source.load_for_text(device)
-        sensitivity = measure(model, budget, batches_of(data.train, chosen), bar.advance)
-        frequencies = model.model.rotary_emb.inv_freq.cpu()
-        del model
-    tensors, ridge = source.tensors(), cfg.init.ridge
-    config, make = fit_latents(tensors, source.config, config, budget, sensitivity, frequencies, ridge)
-    record = {
-        "latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio},
-        "data": cfg.data.name,
-        "data_fingerprint": data.fingerprint,
-        "calibration_tokens": sensitivity.num_tokens,
-        "ridge": cfg.init.ridge,
-    }
+    tensors, record = (
+        source.tensors(),
+        {"latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio}},
+    )
+    frequencies = LlamaRotaryEmbedding(source.config).inv_freq
+    if cfg.init.calibration_tokens:
+        check_block_size(cfg.data, source.config)
+        data = build_dataset(cfg.data, source.load_tokenizer())
+        chosen = choose_blocks(data.train, cfg.init.calibration_tokens)
+        with Bar(console, "calibrating", "tokens", len(chosen) * data.train.block_size) as bar:
+            batches = batches_of(data.train, chosen)
+            sensitivity = measure(source.load_for_text(device), budget, batches, bar.advance)
+        record |= {"data": cfg.data.name, "data_fingerprint": data.fingerprint}
+    else:
+        groups = sources_of(budget.plan, source.config.sharing_plan, budget.owners)
+        sensitivity = assume_sensitivity(tensors, source.config, groups)
+    record |= {"calibration_tokens": sensitivity.num_tokens, "ridge": cfg.init.ridge}
+    config, make = fit_latents(tensors, source.config, config, budget, sensitivity, frequencies, cfg.init.ridge)
     with Bar(console, "writing", "parameters") as bar:
         write_converted(
             source,

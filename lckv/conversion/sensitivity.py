@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lckv.conversion.calibration import InputMoments
+from lckv.conversion.heads import AttentionHeads, Tensors, layer_prefix, read_finite
 from lckv.errors import UserError
-from lckv.models import LCKVLlamaForCausalLM
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 KEYS, VALUES = "k_proj", "v_proj"
 """The projections whose outputs are looked at, before norms and rotations."""
@@ -40,7 +41,7 @@ class Sensitivity:
             much as the keys and values of the group depend on it, in the mean over all of them.
         gradients: for each layer and projection, the mean of `g g^T` over tokens, `(kv_size, kv_size)` in float64,
             where `g` is the loss's gradient with respect to what the projection gives.
-        num_tokens: that were looked at.
+        num_tokens: that were looked at; 0 if there was no text.
         seq_length: of the longest text among them.
     """
 
@@ -116,6 +117,32 @@ def measure_sensitivity(
                 on_batch(batch["input_ids"].numel())
     for moments in sensitivity.moments.values():
         moments.check_finite()
+    return sensitivity
+
+
+def assume_sensitivity(tensors: Tensors, config: LCKVLlamaConfig, groups: dict[int, tuple[int, ...]]) -> Sensitivity:
+    """The same from the weights alone, for want of text: what the norms in front of the projections make likely.
+
+    A normalised input has independent numbers of the norm's sizes. Values count as the output projection reads them,
+    keys as the queries of such inputs do, and all projections alike.
+    """
+    sensitivity = Sensitivity(groups, has_ones=False)
+    scales = {
+        layer: read_finite(tensors, f"model.layers.{layer}.input_layernorm.weight") for layer in sensitivity.inputs
+    }
+    for owner, moments in sensitivity.moments.items():
+        moments.add({layer: scales[layer].diag()[None] for layer in {owner, *groups[owner]}})
+    for layer in sensitivity.layers:
+        heads = AttentionHeads.read(tensors, layer, config)
+        queries = heads.query[..., : heads.hidden_size] * scales[layer]  # without biases
+        grams = {
+            KEYS: torch.einsum("hgdi,hgei->hde", queries, queries),
+            VALUES: torch.einsum("hgid,hgie->hde", heads.output, heads.output),
+        }
+        for name, by_head in grams.items():
+            gram = torch.block_diag(*by_head).double()
+            weight = read_finite(tensors, f"{layer_prefix(layer)}{name}.weight").double() * scales[layer].double()
+            sensitivity.gradients[layer, name] = gram / torch.trace(gram @ weight @ weight.T)
     return sensitivity
 
 

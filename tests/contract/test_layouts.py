@@ -174,7 +174,10 @@ def test_compiled_decoding_of_latents(kind, layer_types):
     model, input_ids = layout_model(kind, layer_types), token_ids(2, 8)
     expected = model(input_ids, use_cache=False).logits
     step = torch.compile(model, backend="eager")
-    for cache in (StaticCache(config=model.config, max_cache_len=9), build_cache("static", model.config, max_length=9)):
+    for cache in (
+        StaticCache(config=model.config, max_cache_len=9),
+        build_cache("static", model.config, max_length=9),
+    ):
         logits = [model(input_ids[:, :3], past_key_values=cache).logits]
         logits += [step(token, past_key_values=cache).logits for token in input_ids[:, 3:].split(1, dim=1)]
         assert_close(torch.cat(logits, dim=1), expected)

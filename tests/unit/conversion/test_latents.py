@@ -1,5 +1,6 @@
 """Latents in closed form: exact at full rank, the best there is below, with the sizes that were asked for."""
 
+import shutil
 from functools import cache, partial
 
 import pytest
@@ -18,7 +19,7 @@ from lckv.conversion.target import converted_config, converted_tensors
 from lckv.errors import UserError
 from lckv.latents import latent_budget
 from lckv.loading import load_model
-from lckv.models import LCKVLlamaForCausalLM
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import parse_layer_types
 from tests.reference import token_ids
 from tests.unit.conversion.sources import KINDS, random_source, run_convert, save_source
@@ -271,3 +272,26 @@ def test_numbers_that_overflow_are_told():
     model.model.layers[1].mlp.up_proj.weight.data.fill_(float("inf"))
     with pytest.raises(UserError, match="what enters layer 2 on the calibration text.*bfloat16 reaches further"):
         measure_sensitivity(model, batches(1), {0: (0,), 1: (1,)})
+
+
+@pytest.mark.parametrize("kind", LATENTS)
+@torch.no_grad()
+def test_without_text_the_weights_decide(kind):
+    """At full size nothing is lost; below, directions that no query or output looks at go first."""
+    model, input_ids = random_source(2), token_ids(2, 20, 99, 300)
+    torch.testing.assert_close(
+        to_latents(model, None, kind, ratio=1)(input_ids).logits, model(input_ids).logits, atol=1e-4, rtol=1e-4
+    )
+    for layer in model.model.layers:  # the second half of each value head is read by nobody
+        layer.self_attn.o_proj.weight.unflatten(1, (-1, 8))[..., 4:] = 0
+    made = to_latents(model, None, "separate", dim=[16, 8])
+    torch.testing.assert_close(made(input_ids).logits, model(input_ids).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_convert_without_text(source, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(source, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    run_convert(bare, tmp_path / "out", "latent=joint", "latent.ratio=2", "init.calibration_tokens=0")
+    config = LCKVLlamaConfig.from_pretrained(tmp_path / "out")
+    assert sum(store.size for store in config.kv_layout.stores) == 4 * 16
+    LCKVLlamaForCausalLM.from_pretrained(tmp_path / "out")
