@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers import TrainingArguments
@@ -87,10 +88,8 @@ def convert_to_latents(
 ) -> None:
     """The same for a model whose owners keep latents; `config` is that of the model without them."""
     latent, budget = cfg.latent, budget_of(cfg.latent, config)
-    tensors, record = (
-        source.tensors(),
-        {"latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio}},
-    )
+    tensors = source.tensors()
+    record: dict[str, Any] = {"latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio}}
     frequencies = LlamaRotaryEmbedding(source.config).inv_freq
     if cfg.init.calibration_tokens:
         check_block_size(cfg.data, source.config)
