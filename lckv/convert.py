@@ -75,6 +75,8 @@ def _describe(cfg: TrainConfig, out: Path, source: LCKVLlamaConfig) -> str:
         layout, plain = config.kv_layout, source.kv_layout
         kept, before = (sum(store.size for store in each.stores) for each in (layout, plain))
         return f"{cfg.latent.name} latents from {cfg.init.source}: {kept} numbers of a token for {before}"
+    if source.kv_latents is not None:
+        return f"{made}; latents as before"
     if len(plan.kv_owners) == plan.num_hidden_layers:
         return f"{made}; nothing is shared: give model.layer_types or sharing"
     same = plan == source.sharing_plan

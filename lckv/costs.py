@@ -320,8 +320,10 @@ class _FlopCount:
             return projections + 2 * sizes.num_attention_heads * width * num_keys
         key_size, value_size, num_rotated = latents
         keys, values = 2.0 * key_size * sizes.num_unrotated(layer), 2 * value_size * sizes.kv_size
-        if not is_alone:
-            return projections + keys + values + 4 * sizes.query_size * num_keys
+        hides_own_token = layer.is_upward or sizes.force_nodiag
+        if not is_alone or (hides_own_token and sizes.attention_bias):  # where even one query needs values
+            num_made = num_keys if is_alone else 1
+            return projections + (keys + values) * num_made + 4 * sizes.query_size * num_keys
         groups, width = sizes.num_attention_heads // sizes.num_key_value_heads, sizes.head_dim
         from_sum = groups * values
         if num_rotated:  # the query goes to the latent, as keys would to each query head of theirs

@@ -53,42 +53,55 @@ class LatentBudget:
         return [dict(latents) if layer in self.owners else None for layer in range(self.plan.num_hidden_layers)]
 
 
-def latent_budget(
-    latent: LatentConfig, plan: SharingPlan, num_key_value_heads: int, head_dim: int, hidden_size: int
-) -> LatentBudget:
+def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> LatentBudget:
     """What the `latent` group asks for.
 
     Args:
         latent: the group, with a name.
         plan: the pattern.
-        num_key_value_heads: heads of keys, and of values.
-        head_dim: numbers of a head.
-        hidden_size: of the model, which no latent can exceed.
+        sizes: of the model: anything with `num_key_value_heads`, `head_dim`, `hidden_size` and `use_qk_norm`.
 
     Raises:
-        UserError: for sizes that are none or too large, and if no owner is left.
+        UserError: for sizes that are none or too large, if no owner is left, and for normalised keys in pairs.
     """
-    streams, kv_size = STREAMS[latent.name], num_key_value_heads * head_dim
+    streams = STREAMS[latent.name]
+    if PLANES in streams and sizes.use_qk_norm:
+        raise UserError(
+            f"latent={latent.name}: the model normalises its keys (use_qk_norm), which are then no sum of a rotated "
+            "part and another; allowed are joint and separate"
+        )
     owners = tuple(owner for owner in plan.kv_owners if owner >= latent.skip_layers)
     if not owners:
         raise UserError(
             f"latent.skip_layers={latent.skip_layers}: leaves no layer that computes keys and values "
             f"({plan.layer_types}); allowed are 0 to {plan.kv_owners[-1]}"
         )
-    dims = None if latent.dim is None else _check_dims(latent, kv_size, hidden_size)
-    per_owner = sum(dims) if dims else min(2 * kv_size / latent.ratio, hidden_size * len(streams))
-    return LatentBudget(plan, latent.name, owners, int(per_owner * len(owners)), latent.ratio, dims, head_dim // 2)
+    kv_size = sizes.num_key_value_heads * sizes.head_dim
+    # Of one input no more can be said than it has numbers, unless rotations have parted them.
+    latent_most = min(sizes.hidden_size, kv_size if VALUE_LATENT in streams else 2 * kv_size)
+    most = tuple(kv_size if stream == PLANES else latent_most for stream in streams)
+    dims = None if latent.dim is None else _check_dims(latent, most)
+    per_owner = sum(dims) if dims else min(2 * kv_size / latent.ratio, sum(most))
+    least = sum(2 if stream == PLANES else 1 for stream in streams)
+    if per_owner < least:
+        raise UserError(
+            f"latent.ratio={latent.ratio:g}: leaves {per_owner:.2g} of {2 * kv_size} numbers; allowed is at most "
+            f"{2 * kv_size / least:g}"
+        )
+    return LatentBudget(
+        plan, latent.name, owners, int(per_owner * len(owners)), latent.ratio, dims, sizes.head_dim // 2
+    )
 
 
-def _check_dims(latent: LatentConfig, kv_size: int, hidden_size: int) -> tuple[int, ...]:
-    """The size of each stream."""
+def _check_dims(latent: LatentConfig, most: tuple[int, ...]) -> tuple[int, ...]:
+    """The size of each stream, given how large each can be."""
     streams, given = STREAMS[latent.name], f"latent.dim={latent.dim}"
     dims = tuple(latent.dim) if isinstance(latent.dim, list) else (latent.dim,) * len(streams)
-    most = min(hidden_size, kv_size if len(streams) == 2 and PLANES not in streams else 2 * kv_size)
     if len(dims) != len(streams):
         raise UserError(f"{given}: has {len(dims)} sizes; latent={latent.name} keeps {', '.join(streams)}")
-    if not all(1 <= dim <= most for dim in dims):
-        raise UserError(f"{given}: allowed are 1 to {most}, at which nothing is lost")
-    if PLANES in streams and (dims[1] % 2 or dims[1] > kv_size):
-        raise UserError(f"{given}: what is rotated are pairs; allowed in its place are even sizes up to {kv_size}")
+    for stream, dim, largest in zip(streams, dims, most, strict=True):
+        if not 1 <= dim <= largest:
+            raise UserError(f"{given}: allowed for {stream} are 1 to {largest}, at which nothing is lost")
+        if stream == PLANES and dim % 2:
+            raise UserError(f"{given}: {stream} are pairs; allowed in that place are even sizes up to {largest}")
     return dims

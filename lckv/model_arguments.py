@@ -113,10 +113,7 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
         sizes = match_llama(cfg.iso, plan, ModelSizes.from_config(arguments), cfg.iso_multiple)
         arguments.update(intermediate_size=sizes.intermediate_size, num_key_value_heads=sizes.num_key_value_heads)
     if cfg.latent.name != NO_LATENT:
-        sizes = ModelSizes.from_config(arguments)
-        arguments["kv_latents"] = latent_budget(
-            cfg.latent, plan, sizes.num_key_value_heads, sizes.head_dim, sizes.hidden_size
-        ).uniform
+        arguments["kv_latents"] = latent_budget(cfg.latent, plan, ModelSizes.from_config(arguments)).uniform
     return {name: value for name, value in arguments.items() if value is not None}
 
 

@@ -135,6 +135,7 @@ def print_report(report: PlanReport, console: Console) -> None:
         f"Costs for {report.context_length} tokens of context, {report.dtype} KV and a window of "
         f"{report.sizes.sliding_window}.\n"
         "Sharing saves what is written and kept, not what is read: every layer still reads KV."
+        + (" Latents save that, too." if report.sizes.kv_latents else "")
     )
     if report.costs.flops_per_token.train is None:
         console.print("converge_passes=N counts the FLOPs of N passes without gradient.")
@@ -174,12 +175,22 @@ def _layer_table(report: PlanReport) -> Table:
         table.add_row(
             str(layer.layer_idx),
             describe_layer(layer).partition(",")[0].removeprefix("reads "),
-            "yes" if layer.computes_kv else "-",
+            _shown_streams(report, layer.layer_idx) if layer.computes_kv else "-",
             str(report.sizes.sliding_window) if layer.is_sliding else "-",
             "yes" if layer.is_upward else "-",
             cycle or "-",
         )
     return table
+
+
+def _shown_streams(report: PlanReport, owner: int) -> str:
+    """What an owner keeps, if that is not keys and values."""
+    latents = report.sizes.kv_latents[owner] if report.sizes.kv_latents else None
+    if latents is None:
+        return "yes"
+    return ", ".join(
+        f"{name.replace('_', ' ')} {size if isinstance(size, int) else len(size)}" for name, size in latents.items()
+    )
 
 
 def _cost_table(report: PlanReport) -> Table:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from lckv import cli
 from lckv.config import TokenizerConfig, TrainConfig, validate
+from lckv.config.names import NO_LATENT
 from lckv.console import new_console
 from lckv.data.sources import check_text_files
-from lckv.model_arguments import plan_from_source, resolve_plan
+from lckv.model_arguments import model_arguments, plan_from_source, resolve_plan
 from lckv.model_files import check_model, check_tokenizer_name
 from lckv.processes import check_launch, is_main_process, num_processes, prepare_process
 from lckv.storage import check_folder
@@ -102,6 +103,8 @@ def _check_files(cfg: TrainConfig, folder: RunFolder) -> None:
     cfg.trainer.cut_batch(num_processes())
     if cfg.init.source is None:
         resolve_plan(cfg)
+        if cfg.latent.name != NO_LATENT:
+            model_arguments(replace(cfg, iso=None), cfg.model.vocab_size or 1)  # which checks their sizes
         check_tokenizer_name(cfg.tokenizer.name)
     elif not (folder.holds_a_run() and folder.init.is_dir()):  # else nothing more is asked of the source
         own = check_model(cfg.init.source, revision=cfg.init.revision, key="init.source")

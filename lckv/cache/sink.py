@@ -341,6 +341,7 @@ class SinkKVCache(KVCache):
     """
 
     name = "sink"
+    renumbers = True
 
     def __init__(self, config: Any, num_sinks: int = 4, window: int = 1020) -> None:
         check_whole_number("cache.num_sinks", num_sinks, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,15 +30,9 @@ def budget_of(latent: LatentConfig, config: LCKVLlamaConfig) -> LatentBudget:
     Raises:
         UserError: if that cannot be.
     """
-    assert config.num_key_value_heads is not None and config.head_dim is not None
     if config.kv_latents is not None:
         raise UserError(f"latent={latent.name}: the model keeps latents already; give the one that it was made from")
-    if latent.name == "decoupled_rope" and config.use_qk_norm:
-        raise UserError(
-            "latent=decoupled_rope: the source normalises its keys, which are then no sum of a rotated part and "
-            "another; allowed are joint and separate"
-        )
-    return latent_budget(latent, config.sharing_plan, config.num_key_value_heads, config.head_dim, config.hidden_size)
+    return latent_budget(latent, config.sharing_plan, config)
 
 
 def measure(
@@ -127,17 +122,16 @@ def to_latents(
     Raises:
         UserError: for another family, and settings or text that do not allow it.
     """
+    latent = LatentConfig(kind, ratio, dim, skip_layers)
+    latent.validate("latent.")
     source = read_config(model.config.to_dict())
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if source.tie_word_embeddings:
         tensors.pop(HEAD, None)
-    ours: Any = LCKVLlamaForCausalLM(source)
-    ours.to(model.dtype)
-    ours.load_state_dict(tensors, strict=not source.tie_word_embeddings)
-    ours.to(model.device).eval()
+    ours = _load(source, tensors, model)
     plan = source.sharing_plan if layer_types is None else parse_layer_types(layer_types, source.num_hidden_layers)
     target = converted_config(source, plan)
-    budget = budget_of(LatentConfig(kind, ratio, dim, skip_layers), target)
+    budget = budget_of(latent, target)
     if batches is None:
         sensitivity = assume_sensitivity(tensors, source, sources_of(plan, source.sharing_plan, budget.owners))
     else:
@@ -146,10 +140,14 @@ def to_latents(
     frequencies = ours.model.rotary_emb.inv_freq.cpu()
     config, make = fit_latents(tensors, source, target, budget, sensitivity, frequencies, ridge)
     made = converted_tensors(tensors, source.sharing_plan, plan, expected_shapes(config), kind, make)
-    with torch.device("meta"):
-        latent_model: Any = LCKVLlamaForCausalLM(config)
-    latent_model.load_state_dict(dict(made), strict=not config.tie_word_embeddings, assign=True)
-    latent_model.tie_weights()
-    latent_model.model.rotary_emb = ours.model.rotary_emb  # whose tables no checkpoint holds
-    result: LCKVLlamaForCausalLM = latent_model.to(model.device).eval()
-    return result
+    return _load(config, dict(made), model)
+
+
+def _load(config: LCKVLlamaConfig, tensors: Tensors, like: PreTrainedModel) -> LCKVLlamaForCausalLM:
+    """A model with copies of these tensors, where another one is, with its types, backend and way to generate."""
+    config._attn_implementation = like.config._attn_implementation
+    model: Any = LCKVLlamaForCausalLM(config)
+    model.to(like.dtype).load_state_dict(tensors, strict=not config.tie_word_embeddings)
+    model.generation_config = copy.deepcopy(like.generation_config)
+    loaded: LCKVLlamaForCausalLM = model.to(like.device).eval()
+    return loaded

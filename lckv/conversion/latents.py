@@ -32,6 +32,8 @@ Place = tuple[int, str]
 _ROUNDING = 1e-10
 """Eigenvalues that are smaller, beside the largest, are none."""
 
+_TINY = 1e-200  # beside what no prediction depends on
+
 _MOST_TURNED = 2.0
 """By how many radians a rotary plane may turn over a text whose keys are made as if it did not."""
 
@@ -199,7 +201,7 @@ class LatentFit:
                 products = [gram @ up[layer] for gram, layer in zip(grams, layers, strict=True)]
                 size = sum((each.conj() @ up[layer]).real for each, layer in zip(products, layers, strict=True))
                 bias = sum(each.conj() @ biases[layer][:, plane] for each, layer in zip(products, layers, strict=True))
-                found.append((value.square() / 2, plane, down, bias / size, up))
+                found.append((value.square() / 2, plane, down, bias / max(size, _TINY), up))
         found.sort(key=lambda each: -float(each[0]))
         losses, planes, downs, all_biases, ups = zip(*found, strict=True)
         scales = torch.stack(downs).norm(dim=1, keepdim=True)  # all pairs are read from directions of length one

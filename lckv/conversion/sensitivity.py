@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 KEYS, VALUES = "k_proj", "v_proj"
 """The projections whose outputs are looked at, before norms and rotations."""
+
+_TAPPED = (KEYS, VALUES)
 
 _ROWS_AT_ONCE = 128
 """Tokens whose distributions over the vocabulary are in memory at a time."""
@@ -115,8 +118,6 @@ def measure_sensitivity(
             sensitivity.add(taps.inputs, gradients)
             if on_batch is not None:
                 on_batch(batch["input_ids"].numel())
-    for moments in sensitivity.moments.values():
-        moments.check_finite()
     return sensitivity
 
 
@@ -166,27 +167,32 @@ def _recomputing(model: LCKVLlamaForCausalLM) -> Iterator[None]:
 
 
 class _Taps(ExitStack):
-    """Keeps what enters and leaves the projections of some layers in the last forward pass."""
+    """Keeps what enters the layers in the last pass over them, and what their projections give in all graded ones.
+
+    Where layers read upward, what those below read was written in the pass before.
+    """
 
     def __init__(self, model: LCKVLlamaForCausalLM, inputs: list[int], layers: list[int]) -> None:
         super().__init__()
         self.inputs: dict[int, Tensor] = {}
-        self.outputs: dict[tuple[int, str], Tensor] = {}
+        self.outputs: dict[tuple[int, str], list[Tensor]] = {(layer, name): [] for layer in layers for name in _TAPPED}
         self.is_open = True
         for layer in inputs:
             norm = model.model.layers[layer].input_layernorm
-            self.callback(norm.register_forward_hook(self._keep(self.inputs, layer)).remove)
-        for layer in layers:
-            for name in (KEYS, VALUES):
-                projection = getattr(model.model.layers[layer].self_attn, name)
-                self.callback(projection.register_forward_hook(self._keep(self.outputs, (layer, name))).remove)
+            self.callback(norm.register_forward_hook(partial(self._enter, layer)).remove)
+        for layer, name in self.outputs:
+            projection = getattr(model.model.layers[layer].self_attn, name)
+            self.callback(projection.register_forward_hook(partial(self._leave, (layer, name))).remove)
 
-    def _keep(self, where: dict[Any, Tensor], key: Any) -> Callable[..., None]:
-        def hook(_module: Any, _args: Any, output: Tensor) -> None:
-            if self.is_open:  # not while checkpointing recomputes, which makes other tensors of the same numbers
-                where[key] = output
+    # Nothing is kept while checkpointing recomputes, which makes other tensors of the same numbers.
 
-        return hook
+    def _enter(self, layer: int, _module: Any, _args: Any, output: Tensor) -> None:
+        if self.is_open:
+            self.inputs[layer] = output.detach()
+
+    def _leave(self, place: tuple[int, str], _module: Any, _args: Any, output: Tensor) -> None:
+        if self.is_open and output.requires_grad:
+            self.outputs[place].append(output)
 
 
 def _gradients(
@@ -200,15 +206,15 @@ def _gradients(
         taps.is_open = False
     _check_finite(taps.inputs | {len(model.model.layers): states})
     above = _gradient_above(model, states.detach(), generator)
-    places = list(taps.outputs)
-    found = torch.autograd.grad(states, [taps.outputs[place] for place in places], above, allow_unused=True)
-    gradients = {
-        place: torch.zeros_like(taps.outputs[place]) if gradient is None else gradient
-        for place, gradient in zip(places, found, strict=True)
-    }
+    tapped = [(place, output) for place, outputs in taps.outputs.items() for output in outputs]
+    found = torch.autograd.grad(states, [output for _, output in tapped], above, allow_unused=True)
+    gradients: dict[tuple[int, str], Tensor] = {}
+    for (place, output), gradient in zip(tapped, found, strict=True):
+        added = torch.zeros_like(output) if gradient is None else gradient
+        gradients[place] = gradients[place] + added if place in gradients else added
+    for outputs in taps.outputs.values():
+        outputs.clear()
     _check_finite({layer: gradient for (layer, _), gradient in gradients.items()})
-    taps.inputs.update({layer: states.detach() for layer, states in taps.inputs.items()})
-    taps.outputs.clear()
     return gradients
 
 

@@ -110,13 +110,13 @@ class LatentAttention(LCKVAttention):
     def _absorbs(self, visible_keys: VisibleKeys) -> bool:
         """Whether latents are read as they are, which pays for a single query, for which all tokens' would be made.
 
-        Not where a query may see nothing: its sum has to be zero, without the bias of the values.
+        Not where a query may see nothing and values have a bias: its sum has to be zero, without that.
         """
         may_see_nothing = visible_keys.drop_own_token or visible_keys.sees_nothing is not None
         return (
             visible_keys.num_queries == 1
             and not self.training
-            and not may_see_nothing
+            and not (may_see_nothing and self.v_b_proj.bias is not None)
             and self.config._attn_implementation in _ABSORBING
         )
 

@@ -148,7 +148,9 @@ def build_visible_keys(
             masks[kind] = visible = builder.build(kind) if kind.num_queries else None
             if visible is not None and positions is not None:
                 if kind.geometry_layer not in rotations:
-                    rotations[kind.geometry_layer] = positions.embed_keys(past_key_values, kind.geometry_layer)
+                    rotations[kind.geometry_layer] = positions.embed_keys(
+                        past_key_values, kind.geometry_layer, builder.padding
+                    )
                 visible.key_rotation = rotations[kind.geometry_layer]
         visible_keys.append(masks[kind])
     return visible_keys

@@ -150,7 +150,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             position_ids = self._next_positions(num_tokens, past_key_values, inputs_embeds.device)
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
-        positions = Positions(position_ids, lambda ids: self.rotary_emb(inputs_embeds, position_ids=ids))
+        positions = Positions(position_ids, lambda ids: self.rotary_emb(inputs_embeds, position_ids=ids), has_past)
         stack = self.stack_class(
             self.layers,
             self.sharing_plan,
@@ -305,7 +305,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
                 cache,
                 document_ids,
                 None if is_used else 0,
-                None if positions is None else replace(positions, new=positions.new[:, token]),
+                None if positions is None else replace(positions, new=positions.new[:, token], has_past=stop > 1),
             )
             token_stack = replace(
                 stack,

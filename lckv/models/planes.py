@@ -48,9 +48,9 @@ class PlaneProjection(nn.Module):
         factors = torch.complex(*self.rotated.float().unbind(1))  # (num_heads, num_pairs)
         pairs = torch.complex(real.float(), imaginary.float())[:, :, None] * factors
         keys = stream.new_zeros(*unrotated.shape[:3], self.head_dim)
-        keys = keys.index_copy(3, indices(self.unrotated, keys.device), unrotated)
+        keys = keys.index_copy(3, indices(self.unrotated, keys), unrotated)
         for rows, part in ((self.planes, pairs.real), (self.imaginary, pairs.imag)):  # pairs of one plane add up
-            keys = keys.index_add(3, indices(rows, keys.device), part.to(keys.dtype))
+            keys = keys.index_add(3, indices(rows, keys), part.to(keys.dtype))
         return keys.transpose(1, 2)
 
     def absorb(self, query_states: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
@@ -65,14 +65,14 @@ class PlaneProjection(nn.Module):
         Returns:
             `(batch, num_heads, q_len, size + 2 * num_pairs)`.
         """
-        device = query_states.device
         grouped = query_states.unflatten(1, (self.num_heads, -1))  # (batch, num_kv_heads, groups, q_len, head_dim)
         unrotated, real, imaginary = (
-            grouped.index_select(-1, indices(each, device)) for each in (self.unrotated, self.planes, self.imaginary)
+            grouped.index_select(-1, indices(each, query_states))
+            for each in (self.unrotated, self.planes, self.imaginary)
         )
         weight = self.weight.unflatten(0, (self.num_heads, 1, -1))  # (num_kv_heads, 1, num_unrotated, size)
         cos, sin = (
-            table.index_select(-1, indices(self.planes, device))[:, None, None] for table in position_embeddings
+            table.index_select(-1, indices(self.planes, query_states))[:, None, None] for table in position_embeddings
         )
         # The conjugate of the key's factor, times the query, turned by its position.
         a, b = (part[:, None, None] for part in self.rotated.unbind(1))
@@ -86,7 +86,7 @@ def rotate_planes(states: torch.Tensor, position_embeddings: PositionEmbeddings,
     """Rotates the last `2 * len(planes)` numbers of `(batch, num_heads, q_len, size)`, each pair by its plane."""
     num_pairs = len(planes)
     kept, real, imaginary = states.split([states.shape[-1] - 2 * num_pairs, num_pairs, num_pairs], dim=-1)
-    cos, sin = (table.index_select(-1, indices(planes, states.device))[:, None] for table in position_embeddings)
+    cos, sin = (table.index_select(-1, indices(planes, states))[:, None] for table in position_embeddings)
     return torch.cat([kept, real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
 
 
@@ -95,7 +95,7 @@ def only_planes(position_embeddings: PositionEmbeddings, planes: Planes) -> Posi
     cos, sin = position_embeddings
     both = (*planes, *(plane + cos.shape[-1] // 2 for plane in planes))
     is_rotated = torch.zeros(cos.shape[-1], dtype=torch.bool, device=cos.device)
-    is_rotated = is_rotated.index_fill(0, indices(both, cos.device), True)
+    is_rotated = is_rotated.index_fill(0, indices(both, cos), True)
     return torch.where(is_rotated, cos, scale_of(position_embeddings)), torch.where(is_rotated, sin, 0.0)
 
 
@@ -105,9 +105,18 @@ def scale_of(position_embeddings: PositionEmbeddings) -> torch.Tensor:
     return cos.square() + sin.square()
 
 
+def indices(values: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """These numbers as a tensor where another one is, made once: a step has no time to send lists to a device.
+
+    But for tracers, whose tensors must not outlive them.
+    """
+    if type(like) not in (torch.Tensor, nn.Parameter):
+        return torch.tensor(values, dtype=torch.int64, device=like.device)
+    return _made_once(values, like.device)
+
+
 @lru_cache(maxsize=4096)
-def indices(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """These numbers as a tensor, made once: a step has no time to send lists to a device."""
+def _made_once(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # else no gradient could ever pass an operation that uses it
         return torch.tensor(values, dtype=torch.int64, device=device)
 

@@ -21,24 +21,48 @@ class Positions:
     Attributes:
         new: of the new tokens, `(batch or 1, q_len)`.
         embed: from positions `(batch or 1, num_tokens)` to cosines and sines.
+        has_past: whether there are earlier tokens.
     """
 
     new: torch.Tensor
     embed: Callable[[torch.Tensor], PositionEmbeddings]
+    has_past: bool
 
-    def embed_keys(self, cache: Cache | None, layer_idx: int) -> PositionEmbeddings:
+    def embed_keys(self, cache: Cache | None, layer_idx: int, padding: torch.Tensor | None) -> PositionEmbeddings:
         """Cosines and sines for what the cache will return of layer `layer_idx`, asked before it takes the new tokens.
 
         Nobody notes the positions of cached tokens. But attention depends on distances alone: a key that lies so many
-        tokens before the last new one stands so many positions before it, padding and dropped tokens or not.
+        tokens before the last new one stands so many positions before it, not counting padding between them.
+
+        Args:
+            cache: before this call's tokens; `None` if only they are read.
+            layer_idx: the owner.
+            padding: which tokens are none, false there, `(batch, past + q_len)`; `None` if all are.
         """
         if cache is None:
             return self.embed(self.new)
-        num_new, device = self.new.shape[1], self.new.device
-        tokens = cache.get_rotary_positions(num_new, layer_idx) if isinstance(cache, SharingCache) else None
+        num_new, device, tokens = self.new.shape[1], self.new.device, None
+        if isinstance(cache, SharingCache):
+            tokens = cache.get_rotary_positions(num_new, layer_idx)
+            padding = None if cache.renumbers else padding
         if tokens is None:
             kv_length, kv_offset = cache.get_mask_sizes(num_new, layer_idx)
             tokens = torch.arange(kv_length, device=device)[None] + kv_offset
-        last = cache.get_seq_length(layer_idx) + num_new - 1
-        distances = (last - tokens).to(device)
-        return self.embed((self.new[:, -1:] - distances).clamp(min=0))  # at keys below 0 nobody looks
+        tokens, last = tokens.to(device), cache.get_seq_length(layer_idx) + num_new - 1
+        if not self.has_past:  # all is said, and may restart where another document begins
+            return self.embed(_pick(self.new, tokens))
+        if padding is None:
+            distances = (last - tokens).to(device)
+        else:
+            order = padding.to(device).long().cumsum(dim=1)
+            distances = order[:, -1:] - _pick(order, tokens)
+        # Slots that are empty, before the first token or behind the last, must not look like a longer text: there are
+        # rotary embeddings whose frequencies depend on its length.
+        return self.embed((self.new[:, -1:] - distances.clamp(min=0)).clamp(min=0))
+
+
+def _pick(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of `(batch or 1, num_tokens)`, those of the given tokens `(batch or 1, kv_len)`; of others, the nearest."""
+    batch_size = max(len(values), len(tokens))
+    tokens = tokens.clamp(0, values.shape[1] - 1).expand(batch_size, -1)
+    return values.expand(batch_size, -1).gather(1, tokens)

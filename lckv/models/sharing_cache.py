@@ -19,7 +19,12 @@ class SharingCache(Cache):
     """A [`Cache`] that may drop tokens from the middle, renumber positions or need tokens one at a time.
 
     The model takes any transformers cache; of one of this class it asks the questions below.
+
+    Attributes:
+        renumbers: whether tokens may be returned in other columns than those in which they came.
     """
+
+    renumbers = False
 
     def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
         """Is told what the coming forward call holds, before masks are built and anything is written.

@@ -101,6 +101,7 @@ OPTIONS = {
             "original_max_position_embeddings": 8,
         }
     },
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     "eager": {"attn_implementation": "eager"},
     "nodiag": {"force_nodiag": True},
     "norms": {"use_qk_norm": True},
@@ -114,7 +115,9 @@ OPTIONS = {
 @torch.no_grad()
 def test_latents_are_what_the_plain_reading_says(kind, number):
     """Token by token with lists of keys and values, whole, padded, packed, and cached token by token."""
-    plain = [name for name in OPTIONS if name not in ("llama3", "yarn", "norms")]  # which the plain reading has not
+    plain = [
+        name for name in OPTIONS if name not in ("llama3", "yarn", "dynamic", "norms")
+    ]  # which the plain reading has not
     options = OPTIONS[plain[number % len(plain)]]
     model, input_ids = layout_model(kind, ALL_PATTERNS[number], **options), token_ids(2, LENGTH)
     expected = torch.stack([exact_logits(model, row) for row in input_ids])
@@ -130,9 +133,19 @@ def test_latents_are_what_the_plain_reading_says(kind, number):
     assert_close(logits[1, 1 : LENGTH + 1], expected[1])
     positions = torch.cat([torch.arange(5), torch.arange(LENGTH)])[None]
     packed = torch.cat([input_ids[:1, :5], input_ids[1:]], dim=1)
-    logits = model(packed, position_ids=positions, use_cache=False).logits
-    assert_close(logits[0, :5], expected[0, :5])
-    assert_close(logits[0, 5:], expected[1])
+    for cache in (False, True):
+        logits = model(packed, position_ids=positions, use_cache=cache).logits
+        assert_close(logits[0, :5], expected[0, :5])
+        assert_close(logits[0, 5:], expected[1])
+    if "s" in ALL_PATTERNS[number]:
+        return  # windows count padding
+    right = torch.ones(2, LENGTH, dtype=torch.long)  # a row that is shorter, and goes on behind its padding
+    right[0, 3:5] = 0
+    shorter = torch.cat([input_ids[0, :3], torch.zeros(2, dtype=torch.long), input_ids[0, 3:7]])
+    rows = torch.stack([shorter, input_ids[1]])
+    logits = feed(model, build_cache("dynamic", model.config), rows, [5, 1, 1, 2], attention_mask=right)
+    assert_close(torch.cat([logits[0, :3], logits[0, 5:]]), expected[0, :7])
+    assert_close(logits[1], expected[1])
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -199,3 +212,12 @@ def test_latents_compiled_with_inductor_equal_eager(kind):
         logits = [model(input_ids[:, :3], past_key_values=cache).logits]
         logits += [step(token, past_key_values=cache).logits for token in input_ids[:, 3:].split(1, dim=1)]
         assert_close(torch.cat(logits, dim=1), model(input_ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_tracing_leaves_nothing_behind():
+    model, input_ids = layout_model("decoupled", "0_1_1_3"), token_ids(1, 6)
+    model.config.use_cache = False
+    torch.export.export(model, (input_ids,), strict=False)
+    exported = torch.export.export(layout_model("decoupled", "0_1_1_3", use_cache=False), (input_ids,), strict=False)
+    assert_close(exported.module()(input_ids).logits, model(input_ids).logits)

@@ -35,8 +35,7 @@ def batches(count=8, length=24):
 def fit_of(model, kind, layer_types=None, ratio=1.0, num_unturned=0, **options):
     config = model.config
     plan = config.sharing_plan if layer_types is None else parse_layer_types(layer_types)
-    sizes = (config.num_key_value_heads, config.head_dim, config.hidden_size)
-    budget = latent_budget(LatentConfig(kind, ratio, **options), plan, *sizes)
+    budget = latent_budget(LatentConfig(kind, ratio, **options), plan, config)
     groups = sources_of(plan, config.sharing_plan, budget.owners)
     sensitivity = measure_sensitivity(model, batches(), groups)
     fit = LatentFit(budget, model.state_dict(), config, groups, sensitivity, 1e-9, num_unturned)
@@ -58,7 +57,7 @@ def converted(model, fit, kv_latents):
     return other
 
 
-@pytest.mark.parametrize("layer_types", [None, "0_1s_1_3", "0_2_2_3"])
+@pytest.mark.parametrize("layer_types", [None, "0_1s_1_3", "0_2_1_3", "0_2_2_3"])
 @pytest.mark.parametrize("kind", LATENTS)
 @pytest.mark.parametrize("family", KINDS)
 @torch.no_grad()
@@ -172,6 +171,18 @@ def test_pairs_are_the_best_of_each_plane():
         torch.testing.assert_close(total, pairs.losses[first] + pairs.losses[second], rtol=1e-6, atol=1e-12)
 
 
+def test_what_is_read_upward_counts_in_the_pass_that_is_read():
+    model = random_source(4, layer_types="0_2_2_3")
+    _, sensitivity = fit_of(model, "joint")
+    sizes = {place: float(torch.trace(gram)) for place, gram in sensitivity.gradients.items()}
+    assert min(sizes.values()) > 1e-3 * max(sizes.values())
+    fit, _ = fit_of(model, "joint", ratio=1.3)
+    other, input_ids = converted(model, fit, fit.sizes()), token_ids(2, 20, 99, 300)
+    with torch.no_grad():
+        expected, made = (each(input_ids, use_cache=False).logits for each in (model, other))
+    assert (made - expected).std() < 0.3 * expected.std()
+
+
 @torch.no_grad()
 def test_planes_that_hardly_turn_go_to_the_latent():
     """A model whose slow planes do not turn at all over the text loses nothing by it."""
@@ -258,13 +269,47 @@ def test_a_loaded_model_is_converted_in_memory(kind):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     input_ids = token_ids(2, 20, 99, 300)
     torch.testing.assert_close(whole(input_ids).logits, model(input_ids).logits, atol=1e-4, rtol=1e-4)
+    for parameter in whole.parameters():  # which are its own
+        parameter.add_(1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.generation_config.eos_token_id = 7
     shared = to_latents(model, text, kind, ratio=2, layer_types="0_0_2")
+    assert shared.generation_config.eos_token_id == 7
     assert sum(store.size for store in shared.config.kv_layout.stores) == 2 * 16
     assert shared.generate(input_ids, max_new_tokens=4, do_sample=False).shape == (2, 24)
     with pytest.raises(UserError, match="the model keeps latents already"):
         to_latents(shared, text)
     with pytest.raises(UserError, match="the calibration text has 24 tokens: latents need as many .* 32"):
         to_latents(model, [token_ids(1, 24, 0, 300)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "foo"}, "latent.name='foo'"),
+        ({"ratio": 0.5}, "latent.ratio=0.5: allowed is a number, 1 or more"),
+        ({"ratio": float("nan")}, "latent.ratio=nan: allowed"),
+        ({"ratio": float("inf")}, "latent.ratio=inf: leaves 0 of 32 numbers; allowed is at most 32"),
+        ({"skip_layers": -1}, "latent.skip_layers=-1"),
+        ({"dim": 99}, "latent.dim=99: allowed for latent are 1 to 32"),
+        ({"kind": "decoupled_rope", "dim": [8, 3]}, "latent.dim=.8, 3.: rotated_planes are pairs"),
+        ({"batches": []}, "the calibration text has 0 tokens"),
+    ],
+)
+def test_mistakes_from_python(options, message):
+    with pytest.raises(UserError, match=message):
+        to_latents(random_source(2), **({"batches": [token_ids(2, 20, 0, 300)]} | options))
+
+
+@torch.no_grad()
+def test_more_keys_than_inputs_are_exact_too():
+    model = random_source(2, num_key_value_heads=4, head_dim=16)  # 64 keys of 32 inputs
+    for kind in LATENTS:
+        fit, _ = fit_of(model, kind)
+        other, input_ids = converted(model, fit, fit.sizes()), token_ids(2, 20, 99, 300)
+        torch.testing.assert_close(
+            other(input_ids, use_cache=False).logits, model(input_ids, use_cache=False).logits, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_numbers_that_overflow_are_told():
