@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lckv.config.model import LatentConfig
 from lckv.conversion.heads import Tensors
 from lckv.conversion.latents import LatentFit, num_unturned_planes, sources_of
-from lckv.conversion.methods import Group, make_tensors
+from lckv.conversion.methods import Group, make_tensors, refuse_not_finite
 from lckv.conversion.sensitivity import Sensitivity, assume_sensitivity, measure_sensitivity
 from lckv.conversion.source import HEAD, expected_shapes
 from lckv.conversion.target import Make, converted_config, converted_tensors
@@ -87,7 +87,7 @@ def fit_latents(
     def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
         if kv_latents[owner] is None:  # skipped
             return make_tensors("average", Group(owner, readers, tensors, source))
-        return fit.make(kv_latents, owner)
+        return refuse_not_finite(f"latent={budget.kind}", fit.make(kv_latents, owner))
 
     return converted_config(target, budget.plan, kv_latents=kv_latents), make
 

@@ -32,7 +32,7 @@ Place = tuple[int, str]
 _ROUNDING = 1e-10
 """Eigenvalues that are smaller, beside the largest, are none."""
 
-_TINY = 1e-200  # beside what no prediction depends on
+_TINY = 1e-50  # what stands for nothing, of which decompositions in float64 still have directions
 
 _MOST_TURNED = 2.0
 """By how many radians a rotary plane may turn over a text whose keys are made as if it did not."""
@@ -317,7 +317,7 @@ def roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Square root of a covariance `(n, n)`, and its inverse; directions without variance are given very little."""
     values, vectors = torch.linalg.eigh(covariance if covariance.is_complex() else covariance.double())
     largest = float(values[-1:].sum())  # of none, zero
-    values = values.clamp(min=max(largest, torch.finfo(torch.float64).tiny) * _ROUNDING)
+    values = values.clamp(min=max(largest, _TINY) * _ROUNDING)
     return (vectors * values.sqrt()) @ vectors.mH, (vectors / values.sqrt()) @ vectors.mH
 
 

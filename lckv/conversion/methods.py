@@ -87,12 +87,20 @@ def make_tensors(method: str, group: Group) -> dict[str, Tensor]:
     Raises:
         UserError: if a number is not finite: the source's own is not, or its type does not reach so far.
     """
-    tensors = METHODS[method](group)
+    return refuse_not_finite(f"method={method}", METHODS[method](group))
+
+
+def refuse_not_finite(made_by: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, if all of their numbers are finite.
+
+    Raises:
+        UserError: naming what made them, and the first that is not.
+    """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise UserError(
-                f"method={method}: {name} comes out with numbers that are not finite: the source's own are not, or "
+                f"{made_by}: {name} comes out with numbers that are not finite: the source's own are not, or "
                 f"{dtype} cannot hold them; allowed are sources of finite weights whose layers {dtype} can merge"
             )
     return tensors

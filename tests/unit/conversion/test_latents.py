@@ -312,6 +312,20 @@ def test_more_keys_than_inputs_are_exact_too():
         )
 
 
+@pytest.mark.parametrize("kind", LATENTS)
+@torch.no_grad()
+def test_a_layer_on_which_nothing_depends_is_converted_too(kind):
+    model, text = random_source(3, attention_bias=True), [token_ids(2, 40, 0, 300)]
+    model.model.layers[1].self_attn.o_proj.weight.zero_()
+    input_ids = token_ids(2, 20, 99, 300)
+    expected = model(input_ids, use_cache=False).logits
+    torch.testing.assert_close(
+        to_latents(model, text, kind, ratio=1)(input_ids).logits, expected, atol=1e-4, rtol=1e-4
+    )
+    half = to_latents(model, text, kind, ratio=2)
+    assert all(parameter.isfinite().all() for parameter in half.parameters())
+
+
 def test_numbers_that_overflow_are_told():
     model = random_source(2)
     model.model.layers[1].mlp.up_proj.weight.data.fill_(float("inf"))
