@@ -151,7 +151,8 @@ def _differences(group: Group, others: Sequence[Group]) -> list[str]:
             if len(set(further)) > len(set(apart)):
                 apart = further
                 value = group[part].get(key, "–").strip('"')
-                found.append(f"{key.rpartition('.')[2]}={_shorten(value, _MAX_VALUE)}")
+                setting = key.removesuffix(".name").rpartition(".")[2]  # what `group=option` says is the group's name
+                found.append(f"{setting}={_shorten(value, _MAX_VALUE)}")
     return found
 
 
