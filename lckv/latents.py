@@ -98,7 +98,10 @@ def _check_dims(latent: LatentConfig, most: tuple[int, ...]) -> tuple[int, ...]:
     streams, given = STREAMS[latent.name], f"latent.dim={latent.dim}"
     dims = tuple(latent.dim) if isinstance(latent.dim, list) else (latent.dim,) * len(streams)
     if len(dims) != len(streams):
-        raise UserError(f"{given}: has {len(dims)} sizes; latent={latent.name} keeps {', '.join(streams)}")
+        raise UserError(
+            f"{given}: has {len(dims)} of {len(streams)} sizes; give one for each of {', '.join(streams)}, "
+            "or one number for all"
+        )
     for stream, dim, largest in zip(streams, dims, most, strict=True):
         if not 1 <= dim <= largest:
             raise UserError(f"{given}: allowed for {stream} are 1 to {largest}, at which nothing is lost")

@@ -11,6 +11,7 @@ from lckv.costs import ModelSizes
 from lckv.errors import UserError
 from lckv.iso import match_llama
 from lckv.latents import latent_budget
+from lckv.layout import check_latents
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 DEFAULT_SLIDING_WINDOW = 4096
@@ -112,6 +113,8 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
     if cfg.iso is not None:
         sizes = match_llama(cfg.iso, plan, ModelSizes.from_config(arguments), cfg.iso_multiple)
         arguments.update(intermediate_size=sizes.intermediate_size, num_key_value_heads=sizes.num_key_value_heads)
+    if cfg.model.kv_latents is not None:
+        check_latents(cfg.model.kv_latents, plan)
     if cfg.latent.name != NO_LATENT:
         arguments["kv_latents"] = latent_budget(cfg.latent, plan, ModelSizes.from_config(arguments)).uniform
     return {name: value for name, value in arguments.items() if value is not None}

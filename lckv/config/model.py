@@ -7,6 +7,7 @@ from typing import Any
 
 from lckv.config.keys import Group, above_zero, at_least, each, fraction, key, one_of, passes, such_that
 from lckv.config.names import ATTENTIONS, DTYPES, LATENTS, NO_LATENT
+from lckv.errors import UserError
 from lckv.model_values import check_heads
 from lckv.patterns import PATTERNS
 
@@ -24,6 +25,16 @@ KEPT_WITH_SOURCE = (
     "dtype",
 )
 """The keys of the `model` group that a pretrained model leaves to the user."""
+
+
+def _latents_by_layer(name: str, value: Any) -> None:
+    """One entry per layer, as the configuration of a model has it; null for none."""
+    if value is None or (isinstance(value, list) and all(each is None or isinstance(each, dict) for each in value)):
+        return
+    raise UserError(
+        f"{name}={value!r}: allowed are null, or a list with null or sizes such as {{latent: 96}} for every layer; "
+        "latent=joint fills it in"
+    )
 
 
 @dataclass
@@ -78,7 +89,7 @@ class ModelConfig(Group):
     converge_tolerance: float = key(1e-3, above_zero)
     use_sequential: bool = False
     force_nodiag: bool = False
-    kv_latents: Any = None
+    kv_latents: Any = key(None, _latents_by_layer)
     attn_implementation: str = key("sdpa", one_of(ATTENTIONS))
     dtype: str = key("float32", one_of(DTYPES))
 

@@ -23,6 +23,7 @@ from lckv.conversion.settings import adopt_source, check_block_size, model_setti
 from lckv.conversion.source import Source
 from lckv.conversion.target import converted_config, source_config_of, write_converted
 from lckv.data.dataset import build_dataset
+from lckv.errors import UserError
 from lckv.loading import find_device
 from lckv.model_arguments import resolve_plan
 from lckv.models import LCKVLlamaConfig
@@ -88,6 +89,11 @@ def convert_to_latents(
 ) -> None:
     """The same for a model whose owners keep latents; `config` is that of the model without them."""
     latent, budget = cfg.latent, budget_of(cfg.latent, config)
+    if 0 < cfg.init.calibration_tokens < config.hidden_size:
+        raise UserError(
+            f"init.calibration_tokens={cfg.init.calibration_tokens}: latents need as many as a layer's input has "
+            f"numbers, {config.hidden_size}, better ten times that; 0 does without text"
+        )
     tensors = source.tensors()
     record: dict[str, Any] = {"latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio}}
     frequencies = LlamaRotaryEmbedding(source.config).inv_freq

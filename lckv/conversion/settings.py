@@ -54,7 +54,8 @@ def _check_latents(cfg: TrainConfig, source: LCKVLlamaConfig, plan: SharingPlan)
     """Refuses to make other latents of latents."""
     if source.kv_latents is None or (cfg.latent.name == NO_LATENT and plan == source.sharing_plan):
         return
-    given = f"model.layer_types={plan.layer_types}" if cfg.latent.name == NO_LATENT else f"latent={cfg.latent.name}"
+    given = f"sharing={cfg.sharing.name}" if cfg.model.layer_types is None else f"model.layer_types={plan.layer_types}"
+    given = given if cfg.latent.name == NO_LATENT else f"latent={cfg.latent.name}"
     raise UserError(
         f"{given}: the source keeps latents already, which can be trained, but not made into others; leave it out, "
         "or give the model that it was made from"
