@@ -56,7 +56,7 @@ study: $(STAMP) ## compare Llama and nine patterns at two KV budgets on the embe
 	"$(RUN)" -m lckv.report runs/study || status=$$?; \
 	exit $$status
 
-test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (about 10 minutes)
+test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (about 5 minutes)
 	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --durations=15
 
 test-slow: $(STAMP) ## run the slow tests
