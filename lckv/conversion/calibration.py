@@ -132,8 +132,10 @@ def choose_blocks(blocks: BlockDataset, num_tokens: int) -> list[int]:
     return [int(index) for index in np.linspace(0, len(blocks) - 1, count).round()]
 
 
-def batches_of(blocks: BlockDataset, indices: list[int]) -> Iterator[dict[str, Tensor]]:
-    """The blocks of these indices in batches of a few thousand tokens."""
-    size = max(1, _TOKENS_AT_ONCE // blocks.block_size)
+def batches_of(
+    blocks: BlockDataset, indices: list[int], num_tokens: int = _TOKENS_AT_ONCE
+) -> Iterator[dict[str, Tensor]]:
+    """The blocks of these indices in batches of so many tokens, or one block each."""
+    size = max(1, num_tokens // blocks.block_size)
     for start in range(0, len(indices), size):
         yield collate([blocks[index] for index in indices[start : start + size]])

@@ -28,7 +28,7 @@ KEYS, VALUES = "k_proj", "v_proj"
 
 _TAPPED = (KEYS, VALUES)
 
-_ROWS_AT_ONCE = 128
+_ROWS_AT_ONCE = 32
 """Tokens whose distributions over the vocabulary are in memory at a time."""
 
 
