@@ -1,7 +1,11 @@
 """Latents in closed form: exact at full rank, the best there is below, with the sizes that were asked for."""
 
+import json
+import runpy
 import shutil
+import sys
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,3 +358,18 @@ def test_convert_without_text(source, tmp_path):
     config = LCKVLlamaConfig.from_pretrained(tmp_path / "out")
     assert sum(store.size for store in config.kv_layout.stores) == 4 * 16
     LCKVLlamaForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_table_of_the_docs(source, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.jsonl"
+    words = "in the beginning was the word and the word was with all of them who read it "
+    text.write_text("".join(json.dumps({"text": words[start:] * 3}) + "\n" for start in range(6)), encoding="utf-8")
+    script = Path(__file__).parents[3] / "scripts" / "latents.py"
+    arguments = ["--kinds", "joint", "separate", "--ratios", "1", "4", "--length", "48", "--num-heldout", "2"]
+    arguments += ["--num-calibration", "4"]
+    monkeypatch.setattr(sys, "argv", [str(script), str(source), str(text), str(text), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["original", "joint", "joint", "separate", "separate"]
+    assert [int(row[2].replace(",", "")) for row in rows] == [128, 128, 32, 128, 32]
+    assert [float(row[4]) for row in rows[:4:3]] == [1.0, 1.0]
