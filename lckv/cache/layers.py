@@ -292,7 +292,7 @@ def roll_ring(states: torch.Tensor, num_steps: int, num_fixed: int = 0) -> torch
 
 
 def writable(states: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy if it was made in inference mode, which allows no writing outside that mode."""
+    """The tensor `(batch, ...)`, or a copy if it was made in inference mode, which allows no writing outside."""
     return states.clone() if states.is_inference() and not torch.is_inference_mode_enabled() else states
 
 

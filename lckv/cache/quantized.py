@@ -38,7 +38,7 @@ class EncodingLayer(KVLayer):
     encoded: tuple[Quantized, ...] = ()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those of the streams, such as `keys`, and of their codes: `key_codes`, `key_scales` and `key_zeros`."""
+        """Streams such as `keys`, and their codes, `key_codes`, `key_scales` and `key_zeros`, each `(batch, ...)`."""
         tensors = super().tensors()
         for name, encoded in zip(self.names, self.encoded, strict=False):
             tensors.update(zip(_names_of_codes(name), encoded, strict=True))

@@ -104,7 +104,7 @@ class StaticLayer(KVLayer):
         return used, {"seq_length": int(self.num_seen), **super().state()[1]}
 
     def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-        """Takes on a saved state."""
+        """Takes on a saved state, streams of `(batch, num_heads, num_used, head_dim)`."""
         self._set_scalars({name: scalars[name] for name in self.scalars})
         if tensors:
             used = [tensors[name] for name in self.names]
@@ -130,7 +130,7 @@ class StaticLayer(KVLayer):
             slots.zero_()
 
     def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Holds what `change` makes of each tensor; in place if there are as many rows as before."""
+        """Holds what `change` makes of each tensor `(batch, ...)`; in place if there are as many rows as before."""
         changed = tuple(map(change, self.streams))
         if any(new.shape != slots.shape for new, slots in zip(changed, self.streams, strict=True)):
             self._adopt(changed)
@@ -220,7 +220,7 @@ class StaticRingLayer(StaticLayer):
         return torch.cat([self._slot_positions(num_seen), new])[None]
 
     def write(self, streams: Streams) -> Streams:
-        """Writes the last new tokens over the oldest."""
+        """Writes the last new tokens over the oldest; streams are `(batch, num_heads, q_len or kv_len, head_dim)`."""
         self._make_ready(streams)
         num_new = streams[0].shape[2]
         slots = (self._new_positions(num_new) % self.window)[-self.window :]
@@ -230,7 +230,7 @@ class StaticRingLayer(StaticLayer):
         return written if seen is None else seen
 
     def peek(self, streams: Streams) -> Streams:
-        """What `write` would return."""
+        """What `write` would return, each `(batch, num_heads, kv_len, head_dim)`."""
         self._make_ready(streams)
         if streams[0].shape[2] > 1:
             return join(self.streams, streams)
@@ -320,7 +320,10 @@ class StaticKVCache(KVCache):
         return layer.key_positions(num_new_tokens)
 
     def begin_forward(self, config: LCKVLlamaConfig, attention_mask: torch.Tensor | None, num_new_tokens: int) -> None:
-        """Refuses tokens that do not fit; a compiled step cannot look, so its caller has to (`check_length`)."""
+        """Refuses tokens that do not fit; a compiled step cannot look, so its caller has to (`check_length`).
+
+        `attention_mask` is `(batch, past + q_len)`, 4D, or `None`.
+        """
         super().begin_forward(config, attention_mask, num_new_tokens)
         if not torch.compiler.is_compiling():
             self.check_length(int(self.get_seq_length(self.layout.stores[0].owner)) + num_new_tokens)

@@ -134,7 +134,7 @@ def to_planes(states: Tensor) -> Tensor:
 
 
 def from_planes(states: Tensor) -> Tensor:
-    """Undoes [`to_planes`]."""
+    """Undoes [`to_planes`]: from complex `(..., head_dim / 2, n)` to `(..., head_dim, n)`."""
     return torch.cat([states.real, states.imag], dim=-2)
 
 

@@ -62,7 +62,7 @@ class Group:
         return self.tensors[name if name in self.tensors else EMBEDDINGS].dtype
 
     def merged_norm(self) -> Tensor | None:
-        """The mean of the key norms behind what the readers read in the source, if there are any."""
+        """The mean of the key norms, `(head_dim,)`, behind what the readers read in the source, if there are any."""
         names = [self.name(kv_source, "k_norm.weight") for kv_source in self.kv_sources.values()]
         return _mean([self.tensors[name] for name in names]) if names[0] in self.tensors else None
 

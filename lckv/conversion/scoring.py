@@ -123,7 +123,7 @@ class Scorer:
         Args:
             plan: the pattern.
             start: none of the layers from here on may read one below.
-            inputs: for the layers up to `start`, or more, what enters them.
+            inputs: for the layers up to `start`, or more, what enters them, `(batch, block_size, hidden_size)`.
         """
         model = self.converter.build(plan, start)
         with torch.no_grad():

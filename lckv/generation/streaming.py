@@ -116,7 +116,7 @@ class Printer(BaseStreamer):
         self._last = ""
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt from `generate`, which is not printed, and then token after token."""
+        """Takes the prompt of `generate`, `(1, prompt_len)`, which is not printed, then token after token, `(1,)`."""
         token_ids = value.flatten().tolist()
         if self._pieces is None:
             self._pieces = TextPieces(self._tokenizer, prompt=token_ids)

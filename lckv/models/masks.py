@@ -132,12 +132,13 @@ def build_visible_keys(
         past_key_values: the cache, before this call's tokens.
         document_ids: `(batch, past + q_len)`, equal for tokens that may see each other; `None` if all may.
         num_outputs: how many of the last tokens' outputs are wanted; `None` for all.
-        positions: of the new tokens, if keys are rotated when they are read.
+        positions: of the new tokens, for keys that are rotated when they are read.
 
     Returns:
         For every layer what its queries see; `None` for layers from which no output is wanted.
     """
     builder = _MaskBuilder(config, layout, inputs_embeds, attention_mask, past_key_values, document_ids)
+    rotates_late = positions is not None and layout.rotates_keys_late
     rotations: dict[int, PositionEmbeddings] = {}  # by the layer that says where the keys lie
     masks: dict[MaskKind, VisibleKeys | None] = {}
     visible_keys = []
@@ -146,7 +147,7 @@ def build_visible_keys(
         kind = builder.kind_of(layer, cast(int, num_outputs) if is_cut else inputs_embeds.shape[1])
         if kind not in masks:
             masks[kind] = visible = builder.build(kind) if kind.num_queries else None
-            if visible is not None and positions is not None:
+            if visible is not None and positions is not None and rotates_late:
                 if kind.geometry_layer not in rotations:
                     rotations[kind.geometry_layer] = positions.embed_keys(
                         past_key_values, kind.geometry_layer, builder.padding

@@ -164,8 +164,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             trace=trace,
         )
         run = self._run_token_by_token if is_sequential else self._run_at_once
-        read_late = positions if self.layout.rotates_keys_late else None
-        hidden_states = run(stack, inputs_embeds, attention_mask, document_ids, num_outputs, read_late)
+        hidden_states = run(stack, inputs_embeds, attention_mask, document_ids, num_outputs, positions)
         return self._outputs(trace, self.norm(hidden_states), past_key_values if use_cache else None)
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -260,7 +259,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         attention_mask: torch.Tensor | None,
         document_ids: torch.Tensor | None,
         num_outputs: int | None,
-        positions: Positions | None,
+        positions: Positions,
     ) -> torch.Tensor:
         """Runs all tokens together, and returns the hidden states `(batch, num_outputs or q_len, hidden_size)`."""
         visible_keys = build_visible_keys(
@@ -275,7 +274,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         attention_mask: torch.Tensor | None,
         document_ids: torch.Tensor | None,
         num_outputs: int | None,
-        positions: Positions | None,
+        positions: Positions,
     ) -> torch.Tensor:
         """Runs all layers for one token after the other, which is exact for every pattern.
 
@@ -305,7 +304,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
                 cache,
                 document_ids,
                 None if is_used else 0,
-                None if positions is None else replace(positions, new=positions.new[:, token], has_past=stop > 1),
+                replace(positions, new=positions.new[:, token], has_past=stop > 1),
             )
             token_stack = replace(
                 stack,

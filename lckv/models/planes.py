@@ -106,7 +106,7 @@ def scale_of(position_embeddings: PositionEmbeddings) -> torch.Tensor:
 
 
 def indices(values: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """These numbers as a tensor where another one is, made once: a step has no time to send lists to a device.
+    """These numbers, `(len(values),)`, where another tensor is, made once: a step has no time to send lists.
 
     But for tracers, whose tensors must not outlive them.
     """

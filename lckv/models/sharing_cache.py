@@ -92,7 +92,7 @@ class CacheWriter:
         self.cache = past_key_values
 
     def __call__(self, streams: Streams, layer_idx: int) -> Streams:
-        """Adds the new tokens of layer `layer_idx`, and returns what their queries may see."""
+        """Adds new tokens of layer `layer_idx`, and returns what they see, `(batch, num_heads, kv_len, head_dim)`."""
         if isinstance(self.cache, SharingCache):
             return self.cache.write(streams, layer_idx)
         first, second = _as_pair(self.cache, streams)
@@ -103,7 +103,7 @@ class CachePeeker(CacheWriter):
     """What a pass before the last sees of a cache: it returns what a writer would, but nothing is kept."""
 
     def __call__(self, streams: Streams, layer_idx: int) -> Streams:
-        """Returns what the cache holds for layer `layer_idx`, followed by the given streams."""
+        """What the cache holds for layer `layer_idx`, then these, each `(batch, num_heads, kv_len, head_dim)`."""
         if isinstance(self.cache, SharingCache):
             return self.cache.peek(streams, layer_idx)
         if layer_idx >= len(self.cache.layers):

@@ -150,7 +150,7 @@ class DistillationLoss:
         return parts
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
-        """The loss that these parts make, with gradients only through those that have a weight."""
+        """The loss, a scalar, that these parts make, with gradients only through those that have a weight."""
         return torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum()
 
 

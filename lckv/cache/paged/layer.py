@@ -260,7 +260,7 @@ class PagedLayer(KVLayer):
         return self.gather(self.streams, self.read_rows(step, columns), step)
 
     def gather(self, pools: Streams, rows: Rows, step: PageStep) -> Streams:
-        """What `read` returns, from any pools.
+        """What `read` returns, from any pools `(num_pages, num_heads, page_size, head_dim)`.
 
         Streams of one shape go to one piece of memory: two large pieces that come and go together are handed back to
         the system each time, and to get them anew takes far longer than the gather.
@@ -322,7 +322,7 @@ class PagedLayer(KVLayer):
         return self.num_bytes() // max(1, allocator.capacity) * allocator.num_used
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What has to be saved: the pages that somebody holds, and for each sequence, which are its own."""
+        """What has to be saved: pages that somebody holds, `(num_used, ...)`, and for each sequence which it has."""
         sequences = self.cache.sequences()
         tables = [sequence.tables[self.window] for sequence in sequences]
         used = sorted({page for table in tables for page in table.pages.values()})
@@ -343,7 +343,7 @@ class PagedLayer(KVLayer):
         return self.saved_pages(used) | {"block_table": torch.tensor(entries, dtype=torch.long).view(-1, 3)}, scalars
 
     def load_state(self, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-        """Takes on a saved state; the cache must be new."""
+        """Takes on a saved state, pages `(num_used, ...)`; the cache must be new."""
         cache = self.cache
         cache.load_sequences(scalars["names"], scalars["lengths"], scalars["num_rows"])
         cache.frame = self.seq_length = scalars["seq_length"]
@@ -380,7 +380,7 @@ class PagedLayer(KVLayer):
 
 
 def resized(pool: torch.Tensor, num_pages: int) -> torch.Tensor:
-    """A pool with `num_pages` pages, zeros behind the old ones; it can be written to in inference mode and outside."""
+    """A pool `(num_pages, ...)`, zeros behind the old pages; it can be written to in inference mode and outside."""
     if len(pool) == num_pages and not pool.is_inference():
         return pool
     with torch.inference_mode(False):
