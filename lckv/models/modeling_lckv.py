@@ -133,9 +133,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             kwargs: passed on to the attention backend.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for a cache together with
-                gradient checkpointing; for options that `use_sequential`, a cache that takes single tokens or the
-                attention backend does not have.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, for a cache beside gradient
+                checkpointing, and for options that `use_sequential`, the cache or the attention backend lack.
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds)
         use_cache = self.config.use_cache if use_cache is None else use_cache
