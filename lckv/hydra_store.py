@@ -42,7 +42,7 @@ SCHEMAS: dict[str, type] = {
 
 NAMED_OPTIONS: dict[str, Iterable[str]] = {
     "sharing": PATTERNS,
-    "latent": (*names.LATENTS, names.NO_LATENT),
+    "latent": (*names.LATENTS, names.AUTO_LATENT, names.NO_LATENT),
     "cache": (*names.CACHES, names.NO_CACHE),
     "data": names.SOURCES,
     "optim": names.OPTIMIZERS,

@@ -5,16 +5,25 @@ By arithmetic alone: no torch, no model. See [`lckv.models.latent_attention`] fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lckv.config.model import LatentConfig
+from lckv.config.names import AUTO_LATENT, XKV
 from lckv.errors import UserError
 from lckv.layout import KEY_LATENT, LATENT, PLANES, VALUE_LATENT
-from lckv.patterns import SharingPlan
+from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
 
-STREAMS = {"joint": (LATENT,), "separate": (KEY_LATENT, VALUE_LATENT), "decoupled_rope": (LATENT, PLANES)}
+STREAMS = {
+    "joint": (LATENT,),
+    "separate": (KEY_LATENT, VALUE_LATENT),
+    "decoupled_rope": (LATENT, PLANES),
+    XKV: (LATENT,),
+}
 """What an owner keeps, by the name of the kind."""
+
+_LITTLE = 0.25
+"""At which part of what a latent of one layer can say, latents of several layers begin to say more."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,54 @@ class LatentBudget:
         return [dict(latents) if layer in self.owners else None for layer in range(self.plan.num_hidden_layers)]
 
 
+def group_layers(latent: LatentConfig, own: SharingPlan) -> SharingPlan:
+    """The pattern of `xkv`: the lowest layer of each group keeps the latent for all of it. Windows stay.
+
+    Raises:
+        UserError: if the source shares keys and values already, and if no whole groups are left.
+    """
+    num_layers = own.num_hidden_layers
+    if list(own.kv_source) != list(range(num_layers)):
+        raise UserError(
+            f"latent={latent.name}: makes groups of layers that compute their own keys and values; the source has "
+            f"{own.layer_types}; latent=joint keeps its pattern"
+        )
+    first = latent.skip_layers + latent.warmup_layers
+    if (left := num_layers - first) < 1 or left % latent.group_size:
+        lower = f" above the {first} of latent.skip_layers and latent.warmup_layers" if first else ""
+        allowed = [size for size in range(1, left + 1) if left % size == 0]
+        raise UserError(
+            f"latent.group_size={latent.group_size}: does not divide the {max(left, 0)} layers{lower}; "
+            f"allowed are {', '.join(map(str, allowed)) or 'fewer of these'}"
+        )
+    sources = [layer if layer < first else layer - (layer - first) % latent.group_size for layer in range(num_layers)]
+    return parse_layer_types(join_layer_types(sources, [layer.is_sliding for layer in own.layers]))
+
+
+def suit_source(latent: LatentConfig, own: SharingPlan, sizes: Any, *, may_group: bool) -> LatentConfig:
+    """The kind that `auto` stands for: latents of single layers while these can say much of a layer, else of groups.
+
+    What one latent can say at most depends on the heads: of keys and values as wide as the layer's input (MHA), half
+    the numbers say all; of fewer heads (GQA, MQA), only all of them do.
+
+    Args:
+        latent: the group; of any other name, it is returned as it is.
+        own: the pattern of the source.
+        sizes: see [`latent_budget`].
+        may_group: whether layers may share latents, which else have a pattern to follow.
+    """
+    if latent.name != AUTO_LATENT:
+        return latent
+    kept_before = 2 * sizes.num_key_value_heads * sizes.head_dim
+    left = kept_before / latent.ratio / min(kept_before, sizes.hidden_size)
+    num_layers = own.num_hidden_layers - latent.skip_layers
+    is_plain = own.kv_owners == tuple(range(own.num_hidden_layers)) and not any(each.is_sliding for each in own.layers)
+    if left > _LITTLE or not is_plain or not may_group or num_layers < 2:
+        return replace(latent, name="joint")
+    warmup_layers = num_layers // 8
+    return replace(latent, name=XKV, group_size=2, warmup_layers=warmup_layers + (num_layers - warmup_layers) % 2)
+
+
 def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> LatentBudget:
     """What the `latent` group asks for.
 
@@ -77,16 +134,18 @@ def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> Latent
             f"({plan.layer_types}); allowed are 0 to {plan.kv_owners[-1]}"
         )
     kv_size = sizes.num_key_value_heads * sizes.head_dim
+    in_group = [len(plan.readers(owner)) if latent.name == XKV else 1 for owner in owners]  # that kept some before
     # Of one input no more can be said than it has numbers, unless rotations have parted them.
-    latent_most = min(sizes.hidden_size, kv_size if VALUE_LATENT in streams else 2 * kv_size)
+    latent_most = min(sizes.hidden_size, kv_size if VALUE_LATENT in streams else 2 * kv_size * max(in_group))
     most = tuple(kv_size if stream == PLANES else latent_most for stream in streams)
     dims = None if latent.dim is None else _check_dims(latent, most)
-    per_owner = sum(dims) if dims else min(2 * kv_size / latent.ratio, sum(most))
+    kept_before = 2 * kv_size * sum(in_group) / len(owners)
+    per_owner = sum(dims) if dims else min(kept_before / latent.ratio, sum(most))
     least = sum(2 if stream == PLANES else 1 for stream in streams)
     if per_owner < least:
         raise UserError(
-            f"latent.ratio={latent.ratio:g}: leaves {per_owner:.2g} of {2 * kv_size} numbers; allowed is at most "
-            f"{2 * kv_size / least:g}"
+            f"latent.ratio={latent.ratio:g}: leaves {per_owner:.2g} of {kept_before:g} numbers; allowed is at most "
+            f"{kept_before / least:g}"
         )
     return LatentBudget(
         plan, latent.name, owners, int(per_owner * len(owners)), latent.ratio, dims, sizes.head_dim // 2

@@ -6,11 +6,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from lckv.config import TrainConfig
-from lckv.config.names import NO_LATENT
+from lckv.config.names import NO_LATENT, XKV
 from lckv.costs import ModelSizes
 from lckv.errors import UserError
 from lckv.iso import match_llama
-from lckv.latents import latent_budget
+from lckv.latents import group_layers, latent_budget
 from lckv.layout import check_latents
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
@@ -60,14 +60,15 @@ def resolve_plan(cfg: TrainConfig) -> SharingPlan:
 def plan_from_source(cfg: TrainConfig, own: SharingPlan) -> SharingPlan:
     """The sharing pattern that the configuration asks for of a pretrained model, which has the pattern `own`.
 
-    Where neither `model.layer_types` nor a sharing pattern other than Llama's is given, it is the model's.
+    Where neither `model.layer_types` nor a sharing pattern other than Llama's is given, it is the model's, or that of
+    latents which several layers share.
 
     Raises:
         UserError: for the reasons of `resolve_plan`, and if a layer is to be read that computes no keys and values.
     """
     model, num_layers = cfg.model, own.num_hidden_layers
-    if model.layer_types is None and cfg.sharing.name == "llama":
-        return own
+    if cfg.given_pattern is None:
+        return group_layers(cfg.latent, own) if cfg.latent.name == XKV else own
     num_entries = str(model.layer_types or "").count("_") + 1
     if model.layer_types is not None and num_entries != num_layers:
         raise UserError(
@@ -76,9 +77,8 @@ def plan_from_source(cfg: TrainConfig, own: SharingPlan) -> SharingPlan:
         )
     plan = resolve_plan(replace(cfg, model=replace(model, num_hidden_layers=num_layers)))
     if added := [owner for owner in plan.kv_owners if owner not in own.kv_owners]:
-        given = f"sharing={cfg.sharing.name}" if model.layer_types is None else f"model.layer_types={plan.layer_types}"
         raise UserError(
-            f"{given}: lets layers read layer {added[0]}, which computes no keys and values in the source "
+            f"{cfg.given_pattern}: lets layers read layer {added[0]}, which computes no keys and values in the source "
             f"({own.layer_types}); allowed are {', '.join(map(str, own.kv_owners))}"
         )
     return plan

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lckv.config import TrainConfig
 from lckv.config.model import LatentConfig
-from lckv.config.names import NO_LATENT
+from lckv.config.names import NO_LATENT, XKV
 
 
 def default_run_name(cfg: TrainConfig) -> str:
@@ -28,7 +28,9 @@ def _latent_name(latent: LatentConfig) -> str:
     if latent.name == NO_LATENT:
         return ""
     size = f"_ratio{latent.ratio:g}" if latent.dim is None else f"_dim{latent.dim}"
-    return f"-{latent.name}{size}" + (f"_skip{latent.skip_layers}" if latent.skip_layers else "")
+    layers = {name: getattr(latent, f"{name}_layers") for name in ("skip", "warmup")}
+    groups = f"_group{latent.group_size}" if latent.name == XKV else ""
+    return f"-{latent.name}{size}{groups}" + "".join(f"_{name}{count}" for name, count in layers.items() if count)
 
 
 def source_name(source: str) -> str:

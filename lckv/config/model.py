@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lckv.config.keys import Group, above_zero, at_least, each, fraction, key, one_of, passes, such_that
-from lckv.config.names import ATTENTIONS, DTYPES, LATENTS, NO_LATENT
+from lckv.config.names import ATTENTIONS, AUTO_LATENT, DTYPES, LATENTS, NO_LATENT, XKV
 from lckv.errors import UserError
 from lckv.model_values import check_heads
 from lckv.patterns import PATTERNS
@@ -124,18 +124,23 @@ class LatentConfig(Group):
     Attributes:
         name: "joint": one latent for keys and values of an owner; "separate": one for each; "decoupled_rope": a latent
             for values and for what of the keys is hardly rotated, and the rest of these in rotated pairs, which is
-            read as it is kept; "none": keys and values.
-        ratio: how many times fewer numbers the owners keep of a token, all together.
+            read as it is kept; "xkv": one for the keys and values of a group of layers, kept by the lowest of them;
+            "auto": what suits the source; "none": keys and values.
+        ratio: how many times fewer numbers the owners keep of a token, all together; with xkv, than all layers did.
         dim: instead, how many numbers each latent has, such as 96; of separate ones also `[32,64]`, keys first; with
             decoupled_rope `[64,32]`, the latent first.
         skip_layers: so many of the lowest layers keep keys and values.
+        group_size: layers in a group.
+        warmup_layers: so many layers above those have latents of their own.
     """
 
-    name: str = key(NO_LATENT, one_of((*LATENTS, NO_LATENT)))
+    name: str = key(NO_LATENT, one_of((*LATENTS, AUTO_LATENT, NO_LATENT)))
     ratio: float = key(
         4.0,
         such_that(lambda value: value >= 1, "allowed is a number, 1 or more"),
-        only_with={"name": LATENTS, "dim": (None,)},
+        only_with={"name": (*LATENTS, AUTO_LATENT), "dim": (None,)},
     )
     dim: Any = key(None, _sizes, only_with={"name": LATENTS})
-    skip_layers: int = key(0, at_least(0), only_with={"name": LATENTS})
+    skip_layers: int = key(0, at_least(0), only_with={"name": (*LATENTS, AUTO_LATENT)})
+    group_size: int = key(2, at_least(), only_with={"name": (XKV,)})
+    warmup_layers: int = key(0, at_least(0), only_with={"name": (XKV,)})

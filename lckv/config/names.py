@@ -17,8 +17,15 @@ CACHES = ("dynamic", "static", "sink", "paged", "quantized")
 NO_CACHE = "none"
 """In place of a cache's name: each forward pass has its own keys and values."""
 
-LATENTS = ("joint", "separate", "decoupled_rope")
-"""What owners may keep instead of keys and values: a latent for both, one for each, or rotated keys beside one."""
+LATENTS = ("joint", "separate", "decoupled_rope", "xkv")
+"""What owners may keep instead of keys and values: a latent for both, one for each, rotated keys beside one, or one
+for the keys and values of several layers."""
+
+XKV = "xkv"
+"""The one that has a sharing pattern of its own."""
+
+AUTO_LATENT = "auto"
+"""In place of a kind: the one that suits the source."""
 
 NO_LATENT = "none"
 """In their place: keys and values."""

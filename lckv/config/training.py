@@ -10,7 +10,19 @@ from lckv.config.data import DataConfig, TokenizerConfig
 from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, each, is_named, key, not_negative, one_of, such_that
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
-from lckv.config.names import CALIBRATED, DTYPES, METHODS, NO_LATENT, OPTIMIZERS, SCHEDULES, TRACKERS, TRAINABLE
+from lckv.config.names import (
+    AUTO_LATENT,
+    CALIBRATED,
+    DTYPES,
+    LATENTS,
+    METHODS,
+    NO_LATENT,
+    OPTIMIZERS,
+    SCHEDULES,
+    TRACKERS,
+    TRAINABLE,
+    XKV,
+)
 from lckv.costs import DTYPE_BYTES
 from lckv.errors import UserError
 
@@ -321,9 +333,17 @@ class TrainConfig(Group):
     iso: str | None = key(None, one_of(("params", "kv")))
     iso_multiple: int = key(8, at_least(), only_with={"iso": ("params",)})
 
+    @property
+    def given_pattern(self) -> str | None:
+        """The sharing pattern as one types it; `None` for Llama's, which a pretrained model replaces by its own."""
+        if self.model.layer_types is not None:
+            return f"model.layer_types={self.model.layer_types}"
+        return None if self.sharing.name == "llama" else f"sharing={self.sharing.name}"
+
     def check(self, prefix: str) -> None:
         """Refuses settings of the model, the text, the loop and the teacher that do not go together."""
         model, trainer = self.model, self.trainer
+        self._check_latents()
         self.data.check_trains(f"{prefix}data.")
         self.optim.check_steps(trainer.max_steps, f"{prefix}optim.")
         if model.dtype == "float16" and trainer.precision == "fp16":
@@ -339,6 +359,14 @@ class TrainConfig(Group):
             self.check_sizes()
         elif self.init.method in CALIBRATED and self.latent.name == NO_LATENT and not self.init.calibration_tokens:
             raise UserError(f"init.calibration_tokens=0: {self.init.method} looks at text; allowed is 1 or more")
+
+    def _check_latents(self) -> None:
+        kind, given = self.latent.name, self.given_pattern
+        if kind in (XKV, AUTO_LATENT) and self.init.source is None:
+            others = ", ".join(name for name in LATENTS if name != XKV)
+            raise UserError(f"latent={kind}: looks at a pretrained model; give init.source, or one of {others}")
+        if kind == XKV and given is not None:
+            raise UserError(f"latent={kind}: has groups of layers of its own; leave {given} out, or take latent=joint")
 
     def check_sizes(self) -> None:
         """Refuses sizes of the model for which it could not be trained so.

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lckv.config.model import LatentConfig
+from lckv.config.names import XKV
 from lckv.conversion.heads import Tensors
 from lckv.conversion.latents import LatentFit, num_unturned_planes, sources_of
 from lckv.conversion.methods import Group, make_tensors, refuse_not_finite
@@ -18,7 +19,7 @@ from lckv.conversion.sensitivity import Sensitivity, assume_sensitivity, measure
 from lckv.conversion.source import HEAD, expected_shapes
 from lckv.conversion.target import Make, converted_config, converted_tensors
 from lckv.errors import UserError
-from lckv.latents import LatentBudget, latent_budget
+from lckv.latents import LatentBudget, group_layers, latent_budget, suit_source
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.models.families import read_config
 from lckv.patterns import parse_layer_types
@@ -99,9 +100,9 @@ def to_latents(
     *,
     ratio: float = 4.0,
     dim: int | list[int] | None = None,
-    skip_layers: int = 0,
     layer_types: str | None = None,
     ridge: float = 1e-2,
+    **groups: int,
 ) -> LCKVLlamaForCausalLM:
     """Makes a model that keeps latents from a loaded one, in memory.
 
@@ -109,12 +110,12 @@ def to_latents(
         model: of a family that can be read as ours, or one of ours.
         batches: calibration text, each `(batch, q_len)`; a few thousand tokens will do. `None`: the weights alone
             have to say what matters, which is far worse.
-        kind: a name of the `latent` group of the configuration; the other arguments are its keys.
+        kind: a name of the `latent` group of the configuration; other arguments are its keys.
         ratio: how many times fewer numbers owners keep.
         dim: instead, the size of each latent.
-        skip_layers: so many of the lowest layers keep keys and values.
         layer_types: a sharing pattern on top; by default the model's own.
         ridge: see [`fit_latents`].
+        groups: `skip_layers` and other keys about layers.
 
     Returns:
         The model in evaluation mode, of the types that the given one has.
@@ -122,14 +123,17 @@ def to_latents(
     Raises:
         UserError: for another family, and settings or text that do not allow it.
     """
-    latent = LatentConfig(kind, ratio, dim, skip_layers)
-    latent.validate("latent.")
     source = read_config(model.config.to_dict())
+    latent = LatentConfig(kind, ratio, dim, **groups)
+    latent.validate("latent.")
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if source.tie_word_embeddings:
         tensors.pop(HEAD, None)
     ours = _load(source, tensors, model)
     plan = source.sharing_plan if layer_types is None else parse_layer_types(layer_types, source.num_hidden_layers)
+    latent = suit_source(latent, source.sharing_plan, source, may_group=layer_types is None)
+    if latent.name == XKV:
+        plan = group_layers(latent, plan)
     target = converted_config(source, plan)
     budget = budget_of(latent, target)
     if batches is None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lckv.config.names import XKV
 from lckv.conversion.fitting import predictor
 from lckv.conversion.heads import Tensors, layer_prefix, read_finite
 from lckv.conversion.sensitivity import KEYS, VALUES, Sensitivity
@@ -289,8 +290,11 @@ class LatentFit:
         )
 
 
+_BOTH: Mapping[str, Any] = {LATENT: partial(LatentFit.factorize, names=(KEYS, VALUES))}
+
 FITS: Mapping[str, Mapping[str, Any]] = {
-    "joint": {LATENT: partial(LatentFit.factorize, names=(KEYS, VALUES))},
+    "joint": _BOTH,
+    XKV: _BOTH,
     "separate": {
         KEY_LATENT: partial(LatentFit.factorize, names=(KEYS,)),
         VALUE_LATENT: partial(LatentFit.factorize, names=(VALUES,)),

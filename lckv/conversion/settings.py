@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from lckv.config import DataConfig, ModelConfig, TrainConfig
 from lckv.config.model import KEPT_WITH_SOURCE
-from lckv.config.names import NO_LATENT
+from lckv.config.names import AUTO_LATENT, NO_LATENT, XKV
 from lckv.errors import UserError
+from lckv.latents import suit_source
 from lckv.model_arguments import iteration_settings, plan_from_source
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan, join_layer_types
@@ -30,6 +31,10 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
         UserError: if the sharing pattern does not fit the model.
     """
     own = source.sharing_plan
+    if cfg.latent.name == AUTO_LATENT:
+        cfg = replace(cfg, latent=suit_source(cfg.latent, own, source, may_group=cfg.given_pattern is None))
+        groups = f" latent.warmup_layers={cfg.latent.warmup_layers}" if cfg.latent.name == XKV else ""
+        logger.info("latent=%s: takes latent=%s%s", AUTO_LATENT, cfg.latent.name, groups)
     plan = plan_from_source(cfg, own)
     _check_latents(cfg, source, plan)
     sizes = {item.name: getattr(source, item.name) for item in fields(ModelConfig) if hasattr(source, item.name)}
@@ -40,8 +45,8 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
     model.force_nodiag = cfg.model.force_nodiag or source.force_nodiag
     if any(layer.is_sliding for layer in own.layers):
         model.sliding_window = cfg.model.sliding_window or source.sliding_window
-    if plan == own:
-        model.layer_types = source.kv_sharing
+    if cfg.given_pattern is None:
+        model.layer_types = plan.layer_types
     try:
         model.validate()
     except UserError as error:  # what the user gives was checked before
@@ -54,8 +59,7 @@ def _check_latents(cfg: TrainConfig, source: LCKVLlamaConfig, plan: SharingPlan)
     """Refuses to make other latents of latents."""
     if source.kv_latents is None or (cfg.latent.name == NO_LATENT and plan == source.sharing_plan):
         return
-    given = f"sharing={cfg.sharing.name}" if cfg.model.layer_types is None else f"model.layer_types={plan.layer_types}"
-    given = given if cfg.latent.name == NO_LATENT else f"latent={cfg.latent.name}"
+    given = cfg.given_pattern if cfg.latent.name == NO_LATENT else f"latent={cfg.latent.name}"
     raise UserError(
         f"{given}: the source keeps latents already, which can be trained, but not made into others; leave it out, "
         "or give the model that it was made from"

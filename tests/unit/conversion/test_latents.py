@@ -6,6 +6,7 @@ import shutil
 import sys
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,13 +22,14 @@ from lckv.conversion.sensitivity import KEYS, VALUES, measure_sensitivity
 from lckv.conversion.source import expected_shapes
 from lckv.conversion.target import converted_config, converted_tensors
 from lckv.errors import UserError
-from lckv.latents import latent_budget
+from lckv.latents import latent_budget, suit_source
 from lckv.loading import load_model
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import parse_layer_types
 from tests.reference import token_ids
 from tests.unit.conversion.sources import KINDS, random_source, run_convert, save_source
 
+ALONE = {kind: {"group_size": 1} if kind == "xkv" else {} for kind in LATENTS}
 TEXT = ["trainer.num_threads=1 init.calibration_tokens=64 data.block_size=16".split()][0]
 
 
@@ -238,6 +240,11 @@ def source(tmp_path_factory):
         (["latent=joint", "latent.dim=7", "model.layer_types=0_2_2_3"], 3 * 7),
         (["latent=decoupled_rope", "latent.ratio=2"], 4 * 16),
         (["latent=decoupled_rope", "latent.dim=[9,6]"], 4 * 15),
+        (["latent=xkv", "latent.ratio=4"], 4 * 8),
+        (["latent=xkv", "latent.dim=18", "latent.group_size=3", "latent.skip_layers=1"], 32 + 18),
+        (["latent=xkv", "latent.ratio=2", "latent.warmup_layers=2"], 3 * 21 + 1),
+        (["latent=auto", "latent.ratio=2"], 4 * 16),
+        (["latent=auto", "latent.ratio=8"], 4 * 4),
     ],
 )
 def test_convert_writes_what_was_asked_for(source, tmp_path, arguments, expected):
@@ -269,7 +276,7 @@ def test_a_loaded_model_is_converted_in_memory(kind):
     )
     model, text = LlamaForCausalLM(config).eval(), [batch["input_ids"] for batch in batches()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    whole = to_latents(model, text, kind, ratio=1)
+    whole = to_latents(model, text, kind, ratio=1, **ALONE[kind])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     input_ids = token_ids(2, 20, 99, 300)
     torch.testing.assert_close(whole(input_ids).logits, model(input_ids).logits, atol=1e-4, rtol=1e-4)
@@ -277,7 +284,8 @@ def test_a_loaded_model_is_converted_in_memory(kind):
         parameter.add_(1.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     model.generation_config.eos_token_id = 7
-    shared = to_latents(model, text, kind, ratio=2, layer_types="0_0_2")
+    groups = {"group_size": 2, "warmup_layers": 1} if kind == "xkv" else {"layer_types": "0_0_2"}
+    shared = to_latents(model, text, kind, ratio=3 if kind == "xkv" else 2, **groups)
     assert shared.generation_config.eos_token_id == 7
     assert sum(store.size for store in shared.config.kv_layout.stores) == 2 * 16
     assert shared.generate(input_ids, max_new_tokens=4, do_sample=False).shape == (2, 24)
@@ -297,12 +305,46 @@ def test_a_loaded_model_is_converted_in_memory(kind):
         ({"skip_layers": -1}, "latent.skip_layers=-1"),
         ({"dim": 99}, "latent.dim=99: allowed for latent are 1 to 32"),
         ({"kind": "decoupled_rope", "dim": [8, 3]}, "latent.dim=.8, 3.: rotated_planes are pairs"),
+        ({"kind": "xkv", "group_size": 3}, "latent.group_size=3: does not divide the 2 layers; allowed are 1, 2"),
+        ({"kind": "xkv", "layer_types": "0_0"}, "latent=xkv: makes groups of layers that compute their own"),
         ({"batches": []}, "the calibration text has 0 tokens"),
     ],
 )
 def test_mistakes_from_python(options, message):
     with pytest.raises(UserError, match=message):
         to_latents(random_source(2), **({"batches": [token_ids(2, 20, 0, 300)]} | options))
+
+
+def test_groups_are_joint_latents_of_a_pattern():
+    """The lowest layer of a group keeps for all; the ratio is to what they kept, and more than one could say fits."""
+    model, text = random_source(4), [token_ids(2, 40, 0, 300)]
+    model.config.kv_sharing = model.config.kv_sharing.replace("2", "2s").replace("3", "3s")
+    made = to_latents(model, text, "xkv", ratio=2, warmup_layers=0)
+    assert made.config.kv_sharing == "0_0_2s_2s"
+    same = to_latents(model, text, "joint", ratio=1, layer_types="0_0_2s_2s")
+    assert [store.size for store in made.config.kv_layout.stores] == [32, 32]
+    for name, tensor in same.state_dict().items():
+        torch.testing.assert_close(made.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("heads", "ratio", "expected"),
+    [
+        (8, 4, ("joint", 0)),  # keys and values of 128 numbers: half of them say all of the input
+        (8, 8, ("xkv", 2)),
+        (2, 3.9, ("joint", 0)),
+        (2, 4, ("xkv", 2)),
+        (1, 4, ("xkv", 2)),
+    ],
+)
+def test_auto_looks_at_the_heads(heads, ratio, expected):
+    sizes = SimpleNamespace(num_key_value_heads=heads, head_dim=8, hidden_size=64)
+    latent, plan = LatentConfig("auto", ratio), parse_layer_types("_".join(map(str, range(12))))
+    found = suit_source(latent, plan, sizes, may_group=True)
+    assert (found.name, found.warmup_layers) == expected
+    assert suit_source(latent, plan, sizes, may_group=False).name == "joint"
+    windows = parse_layer_types("0_1s_2_3s")
+    assert suit_source(latent, windows, sizes, may_group=True).name == "joint"
 
 
 @torch.no_grad()
@@ -324,9 +366,9 @@ def test_a_layer_on_which_nothing_depends_is_converted_too(kind):
     input_ids = token_ids(2, 20, 99, 300)
     expected = model(input_ids, use_cache=False).logits
     torch.testing.assert_close(
-        to_latents(model, text, kind, ratio=1)(input_ids).logits, expected, atol=1e-4, rtol=1e-4
+        to_latents(model, text, kind, ratio=1, **ALONE[kind])(input_ids).logits, expected, atol=1e-4, rtol=1e-4
     )
-    half = to_latents(model, text, kind, ratio=2)
+    half = to_latents(model, text, kind, ratio=2, **ALONE[kind])
     assert all(parameter.isfinite().all() for parameter in half.parameters())
 
 
@@ -342,9 +384,8 @@ def test_numbers_that_overflow_are_told():
 def test_without_text_the_weights_decide(kind):
     """At full size nothing is lost; below, directions that no query or output looks at go first."""
     model, input_ids = random_source(2), token_ids(2, 20, 99, 300)
-    torch.testing.assert_close(
-        to_latents(model, None, kind, ratio=1)(input_ids).logits, model(input_ids).logits, atol=1e-4, rtol=1e-4
-    )
+    whole = to_latents(model, None, kind, ratio=1, **ALONE[kind])
+    torch.testing.assert_close(whole(input_ids).logits, model(input_ids).logits, atol=1e-4, rtol=1e-4)
     for layer in model.model.layers:  # the second half of each value head is read by nobody
         layer.self_attn.o_proj.weight.unflatten(1, (-1, 8))[..., 4:] = 0
     made = to_latents(model, None, "separate", dim=[16, 8])
