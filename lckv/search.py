@@ -26,7 +26,7 @@ def main(cfg: SearchConfig) -> None:
 
     # Behind the checks: importing torch and transformers takes seconds.
     from lckv.conversion.search_report import write_report
-    from lckv.conversion.search_session import SearchSession
+    from lckv.conversion.search_session import SearchOfLatents, SharingSearch
     from lckv.conversion.source import Source
     from lckv.processes import set_num_threads
 
@@ -37,8 +37,8 @@ def main(cfg: SearchConfig) -> None:
         raise UserError(
             f"source={cfg.source}: keeps latents, of which none can be shared; allowed are keys and values"
         )
-    session = SearchSession(cfg, source, console)
-    report = session.run()
+    search = SearchOfLatents if cfg.has_latents else SharingSearch
+    report = search(cfg, source, console).run()
     folder = write_report(report, out)
     output = new_console()
     output.print(report.table())

@@ -10,7 +10,7 @@ from lckv.config.data import DataConfig
 from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, key, literal, one_of, passes
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
-from lckv.config.names import METHODS, TRAINED
+from lckv.config.names import AUTO_LATENT, LATENTS, METHODS, NO_LATENT, TRAINED, XKV
 from lckv.config.training import (
     CalibrationConfig,
     InitConfig,
@@ -101,6 +101,7 @@ class SearchConfig(Group):
         out: the folder to write; it must not be there yet. None: one in `runs/search/`.
         device: where the model runs: "cpu", "cuda" or "cuda:1"; "auto": an accelerator, if there is one.
         num_threads: torch's threads on a CPU; None: $OMP_NUM_THREADS, or the physical cores.
+        latent: the kind of latents that owners are to keep; the budget says how large they are.
     """
 
     source: str | None = literal(required="give one: python -m lckv.search source=MODEL budget=0.5")
@@ -122,11 +123,27 @@ class SearchConfig(Group):
     out: str | None = literal()
     device: str = "auto"
     num_threads: int | None = key(None, at_least())
+    latent: LatentConfig = field(default_factory=LatentConfig)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether layers are to share latents, not keys and values."""
+        return self.latent.name != NO_LATENT
+
+    @property
+    def converted_by(self) -> str:
+        """The method, or the kind of latents."""
+        return f"latent={self.latent.name}" if self.has_latents else self.method
 
     def check(self, prefix: str) -> None:
         """Refuses a budget that is none, and methods that are no way to try many patterns."""
         parse_budget(self.budget)
         self.data.check_trains(f"{prefix}data.")
+        if self.latent.name in (XKV, AUTO_LATENT):
+            allowed = ", ".join(name for name in LATENTS if name != XKV)
+            raise UserError(
+                f"{prefix}latent={self.latent.name}: the search finds groups itself; allowed are {allowed}"
+            )
         if self.method in TRAINED:
             untrained = ", ".join(name for name in METHODS if name not in TRAINED)
             given = f"{prefix}method={self.method}"

@@ -232,7 +232,19 @@ TABLE: dict[type, tuple[Unused, ...]] = {
         ),
         *_LOOP,
     ),
-    SearchConfig: (_unless("calibration_tokens ridge", lambda cfg: cfg.method in CALIBRATED, _NO_TEXT),),
+    SearchConfig: (
+        _unless(
+            "calibration_tokens ridge", lambda cfg: cfg.method in CALIBRATED or cfg.latent.name != NO_LATENT, _NO_TEXT
+        ),
+        _unless(
+            "method directions beam shortlist",
+            lambda cfg: cfg.latent.name == NO_LATENT,
+            "with latent={cfg.latent.name}, whose groups are a shortest path; leave it out",
+        ),
+        Unused(
+            "latent", lambda cfg, key: "here, where the budget says how much is kept; leave it out", but="latent.name"
+        ),
+    ),
     EvaluateConfig: (
         *_evaluations("", lambda cfg: cfg),
         _unless(

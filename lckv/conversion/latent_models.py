@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lckv.config.model import LatentConfig
 from lckv.config.names import XKV
 from lckv.conversion.heads import Tensors
-from lckv.conversion.latents import LatentFit, num_unturned_planes, sources_of
+from lckv.conversion.latents import LatentFit, sources_of
 from lckv.conversion.methods import Group, make_tensors, refuse_not_finite
 from lckv.conversion.sensitivity import Sensitivity, assume_sensitivity, measure_sensitivity
 from lckv.conversion.source import HEAD, expected_shapes
@@ -23,6 +23,9 @@ from lckv.latents import LatentBudget, group_layers, latent_budget, suit_source
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.models.families import read_config
 from lckv.patterns import parse_layer_types
+
+_MOST_TURNED = 2.0
+"""By how many radians a rotary plane may turn over a text whose keys are made as if it did not."""
 
 
 def budget_of(latent: LatentConfig, config: LCKVLlamaConfig) -> LatentBudget:
@@ -49,12 +52,21 @@ def measure(
     """
     groups = sources_of(budget.plan, model.config.sharing_plan, budget.owners)
     sensitivity = measure_sensitivity(model, batches, groups, on_batch=on_batch)
+    check_num_tokens(sensitivity, model)
+    return sensitivity
+
+
+def check_num_tokens(sensitivity: Sensitivity, model: LCKVLlamaForCausalLM) -> None:
+    """Refuses too little text.
+
+    Raises:
+        UserError: saying how much there was, and is needed.
+    """
     if sensitivity.num_tokens < model.config.hidden_size:
         raise UserError(
             f"the calibration text has {sensitivity.num_tokens} tokens: latents need as many as a layer's input has "
             f"numbers, {model.config.hidden_size}, better ten times that; give more text, or init.calibration_tokens"
         )
-    return sensitivity
 
 
 def fit_latents(
@@ -65,6 +77,7 @@ def fit_latents(
     sensitivity: Sensitivity,
     frequencies: Tensor,
     ridge: float,
+    known: dict[Any, Any] | None = None,
 ) -> tuple[LCKVLlamaConfig, Make]:
     """The configuration of the model with latents, and what makes its tensors.
 
@@ -76,13 +89,11 @@ def fit_latents(
         sensitivity: see [`measure`].
         frequencies: of the source's rotary planes, `(head_dim / 2,)`.
         ridge: a penalty on large weights where a layer's input is predicted from another's.
+        known: see [`LatentFit`].
     """
     groups = sources_of(budget.plan, source.sharing_plan, budget.owners)
-    is_whole = budget.dims is None and budget.ratio == 1  # which is to lose nothing
-    num_unturned = (
-        0 if is_whole else num_unturned_planes(frequencies, sensitivity.seq_length or source.max_position_embeddings)
-    )
-    fit = LatentFit(budget, tensors, source, groups, sensitivity, ridge, num_unturned)
+    num_unturned = num_unturned_planes(budget, frequencies, sensitivity, source)
+    fit = LatentFit(budget, tensors, source, groups, sensitivity, ridge, num_unturned, known)
     kv_latents = fit.sizes()
 
     def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
@@ -91,6 +102,19 @@ def fit_latents(
         return refuse_not_finite(f"latent={budget.kind}", fit.make(kv_latents, owner))
 
     return converted_config(target, budget.plan, kv_latents=kv_latents), make
+
+
+def num_unturned_planes(
+    budget: LatentBudget, frequencies: Tensor, sensitivity: Sensitivity, source: LCKVLlamaConfig
+) -> int:
+    """How many rotary planes do not turn far over a text as long as the calibration's, or as the source reads.
+
+    Where nothing is to be lost, all turn.
+    """
+    if budget.dims is None and budget.ratio == 1:
+        return 0
+    seq_length = sensitivity.seq_length or source.max_position_embeddings
+    return int((frequencies * seq_length < _MOST_TURNED).sum())
 
 
 def to_latents(
@@ -129,7 +153,7 @@ def to_latents(
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if source.tie_word_embeddings:
         tensors.pop(HEAD, None)
-    ours = _load(source, tensors, model)
+    ours = load_tensors(source, tensors, model)
     plan = source.sharing_plan if layer_types is None else parse_layer_types(layer_types, source.num_hidden_layers)
     latent = suit_source(latent, source.sharing_plan, source, may_group=layer_types is None)
     if latent.name == XKV:
@@ -144,10 +168,10 @@ def to_latents(
     frequencies = ours.model.rotary_emb.inv_freq.cpu()
     config, make = fit_latents(tensors, source, target, budget, sensitivity, frequencies, ridge)
     made = converted_tensors(tensors, source.sharing_plan, plan, expected_shapes(config), kind, make)
-    return _load(config, dict(made), model)
+    return load_tensors(config, dict(made), model)
 
 
-def _load(config: LCKVLlamaConfig, tensors: Tensors, like: PreTrainedModel) -> LCKVLlamaForCausalLM:
+def load_tensors(config: LCKVLlamaConfig, tensors: Tensors, like: PreTrainedModel) -> LCKVLlamaForCausalLM:
     """A model with copies of these tensors, where another one is, with its types, backend and way to generate."""
     config._attn_implementation = like.config._attn_implementation
     model: Any = LCKVLlamaForCausalLM(config)

@@ -35,9 +35,6 @@ _ROUNDING = 1e-10
 
 _TINY = 1e-50  # what stands for nothing, of which decompositions in float64 still have directions
 
-_MOST_TURNED = 2.0
-"""By how many radians a rotary plane may turn over a text whose keys are made as if it did not."""
-
 _STEPS = (8, 4, 2)
 """Latents have sizes that one of these divides, the first that leaves room to choose: kernels want it so."""
 
@@ -118,6 +115,7 @@ class LatentFit:
         ridge: see [`lckv.conversion.fitting.predictor`].
         num_unturned: so many of the slowest rotary planes may be taken for planes that do not turn, where rotated keys
             are kept beside the latent.
+        known: factors that were found with the same settings, by owner, group and stream; new ones are added.
     """
 
     def __init__(
@@ -129,6 +127,7 @@ class LatentFit:
         sensitivity: Sensitivity,
         ridge: float,
         num_unturned: int = 0,
+        known: dict[tuple[int, tuple[int, ...], str], Factors | Pairs] | None = None,
     ) -> None:
         self.budget, self.tensors, self.config, self.groups = budget, tensors, config, groups
         self.plan, self.own = budget.plan, config.sharing_plan
@@ -142,9 +141,13 @@ class LatentFit:
         heads = torch.arange(num_heads)[:, None] * config.head_dim
         self.unturned = heads + torch.tensor(unturned, dtype=torch.int64)
         self.factors: dict[Place, Factors | Pairs] = {}
-        for owner in groups:
+        known = {} if known is None else known
+        for owner, sources in groups.items():
             for stream, fit in FITS[budget.kind].items():
-                self.factors[owner, stream] = fit(self, owner)
+                key = owner, tuple(sources), stream
+                if key not in known:
+                    known[key] = fit(self, owner)
+                self.factors[owner, stream] = known[key]
 
     def sizes(self) -> list[dict[str, Any] | None]:
         """`kv_latents` of a model that keeps what the budget allows."""
@@ -256,6 +259,18 @@ class LatentFit:
             keys[name] = (made[name].unflatten(0, (-1, 2 * half)) * is_unturned)[:, free].flatten()
         return keys
 
+    def unpredicted(self, owner: int, layer: int) -> float:
+        """What is lost of a layer's keys and values that the owner's input does not tell, whatever is kept of it."""
+        moments = self.sensitivity.moments[owner]
+        found = predictor(moments, layer, owner, self.ridge)
+        cross = found @ moments[owner, layer]
+        left = moments[layer, layer] - cross - cross.T + found @ moments[owner, owner] @ found.T
+        weights = {name: self._map(layer, layer, name) for name in (KEYS, VALUES)}
+        return sum(
+            float((self.sensitivity.gradients[layer, name] * (weight @ left @ weight.T)).sum())
+            for name, weight in weights.items()
+        )
+
     def _map(self, owner: int, layer: int, name: str) -> Tensor:
         """From the owner's input to what a projection of a layer gives, as well as it can be told, in float64."""
         weight = read_finite(self.tensors, f"{layer_prefix(layer)}{name}.weight").double()
@@ -300,11 +315,6 @@ FITS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """What owners keep, by the kind of latents, and what finds it."""
-
-
-def num_unturned_planes(frequencies: Tensor, seq_length: int) -> int:
-    """How many rotary planes, of frequencies `(head_dim / 2,)`, do not turn far over a text of so many tokens."""
-    return int((frequencies * seq_length < _MOST_TURNED).sum())
 
 
 def as_rows(values: Tensor) -> Tensor:

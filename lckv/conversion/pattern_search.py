@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lckv.conversion.scoring import Score, Scorer
+from lckv.conversion.scoring import Converter, Score, Scorer
 from lckv.errors import UserError
 from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
 
@@ -150,12 +150,21 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class ScoredPattern:
-    """A pattern that was scored; `expected` is the loss that the surrogate had foretold, if it was asked."""
+    """A pattern that was scored.
+
+    Attributes:
+        layer_types: the pattern.
+        num_owners: layers that compute keys and values.
+        loss: see [`lckv.conversion.scoring.Scorer`].
+        expected: the loss that the surrogate had foretold, if it was asked.
+        latent_size: numbers of a token in all latents; `None` if keys and values are kept.
+    """
 
     layer_types: str
     num_owners: int
     loss: float
     expected: float | None = None
+    latent_size: int | None = None
 
 
 @dataclass
@@ -210,10 +219,10 @@ class PatternSearch:
     a merge do what they did before, so they do not run again.
     """
 
-    def __init__(self, scorer: Scorer, limits: SearchLimits) -> None:
-        self._scorer, self._limits = scorer, limits
+    def __init__(self, scorer: Scorer, converter: Converter, limits: SearchLimits) -> None:
+        self._scorer, self._converter, self._limits = scorer, converter, limits
         self._surrogate = Surrogate()
-        self._plan = scorer.converter.config.sharing_plan
+        self._plan = converter.config.sharing_plan
 
     def run(self, trace: SearchTrace, on_scored: Callable[[], Any] | None = None) -> Iterator[ScoredPattern]:
         """Searches, and yields the best pattern of each number of owners.
@@ -238,7 +247,8 @@ class PatternSearch:
         tried = []
         for state, merge, expected in self._shortlist(states):
             plan = plan_of_spans(merge.spans, self._plan)
-            score = self._scorer.score(plan, lowest_changed(plan, merge.merged, self._plan), state.score.inputs)
+            start = lowest_changed(plan, merge.merged, self._plan)
+            score = self._scorer.score(self._converter.build(plan, start), start, state.score.inputs)
             child = _State(merge.spans, plan, score)
             tried.append(child.plan)
             loss = child.score.loss
@@ -248,7 +258,7 @@ class PatternSearch:
             best = sorted([*best, child], key=lambda each: each.score.loss)[: self._limits.beam]
             if on_scored is not None:
                 on_scored()
-        self._scorer.converter.forget([*tried, *(state.plan for state in best)])
+        self._converter.forget([*tried, *(state.plan for state in best)])
         return best
 
     def _shortlist(self, states: Sequence[_State]) -> list[tuple[_State, Merge, float | None]]:

@@ -108,33 +108,32 @@ class Scorer:
     is `input_ids` and `position_ids`, each `(batch, block_size)`.
     """
 
-    def __init__(self, converter: Converter, batch: dict[str, Tensor]) -> None:
-        self.converter = converter
-        model = converter.model
+    def __init__(self, model: LCKVLlamaForCausalLM, batch: dict[str, Tensor]) -> None:
         self._position_ids = batch["position_ids"].to(model.device)
         with torch.no_grad():
             embeddings = model.model.embed_tokens(batch["input_ids"].to(model.device))
             self.original, states = self._run(model, (embeddings,))
             self._log_probs = [model.lm_head(row).float().log_softmax(-1) for row in states]
 
-    def score(self, plan: SharingPlan, start: int, inputs: tuple[Tensor, ...]) -> Score:
-        """Scores a pattern whose layers below `start` are known already.
+    @torch.no_grad()
+    def score(self, model: LCKVLlamaForCausalLM, start: int = 0, inputs: tuple[Tensor, ...] | None = None) -> Score:
+        """Scores a converted model, of which the layers below `start` are left out, as it is known what they do.
 
         Args:
-            plan: the pattern.
-            start: none of the layers from here on may read one below.
-            inputs: for the layers up to `start`, or more, what enters them, `(batch, block_size, hidden_size)`.
+            model: the layers from `start` on.
+            start: how many are left out.
+            inputs: for the layers up to `start`, or more, what enters them, `(batch, block_size, hidden_size)`; by
+                default, what enters those of the pretrained model.
         """
-        model = self.converter.build(plan, start)
-        with torch.no_grad():
-            above, states = self._run(model, inputs[start : start + 1])
-            total = torch.zeros((), dtype=torch.float64)
-            for row, expected in zip(states, self._log_probs, strict=True):
-                log_probs = model.lm_head(row).float().log_softmax(-1)
-                divergence = F.kl_div(log_probs, expected, log_target=True, reduction="none").sum(-1)
-                total += divergence.double().sum().cpu()
+        inputs = self.original if inputs is None else inputs
+        above, states = self._run(model, inputs[start : start + 1])
+        total = torch.zeros((), dtype=torch.float64)
+        for row, expected in zip(states, self._log_probs, strict=True):
+            log_probs = model.lm_head(row).float().log_softmax(-1)
+            total += F.kl_div(log_probs, expected, log_target=True, reduction="none").sum(-1).double().sum().cpu()
         return Score(float(total) / self._position_ids.numel(), (*inputs[:start], *above))
 
+    @torch.no_grad()
     def _run(self, model: LCKVLlamaForCausalLM, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         """What enters each layer, and what leaves the last one's norm."""
         outputs = model.model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
@@ -16,8 +17,8 @@ import lckv
 from lckv.charts import new_chart, save_chart, tidy
 from lckv.config import DataConfig, InitConfig, SearchConfig
 from lckv.console import command
-from lckv.conversion.pattern_search import SearchTrace
-from lckv.costs import ModelSizes, count_kv_bytes
+from lckv.conversion.pattern_search import ScoredPattern, SearchTrace
+from lckv.costs import DTYPE_BYTES, ModelSizes, count_kv_bytes
 from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import parse_layer_types
@@ -36,7 +37,7 @@ class Point:
     """A pattern with what it needs and what it costs, as it goes into `search.json`.
 
     Attributes:
-        name: what it is called.
+        name: what it is called: "15 of 30" owners, or "25 percent" of the source's bytes in latents.
         layer_types: the pattern.
         num_owners: layers that compute keys and values.
         kv_bytes_per_token: bytes of keys and values that each token adds, in the source's own type.
@@ -78,11 +79,22 @@ class KVCount:
         """Bytes per token of a pattern; "0" is one layer that computes keys and values."""
         return count_kv_bytes(parse_layer_types(layer_types), self.sizes, 1, self.dtype).written
 
-    def point(self, name: str, layer_types: str, loss: float, perplexity: float | None) -> Point:
-        """The pattern with what it needs."""
-        num_owners = len(parse_layer_types(layer_types).kv_owners)
-        kv_bytes = self.bytes_of(layer_types)
-        return Point(name, layer_types, num_owners, kv_bytes, num_owners / self.num_owners, loss, perplexity)
+    @property
+    def full(self) -> int:
+        """Bytes per token of the model itself."""
+        return self.num_owners * self.bytes_of("0")
+
+    def point(self, pattern: ScoredPattern, perplexity: float | None, name: str | None = None) -> Point:
+        """The pattern with what it needs, under a name that says so if none is given."""
+        if pattern.latent_size is None:
+            kv_bytes, own_name = self.bytes_of(pattern.layer_types), f"{pattern.num_owners} of {self.num_owners}"
+        else:
+            kv_bytes = pattern.latent_size * DTYPE_BYTES[self.dtype]
+            own_name = f"{100 * kv_bytes / self.full:.3g} percent"
+        fraction = kv_bytes / self.full
+        return Point(
+            name or own_name, pattern.layer_types, pattern.num_owners, kv_bytes, fraction, pattern.loss, perplexity
+        )
 
 
 COLUMNS = ("pattern", "KV bytes per token", "of the source's", "loss", "perplexity", "layer_types")
@@ -112,7 +124,7 @@ class SearchReport:
     data_fingerprint: str
     trace: SearchTrace
     num_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TEXTS, 0))
-    perplexities: dict[str, float] = field(default_factory=dict)
+    perplexities: dict[ScoredPattern, float] = field(default_factory=dict)
     baselines: list[Point] = field(default_factory=list)
     search_seconds: float | None = None
     seconds: float = 0.0
@@ -120,14 +132,8 @@ class SearchReport:
 
     @property
     def frontier(self) -> list[Point]:
-        """The best pattern for each number of owners, the source's own first."""
-        total, perplexities = self.kv.num_owners, self.perplexities
-        return [
-            self.kv.point(
-                f"{each.num_owners} of {total}", each.layer_types, each.loss, perplexities.get(each.layer_types)
-            )
-            for each in self.trace.frontier
-        ]
+        """The best pattern for each number of owners or budget, the source's own first."""
+        return [self.kv.point(each, self.perplexities.get(each)) for each in self.trace.frontier]
 
     def table(self) -> Table:
         """The frontier and the baselines for a terminal."""
@@ -159,8 +165,8 @@ class SearchReport:
             file.write_text(_experiment(point, self), encoding="utf-8")
 
     def experiment_name(self, point: Point) -> str:
-        """What the configuration of a point is called: `kv_15_of_30`."""
-        return f"kv_{point.num_owners}_of_{self.kv.num_owners}"
+        """What the configuration of a point is called: `kv_15_of_30`, `kv_25_percent`."""
+        return f"kv_{re.sub(r'[^0-9a-z]+', '_', point.name)}"
 
     def _figures(self) -> dict[str, Any]:
         return {
@@ -183,10 +189,10 @@ class SearchReport:
         lines = [
             f"# Sharing patterns for {cfg.source}",
             "",
-            f"Converted by `{cfg.method}`{calibrated}. The loss is the divergence of the next-token distributions "
-            f"from the source's, in nats per token, on {num_tokens['eval']:,} tokens of the training split; the "
-            f"perplexity is of {num_tokens['validation']:,} tokens of the validation split. KV bytes are of type "
-            f"{self.kv.dtype}.",
+            f"Converted by `{cfg.converted_by}`{calibrated}. The loss is the divergence of the next-token "
+            f"distributions from the source's, in nats per token, on {num_tokens['eval']:,} tokens of the training "
+            f"split; the perplexity is of {num_tokens['validation']:,} tokens of the validation split. KV bytes are "
+            f"of type {self.kv.dtype}.",
             *(["", "The search was interrupted."] if self.is_interrupted else []),
             *_markdown_table(self.frontier),
             *(["", "Made by hand:", *_markdown_table(self.baselines)] if self.baselines else []),
@@ -222,7 +228,9 @@ def draw_frontier(report: SearchReport, path: Path) -> None:
         axes.set_ylabel("perplexity on held-out text")
         axes.grid(which="minor", color="0.9", linewidth=0.6)
     axes.set_xlabel(f"KV bytes per token ({report.kv.dtype})")
-    axes.set_title(f"{Path(report.cfg.source or '').name}, converted by {report.cfg.method}", loc="left", fontsize=11)
+    axes.set_title(
+        f"{Path(report.cfg.source or '').name}, converted by {report.cfg.converted_by}", loc="left", fontsize=11
+    )
     axes.set_xlim(left=0)
     tidy(axes)
     axes.legend(frameon=False)
@@ -236,7 +244,7 @@ def _experiment(point: Point, report: SearchReport) -> str:
     init = {
         "source": str(Path(source).resolve()) if Path(source).exists() else source,
         "revision": cfg.revision,
-        "method": cfg.method,
+        "method": InitConfig().method if cfg.has_latents else cfg.method,
         "calibration_tokens": cfg.calibration_tokens,
         "ridge": cfg.ridge,
     }
@@ -245,15 +253,22 @@ def _experiment(point: Point, report: SearchReport) -> str:
     model = {"name": source_name(source), "layer_types": plan.layer_types, **sizes}
     if plan.has_cycles:
         model |= iteration_settings(cfg)
+    groups = [("data", cfg.data.name), *_UPTRAINING]
+    latent = {}
+    if cfg.has_latents:
+        groups.append(("latent", cfg.latent.name))
+        latent["ratio"] = point.num_owners * report.kv.bytes_of("0") / point.kv_bytes_per_token
     body = {
-        "defaults": [{f"override /{group}": name} for group, name in (("data", cfg.data.name), *_UPTRAINING)],
+        "defaults": [{f"override /{group}": name} for group, name in groups],
         "model": model,
+        "latent": latent,
         "init": _changed(init, InitConfig()),
         "data": _changed(_with_absolute_files(asdict(cfg.data)), DataConfig(name=cfg.data.name)),
     }
+    kept = "Latents" if cfg.has_latents else "Keys and values"
     comment = (
-        f"# Keys and values of {point.name} layers, {point.kv_bytes_per_token:,} bytes per token: "
-        f"divergence from the source {point.loss:.4f}"
+        f"# {kept} of {point.num_owners} of {report.kv.num_owners} layers, {point.kv_bytes_per_token:,} bytes per "
+        f"token: divergence from the source {point.loss:.4f}"
     )
     if point.perplexity is not None:
         comment += f", perplexity {point.perplexity:.2f} before training"
@@ -290,7 +305,7 @@ def write_report(report: SearchReport, out: Path | None) -> Path:
     """
     cfg = report.cfg
     if out is None:
-        out = Path("runs") / "search" / file_name(f"{source_name(cfg.source or '')}-{cfg.method}-{cfg.budget}")
+        out = Path("runs") / "search" / file_name(f"{source_name(cfg.source or '')}-{cfg.converted_by}-{cfg.budget}")
     out = next(path for path in numbered(out) if not path.exists() or (path.is_dir() and not any(path.iterdir())))
     with new_folder(out) as folder:
         report.write(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, cast
 
 from rich.console import Console
@@ -14,11 +16,14 @@ from lckv.byte_sizes import parse_budget
 from lckv.config import SearchConfig
 from lckv.config.names import CALIBRATED
 from lckv.console import Bar
-from lckv.conversion.calibration import InputMoments, Pair, calibrate, choose_blocks
+from lckv.conversion.calibration import InputMoments, Pair, batches_of, calibrate, choose_blocks
+from lckv.conversion.latent_models import budget_of, check_num_tokens
+from lckv.conversion.latent_search import LatentConverter, LatentSearch
 from lckv.conversion.methods import needed_pairs
 from lckv.conversion.pattern_search import (
     PatternSearch,
     Reach,
+    ScoredPattern,
     SearchLimits,
     SearchTrace,
     owners_in,
@@ -27,9 +32,11 @@ from lckv.conversion.pattern_search import (
 )
 from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.search_report import KVCount, SearchReport
+from lckv.conversion.sensitivity import measure_sensitivity
 from lckv.conversion.settings import check_block_size
 from lckv.conversion.source import Source
 from lckv.data.dataset import BlockDataset, build_dataset, collate
+from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
 from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaForCausalLM
@@ -38,11 +45,19 @@ from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 _BASELINES = ("lasagna_bottom", "pizza_bottom", "sandwich_bottom")
 _VALIDATION_BATCH = 8
 
+_MAX_DISTANCE = 3
+"""How far above its owner a layer of a group that shares latents may be, where nothing else is said."""
+
 logger = logging.getLogger(__name__)
 
 
-class SearchSession:
-    """A search as the configuration says.
+class SearchSession(ABC):
+    """A search as the configuration says: what all have in common.
+
+    Args:
+        cfg: the configuration.
+        source: the model to search patterns for.
+        console: where it is shown how far the search has come.
 
     Raises:
         UserError: if the budget cannot be met.
@@ -52,11 +67,23 @@ class SearchSession:
         self._cfg, self._source, self._console = cfg, source, console
         self._plan = source.config.sharing_plan
         self._kv = KVCount.of(source.config)
-        num_before = len(self._plan.kv_owners)
-        num_owners = owners_in(parse_budget(cfg.budget), self._kv.bytes_of("0"), num_before)
-        reach = resolve_reach(cfg.directions, cfg.max_distance, num_owners, num_before)
-        self._limits = SearchLimits(reach, num_owners, cfg.beam, cfg.shortlist)
         self._trace = SearchTrace()
+
+    @abstractmethod
+    def _prepare(self, model: LCKVLlamaForCausalLM, blocks: BlockDataset, chosen: list[int]) -> int:
+        """Looks at calibration text, the chosen blocks of it; returns how many tokens that were."""
+
+    @abstractmethod
+    def _search(self, scorer: Scorer) -> None:
+        """Searches, into the trace."""
+
+    @abstractmethod
+    def _build(self, pattern: ScoredPattern) -> LCKVLlamaForCausalLM:
+        """The converted model of a pattern."""
+
+    @abstractmethod
+    def _baselines(self, scorer: Scorer) -> dict[str, ScoredPattern]:
+        """Patterns made by hand, which need no less than the budget, by their names."""
 
     def run(self) -> SearchReport:
         """Searches. A search that is interrupted is reported as far as it came, or ends if it found nothing yet.
@@ -69,29 +96,22 @@ class SearchSession:
         check_block_size(self._cfg.data, self._source.config)
         data = build_dataset(self._cfg.data, tokenizer)
         model = self._source.load_for_text(self._cfg.device)
-        baselines = self._baselines()
         calibration = choose_blocks(data.train, self._cfg.calibration_tokens)
-        converter = Converter(
-            model,
-            self._cfg.method,
-            self._calibrate(model, data.train, calibration, baselines),
-            self._cfg.ridge,
-            iteration_settings(self._cfg),
-        )
+        num_tokens = self._prepare(model, data.train, calibration)
         batch = _scored_batch(data.train, calibration, self._cfg)
         chosen = choose_blocks(data.validation, self._cfg.validation_tokens)
         validation: Any = Subset(cast(Any, data.validation), chosen)
         report = SearchReport(self._cfg, self._source.config, self._kv, data.fingerprint, self._trace)
         report.num_tokens = {
-            "calibration": 0 if converter.moments is None else converter.moments.num_tokens,
+            "calibration": num_tokens,
             "eval": batch["input_ids"].numel(),
             "validation": len(chosen) * data.validation.block_size,
         }
         try:
-            scorer = Scorer(converter, batch)
+            scorer = Scorer(model, batch)
             self._search(scorer)
             report.search_seconds = time.monotonic() - started
-            self._evaluate(scorer, validation, baselines, report)
+            self._evaluate(scorer, validation, report)
         except KeyboardInterrupt:
             if len(self._trace.frontier) < 2:
                 raise
@@ -99,7 +119,66 @@ class SearchSession:
         report.seconds = time.monotonic() - started
         return report
 
-    def _baselines(self) -> dict[str, SharingPlan]:
+    def _evaluate(self, scorer: Scorer, validation: Blocks, report: SearchReport) -> None:
+        """Perplexities on text that nothing was fitted to or chosen by."""
+
+        def perplexity(pattern: ScoredPattern) -> float:
+            model = self._build(pattern)
+            return evaluate_perplexity(model, validation, batch_size=_VALIDATION_BATCH).perplexity
+
+        baselines = self._baselines(scorer) if self._cfg.baselines else {}
+        with Bar(self._console, "measuring", "perplexities", len(self._trace.frontier) + len(baselines)) as bar:
+            for pattern in self._trace.frontier:
+                report.perplexities[pattern] = perplexity(pattern)
+                bar.advance()
+            for name, pattern in baselines.items():
+                report.baselines.append(self._kv.point(pattern, perplexity(pattern), name))
+                bar.advance()
+
+
+class SharingSearch(SearchSession):
+    """The search for layers that share keys and values."""
+
+    def __init__(self, cfg: SearchConfig, source: Source, console: Console) -> None:
+        super().__init__(cfg, source, console)
+        num_before = len(self._plan.kv_owners)
+        num_owners = owners_in(parse_budget(cfg.budget), self._kv.bytes_of("0"), num_before)
+        reach = resolve_reach(cfg.directions, cfg.max_distance, num_owners, num_before)
+        self._limits = SearchLimits(reach, num_owners, cfg.beam, cfg.shortlist)
+
+    def _prepare(self, model: LCKVLlamaForCausalLM, blocks: BlockDataset, chosen: list[int]) -> int:
+        cfg, moments = self._cfg, self._calibrate(model, blocks, chosen)
+        self._converter = Converter(model, cfg.method, moments, cfg.ridge, iteration_settings(cfg))
+        return 0 if moments is None else moments.num_tokens
+
+    def _calibrate(self, model: LCKVLlamaForCausalLM, blocks: BlockDataset, chosen: list[int]) -> InputMoments | None:
+        """The second moments that any pattern may need, summed up in one pass over the text."""
+        if self._cfg.method not in CALIBRATED:
+            return None
+        pairs = _pairs_within(self._plan, self._limits.reach)
+        pairs |= {pair for plan in self._by_hand().values() for pair in needed_pairs(plan, self._plan)}
+        num_pairs = len({(min(pair), max(pair)) for pair in pairs})
+        size = num_pairs * self._source.config.hidden_size**2 * 8
+        logger.info("calibrating: the moments of %d pairs of layers take %.3g GB of memory", num_pairs, size / 1e9)
+        return calibrate(model, blocks, chosen, pairs, self._console)
+
+    def _search(self, scorer: Scorer) -> None:
+        num_before = len(self._plan.kv_owners)
+        total = self._limits.num_scored(num_before)
+        with Bar(self._console, "searching", "patterns", total) as bar:
+            for best in PatternSearch(scorer, self._converter, self._limits).run(self._trace, bar.advance):
+                self._console.print(f"{best.num_owners} of {num_before}: loss {best.loss:.4f}: {best.layer_types}")
+
+    def _build(self, pattern: ScoredPattern) -> LCKVLlamaForCausalLM:
+        return self._converter.build(parse_layer_types(pattern.layer_types))
+
+    def _baselines(self, scorer: Scorer) -> dict[str, ScoredPattern]:
+        return {
+            name: ScoredPattern(plan.layer_types, len(plan.kv_owners), scorer.score(self._converter.build(plan)).loss)
+            for name, plan in self._by_hand().items()
+        }
+
+    def _by_hand(self) -> dict[str, SharingPlan]:
         """Patterns of the source's owners made by hand, which need no less than the budget; none occurs twice."""
         if not self._cfg.baselines:
             return {}
@@ -117,44 +196,55 @@ class SearchSession:
                 plans[name] = plan
         return plans
 
-    def _calibrate(
-        self, model: LCKVLlamaForCausalLM, blocks: BlockDataset, chosen: list[int], baselines: dict[str, SharingPlan]
-    ) -> InputMoments | None:
-        """The second moments that any pattern may need, summed up in one pass over the text."""
-        if self._cfg.method not in CALIBRATED:
-            return None
-        pairs = _pairs_within(self._plan, self._limits.reach)
-        pairs |= {pair for plan in baselines.values() for pair in needed_pairs(plan, self._plan)}
-        num_pairs = len({(min(pair), max(pair)) for pair in pairs})
-        size = num_pairs * self._source.config.hidden_size**2 * 8
-        logger.info("calibrating: the moments of %d pairs of layers take %.3g GB of memory", num_pairs, size / 1e9)
-        return calibrate(model, blocks, chosen, pairs, self._console)
+
+class SearchOfLatents(SearchSession):
+    """The search for layers that share latents."""
+
+    def __init__(self, cfg: SearchConfig, source: Source, console: Console) -> None:
+        super().__init__(cfg, source, console)
+        budget, full = parse_budget(cfg.budget), self._kv.full
+        share = budget if isinstance(budget, float) else budget / full
+        if share >= 1:
+            raise UserError(f"budget={cfg.budget}: is what the model needs already: {full} bytes per token")
+        budget_of(replace(cfg.latent, ratio=1 / share), source.config)
+        self._shares = [2.0**-power for power in range(1, 10) if 2.0**-power > share * 1.01] + [share]
+        self._max_distance = _MAX_DISTANCE if cfg.max_distance is None else cfg.max_distance
+
+    def _prepare(self, model: LCKVLlamaForCausalLM, blocks: BlockDataset, chosen: list[int]) -> int:
+        owners, cfg = self._plan.kv_owners, self._cfg
+        groups = {owner: owners[place : place + self._max_distance + 1] for place, owner in enumerate(owners)}
+        with Bar(self._console, "calibrating", "tokens", len(chosen) * blocks.block_size) as bar:
+            batches = batches_of(blocks, chosen, num_tokens=1)
+            sensitivity = measure_sensitivity(model, batches, groups, weighs_alike=True, on_batch=bar.advance)
+        check_num_tokens(sensitivity, model)
+        self._converter = LatentConverter(model, cfg.latent.name, sensitivity, cfg.ridge, iteration_settings(cfg))
+        return sensitivity.num_tokens
 
     def _search(self, scorer: Scorer) -> None:
-        num_before = len(self._plan.kv_owners)
-        total = self._limits.num_scored(num_before)
-        with Bar(self._console, "searching", "patterns", total) as bar:
-            for best in PatternSearch(scorer, self._limits).run(self._trace, bar.advance):
-                self._console.print(f"{best.num_owners} of {num_before}: loss {best.loss:.4f}: {best.layer_types}")
+        totals = [int(share * self._converter.full_size) for share in self._shares]
+        search = LatentSearch(scorer, self._converter, self._max_distance, totals)
+        with Bar(self._console, "searching", "steps", search.num_steps) as bar:
+            for best in search.run(self._trace, bar.advance):
+                name = self._kv.point(best, None).name
+                self._console.print(f"{name}: loss {best.loss:.4f}: {best.layer_types}")
 
-    def _evaluate(
-        self, scorer: Scorer, validation: Blocks, baselines: dict[str, SharingPlan], report: SearchReport
-    ) -> None:
-        """Perplexities on text that nothing was fitted to or chosen by."""
+    def _build(self, pattern: ScoredPattern) -> LCKVLlamaForCausalLM:
+        plan = parse_layer_types(pattern.layer_types)
+        if pattern.latent_size is None:
+            return self._converter.model
+        return self._converter.build(plan, pattern.latent_size)
 
-        def perplexity(plan: SharingPlan) -> float:
-            model = scorer.converter.build(plan)
-            return evaluate_perplexity(model, validation, batch_size=_VALIDATION_BATCH).perplexity
-
-        total = len(self._trace.frontier) + len(baselines)
-        with Bar(self._console, "measuring", "perplexities", total) as bar:
-            for candidate in self._trace.frontier:
-                report.perplexities[candidate.layer_types] = perplexity(parse_layer_types(candidate.layer_types))
-                bar.advance()
-            for name, plan in baselines.items():
-                loss = scorer.score(plan, 0, scorer.original).loss
-                report.baselines.append(self._kv.point(name, plan.layer_types, loss, perplexity(plan)))
-                bar.advance()
+    def _baselines(self, scorer: Scorer) -> dict[str, ScoredPattern]:
+        total, num_before = int(self._shares[-1] * self._converter.full_size), len(self._plan.kv_owners)
+        found = {}
+        for size in (1, 2, 3):
+            plan = plan_of(
+                parse_layer_types(build_layer_types("cla", num_before, group_size=size)).kv_source, self._plan
+            )
+            loss = scorer.score(self._converter.build(plan, total)).loss
+            name = "no groups" if size == 1 else f"groups of {size}"
+            found[name] = ScoredPattern(plan.layer_types, len(plan.kv_owners), loss, latent_size=total)
+        return found
 
 
 def _pairs_within(plan: SharingPlan, reach: Reach) -> set[Pair]:
@@ -167,7 +257,7 @@ def _pairs_within(plan: SharingPlan, reach: Reach) -> set[Pair]:
 def _scored_batch(blocks: BlockDataset, calibration: list[int], cfg: SearchConfig) -> dict[str, Tensor]:
     """Blocks to score patterns on, evenly among those that nothing is fitted to, if there are any."""
     free = sorted(set(range(len(blocks))) - set(calibration))
-    if not free and cfg.method in CALIBRATED:
+    if not free and (cfg.method in CALIBRATED or cfg.has_latents):
         logger.warning(
             "all %d tokens of the training split are calibration text, so patterns are scored on what they were "
             "fitted to; give more text, or fewer calibration_tokens",

@@ -37,7 +37,8 @@ class Sensitivity:
 
     Args:
         groups: for each layer that will write, the layers of the source whose keys and values are to be made of it.
-        has_ones: see [`InputMoments`].
+        weighs_alike: whether a token counts the same in all groups, so that their moments compare: as much as keys and
+            values of any layer depend on it. Second moments of every layer of a group are there, then.
 
     Attributes:
         moments: for each group the second moments of its layers' inputs, under the layers' pairs. A token counts as
@@ -48,14 +49,16 @@ class Sensitivity:
         seq_length: of the longest text among them.
     """
 
-    def __init__(self, groups: dict[int, tuple[int, ...]], *, has_ones: bool) -> None:
-        self.groups = groups
+    def __init__(self, groups: dict[int, tuple[int, ...]], *, weighs_alike: bool = False) -> None:
+        self.groups, self.weighs_alike = groups, weighs_alike
         self.layers = sorted({layer for sources in groups.values() for layer in sources})
         self.inputs = sorted({*groups, *self.layers})
-        self.moments = {
-            owner: InputMoments({(owner, owner)} | {(owner, each) for each in sources}, has_ones=has_ones)
-            for owner, sources in groups.items()
-        }
+        pairs = {owner: {(owner, owner)} | {(owner, each) for each in sources} for owner, sources in groups.items()}
+        if weighs_alike:
+            own = {(layer, layer) for layer in self.layers}
+            self.moments = dict.fromkeys(groups, InputMoments(own.union(*pairs.values()), has_ones=False))
+        else:
+            self.moments = {owner: InputMoments(pairs[owner], has_ones=False) for owner in groups}
         self.gradients: dict[tuple[int, str], Tensor] = {}
         self.num_tokens = self.seq_length = 0
         self._scales: dict[tuple[int, str], Tensor] = {}
@@ -72,7 +75,8 @@ class Sensitivity:
             sizes[place] = rows.norm(dim=1)
             # Measured once: the first text says how large gradients are, so that all projections count alike.
             self._scales.setdefault(place, sizes[place].mean().clamp(min=torch.finfo(torch.float32).tiny))
-        for owner, sources in self.groups.items():
+        groups = {next(iter(self.groups)): tuple(self.layers)} if self.weighs_alike else self.groups
+        for owner, sources in groups.items():
             places = [(layer, name) for layer in sources for name in (KEYS, VALUES)]
             weights = torch.stack([sizes[place] / self._scales[place] for place in places]).mean(0)
             shape = (*inputs[owner].shape[:2], 1)
@@ -87,6 +91,7 @@ def measure_sensitivity(
     batches: Iterable[dict[str, Tensor]],
     groups: dict[int, tuple[int, ...]],
     *,
+    weighs_alike: bool = False,
     seed: int = 0,
     on_batch: Callable[[int], Any] | None = None,
 ) -> Sensitivity:
@@ -98,13 +103,14 @@ def measure_sensitivity(
         model: a model of ours, in evaluation mode.
         batches: `input_ids` and `position_ids`, each `(batch, q_len)`, and perhaps `labels`.
         groups: see [`Sensitivity`].
+        weighs_alike: see there.
         seed: of the predictions that are drawn.
         on_batch: called after each batch with the number of its tokens.
 
     Raises:
         UserError: if what a layer computes, or what comes back to it, is not finite.
     """
-    sensitivity = Sensitivity(groups, has_ones=False)
+    sensitivity = Sensitivity(groups, weighs_alike=weighs_alike)
     generator = torch.Generator(model.device).manual_seed(seed)
     needs_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
@@ -127,7 +133,7 @@ def assume_sensitivity(tensors: Tensors, config: LCKVLlamaConfig, groups: dict[i
     A normalised input has independent numbers of the norm's sizes. Values count as the output projection reads them,
     keys as the queries of such inputs do, and all projections alike.
     """
-    sensitivity = Sensitivity(groups, has_ones=False)
+    sensitivity = Sensitivity(groups)
     scales = {
         layer: read_finite(tensors, f"model.layers.{layer}.input_layernorm.weight") for layer in sensitivity.inputs
     }

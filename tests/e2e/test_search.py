@@ -68,12 +68,12 @@ def test_what_was_found_can_be_trained_and_is_never_overwritten(run_module, comm
 
 
 def test_ctrl_c_leaves_what_there_is(command, folder, monkeypatch):
-    from lckv.conversion.search_session import SearchSession
+    from lckv.conversion.search_session import SharingSearch
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(SearchSession, "_evaluate", interrupt)
+    monkeypatch.setattr(SharingSearch, "_evaluate", interrupt)
     without_calibration = [each for each in SMALL if not each.startswith("calibration_tokens")]
     code, out, _ = command("source=mine", *TEXT, *without_calibration, "budget=0.6", "method=average")
     assert code == 130 and "3 of 5: " in out

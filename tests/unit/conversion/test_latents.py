@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lckv.cache import build_cache
 from lckv.config.model import LatentConfig
 from lckv.config.names import LATENTS
-from lckv.conversion.latent_models import to_latents
-from lckv.conversion.latents import Factors, LatentFit, Pairs, allot, num_unturned_planes, roots, sources_of
+from lckv.conversion.latent_models import num_unturned_planes, to_latents
+from lckv.conversion.latents import Factors, LatentFit, Pairs, allot, roots, sources_of
 from lckv.conversion.sensitivity import KEYS, VALUES, measure_sensitivity
 from lckv.conversion.source import expected_shapes
 from lckv.conversion.target import converted_config, converted_tensors
@@ -194,8 +194,9 @@ def test_planes_that_hardly_turn_go_to_the_latent():
     """A model whose slow planes do not turn at all over the text loses nothing by it."""
     rope = {"rope_type": "default", "rope_theta": 1e18}
     model = random_source(3, rope_parameters=rope, attention_bias=True, attention_output_bias=False)
-    assert num_unturned_planes(model.model.rotary_emb.inv_freq, 20) == 3
-    fit, _ = fit_of(model, "decoupled_rope", dim=[28, 4], num_unturned=3)
+    fit, sensitivity = fit_of(model, "decoupled_rope", dim=[28, 4], num_unturned=3)
+    frequencies = model.model.rotary_emb.inv_freq
+    assert num_unturned_planes(fit.budget, frequencies, sensitivity, model.config) == 3
     assert fit.sizes() == [{"latent": 28, "rotated_planes": [0, 0]}] * 3
     other, input_ids = converted(model, fit, fit.sizes()), token_ids(2, 20, 99, 300)
     torch.testing.assert_close(

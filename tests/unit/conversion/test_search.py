@@ -18,7 +18,7 @@ from lckv.conversion.calibration import collect_moments
 from lckv.conversion.pattern_search import PatternSearch, Reach, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.search_report import KVCount, SearchReport, write_report
-from lckv.conversion.search_session import SearchSession
+from lckv.conversion.search_session import SharingSearch
 from lckv.conversion.source import Source
 from lckv.conversion.target import converted_config, write_converted
 from lckv.data.readers import find_files
@@ -49,8 +49,8 @@ def converter_for(model, method="average", ridge=1e-2):
 def search(converter, num_owners, directions="down", batch=None, **limits):
     trace = SearchTrace()
     reach = Reach.of(directions, limits.pop("max_distance", 9))
-    scorer = Scorer(converter, batch or text(2, 2))
-    steps = list(PatternSearch(scorer, SearchLimits(reach, num_owners, **limits)).run(trace))
+    scorer = Scorer(converter.model, batch or text(2, 2))
+    steps = list(PatternSearch(scorer, converter, SearchLimits(reach, num_owners, **limits)).run(trace))
     assert steps == trace.frontier[1:]
     return trace
 
@@ -123,8 +123,8 @@ def test_reused_layers_give_what_the_written_checkpoint_does(tmp_path, layer_typ
     model = tiny_model("0_1_2s_3_4", vocab_size=300)
     source = Source.find(str(save_source(tmp_path / "source", model)))
     converter, batch, plan = converter_for(model, "subspace"), text(2, 2), parse_layer_types(layer_types)
-    scorer = Scorer(converter, batch)
-    score = scorer.score(plan, 2, scorer.original)
+    scorer = Scorer(converter.model, batch)
+    score = scorer.score(converter.build(plan, 2), 2)
     write_converted(
         source,
         converted_config(source.config, plan, **SETTINGS),
@@ -145,14 +145,14 @@ def test_reused_layers_give_what_the_written_checkpoint_does(tmp_path, layer_typ
 def test_a_wide_search_finds_the_best_of_all_patterns():
     converter, batch = converter_for(random_source(5)), text(2, 2)
     trace = search(converter, 2, batch=batch, beam=99, shortlist=99)
-    scorer = Scorer(converter, batch)
+    scorer = Scorer(converter.model, batch)
     for num_owners in (3, 2):
         patterns = [
             layer_types
             for owners in itertools.combinations(range(1, 5), num_owners - 1)
             if (layer_types := "_".join(str(max(each for each in (0, *owners) if each <= i)) for i in range(5)))
         ]
-        losses = {each: scorer.score(parse_layer_types(each), 0, scorer.original).loss for each in patterns}
+        losses = {each: scorer.score(converter.build(parse_layer_types(each))).loss for each in patterns}
         best = min(losses, key=lambda each: losses[each])
         assert trace.frontier[5 - num_owners].layer_types == best
         assert {each.layer_types for each in trace.candidates if each.num_owners == num_owners} == set(patterns)
@@ -210,7 +210,7 @@ def config(folder, **values) -> SearchConfig:
 
 def run(cfg) -> SearchReport:
     validate(cfg)
-    session = SearchSession(cfg, Source.find(cfg.source), Console(quiet=True))
+    session = SharingSearch(cfg, Source.find(cfg.source), Console(quiet=True))
     return session.run()
 
 
@@ -295,7 +295,7 @@ def test_configurations_find_their_text_from_any_folder(folder, tmp_path, monkey
 def test_bytes_are_counted_in_the_type_of_the_source():
     kv = KVCount.of(tiny_config("0_1_2", dtype="bfloat16"))
     assert (kv.dtype, kv.bytes_of("0"), kv.bytes_of("0_0_2")) == ("bfloat16", 64, 128)
-    assert kv.point("", "0_0_2s", 0.0, None).fraction == pytest.approx(2 / 3)
+    assert kv.point(ScoredPattern("0_0_2s", 2, 0.0), None).fraction == pytest.approx(2 / 3)
 
 
 def test_patterns_of_eights_and_nines_stay_text(folder, tmp_path):

@@ -99,7 +99,7 @@ def test_a_search_merges_what_layers_share(layer_types):
     batch = {"input_ids": token_ids(2, 16, vocab_size=300), "position_ids": torch.arange(16).expand(2, -1)}
     settings = {"forward_passes": "converge", "converge_tolerance": 1e-7}
     converter, trace = Converter(model, "average", settings=settings), SearchTrace()
-    list(PatternSearch(Scorer(converter, batch), SearchLimits(Reach.of("both", 9), 2)).run(trace))
+    list(PatternSearch(Scorer(converter.model, batch), converter, SearchLimits(Reach.of("both", 9), 2)).run(trace))
     assert [each.num_owners for each in trace.frontier] == [4, 3, 2]
     assert trace.frontier[0].layer_types == layer_types
     for candidate in trace.candidates:
@@ -107,8 +107,8 @@ def test_a_search_merges_what_layers_share(layer_types):
         assert {*found.kv_owners} <= {*plan.kv_owners}
         instead = dict(zip(plan.kv_source, found.kv_source, strict=True))
         assert [instead[source] for source in plan.kv_source] == [*found.kv_source]
-        scorer = Scorer(Converter(model, "average", settings=settings), batch)
-        assert candidate.loss == pytest.approx(scorer.score(found, 0, scorer.original).loss, abs=1e-5)
+        made = Converter(model, "average", settings=settings).build(found)
+        assert candidate.loss == pytest.approx(Scorer(model, batch).score(made).loss, abs=1e-5)
 
 
 def test_the_iteration_is_the_sources_unless_another_is_asked_for(caplog):
