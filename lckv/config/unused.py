@@ -242,7 +242,8 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             "with latent={cfg.latent.name}, whose groups are a shortest path; leave it out",
         ),
         Unused(
-            "latent", lambda cfg, key: "here, where the budget says how much is kept; leave it out", but="latent.name"
+            "latent.ratio latent.dim latent.skip_layers latent.group_size latent.warmup_layers",
+            lambda cfg, key: "here, where the budget says how much is kept; leave it out",
         ),
     ),
     EvaluateConfig: (
