@@ -189,6 +189,31 @@ def test_what_is_read_upward_counts_in_the_pass_that_is_read():
     assert (made - expected).std() < 0.3 * expected.std()
 
 
+def test_sizes_that_kernels_for_one_head_of_keys_take():
+    """512 numbers of a latent with 64 rotated behind them are one stream of 576, whose first 512 the values are."""
+    sizes = SimpleNamespace(num_key_value_heads=8, head_dim=64, hidden_size=512, use_qk_norm=False)
+    plan = parse_layer_types("0_1")
+    (latents, _) = latent_budget(LatentConfig("decoupled_rope", dim=[512, 64]), plan, sizes).uniform
+    config = LCKVLlamaConfig(
+        layer_types="0_1",
+        hidden_size=512,
+        intermediate_size=8,
+        num_attention_heads=8,
+        vocab_size=32,
+        kv_latents=[latents] * 2,
+    )
+    assert [[stream.num_heads, stream.head_dim] for stream in config.kv_layout.stores[0].streams] == [[1, 576]]
+    model, cache = LCKVLlamaForCausalLM(config).eval(), build_cache("dynamic", config)
+    reads = []
+    attention = model.model.layers[1].self_attn
+    model(token_ids(1, 3, 0, 32), past_key_values=cache)
+    keep = attention.keys_and_values
+    attention.keys_and_values = lambda *args: reads.append(keep(*args)) or reads[-1]
+    model(token_ids(1, 1, 0, 32), past_key_values=cache)
+    keys, values = reads[0]
+    assert keys.shape == (1, 1, 4, 576) and torch.equal(values, keys[..., :512])
+
+
 @torch.no_grad()
 def test_planes_that_hardly_turn_go_to_the_latent():
     """A model whose slow planes do not turn at all over the text loses nothing by it."""
