@@ -9,27 +9,39 @@ from lckv.errors import UserError, check_whole_number, near_miss
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 OURS = "lckv-llama"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma3_text", "stablelm", "granite")
 """Other families that can be read as ours; how, is registered in `lckv.models.families`."""
+
+_OTHER_MECHANISMS = {
+    "kv_lora_rank": "keeps latents in the place of keys and values already (MLA)",
+    "num_local_experts": "has experts in the place of its MLPs",
+    "num_experts": "has experts in the place of its MLPs",
+    "n_routed_experts": "has experts in the place of its MLPs",
+}
+"""What a configuration has that computes something else than our models do, whatever the family."""
 
 _SIZES_OF_HEADS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def check_family(values: Mapping[str, Any]) -> None:
-    """Refuses models that cannot be read here.
+    """Refuses models that cannot be read here, as far as that is known without transformers.
+
+    A family that is not in [`FAMILIES`] may turn out to compute what Llama does; see `lckv.models.unregistered`.
 
     Args:
         values: what `config.json` holds.
 
     Raises:
-        UserError: for another family, weights that are quantised, or heads that do not fit together; the message says
-            what is allowed.
+        UserError: for a family with other mechanisms, weights that are quantised, or heads that do not fit together;
+            the message says what is allowed.
     """
     model_type, allowed = values.get("model_type"), (OURS, *FAMILIES)
-    if model_type not in allowed:
+    other = next((name for name in _OTHER_MECHANISMS if values.get(name)), None)
+    if not isinstance(model_type, str) or (model_type not in allowed and other is not None):
+        reason = "" if other is None else f", which {_OTHER_MECHANISMS[other]}, as {other}={values[other]} says"
         raise UserError(
-            f"is of model_type {model_type!r}; allowed are {', '.join(allowed)} (SmolLM2 and Llama 1 to 3 are llama)"
-            f"{near_miss(str(model_type), allowed)}"
+            f"is of model_type {model_type!r}{reason}; allowed are {', '.join(allowed)} (SmolLM2 and Llama 1 to 3 are "
+            f"llama), and what computes as Llama does{near_miss(str(model_type), allowed)}"
         )
     quantization = values.get("quantization_config")
     if method := quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization:

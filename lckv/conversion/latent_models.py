@@ -20,7 +20,8 @@ from lckv.conversion.target import Make, converted_config, converted_tensors
 from lckv.errors import UserError
 from lckv.latents import LatentBudget, latent_budget
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.models.families import read_config
+from lckv.models.families import read_model
+from lckv.models.rotary import fastest_frequencies
 from lckv.patterns import parse_layer_types
 
 
@@ -124,8 +125,9 @@ def to_latents(
     """
     latent = LatentConfig(kind, ratio, dim, skip_layers)
     latent.validate("latent.")
-    source = read_config(model.config.to_dict())
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    reading = read_model(model.config.to_dict())
+    source, stored = reading.config, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    tensors = dict(reading.tensors(stored))
     if source.tie_word_embeddings:
         tensors.pop(HEAD, None)
     ours = _load(source, tensors, model)
@@ -137,7 +139,7 @@ def to_latents(
     else:
         text = ({"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)} for ids in batches)
         sensitivity = measure(ours, budget, text)
-    frequencies = ours.model.rotary_emb.inv_freq.cpu()
+    frequencies = fastest_frequencies(source)
     config, make = fit_latents(tensors, source, target, budget, sensitivity, frequencies, ridge)
     made = converted_tensors(tensors, source.sharing_plan, plan, expected_shapes(config), kind, make)
     return _load(config, dict(made), model)

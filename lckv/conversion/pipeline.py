@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from transformers import TrainingArguments
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lckv.config import TrainConfig
 from lckv.config.names import CALIBRATED, NO_LATENT, TRAINED
@@ -27,6 +26,7 @@ from lckv.errors import UserError
 from lckv.loading import find_device
 from lckv.model_arguments import resolve_plan
 from lckv.models import LCKVLlamaConfig
+from lckv.models.rotary import fastest_frequencies
 from lckv.processes import is_main_process
 from lckv.training.run_folder import RunFolder
 
@@ -96,7 +96,7 @@ def convert_to_latents(
         )
     tensors = source.tensors()
     record: dict[str, Any] = {"latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio}}
-    frequencies = LlamaRotaryEmbedding(source.config).inv_freq
+    frequencies = fastest_frequencies(source.config)
     if cfg.init.calibration_tokens:
         check_block_size(cfg.data, source.config)
         data = build_dataset(cfg.data, source.load_tokenizer())
