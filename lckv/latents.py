@@ -59,10 +59,12 @@ def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> Latent
     Args:
         latent: the group, with a name.
         plan: the pattern.
-        sizes: of the model: anything with `num_key_value_heads`, `head_dim`, `hidden_size` and `use_qk_norm`.
+        sizes: of the model: anything with `num_key_value_heads`, `head_dim`, `hidden_size`, `use_qk_norm` and
+            `learned_positions`.
 
     Raises:
-        UserError: for sizes that are none or too large, if no owner is left, and for normalised keys in pairs.
+        UserError: for sizes that are none or too large, if no owner is left, and for pairs of keys that are normalised
+            or not rotated.
     """
     streams = STREAMS[latent.name]
     if PLANES in streams and sizes.use_qk_norm:
@@ -75,6 +77,11 @@ def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> Latent
         raise UserError(
             f"latent.skip_layers={latent.skip_layers}: leaves no layer that computes keys and values "
             f"({plan.layer_types}); allowed are 0 to {plan.kv_owners[-1]}"
+        )
+    if PLANES in streams and sizes.learned_positions:
+        raise UserError(
+            f"latent={latent.name}: the model's positions are learned (learned_positions), and no key is rotated; "
+            "allowed are joint and separate"
         )
     kv_size = sizes.num_key_value_heads * sizes.head_dim
     # Of one input no more can be said than it has numbers, unless rotations have parted them.

@@ -9,8 +9,11 @@ from lckv.errors import UserError, check_whole_number, near_miss
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 OURS = "lckv-llama"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma3_text", "stablelm", "granite")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma3_text", "stablelm", "smollm3", "granite")
 """Other families that can be read as ours; how, is registered in `lckv.models.families`."""
+
+NORM_TYPES = ("rms_norm", "layer_norm")
+"""What may normalise hidden states."""
 
 _OTHER_MECHANISMS = {
     "kv_lora_rank": "keeps latents in the place of keys and values already (MLA)",

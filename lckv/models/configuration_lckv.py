@@ -9,6 +9,7 @@ from transformers import LlamaConfig, cache_utils
 
 from lckv.errors import UserError, check_choice
 from lckv.layout import PLANES, KVLayout, check_latents, kv_layout
+from lckv.model_values import NORM_TYPES
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 # Older transformers have no cache layer for decoder layers without KV of their own. There, "moe" is the one name that
@@ -16,7 +17,6 @@ from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 _NO_KV_LAYER_TYPE = None if hasattr(cache_utils, "DummyLayer") else "moe"
 
 _KINDS = ("full_attention", "sliding_attention")  # transformers' names, without and with a window
-NORM_TYPES = ("rms_norm", "layer_norm")
 
 
 @strict
@@ -42,7 +42,7 @@ class LCKVLlamaConfig(LlamaConfig):
         use_qk_norm: whether each head's queries and keys are normalised before they are rotated, as in Qwen3.
         rope_layer_types: for every layer, which entry of `rope_parameters` rotates the keys that it computes, where
             that has one for each kind of layer, as in Gemma 3; by default `"sliding_attention"` for layers with an `s`
-            and `"full_attention"` for others. In entries with a `partial_rotary_factor`, that part of the planes turns.
+            and `"full_attention"` for others. With a `partial_rotary_factor`, that part of a head's planes turns.
         learned_positions: whether positions are embeddings beside the tokens', as in GPT-2; then nothing is rotated.
         norm_type: `"rms_norm"`, or `"layer_norm"`, which centres and has a bias; `rms_norm_eps` is for both.
         use_output_norms: whether what attention and MLP give is normalised, too, as in Gemma 2 and 3.

@@ -15,6 +15,7 @@ from lckv.errors import UserError
 from lckv.model_values import check_family
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.family_tensors import TENSORS, LazyTensors, ReadTensor, is_turned_whole, llama_tensors, read_tensors
+from lckv.models.rotary import PARTIAL
 from lckv.models.unregistered import read_unregistered
 from lckv.patterns import join_layer_types
 from lckv.registry import Registry
@@ -166,6 +167,16 @@ def stablelm(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
+@FAMILIES.register("smollm3")
+def smollm3(config: PretrainedConfig) -> dict[str, Any]:
+    """Most layers rotate, some do not; these may have windows."""
+    rope = config.rope_parameters
+    return {
+        "rope_parameters": {"rotated": rope, "unrotated": rope | {"rope_type": "default", PARTIAL: 0.0}},
+        "rope_layer_types": ["rotated" if is_rotated else "unrotated" for is_rotated in config.no_rope_layers],
+    } | windows(config, [kind == "sliding_attention" for kind in config.layer_types])
+
+
 @FAMILIES.register("granite")
 def granite(config: PretrainedConfig) -> dict[str, Any]:
     """Llama with multipliers, under the names that they have here."""
@@ -180,9 +191,8 @@ def refuse(config: PretrainedConfig, **allowed: Any) -> None:
     """
     for name, value in allowed.items():
         if (given := getattr(config, name)) not in (value, None):
-            raise UserError(
-                f"says {name}={given}, which the models here do not have; allowed is {'null' if value is None else value}"
-            )
+            shown = "null" if value is None else value
+            raise UserError(f"says {name}={given}, which the models here do not have; allowed is {shown}")
 
 
 def windows(config: PretrainedConfig, is_sliding: list[bool]) -> dict[str, Any]:

@@ -53,11 +53,7 @@ class LazyTensors(Mapping[str, Tensor]):
 def read_tensors(stored: Mapping[str, Tensor], config: LCKVLlamaConfig, read: ReadTensor) -> LazyTensors:
     """What our model of this configuration has for the stored tensors of another one."""
     return LazyTensors(
-        {
-            ours: partial(_make, stored, name, change)
-            for name in stored
-            for ours, change in read(name, config).items()
-        }
+        {ours: partial(_make, stored, name, change) for name in stored for ours, change in read(name, config).items()}
     )
 
 

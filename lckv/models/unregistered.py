@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lckv.errors import UserError
-from lckv.model_values import OURS, FAMILIES
+from lckv.model_values import FAMILIES, OURS
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.family_tensors import Changes, ReadTensor, llama_tensors, read_tensors, rename_output_norms
 from lckv.models.modeling_lckv import LCKVLlamaForCausalLM
@@ -25,10 +25,11 @@ from lckv.patterns import join_layer_types
 
 _TOLERANCE = 1e-4
 _NUM_TOKENS = 12
+_SIZES = {"vocab_size": 97, "intermediate_size": 48}
 _WINDOW = 5
-"""Tokens in the windows of the tiny model, so that they hide something of its text."""
+"""What all windows of the tiny model are, so that they hide something of its text."""
 
-_SIZES = {"vocab_size": 97, "intermediate_size": 48, "sliding_window": _WINDOW}
+_IS_WINDOW = re.compile(r"(?!.*layers).*(window|chunk).*")
 _OTHER_NAMES = {
     "rms_norm_eps": ("layer_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_epsilon"),
     "hidden_act": ("hidden_activation", "activation_function"),
@@ -64,8 +65,8 @@ def read_unregistered(values: Mapping[str, Any]) -> tuple[LCKVLlamaConfig, ReadT
 
 def _refusal(model_type: str, reason: str) -> UserError:
     return UserError(
-        f"is of model_type {model_type!r}; allowed are {', '.join((OURS, *FAMILIES))}, and what computes as Llama does, "
-        f"which this does not: {reason}; lckv.models.families.FAMILIES.register({model_type!r}) adds a family"
+        f"is of model_type {model_type!r}; allowed are {', '.join((OURS, *FAMILIES))}, and what computes as Llama "
+        f"does, which this does not: {reason}; lckv.models.families.FAMILIES.register({model_type!r}) adds a family"
     )
 
 
@@ -102,7 +103,8 @@ def _arguments(config: PretrainedConfig, settings: Mapping[str, Any]) -> dict[st
         name: values[name] for name in LCKVLlamaConfig.__dataclass_fields__ if name in values and name not in left_out
     }
     for ours, others in _OTHER_NAMES.items():
-        arguments |= {ours: values[name] for name in others if name in values and ours not in values}
+        if found := [values[name] for name in (ours, *others) if name in values]:
+            arguments[ours] = found[0]
     kinds = values.get("layer_types")
     is_sliding = [bool(values.get("sliding_window"))] * config.num_hidden_layers
     if kinds:
@@ -126,22 +128,31 @@ def _prove(values: str) -> tuple[dict[str, Any], bool]:
     config = _shrunk(json.loads(values))
     try:
         original = _random_model(config)
-    except ValueError as error:  # what transformers raises for models without a language modelling head
-        raise _Misfit("it is no decoder with a language modelling head") from error
+    except Exception as error:  # such as for models that have no language modelling head
+        raise _Misfit(f"no tiny model of it can be made ({_first_line(error)})") from error
     stored = original.state_dict()
     settings = _settings(stored)
-    input_ids = torch.arange(3, 3 + _NUM_TOKENS)[None]
-    with torch.no_grad():
-        expected = original(input_ids, use_cache=False).logits
     differences = []
     for side_by_side in False, True:
-        ours = _read(config, settings, stored, side_by_side)
-        with torch.no_grad():
-            difference = (ours(input_ids, use_cache=False).logits - expected).abs().max() / expected.abs().max()
+        difference = _difference(original, _read(config, settings, stored, side_by_side))
         if difference <= _TOLERANCE:
             return settings, side_by_side
-        differences.append(float(difference))
+        differences.append(difference)
     raise _Misfit(f"the logits of a tiny model differ by {min(differences):.1e} of the largest")
+
+
+@torch.no_grad()
+def _difference(original: Any, ours: LCKVLlamaForCausalLM) -> float:
+    """How far logits are apart, relative to the largest, at the first positions and all over those there are."""
+    input_ids = torch.arange(3, 3 + _NUM_TOKENS)[None]
+    far = torch.linspace(0, ours.config.max_position_embeddings - 1, _NUM_TOKENS).long()
+    found = []
+    for positions in torch.arange(_NUM_TOKENS), far:
+        # The mask says that it is one document, though positions jump.
+        arguments = {"position_ids": positions[None], "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+        expected, actual = (model(input_ids, **arguments).logits for model in (original, ours))
+        found.append(float((actual - expected).abs().max() / expected.abs().max()))
+    return max(found)
 
 
 def _shrunk(values: dict[str, Any]) -> PretrainedConfig:
@@ -151,6 +162,7 @@ def _shrunk(values: dict[str, Any]) -> PretrainedConfig:
         raise _Misfit("its configuration does not say num_attention_heads, num_hidden_layers and hidden_size")
     kv_heads = values.get("num_key_value_heads") or heads
     values |= {name: size for name, size in _SIZES.items() if values.get(name)}
+    values |= {name: _WINDOW for name, size in values.items() if _IS_WINDOW.fullmatch(name) and type(size) is int}
     values["hidden_size"] = 4 * (values["hidden_size"] // heads)
     values["num_attention_heads"] = 4
     if "num_key_value_heads" in values:
@@ -218,7 +230,7 @@ def _read(
     try:
         ours = LCKVLlamaForCausalLM(LCKVLlamaConfig(**_arguments(config, settings))).eval()
     except Exception as error:  # whatever foreign settings may mean here
-        raise _Misfit(f"its settings are not ours ({str(error).strip().splitlines()[0]})") from error
+        raise _Misfit(f"its settings are not ours ({_first_line(error)})") from error
     tensors = dict(read_tensors(stored, ours.config, partial(read_tensor, side_by_side=side_by_side)))
     expected = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     for name in sorted(expected.keys() ^ tensors.keys()):
@@ -228,6 +240,10 @@ def _read(
             raise _Misfit(f"{name} is {list(tensor.shape)}, not {list(expected[name])}")
     ours.load_state_dict(tensors)
     return ours
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 __all__ = ["read_unregistered"]
