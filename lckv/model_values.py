@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lckv.errors import UserError, check_whole_number, near_miss
+from lckv.errors import UserError, check_whole_number
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 OURS = "lckv-llama"
@@ -22,6 +22,13 @@ _OTHER_MECHANISMS = {
     "n_routed_experts": "has experts in the place of its MLPs",
 }
 """What a configuration has that computes something else than our models do, whatever the family."""
+
+_SETTINGS_OF_FAMILIES = {
+    "gpt2": ("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+    "gemma3_text": ("attn_logit_softcapping", "use_bidirectional_attention"),
+    "stablelm": ("use_parallel_residual", "qk_layernorm"),
+}
+"""What a family may have and our models have not."""
 
 _SIZES_OF_HEADS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
@@ -44,8 +51,11 @@ def check_family(values: Mapping[str, Any]) -> None:
         reason = "" if other is None else f", which {_OTHER_MECHANISMS[other]}, as {other}={values[other]} says"
         raise UserError(
             f"is of model_type {model_type!r}{reason}; allowed are {', '.join(allowed)} (SmolLM2 and Llama 1 to 3 are "
-            f"llama), and what computes as Llama does{near_miss(str(model_type), allowed)}"
+            "llama), and what computes as Llama does"
         )
+    for name in _SETTINGS_OF_FAMILIES.get(model_type, ()):
+        if values.get(name):
+            raise UserError(f"says {name}={values[name]}, which the models here do not have; allowed is none")
     quantization = values.get("quantization_config")
     if method := quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization:
         raise UserError(f"its weights are quantised ({method}), which cannot be read here; take the original ones")

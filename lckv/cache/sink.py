@@ -430,11 +430,9 @@ def _check_positions(config: Any) -> None:
             "cache 'sink' for a model with learned_positions: what it keeps of a token says where in the text that "
             "was, so that no token can be moved; allowed are models whose keys are rotated"
         )
-    labels = config.rope_layer_types
-    kinds = [config.rope_parameters] if labels is None else [config.rope_parameters[label] for label in labels]
-    rope_type = next((kind["rope_type"] for kind in kinds if kind["rope_type"] in GROWING_ROPE_TYPES), None)
-    if rope_type is not None:
-        raise UserError(
-            f"cache 'sink' for a model with rope_type={rope_type!r}: allowed are types whose frequencies do not "
-            "depend on the text's length, such as 'default', 'linear', 'llama3' and 'yarn'"
-        )
+    for rope_type in (parameters["rope_type"] for parameters in config.rotations.values()):
+        if rope_type in GROWING_ROPE_TYPES:
+            raise UserError(
+                f"cache 'sink' for a model with rope_type={rope_type!r}: allowed are types whose frequencies do not "
+                "depend on the text's length, such as 'default', 'linear', 'llama3' and 'yarn'"
+            )

@@ -75,7 +75,7 @@ class Source:
         """
         if self.checkpoint.gguf_file is not None:
             tensors = self.load_model("cpu").state_dict()
-            return self._untied(LazyTensors({name: partial(tensors.get, name) for name in tensors}))
+            return self._untied(LazyTensors({name: partial(tensors.__getitem__, name) for name in tensors}))
         folder = self._folder()
         with self.checkpoint.loading("the weights"):
             return self._checked(self._untied(self.checkpoint.reading().tensors(map_weights(folder))), folder)

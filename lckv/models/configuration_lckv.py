@@ -117,12 +117,12 @@ class LCKVLlamaConfig(LlamaConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.0}
         if not any(isinstance(value, dict) for value in (self.rope_parameters or {}).values()):
             return
-        assert self.rope_parameters is not None
         if self.rope_layer_types is None:
             self.rope_layer_types = [_KINDS[layer.is_sliding] for layer in plan.layers]
         for label in self.rope_layer_types:
-            check_choice("rope_layer_types", label, self.rope_parameters)
-        self.rope_parameters = {label: self.rope_parameters[label] for label in self._rope_type_labels}
+            check_choice("rope_layer_types", label, self.rope_parameters or ())
+        parameters: Any = self.rope_parameters
+        self.rope_parameters = {label: parameters[label] for label in self._rope_type_labels}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -153,6 +153,12 @@ class LCKVLlamaConfig(LlamaConfig):
     def _rope_type_labels(self) -> list[str]:
         """For transformers: the entries of `rope_parameters`, which are not always called as kinds of layers are."""
         return sorted(set(self.rope_layer_types or ()))
+
+    @property
+    def rotations(self) -> dict[str | None, dict[str, Any]]:
+        """The parameters of all rotary embeddings, by name; the only one has none."""
+        parameters: Any = self.rope_parameters
+        return dict(parameters) if self.rope_layer_types else {None: parameters}
 
     def rope_label(self, layer_idx: int) -> str | None:
         """Which entry of `rope_parameters` rotates the keys of layer `layer_idx`; `None` where they are for all."""

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from lckv.errors import UserError
 from lckv.model_values import check_family
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.family_tensors import TENSORS, LazyTensors, ReadTensor, is_turned_whole, llama_tensors, read_tensors
@@ -123,7 +122,6 @@ def qwen3(config: PretrainedConfig) -> dict[str, Any]:
 @FAMILIES.register("gpt2")
 def gpt2(config: PretrainedConfig) -> dict[str, Any]:
     """Learned positions, norms with biases, and a plain MLP; dropout is left out."""
-    refuse(config, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return {
         "hidden_size": config.n_embd,
         "intermediate_size": config.n_inner or 4 * config.n_embd,
@@ -144,7 +142,6 @@ def gpt2(config: PretrainedConfig) -> dict[str, Any]:
 @FAMILIES.register("gemma3_text")
 def gemma3_text(config: PretrainedConfig) -> dict[str, Any]:
     """Norms in front and behind, scaled embeddings, and rotations by the kind of layer."""
-    refuse(config, attn_logit_softcapping=None, use_bidirectional_attention=False)
     return {
         "hidden_act": config.hidden_activation,
         "use_qk_norm": True,
@@ -158,7 +155,6 @@ def gemma3_text(config: PretrainedConfig) -> dict[str, Any]:
 @FAMILIES.register("stablelm")
 def stablelm(config: PretrainedConfig) -> dict[str, Any]:
     """Norms with biases; a part of each head is rotated."""
-    refuse(config, use_parallel_residual=False, qk_layernorm=False)
     return {
         "norm_type": "layer_norm",
         "rms_norm_eps": config.layer_norm_eps,
@@ -181,18 +177,6 @@ def smollm3(config: PretrainedConfig) -> dict[str, Any]:
 def granite(config: PretrainedConfig) -> dict[str, Any]:
     """Llama with multipliers, under the names that they have here."""
     return {}
-
-
-def refuse(config: PretrainedConfig, **allowed: Any) -> None:
-    """Refuses settings of a family that change what it computes to something that our models do not.
-
-    Raises:
-        UserError: naming the first that has another value than the one that is allowed.
-    """
-    for name, value in allowed.items():
-        if (given := getattr(config, name)) not in (value, None):
-            shown = "null" if value is None else value
-            raise UserError(f"says {name}={given}, which the models here do not have; allowed is {shown}")
 
 
 def windows(config: PretrainedConfig, is_sliding: list[bool]) -> dict[str, Any]:

@@ -88,8 +88,8 @@ def llama_tensors(name: str, config: LCKVLlamaConfig, *, side_by_side: bool = Fa
 
 def is_turned_whole(config: LCKVLlamaConfig) -> bool:
     """Whether rotations turn all planes, so that Llama's order of rows is the model's own."""
-    parameters = [config.rope_parameters] if config.rope_layer_types is None else config.rope_parameters.values()
-    return all(num_rotated(config.head_dim, each) in (0, config.head_dim) for each in parameters)
+    head_dim = config.head_dim
+    return all(num_rotated(head_dim, parameters) in (0, head_dim) for parameters in config.rotations.values())
 
 
 _ROTATED = ("q_proj", "k_proj", "q_norm", "k_norm")
@@ -100,8 +100,7 @@ def rotary_rows(config: Any, label: str | None, side_by_side: bool = False) -> t
 
     Rotations scale what they turn in some models (YaRN), here what they leave, too: it is divided by that before.
     """
-    parameters = config.rope_parameters if label is None else config.rope_parameters[label]
-    size = num_rotated(config.head_dim, parameters)
+    size = num_rotated(config.head_dim, config.rotations[label])
     turning = torch.arange(size)
     halves = turning.view(-1, 2).T if side_by_side else turning.view(2, -1)
     rows = torch.cat([halves, torch.arange(size, config.head_dim).view(2, -1)], dim=1).flatten()

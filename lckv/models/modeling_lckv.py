@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -97,11 +96,13 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         )
         self.norm = build_norm(config)
         self.rotary_emb: nn.Module  # one, or several by name
+        self.rope_labels = list(config.rotations)
         if config.rope_layer_types is None:
             self.rotary_emb = rotary_embedding(config)
         else:
-            labels = sorted(set(config.rope_layer_types))
-            self.rotary_emb = nn.ModuleDict({label: rotary_embedding(config, label) for label in labels})
+            self.rotary_emb = nn.ModuleDict(
+                {str(label): rotary_embedding(config, label) for label in self.rope_labels}
+            )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -168,7 +169,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             self.layers,
             self.sharing_plan,
             self.layout,
-            position_embeddings={label: positions.embed(position_ids, label) for label in self._rope_labels()},
+            position_embeddings={label: positions.embed(position_ids, label) for label in self.rope_labels},
             visible_keys=[],
             cache=past_key_values,
             has_past=has_past,
@@ -185,10 +186,6 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
-    def _rope_labels(self) -> Iterable[str | None]:
-        """The names of the rotary embeddings; the only one needs none."""
-        return self.rotary_emb if isinstance(self.rotary_emb, nn.ModuleDict) else (None,)
 
     def _rotate(self, like: torch.Tensor, positions: torch.Tensor, label: str | None) -> PositionEmbeddings:
         """Cosines and sines for positions `(batch or 1, num_tokens)`, of the type of another tensor."""

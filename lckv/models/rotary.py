@@ -49,19 +49,17 @@ class PartialRotaryEmbedding(LlamaRotaryEmbedding):
         return pad(halves, (0, self.num_planes - num_turning), value=value).flatten(-2)
 
 
-def num_rotated(head_dim: int, rope_parameters: dict[str, Any]) -> int:
+def num_rotated(head_dim: Any, rope_parameters: dict[str, Any]) -> int:
     """How many numbers of a head are rotated."""
     return int(head_dim * rope_parameters.get(PARTIAL, 1.0))
 
 
 def rotary_embedding(config: Any, label: str | None = None) -> LlamaRotaryEmbedding:
     """The rotary embedding of a configuration, or of the entry `label` of its `rope_parameters`."""
-    if label is not None:
-        rope_parameters = config.rope_parameters[label]
-        config = copy.copy(config)
-        config.rope_parameters = rope_parameters
-    is_partial = num_rotated(config.head_dim, config.rope_parameters) < config.head_dim
-    return PartialRotaryEmbedding(config) if is_partial else LlamaRotaryEmbedding(config)
+    of_one = copy.copy(config)
+    of_one.rope_parameters = config.rotations[label]
+    is_partial = num_rotated(config.head_dim, of_one.rope_parameters) < config.head_dim
+    return PartialRotaryEmbedding(of_one) if is_partial else LlamaRotaryEmbedding(of_one)
 
 
 def rotary_frequencies(config: Any, label: str | None = None) -> torch.Tensor:
@@ -72,8 +70,7 @@ def rotary_frequencies(config: Any, label: str | None = None) -> torch.Tensor:
 
 def fastest_frequencies(config: Any) -> torch.Tensor:
     """The same, of each plane in the kind of layer where it turns fastest."""
-    labels = set(config.rope_layer_types or (None,))
-    return torch.stack([rotary_frequencies(config, label) for label in labels]).amax(0)
+    return torch.stack([rotary_frequencies(config, label) for label in config.rotations]).amax(0)
 
 
 __all__ = [

@@ -289,7 +289,7 @@ class Stack:
         attentions: dict[int, Any] | None = None,
     ) -> torch.Tensor:
         """Runs one layer, and notes in `states` what it writes. Every call looks alike, so that few are compiled."""
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         hidden_states, *written = layer(
             hidden_states,
             *self._read(layer_idx, states),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from lckv.errors import UserError
+from lckv.errors import UserError, near_miss
 from lckv.model_values import FAMILIES, OURS
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.family_tensors import Changes, ReadTensor, llama_tensors, read_tensors, rename_output_norms
@@ -55,7 +55,8 @@ def read_unregistered(values: Mapping[str, Any]) -> tuple[LCKVLlamaConfig, ReadT
     try:
         original = AutoConfig.for_model(**values)
     except (ValueError, KeyError) as error:
-        raise _refusal(model_type, "transformers has no such family") from error
+        hint = near_miss(model_type, (OURS, *FAMILIES))
+        raise _refusal(model_type, f"transformers has no such family{hint.replace(';', ',').rstrip('?')}") from error
     try:
         settings, side_by_side = _prove(json.dumps(original.to_dict(), sort_keys=True, default=str))
         return LCKVLlamaConfig(**_arguments(original, settings)), partial(read_tensor, side_by_side=side_by_side)
@@ -112,7 +113,7 @@ def _arguments(config: PretrainedConfig, settings: Mapping[str, Any]) -> dict[st
     if any(is_sliding):
         arguments["layer_types"] = join_layer_types(range(len(is_sliding)), is_sliding)
         arguments["sliding_window"] = values["sliding_window"]
-    return arguments | settings
+    return {**arguments, **settings}
 
 
 @cache
