@@ -67,21 +67,16 @@ def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> Latent
             or not rotated.
     """
     streams = STREAMS[latent.name]
-    if PLANES in streams and sizes.use_qk_norm:
-        raise UserError(
-            f"latent={latent.name}: the model normalises its keys (use_qk_norm), which are then no sum of a rotated "
-            "part and another; allowed are joint and separate"
-        )
+    if PLANES in streams and (sizes.use_qk_norm or sizes.learned_positions):
+        reason = "the model's positions are learned (learned_positions), and no key is rotated"
+        if sizes.use_qk_norm:
+            reason = "the model normalises its keys (use_qk_norm), which are then no sum of a rotated part and another"
+        raise UserError(f"latent={latent.name}: {reason}; allowed are joint and separate")
     owners = tuple(owner for owner in plan.kv_owners if owner >= latent.skip_layers)
     if not owners:
         raise UserError(
             f"latent.skip_layers={latent.skip_layers}: leaves no layer that computes keys and values "
             f"({plan.layer_types}); allowed are 0 to {plan.kv_owners[-1]}"
-        )
-    if PLANES in streams and sizes.learned_positions:
-        raise UserError(
-            f"latent={latent.name}: the model's positions are learned (learned_positions), and no key is rotated; "
-            "allowed are joint and separate"
         )
     kv_size = sizes.num_key_value_heads * sizes.head_dim
     # Of one input no more can be said than it has numbers, unless rotations have parted them.

@@ -58,7 +58,8 @@ def read_unregistered(values: Mapping[str, Any]) -> tuple[LCKVLlamaConfig, ReadT
         hint = near_miss(model_type, (OURS, *FAMILIES))
         raise _refusal(model_type, f"transformers has no such family{hint.replace(';', ',').rstrip('?')}") from error
     try:
-        settings, side_by_side = _prove(json.dumps(original.to_dict(), sort_keys=True, default=str))
+        with torch.random.fork_rng(devices=[]):  # whoever draws random numbers gets those without a proof
+            settings, side_by_side = _prove(json.dumps(original.to_dict(), sort_keys=True, default=str))
         return LCKVLlamaConfig(**_arguments(original, settings)), partial(read_tensor, side_by_side=side_by_side)
     except _Misfit as error:
         raise _refusal(model_type, str(error)) from error
@@ -181,13 +182,12 @@ def _shrunk(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def _random_model(config: PretrainedConfig) -> Any:
-    """A model of transformers' own whose norms and biases matter, in float32; random numbers go on as before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for parameter in model.parameters():
-            spread = 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-            parameter.data.add_(torch.randn_like(parameter) * spread)
+    """A model of transformers' own whose norms and biases matter, in float32."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        spread = 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+        parameter.data.add_(torch.randn_like(parameter) * spread)
     return model
 
 

@@ -69,6 +69,8 @@ def test_full_rank_gives_the_original_logits(family, kind, layer_types):
     settings = (KINDS | SHAPES)[family]
     if kind == "decoupled_rope" and settings.get("use_qk_norm"):
         pytest.skip("normalised keys are no sum of two projections")
+    if kind == "decoupled_rope" and settings.get("learned_positions"):
+        pytest.skip("no key is rotated")
     shared = {} if layer_types is None else {"layer_types": layer_types, "forward_passes": "converge"}
     model = random_source(4, **settings, **shared)
     fit, _ = fit_of(model, kind)
