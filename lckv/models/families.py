@@ -13,10 +13,18 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lckv.model_values import check_family
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.family_tensors import TENSORS, LazyTensors, ReadTensor, is_turned_whole, llama_tensors, read_tensors
+from lckv.models.family_configs import carried_over, windows
+from lckv.models.family_tensors import (
+    TENSORS,
+    LazyTensors,
+    ReadTensor,
+    is_turned_whole,
+    llama_tensors,
+    our_tensors,
+    read_tensors,
+)
 from lckv.models.rotary import PARTIAL
 from lckv.models.unregistered import read_unregistered
-from lckv.patterns import join_layer_types
 from lckv.registry import Registry
 
 FAMILIES: Registry[Callable[[PretrainedConfig], dict[str, Any]]] = Registry("family")
@@ -28,8 +36,6 @@ the `model_type`, the value a module that has these entries.
 """
 
 ENTRY_POINTS = "lckv.families"
-
-_NOT_CARRIED_OVER = ("model_type", "architectures", "transformers_version", "layer_types", "sliding_window")
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Reading:
 
     def tensors(self, stored: Mapping[str, Tensor]) -> LazyTensors:
         """Its tensors under our names, each made when it is looked up."""
-        return read_tensors(stored, self.config, self.read or llama_tensors)
+        return read_tensors(stored, self.config, self.read or our_tensors)
 
 
 def read_model(values: Mapping[str, Any]) -> Reading:
@@ -78,15 +84,6 @@ def read_config(values: Mapping[str, Any]) -> LCKVLlamaConfig:
     return read_model(values).config
 
 
-def carried_over(config: PretrainedConfig) -> dict[str, Any]:
-    """What a configuration of another family says under our names."""
-    return {
-        name: value
-        for name, value in config.to_dict().items()
-        if name in LCKVLlamaConfig.__dataclass_fields__ and name not in _NOT_CARRIED_OVER
-    }
-
-
 @cache
 def _load_entry_point(model_type: str) -> None:
     """Imports what an installed package has to say of a family."""
@@ -109,14 +106,13 @@ def mistral(config: PretrainedConfig) -> dict[str, Any]:
 @FAMILIES.register("qwen2")
 def qwen2(config: PretrainedConfig) -> dict[str, Any]:
     """Qwen2 and 2.5: biases of queries, keys and values; windows, if any, from some layer on."""
-    is_sliding = [kind == "sliding_attention" for kind in config.layer_types]
-    return {"attention_bias": True, "attention_output_bias": False} | windows(config, is_sliding)
+    return {"attention_bias": True, "attention_output_bias": False} | windows(config)
 
 
 @FAMILIES.register("qwen3")
 def qwen3(config: PretrainedConfig) -> dict[str, Any]:
     """Queries and keys are normalised; windows as in Qwen2."""
-    return {"use_qk_norm": True} | windows(config, [kind == "sliding_attention" for kind in config.layer_types])
+    return {"use_qk_norm": True} | windows(config)
 
 
 @FAMILIES.register("gpt2")
@@ -149,7 +145,7 @@ def gemma3_text(config: PretrainedConfig) -> dict[str, Any]:
         "attention_multiplier": config.query_pre_attn_scalar**-0.5,
         "embedding_multiplier": config.hidden_size**0.5,
         "rope_layer_types": config.layer_types,
-    } | windows(config, [kind == "sliding_attention" for kind in config.layer_types])
+    } | windows(config)
 
 
 @FAMILIES.register("stablelm")
@@ -170,20 +166,10 @@ def smollm3(config: PretrainedConfig) -> dict[str, Any]:
     return {
         "rope_parameters": {"rotated": rope, "unrotated": rope | {"rope_type": "default", PARTIAL: 0.0}},
         "rope_layer_types": ["rotated" if is_rotated else "unrotated" for is_rotated in config.no_rope_layers],
-    } | windows(config, [kind == "sliding_attention" for kind in config.layer_types])
+    } | windows(config)
 
 
 @FAMILIES.register("granite")
 def granite(config: PretrainedConfig) -> dict[str, Any]:
     """Llama with multipliers, under the names that they have here."""
     return {}
-
-
-def windows(config: PretrainedConfig, is_sliding: list[bool]) -> dict[str, Any]:
-    """The pattern in which every layer reads itself, through its window if it has one."""
-    if not any(is_sliding):
-        return {}
-    return {
-        "layer_types": join_layer_types(range(len(is_sliding)), is_sliding),
-        "sliding_window": config.sliding_window,
-    }

@@ -66,6 +66,11 @@ def as_stored(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def our_tensors(name: str, config: LCKVLlamaConfig) -> Changes:
+    """Tensors that are ours already."""
+    return {name: as_stored}
+
+
 def llama_tensors(name: str, config: LCKVLlamaConfig, *, side_by_side: bool = False) -> Changes:
     """Tensors under Llama's names, of models that rotate a part of each head, or pairs of numbers side by side.
 
@@ -177,4 +182,15 @@ def _plus_one(tensor: Tensor) -> Tensor:
     return (tensor.float() + 1.0).to(tensor.dtype)
 
 
-__all__ = ["TENSORS", "Changes", "LazyTensors", "ReadTensor", "as_stored", "llama_tensors", "read_tensors"]
+__all__ = [
+    "TENSORS",
+    "Changes",
+    "LazyTensors",
+    "ReadTensor",
+    "as_stored",
+    "is_turned_whole",
+    "llama_tensors",
+    "our_tensors",
+    "read_tensors",
+    "rename_output_norms",
+]

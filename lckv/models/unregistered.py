@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from lckv.errors import UserError, near_miss
 from lckv.model_values import FAMILIES, OURS
 from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.family_configs import carried_over, windows
 from lckv.models.family_tensors import Changes, ReadTensor, llama_tensors, read_tensors, rename_output_norms
 from lckv.models.modeling_lckv import LCKVLlamaForCausalLM
-from lckv.patterns import join_layer_types
 
 _TOLERANCE = 1e-4
 _NUM_TOKENS = 12
@@ -99,22 +99,12 @@ def _part_of(tensor: Tensor, shares: tuple[int, ...], index: int, change: Any) -
 
 def _arguments(config: PretrainedConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Our arguments for a configuration: fields that are called as ours or nearly so, windows, and other settings."""
-    values = config.to_dict()
-    left_out = ("model_type", "architectures", "transformers_version", "layer_types", "sliding_window")
-    arguments = {
-        name: values[name] for name in LCKVLlamaConfig.__dataclass_fields__ if name in values and name not in left_out
-    }
+    values, arguments = config.to_dict(), carried_over(config)
     for ours, others in _OTHER_NAMES.items():
         if found := [values[name] for name in (ours, *others) if name in values]:
             arguments[ours] = found[0]
-    kinds = values.get("layer_types")
-    is_sliding = [bool(values.get("sliding_window"))] * config.num_hidden_layers
-    if kinds:
-        is_sliding = [kind == "sliding_attention" for kind in kinds]
-    if any(is_sliding):
-        arguments["layer_types"] = join_layer_types(range(len(is_sliding)), is_sliding)
-        arguments["sliding_window"] = values["sliding_window"]
-    return {**arguments, **settings}
+    is_sliding = None if values.get("layer_types") else [bool(values.get("sliding_window"))] * config.num_hidden_layers
+    return {**arguments, **windows(config, is_sliding), **settings}
 
 
 @cache
