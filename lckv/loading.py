@@ -81,7 +81,12 @@ class Checkpoint(ModelFiles):
             self.stored_values()  # which says what is wrong in fewer words
         values = self.config_values()
         with self.loading("the configuration"):
-            return read_model(values)
+            reading = read_model(values)
+            if self.gguf_file is not None and reading.read is not None:
+                raise UserError(
+                    f"is a GGUF file of model_type {values['model_type']!r}, which is read only from a folder"
+                )
+        return reading
 
     def fetch(self, others: Iterable[str] = ()) -> Path:
         """The folder with the weights; those of the Hub are fetched first, and `others`, if they are not there yet.

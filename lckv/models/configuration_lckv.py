@@ -115,13 +115,18 @@ class LCKVLlamaConfig(LlamaConfig):
         """Fills in which rotary embedding each layer has."""
         if self.learned_positions:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.0}
-        if not any(isinstance(value, dict) for value in (self.rope_parameters or {}).values()):
-            return
+        parameters: Any = self.rope_parameters or {}
         if self.rope_layer_types is None:
+            if not any(isinstance(value, dict) for value in parameters.values()):
+                return
             self.rope_layer_types = [_KINDS[layer.is_sliding] for layer in plan.layers]
+        if len(self.rope_layer_types) != plan.num_hidden_layers:
+            raise UserError(
+                f"rope_layer_types: has {len(self.rope_layer_types)} entries for {plan.num_hidden_layers} layers; "
+                "give one each"
+            )
         for label in self.rope_layer_types:
-            check_choice("rope_layer_types", label, self.rope_parameters or ())
-        parameters: Any = self.rope_parameters
+            check_choice("rope_layer_types", label, parameters)
         self.rope_parameters = {label: parameters[label] for label in self._rope_type_labels}
 
     @classmethod

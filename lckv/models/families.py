@@ -162,9 +162,9 @@ def stablelm(config: PretrainedConfig) -> dict[str, Any]:
 @FAMILIES.register("smollm3")
 def smollm3(config: PretrainedConfig) -> dict[str, Any]:
     """Most layers rotate, some do not; these may have windows."""
-    rope = config.rope_parameters
+    unrotated = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"], PARTIAL: 0.0}
     return {
-        "rope_parameters": {"rotated": rope, "unrotated": rope | {"rope_type": "default", PARTIAL: 0.0}},
+        "rope_parameters": {"rotated": config.rope_parameters, "unrotated": unrotated},
         "rope_layer_types": ["rotated" if is_rotated else "unrotated" for is_rotated in config.no_rope_layers],
     } | windows(config)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -74,27 +74,28 @@ def _refusal(model_type: str, reason: str) -> UserError:
 
 def read_tensor(name: str, config: LCKVLlamaConfig, *, side_by_side: bool) -> Changes:
     """What is made of a tensor under one of the names that are common beside Llama's."""
-    name = rename_output_norms(name) if config.use_output_norms else name
+    names = _our_names(rename_output_norms(name) if config.use_output_norms else name)
+    kv_heads = config.num_key_value_heads or 1
+    shares = {1: (1,), 2: (1, 1), 3: (config.num_attention_heads, kv_heads, kv_heads)}[len(names)]
+    return {
+        ours: partial(_part_of, shares=shares, index=index, change=change)
+        for index, each in enumerate(names)
+        for ours, change in llama_tensors(each, config, side_by_side=side_by_side).items()
+    }
+
+
+def _our_names(name: str) -> list[str]:
+    """What a stored tensor is called here, or what its parts are, where several projections are in one."""
     for theirs, ours in _MODULES.items():
         name = name.replace(theirs, ours)
-    module, _, kind = name.rpartition(".")
-    prefix, _, last = module.rpartition(".")
-    if last not in _IN_PARTS:
-        return llama_tensors(name, config, side_by_side=side_by_side)
-    heads = (config.num_attention_heads, config.num_key_value_heads or 1, config.num_key_value_heads or 1)
-    shares = heads if last == "qkv_proj" else (1, 1)
-    changes: dict[str, Any] = {}
-    for index, part in enumerate(_IN_PARTS[last]):
-        ours = f"{prefix}.{part}.{kind}"
-        change = llama_tensors(ours, config, side_by_side=side_by_side)[ours]
-        changes[ours] = partial(_part_of, shares=shares, index=index, change=change)
-    return changes
+    fused = next((each for each in _IN_PARTS if f".{each}." in name), None)
+    return [name] if fused is None else [name.replace(fused, part) for part in _IN_PARTS[fused]]
 
 
-def _part_of(tensor: Tensor, shares: tuple[int, ...], index: int, change: Any) -> Tensor:
+def _part_of(tensor: Tensor, shares: tuple[int, ...], index: int, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Of rows that lie one behind another in these proportions, those of one part."""
     unit = len(tensor) // sum(shares)
-    return change(tensor.split([unit * share for share in shares])[index])
+    return change(tensor.split([unit * share for share in shares])[index] if len(shares) > 1 else tensor)
 
 
 def _arguments(config: PretrainedConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,8 +144,8 @@ def _difference(original: Any, ours: LCKVLlamaForCausalLM) -> float:
         # The mask says that it is one document, though positions jump.
         arguments = {"position_ids": positions[None], "attention_mask": torch.ones_like(input_ids), "use_cache": False}
         expected, actual = (model(input_ids, **arguments).logits for model in (original, ours))
-        found.append(float((actual - expected).abs().max() / expected.abs().max()))
-    return max(found)
+        found.append((actual - expected).abs().max() / expected.abs().max())
+    return float(torch.stack(found).max())  # not a number, if one is
 
 
 def _shrunk(values: dict[str, Any]) -> PretrainedConfig:
@@ -183,7 +184,7 @@ def _random_model(config: PretrainedConfig) -> Any:
 
 def _settings(stored: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the names of tensors say of the model."""
-    names = {name for stored_name in stored for name in _modules_of(stored_name)}
+    names = {name for stored_name in stored for name in _our_names(stored_name)}
 
     def has(pattern: str) -> bool:
         return any(re.fullmatch(rf"model\.layers\.0\.{pattern}", name) for name in names)
@@ -197,17 +198,6 @@ def _settings(stored: Mapping[str, Tensor]) -> dict[str, Any]:
         "use_output_norms": has(r"pre_feedforward_layernorm\.weight"),
         "norm_type": "layer_norm" if has(r"input_layernorm\.bias") else "rms_norm",
     }
-
-
-def _modules_of(name: str) -> Iterator[str]:
-    """Our names for what is in a stored tensor."""
-    for theirs, ours in _MODULES.items():
-        name = name.replace(theirs, ours)
-    for fused, parts in _IN_PARTS.items():
-        if f".{fused}." in name:
-            yield from (name.replace(fused, part) for part in parts)
-            return
-    yield name
 
 
 def _read(
