@@ -217,7 +217,9 @@ def exact_logits(model, input_ids):
         for layer_plan, layer in zip(plan.layers, model.model.layers, strict=True):
             if layer_plan.computes_kv:
                 cache[layer_plan.layer_idx].append(hidden)
-            owner, inv_freq = model.model.layers[layer_plan.kv_source], _frequencies(model, layer_plan.kv_source)
+            owner, latents = model.model.layers[layer_plan.kv_source], config.latents_of(layer_plan.layer_idx)
+            makes_keys = latents is not None and "rotated_planes" not in latents
+            inv_freq = _frequencies(model, layer_plan.layer_idx if makes_keys else layer_plan.kv_source)
             seen = _visible(layer_plan, position, config.force_nodiag, config.sliding_window)
             project = _project_kv if config.latents_of(layer_plan.layer_idx) is None else _project_latents
             pairs = [project(owner, cache[layer_plan.kv_source][i], i, inv_freq, layer) for i in seen]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from lckv.conversion.source import HEAD, expected_shapes
 from lckv.conversion.target import Make, converted_config, converted_tensors
 from lckv.errors import UserError
 from lckv.latents import LatentBudget, latent_budget
+from lckv.layout import PLANES
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.models.families import read_model
 from lckv.models.rotary import fastest_frequencies
-from lckv.patterns import parse_layer_types
+from lckv.patterns import SharingPlan, parse_layer_types
 
 
 def budget_of(latent: LatentConfig, config: LCKVLlamaConfig) -> LatentBudget:
@@ -90,7 +91,20 @@ def fit_latents(
             return make_tensors("average", Group(owner, readers, tensors, source))
         return refuse_not_finite(f"latent={budget.kind}", fit.make(kv_latents, owner))
 
-    return converted_config(target, budget.plan, kv_latents=kv_latents), make
+    labels = rope_labels(source, budget.plan, kv_latents)
+    return converted_config(target, budget.plan, kv_latents=kv_latents, rope_layer_types=labels), make
+
+
+def rope_labels(
+    source: LCKVLlamaConfig, plan: SharingPlan, kv_latents: Sequence[Mapping[str, Any] | None]
+) -> list[str] | None:
+    """Which rotary embedding each layer has: that of the keys that it has read so far, where it makes them now."""
+    if source.rope_layer_types is None:
+        return None
+    read = [kv_latents[owner] for owner in plan.kv_source]
+    makes_keys = [latents is not None and PLANES not in latents for latents in read]
+    own = source.sharing_plan.kv_source
+    return [source.rope_layer_types[own[layer] if makes else layer] for layer, makes in enumerate(makes_keys)]
 
 
 def to_latents(

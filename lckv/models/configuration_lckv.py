@@ -40,7 +40,7 @@ class LCKVLlamaConfig(LlamaConfig):
         force_nodiag: no layer sees the token's own key.
         attention_output_bias: whether `o_proj` has a bias, where that differs from `attention_bias`, as in Qwen2.
         use_qk_norm: whether each head's queries and keys are normalised before they are rotated, as in Qwen3.
-        rope_layer_types: for every layer, which entry of `rope_parameters` rotates the keys that it computes, where
+        rope_layer_types: for every layer, which entry of `rope_parameters` rotates the keys that it makes, where
             that has one for each kind of layer, as in Gemma 3; by default `"sliding_attention"` for layers with an `s`
             and `"full_attention"` for others. With a `partial_rotary_factor`, that part of a head's planes turns.
         learned_positions: whether positions are embeddings beside the tokens', as in GPT-2; then nothing is rotated.
@@ -168,6 +168,12 @@ class LCKVLlamaConfig(LlamaConfig):
     def rope_label(self, layer_idx: int) -> str | None:
         """Which entry of `rope_parameters` rotates the keys of layer `layer_idx`; `None` where they are for all."""
         return self.rope_layer_types[layer_idx] if self.rope_layer_types else None
+
+    def query_label(self, layer_idx: int) -> str | None:
+        """Which one rotates the queries of layer `layer_idx`: its owner's, or its own if it makes the keys."""
+        latents = self.latents_of(layer_idx)
+        makes_keys = latents is not None and PLANES not in latents
+        return self.rope_label(layer_idx if makes_keys else self.sharing_plan.kv_source[layer_idx])
 
     @property
     def has_output_bias(self) -> bool:

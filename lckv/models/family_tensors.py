@@ -83,7 +83,7 @@ def llama_tensors(name: str, config: LCKVLlamaConfig, *, side_by_side: bool = Fa
     if parts[:2] != ["model", "layers"] or parts[-2] not in _ROTATED:
         return {name: as_stored}
     layer_idx = int(parts[2])
-    label = config.rope_label(config.sharing_plan.kv_source[layer_idx])
+    label = config.query_label(layer_idx)  # its keys' as well: every layer reads itself
     is_norm = parts[-2] in ("q_norm", "k_norm")
     rows, scales = rotary_rows(config, label, side_by_side)
     if config.use_qk_norm and not is_norm:

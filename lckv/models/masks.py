@@ -149,7 +149,7 @@ def build_visible_keys(
             masks[kind] = builder.build(kind) if kind.num_queries else None
         visible = masks[kind]
         if visible is not None and positions is not None and rotates_late:
-            place = kind.geometry_layer, config.rope_label(layer.kv_source)
+            place = kind.geometry_layer, config.query_label(layer.layer_idx)
             if place not in rotations:
                 rotations[place] = positions.embed_keys(past_key_values, place[0], builder.padding, place[1])
             visible = replace(visible, key_rotation=rotations[place])

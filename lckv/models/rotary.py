@@ -1,6 +1,6 @@
 """Rotary embeddings: one for all layers or one for each kind of layer, of which some planes may not turn.
 
-What rotates keys is a matter of the layer that computes them, whoever reads them: queries are rotated as the keys that
+What rotates keys is a matter of the layer that makes them, whoever reads them: queries are rotated as the keys that
 they meet. A plane that does not turn has the frequency zero, so that nothing else needs to know of it.
 """
 

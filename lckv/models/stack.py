@@ -42,9 +42,7 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         self.own_indices = tuple(source.index if source.owner == layer_idx else None for source in sources)
         attention = LCKVAttention if config.latents_of(layer_idx) is None else LatentAttention
         self.self_attn = attention(config, layer_idx)
-        # As whose keys it rotates its own, and the queries that read another layer's.
-        self.key_label = config.rope_label(layer_idx)
-        self.query_label = config.rope_label(config.sharing_plan.kv_source[layer_idx])
+        self.key_label, self.query_label = config.rope_label(layer_idx), config.query_label(layer_idx)
         self.mlp = build_mlp(config)
         self.input_layernorm = build_norm(config)
         self.post_attention_layernorm = build_norm(config)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lckv.cache import build_cache
 from lckv.config.model import LatentConfig
 from lckv.config.names import LATENTS
-from lckv.conversion.latent_models import to_latents
+from lckv.conversion.latent_models import rope_labels, to_latents
 from lckv.conversion.latents import Factors, LatentFit, Pairs, allot, num_unturned_planes, roots, sources_of
 from lckv.conversion.sensitivity import KEYS, VALUES, measure_sensitivity
 from lckv.conversion.source import expected_shapes
@@ -47,7 +47,8 @@ def fit_of(model, kind, layer_types=None, ratio=1.0, num_unturned=0, **options):
 
 
 def converted(model, fit, kv_latents):
-    config = converted_config(model.config, fit.plan, kv_latents=kv_latents)
+    labels = rope_labels(model.config, fit.plan, kv_latents)
+    config = converted_config(model.config, fit.plan, kv_latents=kv_latents, rope_layer_types=labels)
     made = converted_tensors(
         model.state_dict(),
         model.config.sharing_plan,
