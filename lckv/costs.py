@@ -22,7 +22,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "f
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a Llama-shaped model, under transformers' names; `sliding_window` counts the query's own token."""
+    """The sizes of a Llama-shaped model, under its configuration's names; see [`LCKVLlamaConfig`]."""
 
     vocab_size: int
     hidden_size: int
@@ -36,6 +36,11 @@ class ModelSizes:
     attention_output_bias: bool | None = None
     use_qk_norm: bool = False
     mlp_bias: bool = False
+    gated_mlp: bool = True
+    norm_type: str = "rms_norm"
+    use_output_norms: bool = False
+    learned_positions: bool = False
+    max_position_embeddings: int = 0
     force_nodiag: bool = False
     kv_latents: Sequence[Latents | None] | None = None
 
@@ -58,6 +63,16 @@ class ModelSizes:
     def has_output_bias(self) -> bool:
         """Whether the attention's output projection has a bias."""
         return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
+    def norm_size(self) -> int:
+        """Parameters of a norm of hidden states."""
+        return self.hidden_size * (2 if self.norm_type == "layer_norm" else 1)
+
+    @property
+    def mlp_width(self) -> int:
+        """Numbers that an MLP's first projections give in all, before the gate is applied."""
+        return self.intermediate_size * (2 if self.gated_mlp else 1)
 
     @property
     def query_size(self) -> int:
@@ -200,12 +215,14 @@ def count_kv_bytes(plan: SharingPlan, sizes: ModelSizes, context_length: int, dt
 def count_parameters(plan: SharingPlan, sizes: ModelSizes) -> int:
     """Counts the parameters; a layer that computes no KV has no key and value projections."""
     num_embeddings = 1 if sizes.tie_word_embeddings else 2
-    total = num_embeddings * sizes.vocab_size * sizes.hidden_size + sizes.hidden_size
+    num_rows = num_embeddings * sizes.vocab_size + sizes.learned_positions * sizes.max_position_embeddings
+    total = num_rows * sizes.hidden_size + sizes.norm_size
     written = {store.owner: store.size for store in sizes.layout(plan).stores}
     for layer in plan.layers:
-        total += sizes.hidden_size * (2 * sizes.query_size + 3 * sizes.intermediate_size + 2)
+        total += sizes.hidden_size * (2 * sizes.query_size + sizes.mlp_width + sizes.intermediate_size)
+        total += sizes.norm_size * (4 if sizes.use_output_norms else 2)
         total += sizes.attention_bias * sizes.query_size + sizes.has_output_bias * sizes.hidden_size
-        total += sizes.mlp_bias * (2 * sizes.intermediate_size + sizes.hidden_size)
+        total += sizes.mlp_bias * (sizes.mlp_width + sizes.hidden_size)
         total += written.get(layer.layer_idx, 0) * sizes.hidden_size + sizes.latent_parameters(layer)
         # Norms and biases of keys and values are where these are made: by readers, if owners keep latents.
         makes_kv = layer.computes_kv if sizes.latents_of(layer) is None else True
@@ -305,7 +322,7 @@ class _FlopCount:
 
     @property
     def _mlp(self) -> int:
-        return 6 * self.sizes.hidden_size * self.sizes.intermediate_size
+        return 2 * self.sizes.hidden_size * (self.sizes.mlp_width + self.sizes.intermediate_size)
 
     def _attention(self, layer: LayerPlan, num_keys: float, is_alone: bool = False) -> float:
         """Query and output projections, and each query head with what it reads: scores, and the sum of the values.

@@ -116,17 +116,19 @@ def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> Latent
     Args:
         latent: the group, with a name.
         plan: the pattern.
-        sizes: of the model: anything with `num_key_value_heads`, `head_dim`, `hidden_size` and `use_qk_norm`.
+        sizes: of the model: anything with `num_key_value_heads`, `head_dim`, `hidden_size`, `use_qk_norm` and
+            `learned_positions`.
 
     Raises:
-        UserError: for sizes that are none or too large, if no owner is left, and for normalised keys in pairs.
+        UserError: for sizes that are none or too large, if no owner is left, and for pairs of keys that are normalised
+            or not rotated.
     """
     streams = STREAMS[latent.name]
-    if PLANES in streams and sizes.use_qk_norm:
-        raise UserError(
-            f"latent={latent.name}: the model normalises its keys (use_qk_norm), which are then no sum of a rotated "
-            "part and another; allowed are joint and separate"
-        )
+    if PLANES in streams and (sizes.use_qk_norm or sizes.learned_positions):
+        reason = "the model's positions are learned (learned_positions), and no key is rotated"
+        if sizes.use_qk_norm:
+            reason = "the model normalises its keys (use_qk_norm), which are then no sum of a rotated part and another"
+        raise UserError(f"latent={latent.name}: {reason}; allowed are joint and separate")
     owners = tuple(owner for owner in plan.kv_owners if owner >= latent.skip_layers)
     if not owners:
         raise UserError(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -27,9 +27,10 @@ from lckv.errors import UserError, check_choice
 from lckv.gguf_settings import complete_config, open_gguf
 from lckv.gguf_weights import read_weights
 from lckv.hub import hub_answers
-from lckv.model_files import ModelFiles, find_files, is_of_training
+from lckv.model_files import WEIGHT_FILES, ModelFiles, find_files, index_name, is_of_training
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.models.families import read_config
+from lckv.models.families import Reading, read_model
+from lckv.stored_weights import map_weights
 from lckv.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -63,16 +64,46 @@ class Checkpoint(ModelFiles):
             return values if reader is None else complete_config(reader, values)
 
     def load_config(self) -> LCKVLlamaConfig:
-        """The configuration as one of ours; see [`lckv.models.families.read_config`].
+        """The configuration as one of ours; see [`lckv.models.families.read_model`].
 
         Raises:
             UserError: if it cannot be read, or is of a family that is not supported.
+        """
+        return self.reading().config
+
+    def reading(self) -> Reading:
+        """How the model is read as one of ours.
+
+        Raises:
+            UserError: for the reasons of `load_config`.
         """
         if self.is_folder:
             self.stored_values()  # which says what is wrong in fewer words
         values = self.config_values()
         with self.loading("the configuration"):
-            return read_config(values)
+            reading = read_model(values)
+            if self.gguf_file is not None and reading.read is not None:
+                raise UserError(
+                    f"is a GGUF file of model_type {values['model_type']!r}, which is read only from a folder"
+                )
+        return reading
+
+    def fetch(self, others: Iterable[str] = ()) -> Path:
+        """The folder with the weights; those of the Hub are fetched first, and `others`, if they are not there yet.
+
+        Raises:
+            UserError: if that cannot be done.
+        """
+        if self.is_local:
+            return Path(self.path)
+        safetensors, torchs_own = (  # as some have the same weights once more, under other names
+            [file.replace(".", "*.", 1), index_name(file)] for file in WEIGHT_FILES
+        )
+        with self.loading("the weights"):
+            folder = Path(snapshot_download(self.path, allow_patterns=[*safetensors, *others], **self.arguments()))
+            if not any(folder.glob(safetensors[0])):
+                snapshot_download(self.path, allow_patterns=torchs_own, **self.arguments())
+        return folder
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
@@ -235,11 +266,20 @@ def load_weights(checkpoint: Checkpoint, config: LCKVLlamaConfig, dtype: str = "
 
 
 def _weights_of(checkpoint: Checkpoint, config: LCKVLlamaConfig, dtype: str) -> dict[str, Any]:
-    """For `from_pretrained`: where the weights are; those of a GGUF file are float32 unless asked for otherwise."""
-    if checkpoint.gguf_file is None:
-        return {"pretrained_model_name_or_path": checkpoint.path, "dtype": dtype, **checkpoint.arguments()}
-    kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    weights = read_weights(Path(checkpoint.path, checkpoint.gguf_file), config, kind)
+    """For `from_pretrained`: where the weights are, or these themselves where they are changed when they are read.
+
+    Those of a GGUF file are float32 unless asked for otherwise.
+    """
+    asked = None if dtype == "auto" else getattr(torch, dtype)
+    if checkpoint.gguf_file is not None:
+        kind = asked or torch.float32
+        weights = read_weights(Path(checkpoint.path, checkpoint.gguf_file), config, kind)
+    else:
+        reading = checkpoint.reading()
+        if reading.read is None:
+            return {"pretrained_model_name_or_path": checkpoint.path, "dtype": dtype, **checkpoint.arguments()}
+        weights = dict(reading.tensors(map_weights(checkpoint.fetch())))
+        kind = asked or weights["model.embed_tokens.weight"].dtype
     return {"pretrained_model_name_or_path": None, "dtype": kind, "state_dict": weights}
 
 

@@ -5,32 +5,57 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lckv.errors import UserError, check_whole_number, near_miss
+from lckv.errors import UserError, check_whole_number
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 OURS = "lckv-llama"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma3_text", "stablelm", "smollm3", "granite")
 """Other families that can be read as ours; how, is registered in `lckv.models.families`."""
+
+NORM_TYPES = ("rms_norm", "layer_norm")
+"""What may normalise hidden states."""
+
+_OTHER_MECHANISMS = {
+    "kv_lora_rank": "keeps latents in the place of keys and values already (MLA)",
+    "num_local_experts": "has experts in the place of its MLPs",
+    "num_experts": "has experts in the place of its MLPs",
+    "n_routed_experts": "has experts in the place of its MLPs",
+}
+"""What a configuration has that computes something else than our models do, whatever the family."""
+
+_SETTINGS_OF_FAMILIES = {
+    "gpt2": ("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+    "gemma3_text": ("attn_logit_softcapping", "use_bidirectional_attention"),
+    "stablelm": ("use_parallel_residual", "qk_layernorm"),
+}
+"""What a family may have and our models have not."""
 
 _SIZES_OF_HEADS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def check_family(values: Mapping[str, Any]) -> None:
-    """Refuses models that cannot be read here.
+    """Refuses models that cannot be read here, as far as that is known without transformers.
+
+    A family that is not in [`FAMILIES`] may turn out to compute what Llama does; see `lckv.models.unregistered`.
 
     Args:
         values: what `config.json` holds.
 
     Raises:
-        UserError: for another family, weights that are quantised, or heads that do not fit together; the message says
-            what is allowed.
+        UserError: for a family with other mechanisms, weights that are quantised, or heads that do not fit together;
+            the message says what is allowed.
     """
     model_type, allowed = values.get("model_type"), (OURS, *FAMILIES)
-    if model_type not in allowed:
+    other = next((name for name in _OTHER_MECHANISMS if values.get(name)), None)
+    if not isinstance(model_type, str) or (model_type not in allowed and other is not None):
+        reason = "" if other is None else f", which {_OTHER_MECHANISMS[other]}, as {other}={values[other]} says"
         raise UserError(
-            f"is of model_type {model_type!r}; allowed are {', '.join(allowed)} (SmolLM2 and Llama 1 to 3 are llama)"
-            f"{near_miss(str(model_type), allowed)}"
+            f"is of model_type {model_type!r}{reason}; allowed are {', '.join(allowed)} (SmolLM2 and Llama 1 to 3 are "
+            "llama), and what computes as Llama does"
         )
+    for name in _SETTINGS_OF_FAMILIES.get(model_type, ()):
+        if values.get(name):
+            raise UserError(f"says {name}={values[name]}, which the models here do not have; allowed is none")
     quantization = values.get("quantization_config")
     if method := quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization:
         raise UserError(f"its weights are quantised ({method}), which cannot be read here; take the original ones")

@@ -125,7 +125,9 @@ def make_files(folder: Path) -> None:
     """Models that are broken or of another kind, and one that is whole as far as can be seen without reading it."""
     sizes = {"num_hidden_layers": 4, "vocab_size": 300}
     configs: dict[str, object] = {
-        "gpt2": {"model_type": "gpt2"},
+        "mla": {"model_type": "deepseek_v3", "kv_lora_rank": 16},
+        "experts": {"model_type": "mixtral", "num_local_experts": 8},
+        "stablelm": {"model_type": "stablelm", "use_parallel_residual": True},
         "llama": {"model_type": "llama", **sizes},
         "shared": {"model_type": "lckv-llama", "layer_types": "0_0_2_2", **sizes},
         "wrong": {"model_type": "lckv-llama", "layer_types": "0_0_9", **sizes, "num_hidden_layers": 3},

@@ -26,6 +26,50 @@ PATTERNS = [
 ]
 
 
+SHAPES = {
+    "gpt2": {
+        "learned_positions": True,
+        "norm_type": "layer_norm",
+        "gated_mlp": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "hidden_act": "gelu_new",
+        "tie_word_embeddings": True,
+    },
+    "stablelm": {
+        "norm_type": "layer_norm",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+    "gemma": {
+        "head_dim": 16,
+        "use_qk_norm": True,
+        "use_output_norms": True,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 5.5,
+        "final_logit_softcapping": 2.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
+    "granite": {
+        "attention_multiplier": 0.1,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 0.25,
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {  # the lowest layer does not rotate
+        "rope_parameters": {
+            "rotated": {"rope_type": "default", "rope_theta": 1e4},
+            "unrotated": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.0},
+        },
+        "rope_layer_types": ["unrotated", "rotated", "rotated", "rotated"],
+    },
+}
+"""What families add to Llama, as settings of `tiny_config`, for patterns of four layers."""
+
+
 def tiny_config(layer_types, config_class=LCKVLlamaConfig, **kwargs):
     defaults = dict(
         vocab_size=61,
@@ -112,18 +156,48 @@ def _project_kv(layer, hidden, position, inv_freq, reader=None):
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     keys = attention.k_proj(normed).view(-1, attention.head_dim)
+    if attention.config.use_qk_norm:
+        keys = attention.k_norm(keys)
     values = attention.v_proj(normed).view(-1, attention.head_dim)
     return _rotate(keys, position, inv_freq), values
 
 
+def _frequencies(model, owner):
+    """By how much the planes of an owner's keys turn, `(head_dim / 2,)`: not at all, behind those that do."""
+    label, embedding = model.config.rope_label(owner), model.model.rotary_emb
+    turning = embedding.inv_freq if label is None else embedding[label].inv_freq
+    return nn.functional.pad(turning, (0, model.config.head_dim // 2 - len(turning)))
+
+
+def _embed(model, token, position):
+    hidden = nn.functional.embedding(token, model.model.embed_tokens.weight) * model.config.embedding_multiplier
+    return hidden + model.model.embed_positions.weight[position] if model.config.learned_positions else hidden
+
+
+def _predict(model, hidden):
+    logits = model.model.norm(hidden) @ model.lm_head.weight.T / model.config.logits_scaling
+    bound = model.config.final_logit_softcapping
+    return logits if bound is None else bound * torch.tanh(logits / bound)
+
+
 def _run_layer(layer, hidden, position, inv_freq, keys, values):
     attention = layer.self_attn
+    config = attention.config
     queries = attention.q_proj(layer.input_layernorm(hidden)).view(-1, attention.head_dim)
+    if config.use_qk_norm:
+        queries = attention.q_norm(queries)
     if planes := getattr(attention, "planes", ()):  # others stay as they are
         inv_freq = torch.stack([each if plane in planes else each * 0 for plane, each in enumerate(inv_freq)])
     queries = _rotate(queries, position, inv_freq)
-    hidden = hidden + attention.o_proj(_attend(queries, keys, values, attention.scaling).flatten())
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    scaling = config.attention_multiplier or attention.head_dim**-0.5
+    output = attention.o_proj(_attend(queries, keys, values, scaling).flatten())
+    if config.use_output_norms:
+        output = layer.attention_output_layernorm(output)
+    hidden = hidden + config.residual_multiplier * output
+    output = layer.mlp(layer.post_attention_layernorm(hidden))
+    if config.use_output_norms:
+        output = layer.mlp_output_layernorm(output)
+    return hidden + config.residual_multiplier * output
 
 
 def exact_logits(model, input_ids):
@@ -136,21 +210,22 @@ def exact_logits(model, input_ids):
         `(length, vocab_size)`.
     """
     config, plan = model.config, model.config.sharing_plan
-    inv_freq = model.model.rotary_emb.inv_freq
     cache = {owner: [] for owner in plan.kv_owners}
     logits = []
     for position, token in enumerate(input_ids):
-        hidden = model.model.embed_tokens(token)
+        hidden = _embed(model, token, position)
         for layer_plan, layer in zip(plan.layers, model.model.layers, strict=True):
             if layer_plan.computes_kv:
                 cache[layer_plan.layer_idx].append(hidden)
-            owner = model.model.layers[layer_plan.kv_source]
+            owner, latents = model.model.layers[layer_plan.kv_source], config.latents_of(layer_plan.layer_idx)
+            makes_keys = latents is not None and "rotated_planes" not in latents
+            inv_freq = _frequencies(model, layer_plan.layer_idx if makes_keys else layer_plan.kv_source)
             seen = _visible(layer_plan, position, config.force_nodiag, config.sliding_window)
             project = _project_kv if config.latents_of(layer_plan.layer_idx) is None else _project_latents
             pairs = [project(owner, cache[layer_plan.kv_source][i], i, inv_freq, layer) for i in seen]
             keys, values = [key for key, _ in pairs], [value for _, value in pairs]
             hidden = _run_layer(layer, hidden, position, inv_freq, keys, values)
-        logits.append(model.lm_head(model.model.norm(hidden)))
+        logits.append(_predict(model, hidden))
     return torch.stack(logits)
 
 

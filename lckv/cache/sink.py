@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lckv.cache.base import CACHES, KVCache
 from lckv.cache.dynamic import RingLayer
@@ -23,6 +22,7 @@ from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.padding import count_padding
 from lckv.models.planes import Planes, rotate_planes
 from lckv.models.positions import PositionEmbeddings
+from lckv.models.rotary import rotary_frequencies
 from lckv.models.sharing_cache import Streams
 
 GROWING_ROPE_TYPES = ("dynamic", "longrope")
@@ -30,16 +30,17 @@ GROWING_ROPE_TYPES = ("dynamic", "longrope")
 
 
 class KeyRotation:
-    """Moves rotated streams to other positions. The layers of a cache share one, so that a step makes its tables once.
+    """Moves rotated streams to other positions. Layers of a kind share one, so that a step makes its tables once.
 
     No tensor outlives a step: the next one moves keys by another distance, and needs other tables.
 
     Args:
         config: the configuration of the model, which has the frequencies.
+        label: of which rotary embedding; see [`LCKVLlamaConfig.rope_label`].
     """
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, config: Any, label: str | None = None) -> None:
+        self.config, self.label = config, label
         self._last: tuple[Any, PositionEmbeddings] | None = None
 
     def __call__(self, key_states: torch.Tensor, shifts: list[int], planes: Planes = ()) -> torch.Tensor:
@@ -65,7 +66,7 @@ class KeyRotation:
 
     @cached_property
     def _frequencies(self) -> list[float]:
-        return LlamaRotaryEmbedding(self.config).inv_freq.tolist()  # head_dim / 2 numbers
+        return rotary_frequencies(self.config, self.label).tolist()  # head_dim / 2 numbers
 
     def _make_tables(self, shifts: list[int], dtype: torch.dtype, device: torch.device) -> PositionEmbeddings:
         """Cosines and sines `(batch or 1, 1, head_dim)`; float64 keeps the angles exact for shifts of any size."""
@@ -337,7 +338,8 @@ class SinkKVCache(KVCache):
         window: how many of the last tokens to keep, the newest included.
 
     Raises:
-        UserError: for values out of range, and rotary embeddings that change with the length of the text.
+        UserError: for values out of range, learned positions, and rotary embeddings that change with the length of the
+            text.
     """
 
     name = "sink"
@@ -347,16 +349,18 @@ class SinkKVCache(KVCache):
         check_whole_number("cache.num_sinks", num_sinks, 0)
         check_whole_number("cache.window", window)
         self.num_sinks, self.window = num_sinks, window
-        self.rotation = KeyRotation(config)
+        self.rotations: dict[str | None, KeyRotation] = {}
         super().__init__(config)
-        _check_rope_type(config)
+        _check_positions(config)
         self.span = max(num_sinks + window, *(layer.get_max_length() for layer in self._movable()))
 
     def make_layer(self, store: Store) -> KVLayer:
         """Sinks and window, or a ring of the tokens that the owner's readers see."""
+        label = self.config.rope_label(store.owner)
+        rotation = self.rotations.setdefault(label, KeyRotation(self.config, label))
         if store.window is not None:
-            return MovableRingLayer(store, self.rotation)
-        return SinkLayer(store, self.num_sinks, self.window, self.rotation)
+            return MovableRingLayer(store, rotation)
+        return SinkLayer(store, self.num_sinks, self.window, rotation)
 
     @property
     def offset(self) -> int:
@@ -382,13 +386,13 @@ class SinkKVCache(KVCache):
         if offset != self.offset:
             for layer in self._movable():
                 layer.rebase(offset)
-            self.rotation.forget_tables()
+            self._forget_tables()
 
     def write(self, streams: Streams, layer_idx: int) -> Streams:
         """Adds new tokens of an owner, and returns what queries see, each `(batch, num_heads, kv_len, head_dim)`."""
         seen = super().write(streams, layer_idx)
         if len({layer.seq_length for layer in self._movable()}) == 1:  # this was the last layer of the step
-            self.rotation.forget_tables()
+            self._forget_tables()
         return seen
 
     def get_next_position(self) -> int:
@@ -408,6 +412,10 @@ class SinkKVCache(KVCache):
         """None: whatever was dropped, what is returned counts as consecutive tokens, the new ones last."""
         return None
 
+    def _forget_tables(self) -> None:
+        for rotation in self.rotations.values():
+            rotation.forget_tables()
+
     def _sink_layers(self) -> list[SinkLayer]:
         return [layer for layer in self.layers if isinstance(layer, SinkLayer)]
 
@@ -415,10 +423,16 @@ class SinkKVCache(KVCache):
         return [layer for layer in self.layers if isinstance(layer, Movable)]
 
 
-def _check_rope_type(config: Any) -> None:
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type in GROWING_ROPE_TYPES:
+def _check_positions(config: Any) -> None:
+    """Refuses positions that cannot be moved: those in the tokens themselves, and growing rotary embeddings."""
+    if config.learned_positions:
         raise UserError(
-            f"cache 'sink' for a model with rope_type={rope_type!r}: allowed are types whose frequencies do not "
-            "depend on the text's length, such as 'default', 'linear', 'llama3' and 'yarn'"
+            "cache 'sink' for a model with learned_positions: what it keeps of a token says where in the text that "
+            "was, so that no token can be moved; allowed are models whose keys are rotated"
         )
+    for rope_type in (parameters["rope_type"] for parameters in config.rotations.values()):
+        if rope_type in GROWING_ROPE_TYPES:
+            raise UserError(
+                f"cache 'sink' for a model with rope_type={rope_type!r}: allowed are types whose frequencies do not "
+                "depend on the text's length, such as 'default', 'linear', 'llama3' and 'yarn'"
+            )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lckv.config.keys import Group, above_zero, at_least, each, fraction, key, one_of, passes, such_that
 from lckv.config.names import ATTENTIONS, AUTO_LATENT, DTYPES, LATENTS, NO_LATENT, XKV
 from lckv.errors import UserError
-from lckv.model_values import check_heads
+from lckv.model_values import NORM_TYPES, check_heads
 from lckv.patterns import PATTERNS
 
 KEPT_WITH_SOURCE = (
@@ -50,6 +50,15 @@ class ModelConfig(Group):
         rope_parameters: such as `{rope_type: linear, factor: 2.0, rope_theta: 10000.0}`; empty: transformers' default.
         attention_output_bias: whether the output projection has a bias; None: as `attention_bias` says.
         use_qk_norm: whether each head's queries and keys are normalised, as in Qwen3.
+        learned_positions: whether positions are embeddings, as in GPT-2, and nothing is rotated.
+        norm_type: `rms_norm`, or `layer_norm`, which centres and has a bias.
+        use_output_norms: whether what attention and MLP give is normalised, too, as in Gemma 3.
+        gated_mlp: whether the MLP has a gate, as Llama's does.
+        attention_multiplier: of the scores; None: one over the root of `head_dim`.
+        embedding_multiplier: of what enters the first layer.
+        residual_multiplier: of what attention and MLP give.
+        logits_scaling: what divides the logits.
+        final_logit_softcapping: a bound of the logits; None: none.
         sliding_window: tokens that an entry with the suffix `s` sees, the query's own among them; None: 4096, or what
             the pretrained model has.
         forward_passes: passes over a cycle without gradient, or `converge`.
@@ -75,11 +84,20 @@ class ModelConfig(Group):
     hidden_act: str = "silu"
     max_position_embeddings: int = key(2048, at_least())
     rms_norm_eps: float = 1e-6
-    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    rope_parameters: dict[str, Any] = key({}, only_with={"learned_positions": (False,)})
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     use_qk_norm: bool = False
+    learned_positions: bool = False
+    norm_type: str = key("rms_norm", one_of(NORM_TYPES))
+    use_output_norms: bool = False
+    gated_mlp: bool = True
+    attention_multiplier: float | None = key(None, above_zero)
+    embedding_multiplier: float = key(1.0, above_zero)
+    residual_multiplier: float = key(1.0, above_zero)
+    logits_scaling: float = key(1.0, above_zero)
+    final_logit_softcapping: float | None = key(None, above_zero)
     mlp_bias: bool = False
     attention_dropout: float = key(0.0, fraction)
     initializer_range: float = 0.02

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from lckv.conversion.source import HEAD, expected_shapes
 from lckv.conversion.target import Make, converted_config, converted_tensors
 from lckv.errors import UserError
 from lckv.latents import LatentBudget, group_layers, latent_budget, suit_source
+from lckv.layout import PLANES
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.models.families import read_config
-from lckv.patterns import parse_layer_types
+from lckv.models.families import read_model
+from lckv.models.rotary import fastest_frequencies
+from lckv.patterns import SharingPlan, parse_layer_types
 
 _MOST_TURNED = 2.0
 """By how many radians a rotary plane may turn over a text whose keys are made as if it did not."""
@@ -75,7 +77,6 @@ def fit_latents(
     target: LCKVLlamaConfig,
     budget: LatentBudget,
     sensitivity: Sensitivity,
-    frequencies: Tensor,
     ridge: float,
     known: dict[Any, Any] | None = None,
 ) -> tuple[LCKVLlamaConfig, Make]:
@@ -87,12 +88,11 @@ def fit_latents(
         target: the same with the pattern to make, without latents.
         budget: what owners may keep.
         sensitivity: see [`measure`].
-        frequencies: of the source's rotary planes, `(head_dim / 2,)`.
         ridge: a penalty on large weights where a layer's input is predicted from another's.
         known: see [`LatentFit`].
     """
     groups = sources_of(budget.plan, source.sharing_plan, budget.owners)
-    num_unturned = num_unturned_planes(budget, frequencies, sensitivity, source)
+    num_unturned = num_unturned_planes(budget, sensitivity, source)
     fit = LatentFit(budget, tensors, source, groups, sensitivity, ridge, num_unturned, known)
     kv_latents = fit.sizes()
 
@@ -101,12 +101,23 @@ def fit_latents(
             return make_tensors("average", Group(owner, readers, tensors, source))
         return refuse_not_finite(f"latent={budget.kind}", fit.make(kv_latents, owner))
 
-    return converted_config(target, budget.plan, kv_latents=kv_latents), make
+    labels = rope_labels(source, budget.plan, kv_latents)
+    return converted_config(target, budget.plan, kv_latents=kv_latents, rope_layer_types=labels), make
 
 
-def num_unturned_planes(
-    budget: LatentBudget, frequencies: Tensor, sensitivity: Sensitivity, source: LCKVLlamaConfig
-) -> int:
+def rope_labels(
+    source: LCKVLlamaConfig, plan: SharingPlan, kv_latents: Sequence[Mapping[str, Any] | None]
+) -> list[str] | None:
+    """Which rotary embedding each layer has: that of the keys that it has read so far, where it makes them now."""
+    if source.rope_layer_types is None:
+        return None
+    read = [kv_latents[owner] for owner in plan.kv_source]
+    makes_keys = [latents is not None and PLANES not in latents for latents in read]
+    own = source.sharing_plan.kv_source
+    return [source.rope_layer_types[own[layer] if makes else layer] for layer, makes in enumerate(makes_keys)]
+
+
+def num_unturned_planes(budget: LatentBudget, sensitivity: Sensitivity, source: LCKVLlamaConfig) -> int:
     """How many rotary planes do not turn far over a text as long as the calibration's, or as the source reads.
 
     Where nothing is to be lost, all turn.
@@ -114,7 +125,7 @@ def num_unturned_planes(
     if budget.dims is None and budget.ratio == 1:
         return 0
     seq_length = sensitivity.seq_length or source.max_position_embeddings
-    return int((frequencies * seq_length < _MOST_TURNED).sum())
+    return int((fastest_frequencies(source) * seq_length < _MOST_TURNED).sum())
 
 
 def to_latents(
@@ -147,10 +158,11 @@ def to_latents(
     Raises:
         UserError: for another family, and settings or text that do not allow it.
     """
-    source = read_config(model.config.to_dict())
     latent = LatentConfig(kind, ratio, dim, **groups)
     latent.validate("latent.")
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    reading = read_model(model.config.to_dict())
+    source, stored = reading.config, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    tensors = dict(reading.tensors(stored))
     if source.tie_word_embeddings:
         tensors.pop(HEAD, None)
     ours = load_tensors(source, tensors, model)
@@ -165,8 +177,7 @@ def to_latents(
     else:
         text = ({"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)} for ids in batches)
         sensitivity = measure(ours, budget, text)
-    frequencies = ours.model.rotary_emb.inv_freq.cpu()
-    config, make = fit_latents(tensors, source, target, budget, sensitivity, frequencies, ridge)
+    config, make = fit_latents(tensors, source, target, budget, sensitivity, ridge)
     made = converted_tensors(tensors, source.sharing_plan, plan, expected_shapes(config), kind, make)
     return load_tensors(config, dict(made), model)
 

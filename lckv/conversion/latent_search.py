@@ -113,7 +113,6 @@ class LatentConverter:
         self.model, self.kind, self.sensitivity, self.ridge, self.settings = model, kind, sensitivity, ridge, settings
         self.config: LCKVLlamaConfig = model.config
         self._tensors: Tensors = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-        self._frequencies = model.model.rotary_emb.inv_freq.cpu()
         self._known: dict[tuple[int, tuple[int, ...], str], Factors | Pairs] = {}
 
     @property
@@ -130,7 +129,6 @@ class LatentConverter:
             target,
             self._budget(plan, total),
             self.sensitivity,
-            self._frequencies,
             self.ridge,
             self._known,
         )
@@ -149,7 +147,7 @@ class LatentConverter:
             {sources[0]: sources},
             self.sensitivity,
             self.ridge,
-            num_unturned_planes(budget, self._frequencies, self.sensitivity, self.config),
+            num_unturned_planes(budget, self.sensitivity, self.config),
             self._known,
         )
         return ExpectedLoss(

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from transformers import TrainingArguments
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lckv.config import TrainConfig
 from lckv.config.names import CALIBRATED, NO_LATENT, TRAINED
@@ -96,7 +95,6 @@ def convert_to_latents(
         )
     tensors = source.tensors()
     record: dict[str, Any] = {"latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio}}
-    frequencies = LlamaRotaryEmbedding(source.config).inv_freq
     if cfg.init.calibration_tokens:
         check_block_size(cfg.data, source.config)
         data = build_dataset(cfg.data, source.load_tokenizer())
@@ -109,7 +107,7 @@ def convert_to_latents(
         groups = sources_of(budget.plan, source.config.sharing_plan, budget.owners)
         sensitivity = assume_sensitivity(tensors, source.config, groups)
     record |= {"calibration_tokens": sensitivity.num_tokens, "ridge": cfg.init.ridge}
-    config, make = fit_latents(tensors, source.config, config, budget, sensitivity, frequencies, cfg.init.ridge)
+    config, make = fit_latents(tensors, source.config, config, budget, sensitivity, cfg.init.ridge)
     with Bar(console, "writing", "parameters") as bar:
         write_converted(
             source,

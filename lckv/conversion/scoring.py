@@ -60,7 +60,15 @@ class Converter:
                 place is then taken by `inputs_embeds`.
         """
         upper = _without_layers_below(plan, start)
-        config = converted_config(self.config, upper, num_hidden_layers=upper.num_hidden_layers, **self.settings)
+        labels = self.config.rope_layer_types
+        config = converted_config(
+            self.config,
+            upper,
+            num_hidden_layers=upper.num_hidden_layers,
+            rope_layer_types=labels and labels[start:],
+            learned_positions=self.config.learned_positions and start == 0,  # else what enters has its own
+            **self.settings,
+        )
         with torch.device("meta"):
             model = LCKVLlamaForCausalLM(config)
         shapes = {_shifted(name, start): tensor.shape for name, tensor in model.state_dict().items()}
@@ -140,7 +148,7 @@ class Scorer:
             inputs_embeds=inputs[0], position_ids=self._position_ids, use_cache=False, output_hidden_states=True
         )
         assert outputs.hidden_states is not None and outputs.last_hidden_state is not None
-        return outputs.hidden_states[:-1], outputs.last_hidden_state
+        return (inputs[0], *outputs.hidden_states[1:-1]), outputs.last_hidden_state
 
 
 def _without_layers_below(plan: SharingPlan, start: int) -> SharingPlan:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerFast
 
 from lckv.conversion.heads import Tensors
-from lckv.conversion.weights import map_weights, stored_type
 from lckv.data.tokenizer import check_tokenizer
 from lckv.errors import UserError
 from lckv.loading import Checkpoint, find_checkpoint, find_device, load_weights
-from lckv.model_files import TOKENIZER_FILES, WEIGHT_FILES, index_name
+from lckv.model_files import TOKENIZER_FILES
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.models.family_tensors import LazyTensors
+from lckv.stored_weights import map_weights, stored_type
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Source:
         return cls(checkpoint, config)
 
     def tensors(self) -> Tensors:
-        """Its tensors, mapped into memory, so that each is read when it is used; those of a GGUF file are read here.
+        """Its tensors under our names, each read when it is used; those of a GGUF file are read here.
 
         They are those that the model has when it is loaded: of tied embeddings, the head is there only if it differs.
 
@@ -74,10 +74,11 @@ class Source:
             UserError: if they do not fit the configuration, or cannot be read.
         """
         if self.checkpoint.gguf_file is not None:
-            return self._untied(self.load_model("cpu").state_dict())
+            tensors = self.load_model("cpu").state_dict()
+            return self._untied(LazyTensors({name: partial(tensors.__getitem__, name) for name in tensors}))
         folder = self._folder()
         with self.checkpoint.loading("the weights"):
-            return self._checked(self._untied(map_weights(folder)), folder)
+            return self._checked(self._untied(self.checkpoint.reading().tensors(map_weights(folder))), folder)
 
     def load_model(self, device: str) -> LCKVLlamaForCausalLM:
         """The whole model, in evaluation mode."""
@@ -119,31 +120,18 @@ class Source:
 
     def _folder(self) -> Path:
         """Where its files are; those of the Hub are fetched first, if they are not there yet."""
-        if self.checkpoint.is_local:
-            return Path(self.checkpoint.path)
-        name, arguments = self.checkpoint.path, self.checkpoint.arguments()
-        safetensors, torchs_own = (  # as some have the same weights once more, under other names
-            [file.replace(".", "*.", 1), index_name(file)] for file in WEIGHT_FILES
-        )
-        others = [*_COPIED, *(f"{name}/*" for name in _COPIED_FOLDERS)]
-        with self.checkpoint.loading("the weights"):
-            folder = Path(snapshot_download(name, allow_patterns=[*safetensors, *others], **arguments))
-            if not any(folder.glob(safetensors[0])):
-                snapshot_download(name, allow_patterns=torchs_own, **arguments)
-        return folder
+        return self.checkpoint.fetch([*_COPIED, *(f"{name}/*" for name in _COPIED_FOLDERS)])
 
-    def _untied(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _untied(self, tensors: LazyTensors) -> LazyTensors:
         """Of tied embeddings one tensor, whichever the file has, and both where they are not the same after all."""
-        left = dict(tensors)
-        if not self.config.tie_word_embeddings or HEAD not in left:
-            return left
-        head = left[HEAD]
-        if EMBEDDINGS not in left or torch.equal(left[EMBEDDINGS], head):
-            left.setdefault(EMBEDDINGS, head)
-            del left[HEAD]
-        return left
+        makers = tensors.makers
+        if self.config.tie_word_embeddings and HEAD in makers:
+            if EMBEDDINGS not in makers or torch.equal(tensors[EMBEDDINGS], tensors[HEAD]):
+                makers.setdefault(EMBEDDINGS, makers[HEAD])
+                del makers[HEAD]
+        return tensors
 
-    def _checked(self, tensors: Tensors, folder: Path) -> Tensors:
+    def _checked(self, tensors: LazyTensors, folder: Path) -> Tensors:
         """Those that the model has, all of them and of its shapes."""
         expected = expected_shapes(self.config, has_head=HEAD in tensors)
         for name, shape in expected.items():
@@ -158,10 +146,9 @@ class Source:
             if tensor.shape != shape:
                 actual = list(tensor.shape)
                 raise UserError(f"the weights do not fit config.json: {name} is {actual}, not {list(shape)}")
-        unused = [name for name in tensors if name not in expected and not _DISPENSABLE.fullmatch(name)]
-        if unused:
+        if unused := [name for name in tensors if name not in expected and not _DISPENSABLE.fullmatch(name)]:
             logger.warning("%s: %d weights are not used, such as %s", self.checkpoint, len(unused), unused[0])
-        return {name: tensors[name] for name in expected}
+        return LazyTensors({name: tensors.makers[name] for name in expected})
 
 
 def expected_shapes(

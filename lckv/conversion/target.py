@@ -18,10 +18,11 @@ from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, groups_of, make_tensors
 from lckv.conversion.source import EMBEDDINGS, HEAD, Source, expected_shapes
-from lckv.conversion.weights import map_weights, write_weights
+from lckv.conversion.weights import write_weights
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan
 from lckv.storage import new_folder, write_json
+from lckv.stored_weights import map_weights
 
 RECORD = "conversion.json"
 """The file that says where a converted model comes from."""

@@ -265,8 +265,13 @@ class TextGenerator:
                 raise UserError(f"{name}={value}: has no effect without prefill_passes={CONVERGE}")
 
     def _check_length(self, prompt_length: int) -> None:
-        """Warns of positions that the model was not made for."""
+        """Warns of positions that the model was not made for, and refuses those that it has not."""
         limit, length = self.model.config.max_position_embeddings, prompt_length + self.max_new_tokens
+        if length > limit and self.model.config.learned_positions:
+            raise UserError(
+                f"max_new_tokens={self.max_new_tokens}: with the {prompt_length} tokens of the prompt, that is more "
+                f"than the {limit} positions that the model has learned"
+            )
         if length > limit and self.cfg.cache.name != "sink":
             logger.warning(
                 "the prompt has %d tokens and max_new_tokens=%d follow, but the model was made for %d: "

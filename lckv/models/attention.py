@@ -41,7 +41,7 @@ class LCKVAttention(nn.Module):
         assert config.head_dim is not None and config.num_key_value_heads is not None  # filled in by the configuration
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        self.scaling = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.kv_size = config.num_key_value_heads * self.head_dim

@@ -7,13 +7,16 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, cache_utils
 
-from lckv.errors import UserError
+from lckv.errors import UserError, check_choice
 from lckv.layout import PLANES, KVLayout, check_latents, kv_layout
+from lckv.model_values import NORM_TYPES
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 # Older transformers have no cache layer for decoder layers without KV of their own. There, "moe" is the one name that
 # makes its caches keep nothing for a layer; newer ones ask `kv_sharing_modes`.
 _NO_KV_LAYER_TYPE = None if hasattr(cache_utils, "DummyLayer") else "moe"
+
+_KINDS = ("full_attention", "sliding_attention")  # transformers' names, without and with a window
 
 
 @strict
@@ -37,6 +40,18 @@ class LCKVLlamaConfig(LlamaConfig):
         force_nodiag: no layer sees the token's own key.
         attention_output_bias: whether `o_proj` has a bias, where that differs from `attention_bias`, as in Qwen2.
         use_qk_norm: whether each head's queries and keys are normalised before they are rotated, as in Qwen3.
+        rope_layer_types: for every layer, which entry of `rope_parameters` rotates the keys that it makes, where
+            that has one for each kind of layer, as in Gemma 3; by default `"sliding_attention"` for layers with an `s`
+            and `"full_attention"` for others. With a `partial_rotary_factor`, that part of a head's planes turns.
+        learned_positions: whether positions are embeddings beside the tokens', as in GPT-2; then nothing is rotated.
+        norm_type: `"rms_norm"`, or `"layer_norm"`, which centres and has a bias; `rms_norm_eps` is for both.
+        use_output_norms: whether what attention and MLP give is normalised, too, as in Gemma 2 and 3.
+        gated_mlp: whether the MLP has a gate, as Llama's does.
+        attention_multiplier: of the scores; `None` for one over the root of `head_dim`.
+        embedding_multiplier: of the tokens' embeddings, when they enter the first layer.
+        residual_multiplier: of what attention and MLP give, when it is added.
+        logits_scaling: what divides the logits.
+        final_logit_softcapping: a bound of the logits, to which a hyperbolic tangent takes them; `None` for none.
         kv_latents: for every decoder layer, the latents that it keeps in the place of keys and values (MLA), such as
             `{"latent": 96}` or `{"key_latent": 32, "value_latent": 64}`; `None` for keys and values, in a layer or in
             all, and for layers that compute neither. `{"latent": 64, "rotated_planes": [0, 3, 3]}` has a rotated key
@@ -59,6 +74,16 @@ class LCKVLlamaConfig(LlamaConfig):
     force_nodiag: bool = False
     attention_output_bias: bool | None = None
     use_qk_norm: bool = False
+    rope_layer_types: list[str] | None = None
+    learned_positions: bool = False
+    norm_type: str = "rms_norm"
+    use_output_norms: bool = False
+    gated_mlp: bool = True
+    attention_multiplier: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    final_logit_softcapping: float | None = None
     kv_latents: list[dict[str, Any] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -82,7 +107,27 @@ class LCKVLlamaConfig(LlamaConfig):
             check_latents(self.kv_latents, plan)
             if self.use_qk_norm and any(PLANES in (latents or {}) for latents in self.kv_latents):
                 raise UserError(f"use_qk_norm=True: normalised keys are no sum; allowed are latents without {PLANES}")
+        check_choice("norm_type", self.norm_type, NORM_TYPES)
+        self._choose_rotations(plan)
         super().__post_init__(**kwargs)
+
+    def _choose_rotations(self, plan: SharingPlan) -> None:
+        """Fills in which rotary embedding each layer has."""
+        if self.learned_positions:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.0}
+        parameters: Any = self.rope_parameters or {}
+        if self.rope_layer_types is None:
+            if not any(isinstance(value, dict) for value in parameters.values()):
+                return
+            self.rope_layer_types = [_KINDS[layer.is_sliding] for layer in plan.layers]
+        if len(self.rope_layer_types) != plan.num_hidden_layers:
+            raise UserError(
+                f"rope_layer_types: has {len(self.rope_layer_types)} entries for {plan.num_hidden_layers} layers; "
+                "give one each"
+            )
+        for label in self.rope_layer_types:
+            check_choice("rope_layer_types", label, parameters)
+        self.rope_parameters = {label: parameters[label] for label in self._rope_type_labels}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -108,6 +153,27 @@ class LCKVLlamaConfig(LlamaConfig):
     def latents_of(self, layer_idx: int) -> dict[str, Any] | None:
         """The latents that layer `layer_idx` reads; `None` if it reads keys and values."""
         return self.kv_latents[self.sharing_plan.kv_source[layer_idx]] if self.kv_latents else None
+
+    @property
+    def _rope_type_labels(self) -> list[str]:
+        """For transformers: the entries of `rope_parameters`, which are not always called as kinds of layers are."""
+        return sorted(set(self.rope_layer_types or ()))
+
+    @property
+    def rotations(self) -> dict[str | None, dict[str, Any]]:
+        """The parameters of all rotary embeddings, by name; the only one has none."""
+        parameters: Any = self.rope_parameters
+        return dict(parameters) if self.rope_layer_types else {None: parameters}
+
+    def rope_label(self, layer_idx: int) -> str | None:
+        """Which entry of `rope_parameters` rotates the keys of layer `layer_idx`; `None` where they are for all."""
+        return self.rope_layer_types[layer_idx] if self.rope_layer_types else None
+
+    def query_label(self, layer_idx: int) -> str | None:
+        """Which one rotates the queries of layer `layer_idx`: its owner's, or its own if it makes the keys."""
+        latents = self.latents_of(layer_idx)
+        makes_keys = latents is not None and PLANES not in latents
+        return self.rope_label(layer_idx if makes_keys else self.sharing_plan.kv_source[layer_idx])
 
     @property
     def has_output_bias(self) -> bool:

@@ -3,19 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from lckv.model_values import check_family
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.patterns import join_layer_types
+from lckv.models.family_configs import carried_over, windows
+from lckv.models.family_tensors import (
+    TENSORS,
+    LazyTensors,
+    ReadTensor,
+    is_turned_whole,
+    llama_tensors,
+    our_tensors,
+    read_tensors,
+)
+from lckv.models.rotary import PARTIAL
+from lckv.models.unregistered import read_unregistered
 from lckv.registry import Registry
 
 FAMILIES: Registry[Callable[[PretrainedConfig], dict[str, Any]]] = Registry("family")
-"""By transformers' `model_type`: what a family's configuration says in other words, or leaves unsaid."""
+"""By transformers' `model_type`: what a family's configuration says in other words, or leaves unsaid.
 
-_NOT_CARRIED_OVER = ("model_type", "architectures", "transformers_version", "layer_types", "sliding_window")
+Fields that are called as ours are carried over without being named. Tensors that are not Llama's have an entry in
+[`TENSORS`]. Packages that are installed register families by an entry point of the group `lckv.families`: the name is
+the `model_type`, the value a module that has these entries.
+"""
+
+ENTRY_POINTS = "lckv.families"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model is read as one of ours.
+
+    Attributes:
+        config: its configuration.
+        read: what becomes of its tensors; `None` if they are ours as they are.
+    """
+
+    config: LCKVLlamaConfig
+    read: ReadTensor | None
+
+    def tensors(self, stored: Mapping[str, Tensor]) -> LazyTensors:
+        """Its tensors under our names, each made when it is looked up."""
+        return read_tensors(stored, self.config, self.read or our_tensors)
+
+
+def read_model(values: Mapping[str, Any]) -> Reading:
+    """Finds out how a model of any family is read as one of ours, every layer reading itself; ours as it is.
+
+    Args:
+        values: what `config.json` holds.
+
+    Raises:
+        UserError: for a family that computes something else, or weights that are quantised; the message says what is
+            allowed.
+    """
+    check_family(values)
+    model_type = values["model_type"]
+    if model_type == LCKVLlamaConfig.model_type:
+        return Reading(LCKVLlamaConfig.from_dict(dict(values)), None)
+    _load_entry_point(model_type)
+    if model_type not in FAMILIES:
+        return Reading(*read_unregistered(values))
+    original = AutoConfig.for_model(**values)
+    config = LCKVLlamaConfig(**(carried_over(original) | FAMILIES[model_type](original)))
+    if model_type in TENSORS:
+        return Reading(config, TENSORS[model_type])
+    return Reading(config, None if is_turned_whole(config) else llama_tensors)
+
+
+def read_config(values: Mapping[str, Any]) -> LCKVLlamaConfig:
+    """The configuration of a model of any family as one of ours; see [`read_model`]."""
+    return read_model(values).config
+
+
+@cache
+def _load_entry_point(model_type: str) -> None:
+    """Imports what an installed package has to say of a family."""
+    for entry in entry_points(group=ENTRY_POINTS, name=model_type):
+        entry.load()
 
 
 @FAMILIES.register("llama")
@@ -27,48 +100,76 @@ def llama(config: PretrainedConfig) -> dict[str, Any]:
 @FAMILIES.register("mistral")
 def mistral(config: PretrainedConfig) -> dict[str, Any]:
     """Every layer has a window, or none has."""
-    return _windows(config, [config.sliding_window is not None] * config.num_hidden_layers)
+    return windows(config, [config.sliding_window is not None] * config.num_hidden_layers)
 
 
 @FAMILIES.register("qwen2")
 def qwen2(config: PretrainedConfig) -> dict[str, Any]:
     """Qwen2 and 2.5: biases of queries, keys and values; windows, if any, from some layer on."""
-    is_sliding = [kind == "sliding_attention" for kind in config.layer_types]
-    return {"attention_bias": True, "attention_output_bias": False} | _windows(config, is_sliding)
+    return {"attention_bias": True, "attention_output_bias": False} | windows(config)
 
 
 @FAMILIES.register("qwen3")
 def qwen3(config: PretrainedConfig) -> dict[str, Any]:
     """Queries and keys are normalised; windows as in Qwen2."""
-    return {"use_qk_norm": True} | _windows(config, [kind == "sliding_attention" for kind in config.layer_types])
+    return {"use_qk_norm": True} | windows(config)
 
 
-def read_config(values: Mapping[str, Any]) -> LCKVLlamaConfig:
-    """Reads the configuration of any family as ours, every layer reading itself; ours is read as it is.
-
-    Args:
-        values: what `config.json` holds.
-
-    Raises:
-        UserError: for another family, or weights that are quantised; the message says what is allowed.
-    """
-    check_family(values)
-    if values["model_type"] == LCKVLlamaConfig.model_type:
-        return LCKVLlamaConfig.from_dict(dict(values))
-    config = AutoConfig.for_model(**values)
-    carried = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name in LCKVLlamaConfig.__dataclass_fields__ and name not in _NOT_CARRIED_OVER
-    }
-    return LCKVLlamaConfig(**(carried | FAMILIES[config.model_type](config)))
-
-
-def _windows(config: PretrainedConfig, is_sliding: list[bool]) -> dict[str, Any]:
-    """The pattern in which every layer reads itself, through its window if it has one."""
-    if not any(is_sliding):
-        return {}
+@FAMILIES.register("gpt2")
+def gpt2(config: PretrainedConfig) -> dict[str, Any]:
+    """Learned positions, norms with biases, and a plain MLP; dropout is left out."""
     return {
-        "layer_types": join_layer_types(range(len(is_sliding)), is_sliding),
-        "sliding_window": config.sliding_window,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_inner or 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "max_position_embeddings": config.n_positions,
+        "hidden_act": config.activation_function,
+        "rms_norm_eps": config.layer_norm_epsilon,
+        "norm_type": "layer_norm",
+        "gated_mlp": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "learned_positions": True,
+        "attention_multiplier": None if config.scale_attn_weights else 1.0,
     }
+
+
+@FAMILIES.register("gemma3_text")
+def gemma3_text(config: PretrainedConfig) -> dict[str, Any]:
+    """Norms in front and behind, scaled embeddings, and rotations by the kind of layer."""
+    return {
+        "hidden_act": config.hidden_activation,
+        "use_qk_norm": True,
+        "use_output_norms": True,
+        "attention_multiplier": config.query_pre_attn_scalar**-0.5,
+        "embedding_multiplier": config.hidden_size**0.5,
+        "rope_layer_types": config.layer_types,
+    } | windows(config)
+
+
+@FAMILIES.register("stablelm")
+def stablelm(config: PretrainedConfig) -> dict[str, Any]:
+    """Norms with biases; a part of each head is rotated."""
+    return {
+        "norm_type": "layer_norm",
+        "rms_norm_eps": config.layer_norm_eps,
+        "attention_bias": config.use_qkv_bias,
+        "attention_output_bias": False,
+    }
+
+
+@FAMILIES.register("smollm3")
+def smollm3(config: PretrainedConfig) -> dict[str, Any]:
+    """Most layers rotate, some do not; these may have windows."""
+    unrotated = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"], PARTIAL: 0.0}
+    return {
+        "rope_parameters": {"rotated": config.rope_parameters, "unrotated": unrotated},
+        "rope_layer_types": ["rotated" if is_rotated else "unrotated" for is_rotated in config.no_rope_layers],
+    } | windows(config)
+
+
+@FAMILIES.register("granite")
+def granite(config: PretrainedConfig) -> dict[str, Any]:
+    """Llama with multipliers, under the names that they have here."""
+    return {}

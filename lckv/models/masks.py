@@ -16,7 +16,7 @@ nothing divides by zero, so the mask shows it its own token, and the attention o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -139,21 +139,21 @@ def build_visible_keys(
     """
     builder = _MaskBuilder(config, layout, inputs_embeds, attention_mask, past_key_values, document_ids)
     rotates_late = positions is not None and layout.rotates_keys_late
-    rotations: dict[int, PositionEmbeddings] = {}  # by the layer that says where the keys lie
+    rotations: dict[tuple[int, str | None], PositionEmbeddings] = {}  # by the layer that says where the keys lie
     masks: dict[MaskKind, VisibleKeys | None] = {}
     visible_keys = []
     for layer in config.sharing_plan.layers:
         is_cut = num_outputs is not None and layer.layer_idx >= layout.owners[-1]
         kind = builder.kind_of(layer, cast(int, num_outputs) if is_cut else inputs_embeds.shape[1])
         if kind not in masks:
-            masks[kind] = visible = builder.build(kind) if kind.num_queries else None
-            if visible is not None and positions is not None and rotates_late:
-                if kind.geometry_layer not in rotations:
-                    rotations[kind.geometry_layer] = positions.embed_keys(
-                        past_key_values, kind.geometry_layer, builder.padding
-                    )
-                visible.key_rotation = rotations[kind.geometry_layer]
-        visible_keys.append(masks[kind])
+            masks[kind] = builder.build(kind) if kind.num_queries else None
+        visible = masks[kind]
+        if visible is not None and positions is not None and rotates_late:
+            place = kind.geometry_layer, config.query_label(layer.layer_idx)
+            if place not in rotations:
+                rotations[place] = positions.embed_keys(past_key_values, place[0], builder.padding, place[1])
+            visible = replace(visible, key_rotation=rotations[place])
+        visible_keys.append(visible)
     return visible_keys
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -10,13 +11,14 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
 from lckv.iteration import Iteration, Passes
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.masks import build_visible_keys, find_documents, has_cached_tokens
-from lckv.models.positions import Positions
+from lckv.models.parts import build_embedding, build_head, build_norm
+from lckv.models.positions import PositionEmbeddings, Positions
+from lckv.models.rotary import rotary_embedding
 from lckv.models.sharing_cache import SharingCache
 from lckv.models.stack import LCKVDecoderLayer, Stack, Trace
 
@@ -85,13 +87,22 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         super().__init__(config)
         self.vocab_size = config.vocab_size
         self.sharing_plan, self.layout = config.sharing_plan, config.kv_layout
-        # Without a `padding_idx`, whose row torch never trains: many tokenizers pad with a token of the text.
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = build_embedding(config)
+        self.embed_positions = None
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(
             [LCKVDecoderLayer(config, layer_idx) for layer_idx in range(len(config.sharing_plan.layers))]
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.norm = build_norm(config)
+        self.rotary_emb: nn.Module  # one, or several by name
+        self.rope_labels = list(config.rotations)
+        if config.rope_layer_types is None:
+            self.rotary_emb = rotary_embedding(config)
+        else:
+            self.rotary_emb = nn.ModuleDict(
+                {str(label): rotary_embedding(config, label) for label in self.rope_labels}
+            )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -139,7 +150,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         inputs_embeds = self._embed(input_ids, inputs_embeds)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._choose_cache(past_key_values, use_cache)
-        trace = self._new_trace(inputs_embeds, output_hidden_states, output_attentions, output_kv_residual)
+        trace = self._new_trace(output_hidden_states, output_attentions, output_kv_residual)
         num_tokens = inputs_embeds.shape[1]
         num_outputs = None if trace.wants_each_layer else _num_outputs(logits_to_keep, num_tokens)
         is_sequential = self._begin(past_key_values, attention_mask, position_ids, num_tokens, trace)
@@ -149,12 +160,16 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             position_ids = self._next_positions(num_tokens, past_key_values, inputs_embeds.device)
         elif attention_mask is None and not has_past:
             document_ids = find_documents(position_ids, inputs_embeds.shape[0])
-        positions = Positions(position_ids, lambda ids: self.rotary_emb(inputs_embeds, position_ids=ids), has_past)
+        if self.embed_positions is not None:
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+        if trace.hidden_states is not None:
+            trace.hidden_states.append(inputs_embeds)
+        positions = Positions(position_ids, partial(self._rotate, inputs_embeds), has_past)
         stack = self.stack_class(
             self.layers,
             self.sharing_plan,
             self.layout,
-            position_embeddings=positions.embed(position_ids),
+            position_embeddings={label: positions.embed(position_ids, label) for label in self.rope_labels},
             visible_keys=[],
             cache=past_key_values,
             has_past=has_past,
@@ -172,6 +187,12 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
+    def _rotate(self, like: torch.Tensor, positions: torch.Tensor, label: str | None) -> PositionEmbeddings:
+        """Cosines and sines for positions `(batch or 1, num_tokens)`, of the type of another tensor."""
+        embedding = self.rotary_emb if label is None else cast(nn.ModuleDict, self.rotary_emb)[label]
+        tables: PositionEmbeddings = embedding(like, position_ids=positions)
+        return tables
+
     def _choose_cache(self, past_key_values: Cache | None, use_cache: bool) -> Cache | None:
         """The cache of the call: the given one, or a new one if one is to be returned."""
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -183,7 +204,6 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
 
     def _new_trace(
         self,
-        inputs_embeds: torch.Tensor,
         output_hidden_states: bool | None,
         output_attentions: bool | None,
         output_kv_residual: bool,
@@ -193,7 +213,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         wants_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_attentions = config.output_attentions if output_attentions is None else output_attentions
         return Trace(
-            hidden_states=[inputs_embeds] if wants_hidden_states else None,
+            hidden_states=[] if wants_hidden_states else None,
             attentions={} if wants_attentions else None,
             residuals=[] if output_kv_residual else None,
         )
@@ -286,7 +306,6 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             cache = DynamicCache()
             cache.layers = [DynamicLayer() for _ in self.layers]
         num_past = int(cache.get_seq_length(self.layout.owners[0]))
-        cos, sin = stack.position_embeddings
         num_tokens = inputs_embeds.shape[1]
         num_unused = 0 if num_outputs is None else num_tokens - num_outputs
         outputs = []
@@ -307,7 +326,9 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             )
             token_stack = replace(
                 stack,
-                position_embeddings=(cos[:, token], sin[:, token]),
+                position_embeddings={
+                    label: (cos[:, token], sin[:, token]) for label, (cos, sin) in stack.position_embeddings.items()
+                },
                 visible_keys=visible_keys,
                 cache=cache,
                 has_past=stop > 1,
@@ -334,7 +355,7 @@ class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LCKVLlamaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = build_head(config)
         self.post_init()
 
     @can_return_tuple

@@ -20,15 +20,17 @@ class Positions:
 
     Attributes:
         new: of the new tokens, `(batch or 1, q_len)`.
-        embed: from positions `(batch or 1, num_tokens)` to cosines and sines.
+        embed: from positions `(batch or 1, num_tokens)` to cosines and sines, of the rotary embedding of this name.
         has_past: whether there are earlier tokens.
     """
 
     new: torch.Tensor
-    embed: Callable[[torch.Tensor], PositionEmbeddings]
+    embed: Callable[[torch.Tensor, str | None], PositionEmbeddings]
     has_past: bool
 
-    def embed_keys(self, cache: Cache | None, layer_idx: int, padding: torch.Tensor | None) -> PositionEmbeddings:
+    def embed_keys(
+        self, cache: Cache | None, layer_idx: int, padding: torch.Tensor | None, label: str | None
+    ) -> PositionEmbeddings:
         """Cosines and sines for what the cache will return of layer `layer_idx`, asked before it takes the new tokens.
 
         Nobody notes the positions of cached tokens. But attention depends on distances alone: a key that lies so many
@@ -38,9 +40,10 @@ class Positions:
             cache: before this call's tokens; `None` if only they are read.
             layer_idx: the owner.
             padding: which tokens are none, false there, `(batch, past + q_len)`; `None` if all are.
+            label: which rotary embedding; see [`LCKVLlamaConfig.rope_label`].
         """
         if cache is None:
-            return self.embed(self.new)
+            return self.embed(self.new, label)
         num_new, device, tokens = self.new.shape[1], self.new.device, None
         if isinstance(cache, SharingCache):
             tokens = cache.get_rotary_positions(num_new, layer_idx)
@@ -50,7 +53,7 @@ class Positions:
             tokens = torch.arange(kv_length, device=device)[None] + kv_offset
         tokens, last = tokens.to(device), cache.get_seq_length(layer_idx) + num_new - 1
         if not self.has_past:  # all is said, and may restart where another document begins
-            return self.embed(_pick(self.new, tokens))
+            return self.embed(_pick(self.new, tokens), label)
         if padding is None:
             distances = (last - tokens).to(device)
         else:
@@ -58,7 +61,7 @@ class Positions:
             distances = order[:, -1:] - _pick(order, tokens)
         # Slots that are empty, before the first token or behind the last, must not look like a longer text: there are
         # rotary embeddings whose frequencies depend on its length.
-        return self.embed((self.new[:, -1:] - distances.clamp(min=0)).clamp(min=0))
+        return self.embed((self.new[:, -1:] - distances.clamp(min=0)).clamp(min=0), label)
 
 
 def _pick(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from lckv.iteration import Passes
 from lckv.layout import KVLayout
@@ -23,6 +22,7 @@ from lckv.models.attention import LCKVAttention, last_positions
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.latent_attention import LatentAttention
 from lckv.models.masks import VisibleKeys
+from lckv.models.parts import build_mlp, build_norm
 from lckv.models.positions import PositionEmbeddings
 from lckv.models.sharing_cache import CachePeeker, CacheWriter, Streams
 from lckv.patterns import Segment, SharingPlan
@@ -42,15 +42,22 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         self.own_indices = tuple(source.index if source.owner == layer_idx else None for source in sources)
         attention = LCKVAttention if config.latents_of(layer_idx) is None else LatentAttention
         self.self_attn = attention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.key_label, self.query_label = config.rope_label(layer_idx), config.query_label(layer_idx)
+        self.mlp = build_mlp(config)
+        self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = build_norm(config)
+        self.residual_multiplier = config.residual_multiplier
+        self.use_output_norms = config.use_output_norms
+        if config.use_output_norms:
+            self.attention_output_layernorm = build_norm(config)
+            self.mlp_output_layernorm = build_norm(config)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         *sources: torch.Tensor | None,
         position_embeddings: PositionEmbeddings,
+        query_embeddings: PositionEmbeddings,
         visible_keys: VisibleKeys | None,
         writes: bool = True,
         cache: CacheWriter | None = None,
@@ -63,7 +70,8 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
             hidden_states: `(batch, q_len, hidden_size)`.
             sources: the streams that the layer reads, each `(batch, num_heads, kv_len, head_dim)`; `None` where the
                 layer itself writes them, and where nobody has so far, so that they are zero.
-            position_embeddings: cosines and sines for the new tokens.
+            position_embeddings: cosines and sines for the new tokens, as the layer rotates its keys.
+            query_embeddings: the same as the keys are rotated that it reads.
             visible_keys: which keys each query sees, for all tokens or the last ones; `None` if nobody reads.
             writes: whether the layer writes its streams.
             cache: takes what is written, and gives what queries see of it and of earlier tokens.
@@ -80,7 +88,7 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         if visible_keys is None:
             return (None, *(written or ()))
         streams = self._gather(sources, written)
-        output = self.read(hidden_states, normed, streams, visible_keys, position_embeddings, attentions, **kwargs)
+        output = self.read(hidden_states, normed, streams, visible_keys, query_embeddings, attentions, **kwargs)
         return (output, *(written or ()))
 
     def _gather(self, sources: tuple[torch.Tensor | None, ...], written: Streams | None) -> Streams | None:
@@ -127,8 +135,13 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         attn_output, attn_weights = self.self_attn(normed, streams, visible_keys, position_embeddings, **kwargs)
         if attentions is not None:
             attentions[self.layer_idx] = attn_weights
-        hidden_states = hidden_states + attn_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if self.use_output_norms:
+            attn_output = self.attention_output_layernorm(attn_output)
+        hidden_states = torch.add(hidden_states, attn_output, alpha=self.residual_multiplier)
+        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
+        if self.use_output_norms:
+            mlp_output = self.mlp_output_layernorm(mlp_output)
+        return torch.add(hidden_states, mlp_output, alpha=self.residual_multiplier)
 
 
 @dataclass
@@ -161,7 +174,7 @@ class Stack:
         layers: from the bottom.
         plan: which of them form cycles.
         layout: which streams each of them writes and reads.
-        position_embeddings: cosines and sines of the new tokens.
+        position_embeddings: cosines and sines of the new tokens, by the name of the rotary embedding.
         visible_keys: for every layer, which keys its queries see; `None` where no output is wanted.
         cache: takes what is written in the last pass.
         has_past: whether the cache holds earlier tokens.
@@ -173,7 +186,7 @@ class Stack:
     layers: nn.ModuleList
     plan: SharingPlan
     layout: KVLayout
-    position_embeddings: PositionEmbeddings
+    position_embeddings: dict[str | None, PositionEmbeddings]
     visible_keys: list[VisibleKeys | None]
     cache: Cache | None
     has_past: bool
@@ -274,10 +287,12 @@ class Stack:
         attentions: dict[int, Any] | None = None,
     ) -> torch.Tensor:
         """Runs one layer, and notes in `states` what it writes. Every call looks alike, so that few are compiled."""
-        hidden_states, *written = self.layers[layer_idx](
+        layer: Any = self.layers[layer_idx]
+        hidden_states, *written = layer(
             hidden_states,
             *self._read(layer_idx, states),
-            position_embeddings=self.position_embeddings,
+            position_embeddings=self.position_embeddings[layer.key_label],
+            query_embeddings=self.position_embeddings[layer.query_label],
             visible_keys=visible_keys,
             writes=writes,
             cache=cache,

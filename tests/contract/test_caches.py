@@ -23,7 +23,7 @@ from tests.contract.caches import (
     new_cache,
     with_lossy,
 )
-from tests.reference import PATTERNS, token_ids
+from tests.reference import PATTERNS, SHAPES, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -99,6 +99,13 @@ def test_windows_of_other_sizes(name, layer_types, window):
 
 def test_no_layer_may_see_its_own_token(name):
     check_step_by_step(name, "0s_1s_2_2", [4, 1, 2, 1], force_nodiag=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_other_families_add_to_llama(name, shape):
+    if (name, shape) == ("sink", "gpt2"):
+        pytest.skip("learned positions cannot be moved")
+    check_step_by_step(name, "2_0s_2s_0", [4, 1, 1, 3], **SHAPES[shape])
 
 
 @given(st.data())

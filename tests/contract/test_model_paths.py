@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tests.reference import PATTERNS, cross_entropy, exact_logits, plain_schedule_logits, tiny_model, token_ids
+from tests.reference import PATTERNS, SHAPES, cross_entropy, exact_logits, plain_schedule_logits, tiny_model, token_ids
 
 LENGTH = 9
 
@@ -226,12 +226,13 @@ def test_half_precision_weights_stay_near_fp32(model, dtype):
                 "original_max_position_embeddings": 32,
             }
         },
+        *SHAPES.values(),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3_4", "1s_1s_3s_3s"])
+@pytest.mark.parametrize("layer_types", ["0_0_2_2", "0_3_3_3", "1s_1s_3s_3s", "2_0s_2s_0"])
 @torch.no_grad()
-def test_options_of_llama(layer_types, options, tmp_path):
+def test_options_of_llama_and_other_families(layer_types, options, tmp_path):
     model = tiny_model(layer_types, forward_passes=LENGTH, **options)
     for parameter in model.parameters():
         if parameter.ndim == 1:

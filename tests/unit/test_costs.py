@@ -14,6 +14,7 @@ from lckv.errors import UserError
 from lckv.iteration import Iteration
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
+from tests.reference import SHAPES
 from tests.strategies import layer_types
 
 SIZES = ModelSizes(
@@ -99,6 +100,13 @@ def test_parameters_of_every_pattern(name):
     config = tiny_config(build_layer_types(name, 6), attention_bias=True)
     expected = sum(parameter.numel() for parameter in LCKVLlamaForCausalLM(config).parameters())
     assert count_parameters(config.sharing_plan, ModelSizes.from_config(config)) == expected
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_parameters_of_other_families(family):
+    config = tiny_config("0_0_2_2", **SHAPES[family])
+    model = LCKVLlamaForCausalLM(config)
+    assert count_parameters(config.sharing_plan, ModelSizes.from_config(config)) == model.num_parameters()
 
 
 def latent_config(string: str, kind: str, **settings) -> LCKVLlamaConfig:
@@ -209,9 +217,10 @@ def test_matrix_products_of_a_prefill_are_those_that_torch_counts(string, forwar
     assert sum(prefill_flops(config, "aten.mm", "aten.addmm")) / 12 == pytest.approx(flops.prefill, rel=1e-12)
 
 
-@pytest.mark.parametrize("string", ["0", "0_0_0", "0_0_0_0s"])
-def test_whole_prefills_are_what_torch_counts_where_only_the_last_token_attends(string):
-    config = tiny_config(string, sliding_window=64, attn_implementation="eager")
+@pytest.mark.parametrize("family", ["plain", *SHAPES])
+@pytest.mark.parametrize("string", ["0_0_0_0", "0_0_0_0s"])
+def test_whole_prefills_are_what_torch_counts_where_only_the_last_token_attends(string, family):
+    config = tiny_config(string, sliding_window=64, attn_implementation="eager", **SHAPES.get(family, {}))
     flops = count_flops(config.sharing_plan, ModelSizes.from_config(config), 12)
     assert sum(prefill_flops(config)) / 12 == pytest.approx(flops.prefill, rel=1e-12)
 
@@ -225,7 +234,7 @@ def prefill_flops(config: LCKVLlamaConfig, *names: str) -> list[int]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.arange(12)[None], logits_to_keep=1)
     counts = counter.get_flop_counts()
-    rotary = next((counts[module] for module in counts if module.endswith(".rotary_emb")), {})
+    rotary = next((counts[module] for module in counts if "rotary_emb" in module), {})
     return [flops - rotary.get(name, 0) for name, flops in counts["Global"].items() if not names or str(name) in names]
 
 

@@ -465,6 +465,14 @@ def test_text_beyond_the_models_positions_is_warned_of_in_a_line(run, tmp_path, 
     assert caplog.text == ""
 
 
+def test_text_beyond_learned_positions_is_refused(run, tmp_path):
+    exact_model("0_1", max_position_embeddings=7, learned_positions=True).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    run("prompt=abc", "max_new_tokens=4", model=str(tmp_path))
+    message = message_of(run, "prompt=abc", "max_new_tokens=5", model=str(tmp_path))
+    assert "max_new_tokens=5: with the 3 tokens of the prompt, that is more than the 7 positions that" in message
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite(value):
     model = exact_model()

@@ -26,7 +26,7 @@ LAYERS = [
     ["cache"],
     ["evaluation", "training"],
     ["gguf_settings", "model_files"],
-    ["gguf_weights"],
+    ["stored_weights", "gguf_weights"],
     ["loading"],
     ["building"],
     ["engine"],

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BertConfig,
     GenerationConfig,
-    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -323,8 +323,8 @@ def test_weights_of_other_layers(folder):
 
 
 def test_other_architectures(tmp_path):
-    GPT2Config().save_pretrained(tmp_path / "gpt2")
-    message = message_of(tmp_path / "gpt2")
-    assert "is of model_type 'gpt2'; allowed are lckv-llama, llama, mistral, qwen2, qwen3" in message
-    (tmp_path / "gpt2" / "config.json").write_text("{}")
-    assert "is of model_type None" in message_of(tmp_path / "gpt2")
+    BertConfig().save_pretrained(tmp_path / "bert")
+    message = message_of(tmp_path / "bert")
+    assert "is of model_type 'bert'; allowed are lckv-llama, llama, mistral, qwen2, qwen3" in message
+    (tmp_path / "bert" / "config.json").write_text("{}")
+    assert "is of model_type None" in message_of(tmp_path / "bert")

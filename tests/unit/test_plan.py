@@ -38,7 +38,7 @@ def test_figures_are_those_of_the_configuration():
         "context_length=100",
         "kv_dtype=float32",
     )
-    sizes = ModelSizes(500, 192, 512, 3, 3, 64, 10, tie_word_embeddings=True)
+    sizes = ModelSizes(500, 192, 512, 3, 3, 64, 10, tie_word_embeddings=True, max_position_embeddings=1024)
     assert report.sizes == sizes
     expected = count_costs(parse_layer_types("0_2s_2_3s"), sizes, 100, iteration=Iteration(3, 2), dtype="float32")
     assert report.costs == expected

@@ -53,6 +53,7 @@ def streaming_logits(model, input_ids, num_sinks, window):
     config = model.config
     weights = sum(parameter.double().sum().item() for parameter in model.parameters())
     key = (config.kv_sharing, config.force_nodiag, config.sliding_window, num_sinks, window, weights)
+    key = (*key, str(config.rope_parameters))
     key = (*key, tuple(input_ids.tolist()))
     if key not in _KNOWN:
         _KNOWN[key] = compute_streaming_logits(model, input_ids, num_sinks, window)
@@ -69,8 +70,7 @@ def compute_streaming_logits(model, input_ids, num_sinks, window):
         `(length, vocab_size)`.
     """
     config, plan = model.config, model.config.sharing_plan
-    base, dim = config.rope_parameters["rope_theta"], config.head_dim
-    inv_freq = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    dim = config.head_dim
     keys, values = ({owner: [] for owner in plan.kv_owners} for _ in range(2))
     logits = []
     for token_idx, token in enumerate(input_ids):
@@ -81,6 +81,9 @@ def compute_streaming_logits(model, input_ids, num_sinks, window):
                 keys[layer_plan.layer_idx].append(layer.self_attn.k_proj(normed).view(-1, dim))
                 values[layer_plan.layer_idx].append(layer.self_attn.v_proj(normed).view(-1, dim))
             owner = layer_plan.kv_source
+            label = config.rope_label(owner)
+            rope = config.rope_parameters if label is None else config.rope_parameters[label]
+            inv_freq = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             kept = list(range(token_idx + 1))
             if not plan.owner_is_sliding(owner):
                 kept = [token for token in kept if token < num_sinks or token > token_idx - window]
@@ -201,7 +204,7 @@ def test_other_rotary_embeddings(rope_type):
     cache = new_cache(model, window=400)
     input_ids = token_ids(1, LENGTH)
     near = model(input_ids, past_key_values=cache).logits
-    moved = cache.rotation(cache.owners()[0].keys, [37])
+    moved = cache.rotations[None](cache.owners()[0].keys, [37])
     positions = torch.arange(37, 37 + LENGTH)[None]
     shifted = new_cache(model, window=400)
     assert_close(model(input_ids, past_key_values=shifted, position_ids=positions).logits, near)
@@ -212,9 +215,15 @@ def test_other_rotary_embeddings(rope_type):
 # --- positions -----------------------------------------------------------------------------------------------------
 
 
+BY_KIND = {name: {"rope_type": "default", "rope_theta": theta} for name, theta in (("a", 1e4), ("b", 10.0))}
+
+
 @pytest.mark.parametrize("layer_types", [YOCO, "0_2s_2_2s"])
-def test_positions_stay_bounded_and_nothing_changes(layer_types):
-    model = exact_model(layer_types)
+@pytest.mark.parametrize("labels", [None, ["b", "a", "a", "a"]])
+def test_positions_stay_bounded_and_nothing_changes(layer_types, labels):
+    model = exact_model(
+        layer_types, **({} if labels is None else {"rope_parameters": BY_KIND, "rope_layer_types": labels})
+    )
     input_ids = token_ids(1, 60)
     cache, positions, logits = new_cache(model), [], []
     for token in input_ids.split(1, dim=1):
@@ -260,7 +269,7 @@ def test_the_caller_may_begin_and_cease_to_give_positions(layer_types):
 def test_far_from_the_beginning_the_angles_are_still_exact():
     """Keys that arrive a million tokens on, at given positions: what the sinks are moved by is not rounded."""
     model = exact_model("0_1_2_3", rope_parameters={"rope_type": "default", "rope_theta": 10000.0}).double()
-    rotation = new_cache(model).rotation
+    rotation = new_cache(model).rotations[None]
     keys = torch.randn(1, 2, 3, 8, dtype=torch.float64)
     far = rotation(rotation(rotation(keys, [1_000_003]), [-999_999]), [-4])
     torch.testing.assert_close(far, keys, atol=1e-8, rtol=0)
@@ -329,7 +338,7 @@ def test_rows_keep_their_padding_when_the_batch_changes():
         padding = int(num_padding[source])
         expected = streaming_logits(model, input_ids[source, padding:], SINKS, WINDOW)
         assert_close(logits[row], expected[stop - padding :])
-    fresh = SinkLayer(plain_store(), 1, 1, cache.rotation)
+    fresh = SinkLayer(plain_store(), 1, 1, cache.rotations[None])
     fresh.padding = [0, 4]
     fresh.batch_select_indices(torch.tensor([1]))
     assert fresh.padding == [4]
@@ -555,6 +564,11 @@ def test_frequencies_that_change_with_the_length_are_refused(rope_type):
     config = tiny_config("0_1", rope_parameters=rope)
     with pytest.raises(UserError, match=f"rope_type='{rope_type}': allowed are types whose frequencies do not"):
         SinkKVCache(config)
+
+
+def test_learned_positions_are_refused():
+    with pytest.raises(UserError, match="cache 'sink' for a model with learned_positions: what it keeps of a token"):
+        SinkKVCache(tiny_config("0_1", learned_positions=True))
 
 
 def test_it_is_in_the_registry():

@@ -10,7 +10,7 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from lckv.cache import DynamicKVCache, PagedKVCache
 from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
-from tests.reference import PATTERNS, tiny_model, token_ids
+from tests.reference import PATTERNS, SHAPES, tiny_model, token_ids
 
 LENGTHS = [7, 1, 12, 3, 20, 5]
 NEW_TOKENS = [9, 4, 1, 15, 6, 12]
@@ -39,9 +39,11 @@ def check_all(model, batcher, prompts, new_tokens):
     assert batcher.cache.num_used_pages() == 0 and not batcher.has_work()
 
 
-@pytest.mark.parametrize("layer_types", PATTERNS)
-def test_requests_that_join_at_any_step_get_their_own_text(layer_types):
-    model, prompts = exact_model(layer_types), make_prompts()
+@pytest.mark.parametrize(
+    ("layer_types", "family"), [*((each, {}) for each in PATTERNS), ("0_2s_2_2s", SHAPES["gpt2"])], ids=str
+)
+def test_requests_that_join_at_any_step_get_their_own_text(layer_types, family):
+    model, prompts = exact_model(layer_types, **family), make_prompts()
     batcher = ContinuousBatcher(model, PagedKVCache(model.config, page_size=4), tokens_per_step=6)
     for prompt, count in zip(prompts, NEW_TOKENS, strict=True):
         batcher.add_request(prompt, max_new_tokens=count)

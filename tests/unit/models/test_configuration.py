@@ -59,6 +59,18 @@ def test_caches_keep_what_the_widest_reader_needs():
     assert config.kv_sharing_modes == [None, None, "reuse", None, "reuse"]
 
 
+BY_KIND = {name: {"rope_type": "default", "rope_theta": theta} for name, theta in (("a", 1e4), ("b", 10.0))}
+
+
+def test_rotary_embeddings_by_kind_are_saved_as_they_are_given():
+    config = LCKVLlamaConfig(layer_types="0_1_2", rope_layer_types=["a", "b", "a"], rope_parameters=BY_KIND)
+    again = LCKVLlamaConfig.from_dict(config.to_dict(), layer_types="0_0_2")
+    assert (again.rope_layer_types, again.rope_parameters) == (["a", "b", "a"], BY_KIND)
+    only = LCKVLlamaConfig(layer_types="0_1", rope_layer_types=["b", "b"], rope_parameters=BY_KIND)
+    assert list(only.rope_parameters) == ["b"] and [only.rope_label(layer) for layer in (0, 1)] == ["b", "b"]
+    assert LCKVLlamaConfig(layer_types="0_1").rope_label(1) is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -70,6 +82,10 @@ def test_caches_keep_what_the_widest_reader_needs():
         ({"layer_types": "0_1", "sliding_window": 0}, "sliding_window=0"),
         ({"layer_types": "0_1", "converge_tolerance": -1.0}, "converge_tolerance=-1.0"),
         ({"layer_types": ["full_attention"]}, "must be a string"),
+        ({"layer_types": "0_1", "norm_type": "layer"}, "norm_type='layer': allowed are rms_norm, layer_norm"),
+        ({"layer_types": "0_1", "rope_layer_types": ["a"], "rope_parameters": BY_KIND}, "has 1 entries for 2 layers"),
+        ({"layer_types": "0_1", "rope_layer_types": ["a", "c"], "rope_parameters": BY_KIND}, "'c': allowed are a, b"),
+        ({"layer_types": "0_1", "rope_layer_types": ["a", "b"]}, "rope_layer_types='a': allowed are"),
     ],
 )
 def test_refuses(options, message):

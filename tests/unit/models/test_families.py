@@ -5,18 +5,28 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    DeepseekV3Config,
+    DynamicCache,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
 )
 
+from lckv.cache import build_cache
+from lckv.config.names import LATENTS
+from lckv.conversion.latent_models import to_latents
 from lckv.costs import ModelSizes, count_parameters
 from lckv.errors import UserError
 from lckv.loading import load_model
 from lckv.models import LCKVLlamaForCausalLM
-from lckv.models.families import FAMILIES, read_config
+from lckv.models.families import FAMILIES, read_config, read_model
 from tests.tiny import byte_tokenizer
 
 SIZES = {
@@ -35,6 +45,23 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+GPT2 = {
+    "vocab_size": 300,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA3 = {
+    **SIZES,
+    "head_dim": 16,
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 24,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 CONFIGS = {
     "llama": (LlamaConfig(**SIZES), "0_1_2"),
     "llama 3": (LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE), "0_1_2"),
@@ -49,6 +76,40 @@ CONFIGS = {
     ),
     "qwen3": (Qwen3Config(**SIZES, head_dim=16), "0_1_2"),
     "qwen3 with biases": (Qwen3Config(**SIZES, head_dim=16, attention_bias=True), "0_1_2"),
+    "qwen3 with yarn": (Qwen3Config(**SIZES, head_dim=16, rope_parameters=YARN_ROPE), "0_1_2"),
+    "gpt2": (GPT2Config(**GPT2), "0_1_2"),
+    "gpt2 without scaling": (GPT2Config(**GPT2, n_inner=48, scale_attn_weights=False), "0_1_2"),
+    "gemma 3": (Gemma3TextConfig(**GEMMA3), "0s_1_2s"),
+    "gemma 3 with scaling": (
+        Gemma3TextConfig(
+            **GEMMA3,
+            attention_bias=True,
+            final_logit_softcapping=3.0,
+            tie_word_embeddings=False,
+            rope_parameters={"full_attention": YARN_ROPE, "sliding_attention": LLAMA3_ROPE},
+        ),
+        "0s_1_2s",
+    ),
+    "stablelm": (StableLmConfig(**SIZES), "0_1_2"),
+    "stablelm with yarn": (
+        StableLmConfig(**SIZES, use_qkv_bias=True, rope_parameters=YARN_ROPE | {"partial_rotary_factor": 0.5}),
+        "0_1_2",
+    ),
+    "smollm3": (
+        SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=5, pad_token_id=0),
+        "0_1s_2",
+    ),
+    "granite": (
+        GraniteConfig(
+            **SIZES,
+            attention_multiplier=0.1,
+            embedding_multiplier=12,
+            residual_multiplier=0.22,
+            logits_scaling=0.5,
+            rope_parameters=LLAMA3_ROPE,
+        ),
+        "0_1_2",
+    ),
 }
 
 
@@ -61,20 +122,53 @@ def random_model(config):
     return model
 
 
+def read_in_memory(original):
+    """The same model as one of ours."""
+    reading = read_model(original.config.to_dict())
+    ours = LCKVLlamaForCausalLM(reading.config).eval()
+    ours.load_state_dict(dict(reading.tensors(original.state_dict())))
+    return ours
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_same_logits_from_the_same_tensors(name):
     config, layer_types = CONFIGS[name]
     original = random_model(config)
-    ours = LCKVLlamaForCausalLM(read_config(config.to_dict())).eval()
+    ours = read_in_memory(original)
     assert ours.config.kv_sharing == layer_types
-    ours.load_state_dict(original.state_dict())
     input_ids = torch.randint(300, (2, 12))
     expected = original(input_ids).logits
     torch.testing.assert_close(ours(input_ids).logits, expected, atol=2e-5, rtol=0)
+    for cache in DynamicCache(config=ours.config), build_cache("static", ours.config, max_length=12):
+        steps = [ours(token, past_key_values=cache).logits for token in input_ids.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-4, rtol=0)
 
+    mask = torch.ones_like(input_ids)
+    mask[1, :5] = 0
+    padded = {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+    expected = original(input_ids, **padded).logits
+    torch.testing.assert_close(ours(input_ids, **padded).logits[1, 5:], expected[1, 5:], atol=2e-5, rtol=0)
     steps = ours.generate(input_ids[:, :4], max_new_tokens=5, do_sample=False)
     assert steps.equal(original.generate(input_ids[:, :4], max_new_tokens=5, do_sample=False))
+
+
+@pytest.mark.parametrize("kind", LATENTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_latents_of_full_rank_give_the_original_logits(name, kind):
+    original = random_model(CONFIGS[name][0])
+    if kind == "decoupled_rope" and read_config(original.config.to_dict()).use_qk_norm:
+        pytest.skip("normalised keys are no sum of two projections")
+    if kind == "decoupled_rope" and name.startswith("gpt2"):
+        pytest.skip("no plane of the keys turns")
+    text = [torch.randint(300, (2, 24)) for _ in range(4)]
+    ours, input_ids = to_latents(original, text, kind, ratio=1.0), torch.randint(300, (2, 12))
+    with torch.no_grad():
+        expected = original(input_ids).logits
+        torch.testing.assert_close(ours(input_ids).logits, expected, atol=1e-4, rtol=0)
+        cache = DynamicCache(config=ours.config)
+        steps = [ours(token, past_key_values=cache).logits for token in input_ids.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -98,7 +192,7 @@ def test_a_shared_model_of_a_family_keeps_what_is_its_own():
     assert model.model.layers[0].self_attn.k_proj.bias is not None
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gpt2", "gemma 3 with scaling", "stablelm"])
 @torch.no_grad()
 def test_folders_of_other_families_can_be_generated_from(name, tmp_path):
     original = random_model(CONFIGS[name][0])
@@ -109,9 +203,38 @@ def test_folders_of_other_families_can_be_generated_from(name, tmp_path):
     torch.testing.assert_close(model(input_ids).logits, original(input_ids).logits, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("config", [BertConfig(), MixtralConfig()], ids=lambda config: config.model_type)
-def test_others_are_refused_by_name(config):
-    with pytest.raises(UserError, match=f"is of model_type '{config.model_type}'; allowed are lckv-llama, llama, "):
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            BertConfig(),
+            r"'bert'; allowed are lckv-llama, llama, .*, which this does not: bert.* is a tensor that ours",
+        ),
+        (
+            MixtralConfig(),
+            "'mixtral', which has experts in the place of its MLPs, as num_local_experts=8 says; allowed",
+        ),
+        (DeepseekV3Config(), r"'deepseek_v3', which keeps latents in the place of keys and values already \(MLA\)"),
+    ],
+    ids=["bert", "mixtral", "deepseek_v3"],
+)
+def test_others_are_refused_by_name(config, reason):
+    with pytest.raises(UserError, match=f"is of model_type {reason}"):
+        read_config(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma3TextConfig(**GEMMA3, attn_logit_softcapping=50.0), "attn_logit_softcapping=50.0"),
+        (StableLmConfig(**SIZES, use_parallel_residual=True), "use_parallel_residual=True"),
+        (StableLmConfig(**SIZES, qk_layernorm=True), "qk_layernorm=True"),
+        (GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+    ],
+    ids=["softcap", "parallel", "qk-layernorm", "by-layer"],
+)
+def test_settings_that_our_models_lack_are_refused_by_name(config, reason):
+    with pytest.raises(UserError, match=f"says {reason}, which the models here do not have; allowed is none"):
         read_config(config.to_dict())
 
 

@@ -1,0 +1,41 @@
+"""Configurations of other families in our words, as far as they are alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.patterns import join_layer_types
+
+_NOT_CARRIED_OVER = ("model_type", "architectures", "transformers_version", "layer_types", "sliding_window")
+
+
+def carried_over(config: PretrainedConfig) -> dict[str, Any]:
+    """What a configuration says under our names."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if name in LCKVLlamaConfig.__dataclass_fields__ and name not in _NOT_CARRIED_OVER
+    }
+
+
+def windows(config: PretrainedConfig, is_sliding: list[bool] | None = None) -> dict[str, Any]:
+    """The pattern in which every layer reads itself, through its window if it has one.
+
+    Args:
+        config: which says how long windows are.
+        is_sliding: for every layer, whether it has one; `None`: as the configuration says of each.
+    """
+    if is_sliding is None:
+        is_sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    if not any(is_sliding):
+        return {}
+    return {
+        "layer_types": join_layer_types(range(len(is_sliding)), is_sliding),
+        "sliding_window": config.sliding_window,
+    }
+
+
+__all__ = ["carried_over", "windows"]
