@@ -21,6 +21,7 @@ from lckv.conversion.latents import Factors, LatentFit, Pairs, allot, roots, sou
 from lckv.conversion.sensitivity import KEYS, VALUES, measure_sensitivity
 from lckv.conversion.source import expected_shapes
 from lckv.conversion.target import converted_config, converted_tensors
+from lckv.costs import ModelSizes
 from lckv.errors import UserError
 from lckv.latents import latent_budget, suit_source
 from lckv.loading import load_model
@@ -195,7 +196,16 @@ def test_what_is_read_upward_counts_in_the_pass_that_is_read():
 
 def test_sizes_that_kernels_for_one_head_of_keys_take():
     """512 numbers of a latent with 64 rotated behind them are one stream of 576, whose first 512 the values are."""
-    sizes = SimpleNamespace(num_key_value_heads=8, head_dim=64, hidden_size=512, use_qk_norm=False)
+    sizes = ModelSizes.from_config(
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "hidden_size": 512,
+            "vocab_size": 32,
+            "intermediate_size": 8,
+        }
+    )
     plan = parse_layer_types("0_1")
     (latents, _) = latent_budget(LatentConfig("decoupled_rope", dim=[512, 64]), plan, sizes).uniform
     config = LCKVLlamaConfig(
