@@ -10,6 +10,9 @@ ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_att
 TRAINABLE = ("all", "kv", "qkv")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+LOSS_PARTS = ("logits", "attention", "reconstruction", "labels")
+"""What a loss against a teacher is the weighted sum of."""
+
 TRACKERS = ("tensorboard", "wandb")
 SOURCES = ("bible", "files", "hub")
 

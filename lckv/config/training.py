@@ -10,7 +10,17 @@ from lckv.config.data import DataConfig, TokenizerConfig
 from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, each, is_named, key, not_negative, one_of, such_that
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
-from lckv.config.names import CALIBRATED, DTYPES, METHODS, NO_LATENT, OPTIMIZERS, SCHEDULES, TRACKERS, TRAINABLE
+from lckv.config.names import (
+    CALIBRATED,
+    DTYPES,
+    LOSS_PARTS,
+    METHODS,
+    NO_LATENT,
+    OPTIMIZERS,
+    SCHEDULES,
+    TRACKERS,
+    TRAINABLE,
+)
 from lckv.costs import DTYPE_BYTES
 from lckv.errors import UserError
 
@@ -260,7 +270,7 @@ class InitConfig(CalibrationConfig):
 
 @dataclass
 class TeacherConfig(Group):
-    """A model to learn from. The loss is the weighted sum of three parts, each a mean over the predicted tokens.
+    """A model to learn from. The loss is the weighted sum of four parts, each a mean over the predicted tokens.
 
     Attributes:
         source: a run folder of `lckv.train`, a folder with a model, a GGUF file, or a name on the Hub; its tokens must
@@ -270,6 +280,9 @@ class TeacherConfig(Group):
         attention_weight: of the squared distance of each layer's attention output (projection included) from that of
             the teacher's same layer, relative to its mean square and averaged over layers; needs as many layers of the
             same size, and leaves out those in which the teacher's attention writes nothing.
+        reconstruction_weight: of the squared distance of the keys and values that layers make of latents from those
+            that the teacher's projections make of the same inputs, relative to these and averaged over layers, keys
+            and values; only for models that keep latents.
         labels_weight: of the usual loss, the cross entropy with the text.
         temperature: what both models' logits are divided by in the divergence, which is multiplied by its square.
         dtype: "float32", "bfloat16" or "float16"; "auto": as the teacher was saved.
@@ -279,15 +292,21 @@ class TeacherConfig(Group):
     revision: str | None = None
     logits_weight: float = key(1.0, not_negative)
     attention_weight: float = key(1.0, not_negative)
+    reconstruction_weight: float = key(0.0, not_negative)
     labels_weight: float = key(0.0, not_negative)
     temperature: float = key(1.0, above_zero)
     dtype: str = key("auto", one_of(("auto", *DTYPES)))
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The parts of the loss that have a weight, by name."""
+        weights = {name: getattr(self, f"{name}_weight") for name in LOSS_PARTS}
+        return {name: weight for name, weight in weights.items() if weight}
+
     def check(self, prefix: str) -> None:
         """Refuses a loss of which nothing is left."""
-        names = ("logits_weight", "attention_weight", "labels_weight")
-        if not any(getattr(self, name) for name in names):
-            keys = ", ".join(prefix + name for name in names)
+        if not self.weights:
+            keys = ", ".join(f"{prefix}{name}_weight" for name in LOSS_PARTS)
             raise UserError(f"{keys}: are all 0, so there is nothing to train for")
 
 
@@ -333,7 +352,7 @@ class TrainConfig(Group):
             )
         if model.use_sequential and trainer.gradient_checkpointing:
             raise UserError("model.use_sequential=true: cannot be trained with trainer.gradient_checkpointing=true")
-        if self.teacher.source is not None and self.teacher.attention_weight:
+        if self.teacher.source is not None:
             self._check_outputs_can_be_seen()
         if self.init.source is None:  # else the sizes are the source's
             self.check_sizes()
@@ -357,14 +376,17 @@ class TrainConfig(Group):
             raise UserError(f"trainer.use_liger_kernel=true: Liger has no MLP for {given}, only for silu without bias")
 
     def _check_outputs_can_be_seen(self) -> None:
-        """Refuses what would hide the attention's outputs, or their gradients, from the hooks of the distillation."""
-        given = f"teacher.attention_weight={self.teacher.attention_weight}"
-        if self.trainer.torch_compile:
+        """Refuses what would hide the layers' inputs and outputs, or gradients, from the hooks of the distillation."""
+        seen = {name: weight for name, weight in self.teacher.weights.items() if name not in ("logits", "labels")}
+        for name, weight in seen.items() if self.trainer.torch_compile else ():
             way_out = "set one to 0, or the other to false"
-            raise UserError(f"{given}: cannot be had with trainer.torch_compile=true; {way_out}")
+            raise UserError(
+                f"teacher.{name}_weight={weight}: cannot be had with trainer.torch_compile=true; {way_out}"
+            )
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-            if (self.trainer.hf.get(name) or {}).get("use_reentrant"):
+            if "attention" in seen and (self.trainer.hf.get(name) or {}).get("use_reentrant"):
                 needed = f"trainer.hf.{name}.use_reentrant=false"
+                given = f"teacher.attention_weight={self.teacher.attention_weight}"
                 raise UserError(f"{given}: needs {needed}, or no gradient would get through")
 
 

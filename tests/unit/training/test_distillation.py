@@ -12,10 +12,10 @@ from lckv.config import TeacherConfig
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.training.distillation import (
-    AttentionOutputs,
     DistillationLoss,
-    attention_error,
+    KeptOutputs,
     divergence,
+    relative_error,
     sum_over_predicted,
 )
 from lckv.training.session import Session
@@ -58,6 +58,10 @@ def assert_same_curve(first: Session, second: Session, tolerance: float = 1e-5) 
         assert other == pytest.approx(one, rel=tolerance)
 
 
+def attentions_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [layer.self_attn for layer in model.model.layers]
+
+
 def attention_outputs(model: torch.nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     """What the output projections of a model without cycles give out."""
     outputs = []
@@ -87,13 +91,13 @@ def test_attention_error_by_hand():
     teacher = [torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.0, 2.0]]])]
     student = [torch.tensor([[[2.0, 3.0]]]), torch.tensor([[[4.0, 0.0]]])]
     # Mean squares of the differences are 1/2 and 10.
-    error = attention_error(student, teacher, scales=[5.0, 2.0])
+    error = relative_error(student, teacher, scales=[5.0, 2.0])
     assert error.item() == pytest.approx((0.5 / 5 + 10 / 2) / 2)
 
 
 def test_layers_without_a_scale_are_left_out_of_the_attention_error():
     outputs, zeros = [torch.ones(1, 1, 2), torch.full((1, 1, 2), 4.0)], [torch.zeros(1, 1, 2)] * 2
-    assert attention_error(outputs, zeros, scales=[0.0, 8.0]).item() == 16 / 8
+    assert relative_error(outputs, zeros, scales=[0.0, 8.0]).item() == 16 / 8
 
 
 def test_only_tokens_that_predict_something_count():
@@ -105,7 +109,7 @@ def test_only_tokens_that_predict_something_count():
 def test_loss_is_the_weighted_sum_of_its_parts():
     cfg = TeacherConfig(source="x", logits_weight=2.0, attention_weight=0.5, labels_weight=0.25)
     parts = {"logits": torch.tensor(3.0), "attention": torch.tensor(5.0), "labels": torch.tensor(7.0)}
-    assert DistillationLoss(cfg, [1.0]).total(parts).item() == 2 * 3 + 0.5 * 5 + 0.25 * 7
+    assert DistillationLoss(cfg, {}).total(parts).item() == 2 * 3 + 0.5 * 5 + 0.25 * 7
 
 
 @pytest.mark.parametrize(
@@ -119,10 +123,10 @@ def test_loss_is_the_weighted_sum_of_its_parts():
 )
 def test_parts_that_are_only_looked_at_keep_no_graph(weights, with_graph):
     names = ("logits_weight", "attention_weight", "labels_weight")
-    loss = DistillationLoss(TeacherConfig(source="x", **dict(zip(names, weights, strict=True))), [1.0])
+    loss = DistillationLoss(TeacherConfig(source="x", **dict(zip(names, weights, strict=True))), {"attention": [1.0]})
     logits, output = (torch.randn(1, 3, 5, requires_grad=True) for _ in range(2))
     labels = torch.tensor([[-100, 1, 2]])
-    parts = loss.parts(logits, torch.randn(1, 3, 5), [output], [torch.randn(1, 3, 5)], labels)
+    parts = loss.parts(logits, torch.randn(1, 3, 5), {"attention": ([output], [torch.randn(1, 3, 5)])}, labels)
     assert {name for name, part in parts.items() if part.requires_grad} - {"attention"} == with_graph - {"attention"}
     by_hand = torch.nn.functional.cross_entropy(logits[0, :2], labels[0, 1:], reduction="sum")
     assert parts["labels"].item() == pytest.approx(by_hand.item(), rel=1e-5)
@@ -142,7 +146,7 @@ def test_the_loss_of_a_step_by_hand(make_session: MakeSession, build_teacher, mi
         teacher__source="x",
         teacher__labels_weight=0.5,
     )
-    scales = session.trainer.distillation_loss.scales
+    scales = session.trainer.distillation_loss.scales["attention"]
     totals, count = dict.fromkeys(PARTS, 0.0), 0
     for index in list(session.trainer.order)[:4]:
         batch = {name: value[None] for name, value in session.data.train[index].items()}
@@ -174,7 +178,7 @@ def test_scales_are_the_mean_squares_of_the_teachers_outputs(make_session: MakeS
         batch = {name: value[None] for name, value in data[index].items()}
         scored = batch.pop("labels")[0, 1:] != -100
         outputs.append([output[0, :-1][scored] for output in attention_outputs(teacher, batch)])
-    for scale, *parts in zip(session.trainer.distillation_loss.scales, *outputs, strict=True):
+    for scale, *parts in zip(session.trainer.distillation_loss.scales["attention"], *outputs, strict=True):
         assert scale == pytest.approx(torch.cat(parts).square().mean().item(), rel=1e-4)
 
 
@@ -182,7 +186,7 @@ def test_a_teachers_layer_that_puts_out_zeros_is_left_out(make_session: MakeSess
     teacher = build_teacher()
     torch.nn.init.zeros_(teacher.model.layers[1].self_attn.o_proj.weight)
     session = make_session(teacher=teacher, teacher__source="x", trainer__max_steps=1)
-    scales = session.trainer.distillation_loss.scales
+    scales = session.trainer.distillation_loss.scales["attention"]
     assert [scale > 0 for scale in scales] == [True, False, True, True]
     session.run()
     assert 0 < train_lines(session)[0]["loss_attention"] < 1e4
@@ -203,7 +207,7 @@ def test_a_teacher_without_any_attention_is_refused(make_session: MakeSession, b
 def test_outputs_are_those_of_the_pass_that_the_model_goes_on_from(build_teacher, layer_types: str):
     model = build_teacher(layer_types, forward_passes=2, backward_passes=2)
     inputs = {"input_ids": torch.randint(0, 256, (2, 12))}
-    with AttentionOutputs(model, 12) as outputs:
+    with KeptOutputs(attentions_of(model), 12) as outputs:
         states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     outputs = list(outputs)
     assert len(outputs) == len(model.model.layers)
@@ -221,7 +225,7 @@ def test_outputs_of_a_model_that_runs_token_by_token(build_teacher):
     inputs = {"input_ids": torch.randint(0, 256, (2, 6))}
     seen = []
     for model in (at_once, one_by_one):
-        with torch.no_grad(), AttentionOutputs(model, 6) as outputs:
+        with torch.no_grad(), KeptOutputs(attentions_of(model), 6) as outputs:
             model(**inputs, use_cache=False)
         seen.append(list(outputs))
     for one, other in zip(*seen, strict=True):
@@ -252,7 +256,7 @@ def test_a_llama_of_transformers_can_teach(make_session: MakeSession, build_teac
     llama.load_state_dict(teacher.state_dict())
     settings = {"model__layer_types": "0_0_2_2", "teacher__source": "x", "data": corpus.config}
     sessions = [make_session(str(n), teacher=model, **settings) for n, model in enumerate((teacher, llama))]
-    scales = [session.trainer.distillation_loss.scales for session in sessions]
+    scales = [session.trainer.distillation_loss.scales["attention"] for session in sessions]
     # What one of them sees of other documents in its blocks, the other sees too.
     assert scales[0] == pytest.approx(scales[1], rel=1e-4)
 
