@@ -17,6 +17,7 @@ from lckv.config.names import (
     METHODS,
     NO_LATENT,
     OPTIMIZERS,
+    RIEMANNIAN,
     SCHEDULES,
     TRACKERS,
     TRAINABLE,
@@ -164,7 +165,8 @@ class OptimConfig(Group):
     """Optimizer and learning rate schedule.
 
     Attributes:
-        name: "adamw", or "muon" (hidden matrices by Muon, the rest by AdamW).
+        name: "adamw", "muon" (hidden matrices by Muon, the rest by AdamW), or "riemannian_adam" (up-projections of
+            latents by Riemannian Adam, so that their columns stay orthonormal, the rest by AdamW; needs geoopt).
         learning_rate: the peak; Muon's updates are scaled so that AdamW's value suits it too.
         min_learning_rate: what the schedules that decay end at; None: a tenth of the peak.
         schedule: "cosine", "wsd" (warm up, stay, decay), "linear" or "constant"; all warm up linearly.
@@ -354,8 +356,14 @@ class TrainConfig(Group):
             raise UserError("model.use_sequential=true: cannot be trained with trainer.gradient_checkpointing=true")
         if self.teacher.source is not None:
             self._check_outputs_can_be_seen()
+        if self.optim.name == RIEMANNIAN and model.dtype != "float32":
+            raise UserError(
+                f"model.dtype={model.dtype}: is too coarse for the orthonormal columns of optim.name={RIEMANNIAN}; "
+                "allowed is float32, with any trainer.precision"
+            )
         if self.init.source is None:  # else the sizes are the source's
             self.check_sizes()
+            self.check_latents(own=model.kv_latents is not None)
         elif self.init.method in CALIBRATED and self.latent.name == NO_LATENT and not self.init.calibration_tokens:
             raise UserError(f"init.calibration_tokens=0: {self.init.method} looks at text; allowed is 1 or more")
 
@@ -374,6 +382,21 @@ class TrainConfig(Group):
         if self.trainer.use_liger_kernel and (model.hidden_act not in ("silu", "swish") or model.mlp_bias):
             given = "model.mlp_bias=true" if model.mlp_bias else f"model.hidden_act={model.hidden_act}"
             raise UserError(f"trainer.use_liger_kernel=true: Liger has no MLP for {given}, only for silu without bias")
+
+    def check_latents(self, own: bool) -> None:
+        """Refuses what is for latents only, where none are asked for and the model has no `own` ones.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if own or self.latent.name != NO_LATENT:
+            return
+        if self.optim.name == RIEMANNIAN:
+            others = ", ".join(name for name in OPTIMIZERS if name != RIEMANNIAN)
+            raise UserError(f"optim.name={RIEMANNIAN}: needs a model with latents, latent=joint; allowed are {others}")
+        if self.teacher.reconstruction_weight:
+            given = f"teacher.reconstruction_weight={self.teacher.reconstruction_weight}"
+            raise UserError(f"{given}: needs a model with latents, latent=joint; allowed is 0")
 
     def _check_outputs_can_be_seen(self) -> None:
         """Refuses what would hide the layers' inputs and outputs, or gradients, from the hooks of the distillation."""
