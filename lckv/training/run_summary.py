@@ -71,7 +71,7 @@ def build_results(
         "hardware": describe_hardware(model.device),
         "versions": versions(),
     }
-    where_measured = ("mfu", "kv_residual", *(f"loss_{name}" for name in LOSS_PARTS))
+    where_measured = ("mfu", "kv_residual", "stiefel_deviation", *(f"loss_{name}" for name in LOSS_PARTS))
     return results | {name: train[-1][name] for name in where_measured if name in train[-1]}
 
 

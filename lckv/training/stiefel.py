@@ -139,6 +139,8 @@ class StiefelAdam(Optimizer):
         """Loads what `state_dict` returned."""
         super().load_state_dict(state_dict["group"])
         self.adam.load_state_dict(state_dict["points"])
+        for state in self.adam.state.values():  # torch makes it a float32, geoopt works with Python's numbers
+            state["step"] = int(state["step"])
 
     def metrics(self) -> dict[str, float]:
         """How far from orthonormal the columns are: the largest entry of any `U^T U - 1`."""

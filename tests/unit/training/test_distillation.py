@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lckv.config import TeacherConfig
+from lckv.config.names import LOSS_PARTS
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.training.distillation import (
@@ -30,7 +31,9 @@ SIZES = {
     "initializer_range": 0.2,  # attention outputs and logits that are not almost zero
     "tie_word_embeddings": True,
 }
-PARTS = ("loss_logits", "loss_attention", "loss_labels")
+PARTS = ("loss_logits", "loss_attention", "loss_reconstruction", "loss_labels")
+LATENTS = {"latent__name": "separate", "latent__dim": [8, 12], "model__layer_types": "0_2_2_3"}
+"""Of a cycle."""
 
 
 @pytest.fixture
@@ -147,7 +150,7 @@ def test_the_loss_of_a_step_by_hand(make_session: MakeSession, build_teacher, mi
         teacher__labels_weight=0.5,
     )
     scales = session.trainer.distillation_loss.scales["attention"]
-    totals, count = dict.fromkeys(PARTS, 0.0), 0
+    totals, count = dict.fromkeys(("loss_logits", "loss_attention", "loss_labels"), 0.0), 0
     for index in list(session.trainer.order)[:4]:
         batch = {name: value[None] for name, value in session.data.train[index].items()}
         labels = batch.pop("labels")[0, 1:]
@@ -261,17 +264,22 @@ def test_a_llama_of_transformers_can_teach(make_session: MakeSession, build_teac
     assert scales[0] == pytest.approx(scales[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 0.5), (0.0, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    "weights", [(1.0, 1.0, 0.0, 0.5), (0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 2.0, 0.5), (0.0, 0.0, 1.0, 0.0)]
+)
 def test_accumulation_does_not_change_the_curve(make_session: MakeSession, build_teacher, weights):
-    names = ("teacher__logits_weight", "teacher__attention_weight", "teacher__labels_weight")
+    names = [f"teacher__{name}_weight" for name in LOSS_PARTS]
     settings = {"teacher__source": "x", "teacher__temperature": 2.0, **dict(zip(names, weights, strict=True))}
+    settings |= LATENTS if weights[2] else {}
     whole = make_session("whole", teacher=build_teacher(), **settings)
     whole.run()
     accumulated = make_session("accumulated", teacher=build_teacher(), trainer__micro_batch_size=1, **settings)
     accumulated.run()
     assert_same_curve(whole, accumulated)
     assert all("kv_residual" in line for line in train_lines(whole))
-    assert ("loss_attention" in train_lines(whole)[0]) == (weights[1] > 0)
+    named = {name for name in PARTS if name in train_lines(whole)[0]}
+    measured = {name for name, weight in zip(LOSS_PARTS, weights, strict=True) if weight} | {"labels"}
+    assert named == {f"loss_{name}" for name in measured | ({"logits"} if weights[1] else set())}
 
 
 def test_metrics_are_means_over_the_steps_since_the_last_log(make_session: MakeSession, build_teacher):
@@ -281,21 +289,28 @@ def test_metrics_are_means_over_the_steps_since_the_last_log(make_session: MakeS
         "rarely", build_teacher(), teacher__source="x", trainer__save_steps=None, trainer__logging_steps=3
     )
     rarely.run()
-    for name in ("loss", *PARTS):
+    for name in ("loss", "loss_logits", "loss_attention", "loss_labels"):
         values = [line[name] for line in train_lines(every)]
         means = [sum(values[start : start + 3]) / 3 for start in (0, 3)]
         assert [line[name] for line in train_lines(rarely)] == pytest.approx(means, rel=1e-5)
 
 
-def test_gradient_checkpointing_does_not_change_the_curve(make_session: MakeSession, build_teacher):
-    plain = make_session("plain", teacher=build_teacher(), teacher__source="x", teacher__logits_weight=0.0)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"teacher__logits_weight": 0.0},
+        {"teacher__attention_weight": 0.0, "teacher__reconstruction_weight": 1.0, **LATENTS},
+    ],
+)
+def test_gradient_checkpointing_does_not_change_the_curve(make_session: MakeSession, build_teacher, settings):
+    plain = make_session("plain", teacher=build_teacher(), teacher__source="x", **settings)
     plain.run()
     checkpointed = make_session(
         "checkpointed",
         teacher=build_teacher(),
         teacher__source="x",
-        teacher__logits_weight=0.0,
         trainer__gradient_checkpointing=True,
+        **settings,
     )
     checkpointed.run()
     assert checkpointed.model.model.layers[0].gradient_checkpointing
@@ -331,8 +346,7 @@ def test_a_student_with_the_teachers_weights_comes_closer_to_it(
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not teacher.training
-    for name in PARTS:
-        assert results[name] == lines[-1][name]
+    assert {name: results.get(name) for name in PARTS} == {name: lines[-1].get(name) for name in PARTS}
 
 
 def test_interrupted_run_goes_on_bit_for_bit(
