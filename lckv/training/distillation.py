@@ -76,8 +76,9 @@ def keys_and_values(model: nn.Module, inputs: Iterable[Tensor], layers: Sequence
     Returns:
         Of each of them keys and then values, `(batch, q_len, num_kv_heads * head_dim)`.
     """
-    layout, attentions = model.config.kv_layout, [layer.self_attn for layer in model.model.layers]
-    given = [each.detach().to(model.dtype) for each in inputs]
+    ours = cast(Any, model)
+    layout, attentions = ours.config.kv_layout, [layer.self_attn for layer in ours.model.layers]
+    given = [each.detach().to(ours.dtype) for each in inputs]
     owners = sorted({source.owner for layer_idx in layers for source in layout.sources[layer_idx]})
     written = {owner: attentions[owner].project(given[owner]) for owner in owners}
     made = (

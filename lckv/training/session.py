@@ -38,7 +38,8 @@ def check_can_shard(cfg: TrainConfig, model: PreTrainedModel) -> None:
 
     Raises:
         UserError: if each would pass over a cycle until its own batch has converged, and wait for the others' parts
-            for ever; or if evaluations are to be made, of a model that no process has as a whole.
+            for ever; if projections are looked at outside of the model's calls; or if evaluations are to be made, of
+            a model that no process has as a whole.
     """
     config = model.config
     iterates = getattr(config, "forward_passes", 0) == "converge" and not config.use_sequential
@@ -47,12 +48,13 @@ def check_can_shard(cfg: TrainConfig, model: PreTrainedModel) -> None:
             "model.forward_passes=converge: processes would need different numbers of passes, which FSDP and "
             "DeepSpeed do not allow; give a number, such as model.forward_passes=7"
         )
-    parts = {"optim.name": cfg.optim.name == RIEMANNIAN and cfg.optim.name}
-    if cfg.teacher.source is not None:
-        parts["teacher.reconstruction_weight"] = cfg.teacher.reconstruction_weight
-    for name, value in parts.items():
-        if value:
-            raise UserError(f"{name}={value}: needs whole projections, which no process has under FSDP or DeepSpeed")
+    reconstructs = cfg.teacher.source is not None and cfg.teacher.reconstruction_weight
+    for given, is_given in (
+        (f"optim.name={cfg.optim.name}", cfg.optim.name == RIEMANNIAN),
+        (f"teacher.reconstruction_weight={cfg.teacher.reconstruction_weight}", reconstructs),
+    ):
+        if is_given:
+            raise UserError(f"{given}: needs whole projections, which no process has under FSDP or DeepSpeed")
     if cfg.evaluation.evals:
         raise UserError(
             f"evaluation.evals={cfg.evaluation.evals}: cannot be had while FSDP or DeepSpeed shards the model; leave "
