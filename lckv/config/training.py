@@ -21,6 +21,7 @@ from lckv.config.names import (
     SCHEDULES,
     TRACKERS,
     TRAINABLE,
+    TRAINED,
 )
 from lckv.costs import DTYPE_BYTES
 from lckv.errors import UserError
@@ -342,6 +343,11 @@ class TrainConfig(Group):
     iso: str | None = key(None, one_of(("params", "kv")))
     iso_multiple: int = key(8, at_least(), only_with={"iso": ("params",)})
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a model to learn from: one that is named, or the one that the training starts from."""
+        return self.teacher.source is not None or (self.init.source is not None and self.init.method in TRAINED)
+
     def check(self, prefix: str) -> None:
         """Refuses settings of the model, the text, the loop and the teacher that do not go together."""
         model, trainer = self.model, self.trainer
@@ -354,7 +360,7 @@ class TrainConfig(Group):
             )
         if model.use_sequential and trainer.gradient_checkpointing:
             raise UserError("model.use_sequential=true: cannot be trained with trainer.gradient_checkpointing=true")
-        if self.teacher.source is not None:
+        if self.has_teacher:
             self._check_outputs_can_be_seen()
         if self.optim.name == RIEMANNIAN and model.dtype != "float32":
             raise UserError(

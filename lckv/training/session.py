@@ -48,7 +48,7 @@ def check_can_shard(cfg: TrainConfig, model: PreTrainedModel) -> None:
             "model.forward_passes=converge: processes would need different numbers of passes, which FSDP and "
             "DeepSpeed do not allow; give a number, such as model.forward_passes=7"
         )
-    reconstructs = cfg.teacher.source is not None and cfg.teacher.reconstruction_weight
+    reconstructs = cfg.has_teacher and cfg.teacher.reconstruction_weight
     for given, is_given in (
         (f"optim.name={cfg.optim.name}", cfg.optim.name == RIEMANNIAN),
         (f"teacher.reconstruction_weight={cfg.teacher.reconstruction_weight}", reconstructs),

@@ -1,5 +1,6 @@
 """Latents that learn to give back the keys and values of the teacher's projections, against a slow reading of both."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from lckv.config import TeacherConfig
 from lckv.conversion.latent_models import to_latents
 from lckv.errors import UserError
+from lckv.loading import load_model
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.training.distillation import check_teacher_fits, keys_and_values
 from lckv.training.session import Session
+from lckv.training.stiefel import stacks_of
 from tests.reference import tiny_model, token_ids
+from tests.unit.conversion.sources import random_source, run_convert, save_source
 
 MakeSession = Callable[..., Session]
 
@@ -215,3 +219,19 @@ def test_models_that_have_nothing_to_compare_are_refused():
     other = tiny_model("0_1", num_key_value_heads=4)
     with pytest.raises(UserError, match=r"num_key_value_heads is 4, .* or set teacher.reconstruction_weight=0$"):
         check_teacher_fits(other, latent, cfg, block_size=32)
+
+
+def test_a_conversion_is_healed_by_its_own_source(tmp_path):
+    source = save_source(tmp_path / "source", random_source(4))
+    (tmp_path / "text.txt").write_text("In the beginning was the word, and light shone upon deep waters. " * 60)
+    settings = ["method=distill", "latent=joint", "latent.ratio=2", "sharing=cla", "init.calibration_tokens=0"]
+    settings += ["teacher.attention_weight=0", "teacher.reconstruction_weight=1", "optim.name=riemannian_adam"]
+    settings += ["data=files", f"data.files={tmp_path / 'text.txt'}", "data.block_size=32", "trainer.max_steps=6"]
+    run_convert(source, tmp_path / "out", *settings, "trainer.global_batch_size=2", "trainer.logging_steps=1")
+    lines = (tmp_path / "out-training" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss_reconstruction"] for line in lines if "loss_reconstruction" in line]
+    assert losses[-1] < losses[0]
+    model, _ = load_model(str(tmp_path / "out"), device="cpu")
+    assert model.config.kv_sharing == "0_0_2_2" and model.config.kv_latents[0] is not None
+    for stack in stacks_of(model):
+        assert torch.allclose(stack.matrix.T @ stack.matrix, torch.eye(stack.matrix.shape[1]), atol=1e-5)
