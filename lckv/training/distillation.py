@@ -29,7 +29,7 @@ _COMPARED = {
 }
 """Parts of the loss that compare what layers have, and the sizes in which a model and its teacher must agree."""
 
-_COMPARED_WORDS = {"attention": "attention outputs", "reconstruction": "keys and values"}
+_WORDS = {"attention": "attention outputs", "reconstruction": "keys and values"}
 
 
 class KeptOutputs(ExitStack):
@@ -280,7 +280,7 @@ class DistillationTrainer(LCKVTrainer):
         return scales
 
     def _check_scales(self, name: str, scales: list[float], num_blocks: int) -> None:
-        what = _COMPARED_WORDS[name]
+        what = _WORDS[name]
         if not any(scales):
             raise UserError(
                 f"teacher.{name}_weight={self._weights[name]}: the teacher's {what} in {num_blocks} blocks of the "
