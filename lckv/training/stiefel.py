@@ -41,6 +41,12 @@ class Stack:
         """The weights, one below the other, `(sum of rows, size)`."""
         return torch.cat([weight.detach() for weight in self.weights])
 
+    @property
+    def length(self) -> float:
+        """Of the rows that make the latent, the root mean square over them."""
+        size = self.weights[0].shape[1]
+        return float(self.down.weight.detach()[self.start : self.start + size].norm()) / math.sqrt(size)
+
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:
         """Puts `(sum of rows, size)` into the weights."""
@@ -100,9 +106,11 @@ def orthonormalize(model: nn.Module) -> None:
 class StiefelAdam(Optimizer):
     """Riemannian Adam for stacks of matrices whose columns are orthonormal, and stay so.
 
-    Each stack moves as one point, whose steps have the size that AdamW's would have: Riemannian Adam divides by the
-    length of the whole gradient, not by that of each entry, so that the learning rate is multiplied by the square root
-    of how many there are, and one learning rate suits both. Nothing decays: lengths are fixed.
+    Each stack moves as one point, and changes what is made of the latent about as much as AdamW would, so that one
+    learning rate suits both. Riemannian Adam divides by the length of the whole gradient and not by that of each
+    entry: hence the square root of how many there are. What was large in the stack before it was made orthonormal is
+    now in the rows that make the latent: hence their length, by which steps are smaller. Nothing decays: the lengths
+    of columns are fixed.
 
     Args:
         stacks: what to train.
@@ -126,7 +134,7 @@ class StiefelAdam(Optimizer):
         for stack, point, group in zip(self.stacks, self.points, self.adam.param_groups, strict=True):
             point.copy_(stack.matrix)
             point.grad = torch.cat([cast(Tensor, weight.grad) for weight in stack.weights])
-            group["lr"] = self.param_groups[0]["lr"] * math.sqrt(point.numel())
+            group["lr"] = self.param_groups[0]["lr"] * math.sqrt(point.numel()) / stack.length
         self.adam.step()
         for stack, point in zip(self.stacks, self.points, strict=True):
             stack.write(point)

@@ -79,10 +79,14 @@ def test_a_step_by_hand(kind: str):
     model(token_ids(2, 9), labels=token_ids(2, 9)).loss.backward()
     gradients = [torch.cat([weight.grad for weight in weights]).double() for weights in stacked(model, kind)]
     optimizer.step()
-    for after, u, gradient in zip(matrices(model, kind), before, gradients, strict=True):
+    owners = [model.model.layers[owner].self_attn.kv_a_proj.weight.detach().double() for owner in (0, 2)]
+    sizes = [matrix.shape[1] for matrix in before[: len(ROWS[kind])]]
+    downs = [rows for owner in owners for rows in owner[: sum(sizes)].split(sizes)]  # AdamW has moved them before
+    for after, u, gradient, down in zip(matrices(model, kind), before, gradients, downs, strict=True):
         product = u.T @ gradient
         tangent = gradient - u @ (product + product.T) / 2
-        moved = u - 1e-2 * math.sqrt(u.numel()) * tangent / (tangent.norm() + 1e-8)
+        rate = 1e-2 * math.sqrt(u.numel()) / down.square().sum(1).mean().sqrt()
+        moved = u - rate * tangent / (tangent.norm() + 1e-8)
         # The orthonormal matrix of the same span whose triangle has a positive diagonal.
         triangle = torch.linalg.cholesky(moved.T @ moved).T
         assert (after - moved @ triangle.inverse()).abs().max() < 1e-5
