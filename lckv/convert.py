@@ -13,7 +13,7 @@ from lckv.config.names import CALIBRATED, NO_LATENT, TRAINED
 from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.model_arguments import plan_from_source
-from lckv.model_files import check_model
+from lckv.model_files import check_model, keeps_latents
 from lckv.processes import check_launch, is_main_process, num_processes, set_num_threads
 from lckv.run_names import default_run_name
 from lckv.storage import check_new_folder
@@ -58,6 +58,8 @@ def _check_source(cfg: TrainConfig) -> None:
         cfg.trainer.cut_batch(num_processes())
     own = check_model(cfg.init.source, revision=cfg.init.revision, key="source", needs_tokenizer=False)
     plan = None if own is None else plan_from_source(cfg, own)
+    if own is not None:
+        cfg.check_latents(own=bool(keeps_latents(cfg.init.source, key="source")))
     reads_text = cfg.init.method in CALIBRATED and (own is None or plan != own)
     if reads_text if cfg.latent.name == NO_LATENT else cfg.init.calibration_tokens:
         check_model(cfg.init.source, key="source")

@@ -144,6 +144,16 @@ def check_model(
     return plan
 
 
+def keeps_latents(name: str, *, revision: str | None = None, key: str = "model") -> bool | None:
+    """Whether a model keeps latents, where its `config.json` lies in a folder; `None` elsewhere.
+
+    Raises:
+        UserError: if it cannot be read, or is of another family.
+    """
+    found = find_files(name, revision=revision, key=key)
+    return found.stored_values().get("kv_latents") is not None if found.is_folder else None
+
+
 def holds_tokenizer(path: Path) -> bool:
     """Whether `path` is a folder with a tokenizer in it."""
     return any((path / file).is_file() for file in TOKENIZER_FILES)

@@ -11,7 +11,7 @@ from lckv.config.names import NO_LATENT
 from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.model_arguments import model_arguments, plan_from_source, resolve_plan
-from lckv.model_files import check_model, check_tokenizer_name
+from lckv.model_files import check_model, check_tokenizer_name, keeps_latents
 from lckv.processes import check_launch, is_main_process, num_processes, prepare_process
 from lckv.storage import check_folder
 from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder, recorded_failure
@@ -110,6 +110,7 @@ def _check_files(cfg: TrainConfig, folder: RunFolder) -> None:
         own = check_model(cfg.init.source, revision=cfg.init.revision, key="init.source")
         if own is not None:
             plan_from_source(cfg, own)
+            cfg.check_latents(own=bool(keeps_latents(cfg.init.source, key="init.source")))
     if not folder.results.is_file():
         if cfg.teacher.source is not None:
             check_model(cfg.teacher.source, revision=cfg.teacher.revision, key="teacher.source")

@@ -8,8 +8,12 @@ from __future__ import annotations
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 TRAINABLE = ("all", "kv", "qkv")
-OPTIMIZERS = ("adamw", "muon")
+RIEMANNIAN = "riemannian_adam"
+OPTIMIZERS = ("adamw", "muon", RIEMANNIAN)
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+LOSS_PARTS = ("logits", "attention", "reconstruction", "labels")
+"""What a loss against a teacher is the weighted sum of."""
+
 TRACKERS = ("tensorboard", "wandb")
 SOURCES = ("bible", "files", "hub")
 

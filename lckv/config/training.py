@@ -15,12 +15,15 @@ from lckv.config.names import (
     CALIBRATED,
     DTYPES,
     LATENTS,
+    LOSS_PARTS,
     METHODS,
     NO_LATENT,
     OPTIMIZERS,
+    RIEMANNIAN,
     SCHEDULES,
     TRACKERS,
     TRAINABLE,
+    TRAINED,
     XKV,
 )
 from lckv.costs import DTYPE_BYTES
@@ -166,7 +169,8 @@ class OptimConfig(Group):
     """Optimizer and learning rate schedule.
 
     Attributes:
-        name: "adamw", or "muon" (hidden matrices by Muon, the rest by AdamW).
+        name: "adamw", "muon" (hidden matrices by Muon, the rest by AdamW), or "riemannian_adam" (up-projections of
+            latents by Riemannian Adam, so that their columns stay orthonormal, the rest by AdamW; needs geoopt).
         learning_rate: the peak; Muon's updates are scaled so that AdamW's value suits it too.
         min_learning_rate: what the schedules that decay end at; None: a tenth of the peak.
         schedule: "cosine", "wsd" (warm up, stay, decay), "linear" or "constant"; all warm up linearly.
@@ -272,7 +276,7 @@ class InitConfig(CalibrationConfig):
 
 @dataclass
 class TeacherConfig(Group):
-    """A model to learn from. The loss is the weighted sum of three parts, each a mean over the predicted tokens.
+    """A model to learn from. The loss is the weighted sum of four parts, each a mean over the predicted tokens.
 
     Attributes:
         source: a run folder of `lckv.train`, a folder with a model, a GGUF file, or a name on the Hub; its tokens must
@@ -282,6 +286,9 @@ class TeacherConfig(Group):
         attention_weight: of the squared distance of each layer's attention output (projection included) from that of
             the teacher's same layer, relative to its mean square and averaged over layers; needs as many layers of the
             same size, and leaves out those in which the teacher's attention writes nothing.
+        reconstruction_weight: of the squared distance of the keys and values that layers make of latents from those
+            that the teacher's projections make of the same inputs, relative to these and averaged over layers, keys
+            and values; only for models that keep latents.
         labels_weight: of the usual loss, the cross entropy with the text.
         temperature: what both models' logits are divided by in the divergence, which is multiplied by its square.
         dtype: "float32", "bfloat16" or "float16"; "auto": as the teacher was saved.
@@ -291,15 +298,21 @@ class TeacherConfig(Group):
     revision: str | None = None
     logits_weight: float = key(1.0, not_negative)
     attention_weight: float = key(1.0, not_negative)
+    reconstruction_weight: float = key(0.0, not_negative)
     labels_weight: float = key(0.0, not_negative)
     temperature: float = key(1.0, above_zero)
     dtype: str = key("auto", one_of(("auto", *DTYPES)))
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The parts of the loss that have a weight, by name."""
+        weights = {name: getattr(self, f"{name}_weight") for name in LOSS_PARTS}
+        return {name: weight for name, weight in weights.items() if weight}
+
     def check(self, prefix: str) -> None:
         """Refuses a loss of which nothing is left."""
-        names = ("logits_weight", "attention_weight", "labels_weight")
-        if not any(getattr(self, name) for name in names):
-            keys = ", ".join(prefix + name for name in names)
+        if not self.weights:
+            keys = ", ".join(f"{prefix}{name}_weight" for name in LOSS_PARTS)
             raise UserError(f"{keys}: are all 0, so there is nothing to train for")
 
 
@@ -340,10 +353,15 @@ class TrainConfig(Group):
             return f"model.layer_types={self.model.layer_types}"
         return None if self.sharing.name == "llama" else f"sharing={self.sharing.name}"
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a model to learn from: one that is named, or the one that the training starts from."""
+        return self.teacher.source is not None or (self.init.source is not None and self.init.method in TRAINED)
+
     def check(self, prefix: str) -> None:
         """Refuses settings of the model, the text, the loop and the teacher that do not go together."""
         model, trainer = self.model, self.trainer
-        self._check_latents()
+        self._check_kind_of_latents()
         self.data.check_trains(f"{prefix}data.")
         self.optim.check_steps(trainer.max_steps, f"{prefix}optim.")
         if model.dtype == "float16" and trainer.precision == "fp16":
@@ -353,14 +371,20 @@ class TrainConfig(Group):
             )
         if model.use_sequential and trainer.gradient_checkpointing:
             raise UserError("model.use_sequential=true: cannot be trained with trainer.gradient_checkpointing=true")
-        if self.teacher.source is not None and self.teacher.attention_weight:
+        if self.has_teacher:
             self._check_outputs_can_be_seen()
+        if self.optim.name == RIEMANNIAN and model.dtype != "float32":
+            raise UserError(
+                f"model.dtype={model.dtype}: is too coarse for the orthonormal columns of optim.name={RIEMANNIAN}; "
+                "allowed is float32, with any trainer.precision"
+            )
         if self.init.source is None:  # else the sizes are the source's
             self.check_sizes()
+            self.check_latents(own=model.kv_latents is not None)
         elif self.init.method in CALIBRATED and self.latent.name == NO_LATENT and not self.init.calibration_tokens:
             raise UserError(f"init.calibration_tokens=0: {self.init.method} looks at text; allowed is 1 or more")
 
-    def _check_latents(self) -> None:
+    def _check_kind_of_latents(self) -> None:
         kind, given = self.latent.name, self.given_pattern
         if kind in (XKV, AUTO_LATENT) and self.init.source is None:
             others = ", ".join(name for name in LATENTS if name != XKV)
@@ -384,15 +408,33 @@ class TrainConfig(Group):
             given = "model.mlp_bias=true" if model.mlp_bias else f"model.hidden_act={model.hidden_act}"
             raise UserError(f"trainer.use_liger_kernel=true: Liger has no MLP for {given}, only for silu without bias")
 
+    def check_latents(self, own: bool) -> None:
+        """Refuses what is for latents only, where none are asked for and the model has no `own` ones.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if own or self.latent.name != NO_LATENT:
+            return
+        if self.optim.name == RIEMANNIAN:
+            others = ", ".join(name for name in OPTIMIZERS if name != RIEMANNIAN)
+            raise UserError(f"optim.name={RIEMANNIAN}: needs a model with latents, latent=joint; allowed are {others}")
+        if self.teacher.reconstruction_weight:
+            given = f"teacher.reconstruction_weight={self.teacher.reconstruction_weight}"
+            raise UserError(f"{given}: needs a model with latents, latent=joint; allowed is 0")
+
     def _check_outputs_can_be_seen(self) -> None:
-        """Refuses what would hide the attention's outputs, or their gradients, from the hooks of the distillation."""
-        given = f"teacher.attention_weight={self.teacher.attention_weight}"
-        if self.trainer.torch_compile:
+        """Refuses what would hide the layers' inputs and outputs, or gradients, from the hooks of the distillation."""
+        seen = {name: weight for name, weight in self.teacher.weights.items() if name not in ("logits", "labels")}
+        for name, weight in seen.items() if self.trainer.torch_compile else ():
             way_out = "set one to 0, or the other to false"
-            raise UserError(f"{given}: cannot be had with trainer.torch_compile=true; {way_out}")
+            raise UserError(
+                f"teacher.{name}_weight={weight}: cannot be had with trainer.torch_compile=true; {way_out}"
+            )
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-            if (self.trainer.hf.get(name) or {}).get("use_reentrant"):
+            if "attention" in seen and (self.trainer.hf.get(name) or {}).get("use_reentrant"):
                 needed = f"trainer.hf.{name}.use_reentrant=false"
+                given = f"teacher.attention_weight={self.teacher.attention_weight}"
                 raise UserError(f"{given}: needs {needed}, or no gradient would get through")
 
 

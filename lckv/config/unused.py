@@ -201,7 +201,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
         ),
         _unless(
             "teacher",
-            lambda cfg: cfg.teacher.source is not None or (cfg.init.source is not None and cfg.init.method in TRAINED),
+            lambda cfg: cfg.has_teacher,
             "without teacher.source; give one, or leave it out",
         ),
         _unless("init.method", _fits_by_method, _LATENT_FIT),

@@ -24,8 +24,8 @@ class LCKVAttention(nn.Module):
     """Multi-head attention whose keys and values may come from other layers.
 
     A layer that no entry of `layer_types` names has no key and value projections. Another kind of attention, over
-    other streams, is a subclass with `add_projections`, `write` and `keys_and_values` (or `forward`) of its own, and a
-    configuration whose `kv_layout` says which streams these are.
+    other streams, is a subclass with `add_projections`, `project`, `write`, `unrotated` and `keys_and_values` (or
+    `forward`) of its own, and a configuration whose `kv_layout` says which streams these are.
     """
 
     query_modules: ClassVar[frozenset[str]] = frozenset({"q_proj", "q_norm"})
@@ -72,10 +72,20 @@ class LCKVAttention(nn.Module):
         Returns:
             The new tokens' streams, each `(batch, num_kv_heads, q_len, head_dim)`.
         """
+        key_states, value_states = self.project(hidden_states)
+        return apply_rotary(key_states, position_embeddings), value_states
+
+    def project(self, hidden_states: torch.Tensor) -> Streams:
+        """What `write` gives, before anything is rotated."""
         key_states = self._split_heads(self.k_proj(hidden_states))
         if self.config.use_qk_norm:
             key_states = self.k_norm(key_states)
-        return apply_rotary(key_states, position_embeddings), self._split_heads(self.v_proj(hidden_states))
+        return key_states, self._split_heads(self.v_proj(hidden_states))
+
+    def unrotated(self, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each `(batch, num_kv_heads, kv_len, head_dim)`, of streams that `project` has given."""
+        key_states, value_states = streams
+        return key_states, value_states
 
     def forward(
         self,

@@ -66,10 +66,22 @@ class LatentAttention(LCKVAttention):
 
     def write(self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings) -> Streams:
         """Computes the latents of these tokens, each `(batch, 1, q_len, size)`, with what is rotated at their ends."""
-        latents = [latent[:, None] for latent in self.kv_a_proj(hidden_states).split(self.own_sizes, dim=-1)]
-        if self.own_planes:
-            latents = [rotate_planes(latents[0], position_embeddings, self.own_planes)]
-        return tuple(latents)
+        latents = self.project(hidden_states)
+        return (rotate_planes(latents[0], position_embeddings, self.own_planes),) if self.own_planes else latents
+
+    def project(self, hidden_states: torch.Tensor) -> Streams:
+        """What `write` gives, before anything is rotated."""
+        return tuple(latent[:, None] for latent in self.kv_a_proj(hidden_states).split(self.own_sizes, dim=-1))
+
+    def unrotated(self, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each `(batch, num_kv_heads, kv_len, head_dim)`, of streams that `project` has given."""
+        key_latent, value_latent = streams[0][:, 0], streams[-1][:, 0, :, : self.v_b_proj.in_features]
+        key_states = self.k_b_proj(key_latent)
+        if not self.planes:
+            key_states = self._split_heads(key_states)
+        if self.config.use_qk_norm:
+            key_states = self.k_norm(key_states)
+        return key_states, self._split_heads(self.v_b_proj(value_latent))
 
     def rotate_queries(
         self, query_states: torch.Tensor, position_embeddings: PositionEmbeddings, visible_keys: VisibleKeys

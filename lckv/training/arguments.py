@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lckv.config import TrainConfig, TrainerConfig
+from lckv.config.names import RIEMANNIAN
 from lckv.errors import UserError, check_choice, near_miss
 from lckv.processes import num_processes
 from lckv.training.optim import schedule_arguments
@@ -34,6 +35,10 @@ def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
     cfg.check_sizes()
     check_choice("model.hidden_act", cfg.model.hidden_act, ACT2FN)
     _check_switches(trainer)
+    if cfg.optim.name == RIEMANNIAN and importlib.util.find_spec("geoopt") is None:
+        raise UserError(
+            f"optim.name={RIEMANNIAN}: needs geoopt, which is not installed; pip install 'lckv[riemannian]'"
+        )
     for name in trainer.hf:
         if name not in (allowed := _fields()):
             raise UserError(

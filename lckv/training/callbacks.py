@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers import TrainingArguments as Arguments
 
 from lckv.config import TrainConfig
+from lckv.config.names import LOSS_PARTS
 from lckv.data.readers import join_line_ends
 from lckv.environment import peak_flops, peak_memory_bytes
 from lckv.errors import UserError
@@ -367,7 +368,7 @@ def _describe_training(logs: dict[str, Any]) -> str:
 
 def describe_loss_parts(values: dict[str, Any]) -> str:
     """The parts of a loss against a teacher that are among `values`."""
-    names = [name for name in ("logits", "attention", "labels") if f"loss_{name}" in values]
+    names = [name for name in LOSS_PARTS if f"loss_{name}" in values]
     return ", ".join(f"{name} {values[f'loss_{name}']:.4f}" for name in names)
 
 

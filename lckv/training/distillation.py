@@ -1,10 +1,11 @@
-"""Training against a teacher: its next-token distributions, and what its attention layers put out."""
+"""Training against a teacher: its next-token distributions, what its attention puts out, its keys and values."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, cast
 
@@ -22,39 +23,69 @@ logger = logging.getLogger(__name__)
 
 _NUM_BLOCKS_FOR_SCALES = 8
 
+_COMPARED = {
+    "attention": ("num_hidden_layers", "hidden_size"),
+    "reconstruction": ("num_hidden_layers", "hidden_size", "num_key_value_heads", "head_dim"),
+}
+"""Parts of the loss that compare what layers have, and the sizes in which a model and its teacher must agree."""
 
-class AttentionOutputs(ExitStack):
-    """A context in which a model's calls leave behind what their attention layers put out, projection included.
+_WORDS = {"attention": "attention outputs", "reconstruction": "keys and values"}
+
+
+class KeptOutputs(ExitStack):
+    """A context in which a model's calls leave behind what some of its modules put out.
 
     Of the passes over a cycle the last one counts. Models that run token by token have each token's output kept.
 
     Args:
-        model: a Llama-shaped model.
+        modules: such as the attention of every layer, of which the first of what it puts out is kept.
         num_tokens: `q_len` of the calls.
     """
 
-    def __init__(self, model: nn.Module, num_tokens: int) -> None:
+    def __init__(self, modules: Sequence[nn.Module], num_tokens: int) -> None:
         super().__init__()
-        self.modules = [layer.self_attn for layer in cast(Any, model).model.layers]
-        self.num_tokens = num_tokens
-        self._parts: list[list[Tensor]] = [[] for _ in self.modules]
+        self.modules, self.num_tokens = modules, num_tokens
+        self._parts: list[list[Tensor]] = [[] for _ in modules]
 
     def __enter__(self) -> Self:
         # Gone again before the backward pass, in which checkpointed layers are called once more.
-        for layer_idx, module in enumerate(self.modules):
-            self.enter_context(module.register_forward_hook(partial(self._keep, layer_idx)))
+        for number, module in enumerate(self.modules):
+            self.enter_context(module.register_forward_hook(partial(self._keep, number)))
         return self
 
-    def _keep(self, layer_idx: int, module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
-        parts = self._parts[layer_idx]
+    def _keep(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
+        parts = self._parts[number]
         if sum(part.shape[1] for part in parts) == self.num_tokens:
             parts.clear()  # another pass begins
-        parts.append(output[0])
+        parts.append(output[0] if isinstance(output, tuple) else output)
 
     def __iter__(self) -> Any:
-        """Yields each layer's output, `(batch, q_len, hidden_size)`, from the bottom."""
+        """Yields each module's output, `(batch, q_len, hidden_size)`, in their order."""
         for parts in self._parts:
             yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def keys_and_values(model: nn.Module, inputs: Iterable[Tensor], layers: Sequence[int]) -> list[Tensor]:
+    """What some layers' queries read, of any inputs: keys before their rotation, and values.
+
+    Args:
+        model: one of ours.
+        inputs: of every layer's attention, `(batch, q_len, hidden_size)`. No gradient flows into them.
+        layers: which.
+
+    Returns:
+        Of each of them keys and then values, `(batch, q_len, num_kv_heads * head_dim)`.
+    """
+    ours = cast(Any, model)
+    layout, attentions = ours.config.kv_layout, [layer.self_attn for layer in ours.model.layers]
+    given = [each.detach().to(ours.dtype) for each in inputs]
+    owners = sorted({source.owner for layer_idx in layers for source in layout.sources[layer_idx]})
+    written = {owner: attentions[owner].project(given[owner]) for owner in owners}
+    made = (
+        attentions[layer_idx].unrotated([written[source.owner][source.index] for source in layout.sources[layer_idx]])
+        for layer_idx in layers
+    )
+    return [states.transpose(1, 2).flatten(2) for pair in made for states in pair]
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -76,15 +107,15 @@ def divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Te
     return F.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
-def attention_error(outputs: Iterable[Tensor], teacher_outputs: Iterable[Tensor], scales: Sequence[float]) -> Tensor:
-    """Squared distance of attention outputs from the teacher's, relative to the teacher's size, averaged over layers.
+def relative_error(outputs: Iterable[Tensor], teacher_outputs: Iterable[Tensor], scales: Sequence[float]) -> Tensor:
+    """Squared distance of outputs from the teacher's, relative to the teacher's size, averaged over layers.
 
     Layers in which the teacher puts out nothing but zeros have no size to go by, and are left out.
 
     Args:
-        outputs: of each layer, `(batch, q_len, hidden_size)`.
+        outputs: of each layer, `(batch, q_len, size)`; of its keys and of its values, where these are meant.
         teacher_outputs: like `outputs`.
-        scales: of each layer, the mean square of the teacher's outputs.
+        scales: like `outputs`, the mean square of the teacher's.
 
     Returns:
         `(batch, q_len)`.
@@ -107,12 +138,11 @@ class DistillationLoss:
 
     Args:
         cfg: the weights and the temperature.
-        scales: for each layer, the mean square of the teacher's attention output; `None` where that has no weight.
+        scales: of the parts that are [relative errors][lckv.training.distillation.relative_error], by name.
     """
 
-    def __init__(self, cfg: TeacherConfig, scales: Sequence[float] | None) -> None:
-        weights = {"logits": cfg.logits_weight, "attention": cfg.attention_weight, "labels": cfg.labels_weight}
-        self.weights = {name: weight for name, weight in weights.items() if weight}
+    def __init__(self, cfg: TeacherConfig, scales: Mapping[str, Sequence[float]]) -> None:
+        self.weights = cfg.weights
         if not cfg.logits_weight:
             # Be it 0: every parameter takes part in every step, as processes that add up gradients rely on.
             self.weights["labels"] = cfg.labels_weight
@@ -122,9 +152,8 @@ class DistillationLoss:
     def parts(
         self,
         logits: Tensor,
-        teacher_logits: Tensor,
-        outputs: Iterable[Tensor],
-        teacher_outputs: Iterable[Tensor],
+        teacher_logits: Tensor | None,
+        outputs: Mapping[str, tuple[Iterable[Tensor], Iterable[Tensor]]],
         labels: Tensor,
     ) -> dict[str, Tensor]:
         """The parts of the loss, each a sum over the predicted tokens, by name.
@@ -134,15 +163,16 @@ class DistillationLoss:
 
         Args:
             logits: `(batch, q_len, vocab_size)`.
-            teacher_logits: like `logits`.
-            outputs: attention outputs of each layer, `(batch, q_len, hidden_size)`; used where they have a weight.
-            teacher_outputs: like `outputs`.
+            teacher_logits: like `logits`; `None` if the teacher was not asked.
+            outputs: for each name in `scales`, what the model has and what the teacher has.
             labels: `(batch, q_len)`, the one at *i* predicted from *i - 1*; -100 is not predicted.
         """
         own = {name: logits if name in self.weights else logits.detach() for name in ("logits", "labels")}
-        parts = {"logits": sum_over_predicted(divergence(own["logits"], teacher_logits, self.temperature), labels)}
-        if self.scales is not None:
-            parts["attention"] = sum_over_predicted(attention_error(outputs, teacher_outputs, self.scales), labels)
+        parts = {}
+        if teacher_logits is not None:
+            parts["logits"] = sum_over_predicted(divergence(own["logits"], teacher_logits, self.temperature), labels)
+        for name, scales in self.scales.items():
+            parts[name] = sum_over_predicted(relative_error(*outputs[name], scales), labels)
         targets = labels[:, 1:].flatten()
         parts["labels"] = F.cross_entropy(
             own["labels"][:, :-1].float().flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum"
@@ -154,26 +184,53 @@ class DistillationLoss:
         return torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum()
 
 
+def layers_of_latents(model: PreTrainedModel) -> list[int]:
+    """The layers that make their keys and values of latents, their own or another layer's."""
+    latents_of = getattr(model.config, "latents_of", lambda layer_idx: None)  # models of other families keep none
+    return [layer_idx for layer_idx in range(model.config.num_hidden_layers) if latents_of(layer_idx) is not None]
+
+
 def check_teacher_fits(
     teacher: PreTrainedModel, student: PreTrainedModel, cfg: TeacherConfig, block_size: int
 ) -> None:
     """Raises a UserError if the outputs of two models, on blocks of `block_size` tokens, cannot be compared."""
-    compared = ["vocab_size"]
-    if cfg.attention_weight:
-        compared += ["num_hidden_layers", "hidden_size"]
-    for name in compared:
+    compared: dict[str, list[str]] = {"vocab_size": []}  # and what to set where these need not be equal
+    for part in cfg.weights:
+        for name in _COMPARED.get(part, ()):
+            compared.setdefault(name, []).append(f"teacher.{part}_weight=0")
+    for name, keys in compared.items():
         own, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if own != theirs:
-            ways_out = " or set teacher.attention_weight=0" if name != "vocab_size" else ""
+            way_out = f" or set {' and '.join(keys)}" if keys else ""
             raise UserError(
                 f"teacher.source={cfg.source}: its {name} is {theirs}, the trained model's {own}; they must be "
-                f"equal: give another teacher{ways_out}"
+                f"equal: give another teacher{way_out}"
             )
+    if cfg.reconstruction_weight and not layers_of_latents(student):
+        raise UserError(
+            f"teacher.reconstruction_weight={cfg.reconstruction_weight}: the trained model keeps no latents to make "
+            "keys and values of; allowed is 0"
+        )
     if block_size > teacher.config.max_position_embeddings:
         raise UserError(
             f"data.block_size={block_size}: longer than the teacher's max_position_embeddings="
             f"{teacher.config.max_position_embeddings}; lower it"
         )
+
+
+@dataclass
+class Seen:
+    """What was seen of a model's call.
+
+    Attributes:
+        outputs: what the call returned.
+        attention: of each layer, what its attention put out, `(batch, q_len, hidden_size)`; if that is looked at.
+        inputs: of each layer, what its attention was given, like `attention`; if that is looked at.
+    """
+
+    outputs: Any
+    attention: list[Tensor]
+    inputs: list[Tensor]
 
 
 class DistillationTrainer(LCKVTrainer):
@@ -190,62 +247,94 @@ class DistillationTrainer(LCKVTrainer):
         super().__init__(*args, **kwargs)
         self.teacher = teacher.requires_grad_(False).eval()
         self.teacher.to(self.args.device)
-        self._attention_weight = distillation.attention_weight
-        self.distillation_loss = DistillationLoss(
-            distillation, self._measure_scales() if self._attention_weight else None
-        )
+        self._weights = distillation.weights
+        self._layers = layers_of_latents(cast(PreTrainedModel, self.model))  # whose keys and values can be compared
+        self.distillation_loss = DistillationLoss(distillation, self._measure_scales())
         self._parts: dict[str, Tensor] = {}  # of the steps since the last log, each over its predicted tokens
         self._num_steps = 0
 
     @torch.no_grad()
-    def _measure_scales(self) -> list[float]:
-        """The mean square of the teacher's attention outputs, layer by layer, over blocks from all of the data."""
+    def _measure_scales(self) -> dict[str, list[float]]:
+        """The mean squares of the teacher's outputs, layer by layer, over blocks from all of the data."""
         # Measured once: within a batch it would depend on how the batch is cut up.
+        names = [name for name in _COMPARED if name in self._weights]
         dataset = cast(Any, self.train_dataset)
-        num_blocks = min(_NUM_BLOCKS_FOR_SCALES, len(dataset))
-        squares, num_tokens = [], 0
+        num_blocks = min(_NUM_BLOCKS_FOR_SCALES, len(dataset)) if names else 0
+        squares: dict[str, list[list[float]]] = {name: [] for name in names}
+        num_tokens = 0
         for number in range(num_blocks):
-            inputs = self.data_collator([dataset[number * len(dataset) // num_blocks]])
-            labels = inputs["labels"]
+            batch = self.data_collator([dataset[number * len(dataset) // num_blocks]])
+            labels, inputs = batch["labels"], cast(dict[str, Any], self._prepare_inputs(batch))
             with self.compute_loss_context_manager():
-                _, outputs = self._run_teacher(cast(dict[str, Any], self._prepare_inputs(inputs)))
-            squares.append([sum_over_predicted(x.float().square().mean(-1).cpu(), labels).item() for x in outputs])
+                seen = self._run(self.teacher, self.teacher, inputs | {"use_cache": False})
+                for name, outputs in self._compared(seen, seen, self.teacher).items():
+                    each = [x.float().square().mean(-1).cpu() for x in outputs[1]]
+                    squares[name].append([sum_over_predicted(x, labels).item() for x in each])
             num_tokens += int((labels[:, 1:] != IGNORE_INDEX).sum())
-        scales = [sum(layer) / max(1, num_tokens) for layer in zip(*squares, strict=True)]
-        if not any(scales):
-            raise UserError(
-                f"teacher.attention_weight={self._attention_weight}: the teacher's attention outputs in {num_blocks} "
-                "blocks of the text are all zero, or no token is predicted there; allowed is 0"
-            )
-        if silent := [layer_idx for layer_idx, scale in enumerate(scales) if not scale]:
-            logger.warning("the attention of the teacher's layers %s puts out zeros; they are left out", silent)
+        scales = {
+            name: [sum(layer) / max(1, num_tokens) for layer in zip(*rows, strict=True)]
+            for name, rows in squares.items()
+        }
+        for name, found in scales.items():
+            self._check_scales(name, found, num_blocks)
         return scales
 
-    def _run_teacher(self, inputs: dict[str, Any]) -> tuple[Tensor, Iterable[Tensor]]:
-        """The teacher's logits and, if they have a weight, attention outputs."""
-        with torch.no_grad():
-            outputs, attention_outputs = self._run(self.teacher, self.teacher, {**inputs, "use_cache": False})
-        return outputs.logits, attention_outputs
+    def _check_scales(self, name: str, scales: list[float], num_blocks: int) -> None:
+        what = _WORDS[name]
+        if not any(scales):
+            raise UserError(
+                f"teacher.{name}_weight={self._weights[name]}: the teacher's {what} in {num_blocks} blocks of the "
+                "text are all zero, or no token is predicted there; allowed is 0"
+            )
+        if silent := [number for number, scale in enumerate(scales) if not scale]:
+            logger.warning("of the teacher's %s, numbers %s are zeros; they are left out", what, silent)
 
-    def _run(self, model: nn.Module, unwrapped: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Iterable[Tensor]]:
+    def _run(self, model: nn.Module, unwrapped: nn.Module, inputs: dict[str, Any]) -> Seen:
         # Without labels: the model's own loss would be computed for nothing, and Liger's writes into the logits.
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        if not self._attention_weight:
-            return model(**inputs), ()
-        with AttentionOutputs(unwrapped, inputs["input_ids"].shape[1]) as attention_outputs:
-            return model(**inputs), attention_outputs
+        num_tokens, layers = inputs["input_ids"].shape[1], cast(Any, unwrapped).model.layers
+        attentions = [layer.self_attn for layer in layers] if "attention" in self._weights else []
+        norms = [layer.input_layernorm for layer in layers] if "reconstruction" in self._weights else []
+        with KeptOutputs(attentions, num_tokens) as attention, KeptOutputs(norms, num_tokens) as given:
+            outputs = model(**inputs)
+        return Seen(outputs, list(attention), list(given))
+
+    def _compared(
+        self, seen: Seen, of_teacher: Seen | None, model: nn.Module
+    ) -> dict[str, tuple[Iterable[Tensor], Iterable[Tensor]]]:
+        """By the name of the loss's part, what a model has and what the teacher has in its place.
+
+        The keys and values that the teacher would make are those of the model's own inputs, so that no layer answers
+        for what those below it have changed.
+        """
+        compared: dict[str, tuple[Iterable[Tensor], Iterable[Tensor]]] = {}
+        if of_teacher is not None and "attention" in self._weights:
+            compared["attention"] = seen.attention, of_teacher.attention
+        if "reconstruction" in self._weights:
+            with torch.no_grad():
+                originals = keys_and_values(self.teacher, seen.inputs, self._layers)
+            compared["reconstruction"] = keys_and_values(model, seen.inputs, self._layers), originals
+        return compared
+
+    def _ask_teacher(self, inputs: dict[str, Any]) -> Seen | None:
+        """What the teacher makes of a batch; `None` where nothing of that has a weight."""
+        if self._weights.keys().isdisjoint({"logits", "attention"}):
+            return None
+        with torch.no_grad():
+            return self._run(self.teacher, self.teacher, inputs | {"use_cache": False})
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Computes the loss, and keeps its parts for the log and, at logging steps, the residual."""
-        teacher_logits, teacher_attention = self._run_teacher(inputs)
-        outputs, attention = self._run(
-            model, self.accelerator.unwrap_model(model), inputs | self.residual_arguments(model)
-        )
-        self.keep_residual(outputs)
+        of_teacher, unwrapped = self._ask_teacher(inputs), self.accelerator.unwrap_model(model)
+        seen = self._run(model, unwrapped, inputs | self.residual_arguments(model))
+        self.keep_residual(seen.outputs)
         parts = self.distillation_loss.parts(
-            outputs.logits, teacher_logits, attention, teacher_attention, inputs["labels"]
+            seen.outputs.logits,
+            None if of_teacher is None else of_teacher.outputs.logits,
+            self._compared(seen, of_teacher, unwrapped),
+            inputs["labels"],
         )
         # As in transformers' own: gradients are averaged over the processes, but the sum is meant.
         factor = self.args.world_size / num_items_in_batch
@@ -253,7 +342,7 @@ class DistillationTrainer(LCKVTrainer):
         for name, part in parts.items():
             self._parts[name] = self._parts.get(name, torch.zeros_like(part)) + part.detach()
         loss = self.distillation_loss.total(parts)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, seen.outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Computes loss and gradients of one micro batch, and counts the steps that are to be logged."""

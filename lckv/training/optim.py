@@ -10,13 +10,15 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lckv.config import OptimConfig
+from lckv.config.names import RIEMANNIAN
 from lckv.errors import UserError
 from lckv.registry import Registry
+from lckv.training.stiefel import StiefelAdam, stacks_of
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
-OPTIMIZERS: Registry[Callable[[NamedParameters, OptimConfig], Optimizer]] = Registry("optimizer")
-"""Builders of optimizers by name: `builder(named_parameters, cfg) -> Optimizer`."""
+OPTIMIZERS: Registry[Callable[[nn.Module, OptimConfig], Optimizer]] = Registry("optimizer")
+"""Builders of optimizers by name: `builder(model, cfg) -> Optimizer`, of the parameters that have gradients."""
 
 register_optimizer = OPTIMIZERS.register
 
@@ -52,12 +54,26 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     Raises:
         UserError: if there is no such optimizer, or it cannot run here.
     """
-    return OPTIMIZERS[cfg.name]([item for item in model.named_parameters() if item[1].requires_grad], cfg)
+    return OPTIMIZERS[cfg.name](model, cfg)
+
+
+def trainable_parameters(model: nn.Module) -> NamedParameters:
+    """The parameters that have gradients."""
+    return [item for item in model.named_parameters() if item[1].requires_grad]
 
 
 @register_optimizer("adamw")
-def adamw(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
+def adamw(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """AdamW (Loshchilov and Hutter, ICLR 2019), all parameters in one kernel where torch can."""
+    return adamw_for(trainable_parameters(model), cfg)
+
+
+def adamw_for(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
+    """AdamW for some parameters.
+
+    Raises:
+        UserError: if one kernel for all is asked for where torch has none.
+    """
     parameters = [parameter for _, parameter in named_parameters]
     kinds = {parameter.device.type for parameter in parameters}
     can_fuse = kinds <= {"cpu", "cuda", "xpu", "mps"} and all(map(torch.is_floating_point, parameters))
@@ -77,10 +93,11 @@ def adamw(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
 
 
 @register_optimizer("muon")
-def muon(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
+def muon(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for embeddings, head, norms and biases."""
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"optim.name='muon': torch {torch.__version__} does not have it; use torch 2.9 or later")
+    named_parameters = trainable_parameters(model)
     is_hidden = [parameter.ndim == 2 and ".layers." in f".{name}" for name, parameter in named_parameters]
     hidden = [parameter for (_, parameter), inside in zip(named_parameters, is_hidden, strict=True) if inside]
     others = [item for item, inside in zip(named_parameters, is_hidden, strict=True) if not inside]
@@ -93,7 +110,16 @@ def muon(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
         momentum=cfg.momentum,
         adjust_lr_fn="match_rms_adamw",  # updates as large as AdamW's, so that one learning rate suits both
     )
-    return JointOptimizer([by_muon, *([adamw(others, cfg)] if others else [])])
+    return JointOptimizer([by_muon, *([adamw_for(others, cfg)] if others else [])])
+
+
+@register_optimizer(RIEMANNIAN)
+def riemannian_adam(model: nn.Module, cfg: OptimConfig) -> Optimizer:
+    """Riemannian Adam for the up-projections of latents, which keep orthonormal columns; AdamW for the rest."""
+    stacks = stacks_of(model)
+    on_manifold = {id(weight) for stack in stacks for weight in stack.weights}
+    others = [item for item in trainable_parameters(model) if id(item[1]) not in on_manifold]
+    return JointOptimizer([adamw_for(others, cfg), StiefelAdam(stacks, cfg)])
 
 
 class JointOptimizer(Optimizer):
@@ -126,6 +152,16 @@ class JointOptimizer(Optimizer):
             optimizer.load_state_dict(state)
         # Loading gives every optimizer new group dictionaries.
         self.param_groups = self._groups_within()
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to say of the optimizers beside the loss."""
+        return {name: value for each in self.optimizers for name, value in metrics_of(each).items()}
+
+
+def metrics_of(optimizer: Optimizer) -> dict[str, float]:
+    """What there is to say of an optimizer beside the loss, by name."""
+    metrics = getattr(optimizer, "metrics", dict)  # torch's own have none
+    return metrics()
 
 
 def schedule_arguments(cfg: OptimConfig, max_steps: int) -> tuple[str, dict[str, Any], int]:

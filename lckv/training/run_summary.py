@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from lckv.config import TrainConfig, TrainerConfig
+from lckv.config.names import LOSS_PARTS
 from lckv.console import arguments_of_this_run, command
 from lckv.data.dataset import TokenizedData
 from lckv.environment import describe_hardware, versions
@@ -70,7 +71,7 @@ def build_results(
         "hardware": describe_hardware(model.device),
         "versions": versions(),
     }
-    where_measured = ("mfu", "kv_residual", "loss_logits", "loss_attention", "loss_labels")
+    where_measured = ("mfu", "kv_residual", "stiefel_deviation", *(f"loss_{name}" for name in LOSS_PARTS))
     return results | {name: train[-1][name] for name in where_measured if name in train[-1]}
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
 from lckv.config import TrainConfig
+from lckv.config.names import RIEMANNIAN
 from lckv.data.dataset import TokenizedData, collate
 from lckv.errors import UserError
 from lckv.evaluation.model_costs import costs_of, sharing_plan_of
@@ -26,6 +27,7 @@ from lckv.training.loss_plot import plot_loss
 from lckv.training.optim import build_optimizer, freeze_all_but
 from lckv.training.run_folder import RunFolder
 from lckv.training.run_summary import build_results
+from lckv.training.stiefel import orthonormalize
 from lckv.training.trainer import LCKVTrainer
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,8 @@ def check_can_shard(cfg: TrainConfig, model: PreTrainedModel) -> None:
 
     Raises:
         UserError: if each would pass over a cycle until its own batch has converged, and wait for the others' parts
-            for ever; or if evaluations are to be made, of a model that no process has as a whole.
+            for ever; if projections are looked at outside of the model's calls; or if evaluations are to be made, of
+            a model that no process has as a whole.
     """
     config = model.config
     iterates = getattr(config, "forward_passes", 0) == "converge" and not config.use_sequential
@@ -45,6 +48,13 @@ def check_can_shard(cfg: TrainConfig, model: PreTrainedModel) -> None:
             "model.forward_passes=converge: processes would need different numbers of passes, which FSDP and "
             "DeepSpeed do not allow; give a number, such as model.forward_passes=7"
         )
+    reconstructs = cfg.has_teacher and cfg.teacher.reconstruction_weight
+    for given, is_given in (
+        (f"optim.name={cfg.optim.name}", cfg.optim.name == RIEMANNIAN),
+        (f"teacher.reconstruction_weight={cfg.teacher.reconstruction_weight}", reconstructs),
+    ):
+        if is_given:
+            raise UserError(f"{given}: needs whole projections, which no process has under FSDP or DeepSpeed")
     if cfg.evaluation.evals:
         raise UserError(
             f"evaluation.evals={cfg.evaluation.evals}: cannot be had while FSDP or DeepSpeed shards the model; leave "
@@ -76,6 +86,8 @@ class Session:
             use_liger_kernels(model)
         if cfg.trainer.torch_compile:
             compile_layers(model, cfg.trainer.torch_compile_backend, cfg.trainer.torch_compile_mode)
+        if cfg.optim.name == RIEMANNIAN:
+            orthonormalize(model)  # before a checkpoint's weights are loaded, which are so
         freeze_all_but(model, cfg.trainer.trainable)
         self.progress = ours.ProgressCallback(self.console)
         trainer_class: Callable[..., LCKVTrainer] = LCKVTrainer

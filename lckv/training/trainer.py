@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
 from lckv.storage import new_file, new_folder
 from lckv.training.checkpoints import CheckpointFolder, saving
+from lckv.training.optim import metrics_of
 
 
 @dataclass(eq=False)
@@ -92,6 +94,7 @@ class LCKVTrainer(Trainer):
         self._build_optimizer = build_optimizer
         self._checkpoints = checkpoints
         self._periods = periods
+        self._optimizer_metrics: Callable[[], dict[str, float]] = dict
         self._residuals: list[Tensor] = []
         self._window: list[tuple[dict[str, Any], Tensor]] = []  # micro batches of this step and their losses
         plan = getattr(model.config, "sharing_plan", None)  # models of other families have none
@@ -111,6 +114,7 @@ class LCKVTrainer(Trainer):
         """Builds the optimizer once."""
         if self.optimizer is None:
             self.optimizer = self._build_optimizer(cast(nn.Module, self.model if model is None else model))
+            self._optimizer_metrics = partial(metrics_of, self.optimizer)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -148,7 +152,9 @@ class LCKVTrainer(Trainer):
             self._residuals.append(residual.detach().float())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the residual to the training metrics and logs them."""
+        """Adds the residual, and what there is to say of the optimizer, to the training metrics and logs them."""
+        if "loss" in logs:
+            logs |= self._optimizer_metrics()
         if "loss" in logs and self._residuals:
             residual = torch.stack(self._residuals).mean()
             logs["kv_residual"] = self.accelerator.reduce(residual, "mean").item()

@@ -15,6 +15,13 @@ from tests.e2e.test_resume import assert_same_run, kill_when
 pytestmark = pytest.mark.timeout(250)
 
 PARTS = ("loss_logits", "loss_attention", "loss_labels")
+LATENTS = (
+    "latent=separate",
+    "latent.dim=[8,12]",
+    "teacher.attention_weight=0",
+    "teacher.reconstruction_weight=1",
+    "optim.name=riemannian_adam",
+)
 
 
 def command(teacher: FinishedRun, folder: Path, *settings: str) -> list[str]:
@@ -54,6 +61,7 @@ def test_killed_and_resumed_is_the_undisturbed_run_bit_for_bit(finished_run: Fin
     "weights",
     [
         pytest.param((), id="all"),
+        pytest.param(LATENTS, id="latents"),
         pytest.param(("teacher.logits_weight=0",), id="attention", marks=pytest.mark.slow),
     ],
 )
@@ -67,7 +75,7 @@ def test_two_processes_give_the_curve_of_one(
     process = training.run(arguments, tmp_path, num_processes=2)
     assert process.returncode == 0, process.stdout + process.stderr
     for mine, theirs in zip(training.read_metrics(one), training.read_metrics(two), strict=True):
-        for name in ("step", "loss", "eval_loss", *PARTS):
+        for name in ("step", "loss", "eval_loss", "grad_norm", "loss_reconstruction", *PARTS):
             assert theirs.get(name) == pytest.approx(mine.get(name), abs=1e-5)
 
 

@@ -50,6 +50,7 @@ def options(group: str) -> list[str]:
 
 
 NEEDED = {
+    "riemannian_adam": ["latent=joint"],
     **{name: ["data.files=x"] for name in ("files", "conversion_study")},
     "hub": ["data.dataset=x"],
     "static": ["cache.max_length=9"],

@@ -196,16 +196,7 @@ def test_what_is_read_upward_counts_in_the_pass_that_is_read():
 
 def test_sizes_that_kernels_for_one_head_of_keys_take():
     """512 numbers of a latent with 64 rotated behind them are one stream of 576, whose first 512 the values are."""
-    sizes = ModelSizes.from_config(
-        {
-            "num_attention_heads": 8,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "hidden_size": 512,
-            "vocab_size": 32,
-            "intermediate_size": 8,
-        }
-    )
+    sizes = ModelSizes(32, 512, 8, 8, 8, 64, sliding_window=8)
     plan = parse_layer_types("0_1")
     (latents, _) = latent_budget(LatentConfig("decoupled_rope", dim=[512, 64]), plan, sizes).uniform
     config = LCKVLlamaConfig(

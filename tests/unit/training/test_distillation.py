@@ -9,13 +9,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lckv.config import TeacherConfig
+from lckv.config.names import LOSS_PARTS
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.training.distillation import (
-    AttentionOutputs,
     DistillationLoss,
-    attention_error,
+    KeptOutputs,
     divergence,
+    relative_error,
     sum_over_predicted,
 )
 from lckv.training.session import Session
@@ -30,7 +31,9 @@ SIZES = {
     "initializer_range": 0.2,  # attention outputs and logits that are not almost zero
     "tie_word_embeddings": True,
 }
-PARTS = ("loss_logits", "loss_attention", "loss_labels")
+PARTS = ("loss_logits", "loss_attention", "loss_reconstruction", "loss_labels")
+LATENTS = {"latent__name": "separate", "latent__dim": [8, 12], "model__layer_types": "0_2_2_3"}
+"""Of a cycle."""
 
 
 @pytest.fixture
@@ -56,6 +59,10 @@ def assert_same_curve(first: Session, second: Session, tolerance: float = 1e-5) 
     assert len(curve(first)) == len(curve(second)) > 0
     for one, other in zip(curve(first), curve(second), strict=True):
         assert other == pytest.approx(one, rel=tolerance)
+
+
+def attentions_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [layer.self_attn for layer in model.model.layers]
 
 
 def attention_outputs(model: torch.nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -87,13 +94,13 @@ def test_attention_error_by_hand():
     teacher = [torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.0, 2.0]]])]
     student = [torch.tensor([[[2.0, 3.0]]]), torch.tensor([[[4.0, 0.0]]])]
     # Mean squares of the differences are 1/2 and 10.
-    error = attention_error(student, teacher, scales=[5.0, 2.0])
+    error = relative_error(student, teacher, scales=[5.0, 2.0])
     assert error.item() == pytest.approx((0.5 / 5 + 10 / 2) / 2)
 
 
 def test_layers_without_a_scale_are_left_out_of_the_attention_error():
     outputs, zeros = [torch.ones(1, 1, 2), torch.full((1, 1, 2), 4.0)], [torch.zeros(1, 1, 2)] * 2
-    assert attention_error(outputs, zeros, scales=[0.0, 8.0]).item() == 16 / 8
+    assert relative_error(outputs, zeros, scales=[0.0, 8.0]).item() == 16 / 8
 
 
 def test_only_tokens_that_predict_something_count():
@@ -105,7 +112,7 @@ def test_only_tokens_that_predict_something_count():
 def test_loss_is_the_weighted_sum_of_its_parts():
     cfg = TeacherConfig(source="x", logits_weight=2.0, attention_weight=0.5, labels_weight=0.25)
     parts = {"logits": torch.tensor(3.0), "attention": torch.tensor(5.0), "labels": torch.tensor(7.0)}
-    assert DistillationLoss(cfg, [1.0]).total(parts).item() == 2 * 3 + 0.5 * 5 + 0.25 * 7
+    assert DistillationLoss(cfg, {}).total(parts).item() == 2 * 3 + 0.5 * 5 + 0.25 * 7
 
 
 @pytest.mark.parametrize(
@@ -119,10 +126,10 @@ def test_loss_is_the_weighted_sum_of_its_parts():
 )
 def test_parts_that_are_only_looked_at_keep_no_graph(weights, with_graph):
     names = ("logits_weight", "attention_weight", "labels_weight")
-    loss = DistillationLoss(TeacherConfig(source="x", **dict(zip(names, weights, strict=True))), [1.0])
+    loss = DistillationLoss(TeacherConfig(source="x", **dict(zip(names, weights, strict=True))), {"attention": [1.0]})
     logits, output = (torch.randn(1, 3, 5, requires_grad=True) for _ in range(2))
     labels = torch.tensor([[-100, 1, 2]])
-    parts = loss.parts(logits, torch.randn(1, 3, 5), [output], [torch.randn(1, 3, 5)], labels)
+    parts = loss.parts(logits, torch.randn(1, 3, 5), {"attention": ([output], [torch.randn(1, 3, 5)])}, labels)
     assert {name for name, part in parts.items() if part.requires_grad} - {"attention"} == with_graph - {"attention"}
     by_hand = torch.nn.functional.cross_entropy(logits[0, :2], labels[0, 1:], reduction="sum")
     assert parts["labels"].item() == pytest.approx(by_hand.item(), rel=1e-5)
@@ -142,8 +149,8 @@ def test_the_loss_of_a_step_by_hand(make_session: MakeSession, build_teacher, mi
         teacher__source="x",
         teacher__labels_weight=0.5,
     )
-    scales = session.trainer.distillation_loss.scales
-    totals, count = dict.fromkeys(PARTS, 0.0), 0
+    scales = session.trainer.distillation_loss.scales["attention"]
+    totals, count = dict.fromkeys(("loss_logits", "loss_attention", "loss_labels"), 0.0), 0
     for index in list(session.trainer.order)[:4]:
         batch = {name: value[None] for name, value in session.data.train[index].items()}
         labels = batch.pop("labels")[0, 1:]
@@ -174,7 +181,7 @@ def test_scales_are_the_mean_squares_of_the_teachers_outputs(make_session: MakeS
         batch = {name: value[None] for name, value in data[index].items()}
         scored = batch.pop("labels")[0, 1:] != -100
         outputs.append([output[0, :-1][scored] for output in attention_outputs(teacher, batch)])
-    for scale, *parts in zip(session.trainer.distillation_loss.scales, *outputs, strict=True):
+    for scale, *parts in zip(session.trainer.distillation_loss.scales["attention"], *outputs, strict=True):
         assert scale == pytest.approx(torch.cat(parts).square().mean().item(), rel=1e-4)
 
 
@@ -182,7 +189,7 @@ def test_a_teachers_layer_that_puts_out_zeros_is_left_out(make_session: MakeSess
     teacher = build_teacher()
     torch.nn.init.zeros_(teacher.model.layers[1].self_attn.o_proj.weight)
     session = make_session(teacher=teacher, teacher__source="x", trainer__max_steps=1)
-    scales = session.trainer.distillation_loss.scales
+    scales = session.trainer.distillation_loss.scales["attention"]
     assert [scale > 0 for scale in scales] == [True, False, True, True]
     session.run()
     assert 0 < train_lines(session)[0]["loss_attention"] < 1e4
@@ -203,7 +210,7 @@ def test_a_teacher_without_any_attention_is_refused(make_session: MakeSession, b
 def test_outputs_are_those_of_the_pass_that_the_model_goes_on_from(build_teacher, layer_types: str):
     model = build_teacher(layer_types, forward_passes=2, backward_passes=2)
     inputs = {"input_ids": torch.randint(0, 256, (2, 12))}
-    with AttentionOutputs(model, 12) as outputs:
+    with KeptOutputs(attentions_of(model), 12) as outputs:
         states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     outputs = list(outputs)
     assert len(outputs) == len(model.model.layers)
@@ -221,7 +228,7 @@ def test_outputs_of_a_model_that_runs_token_by_token(build_teacher):
     inputs = {"input_ids": torch.randint(0, 256, (2, 6))}
     seen = []
     for model in (at_once, one_by_one):
-        with torch.no_grad(), AttentionOutputs(model, 6) as outputs:
+        with torch.no_grad(), KeptOutputs(attentions_of(model), 6) as outputs:
             model(**inputs, use_cache=False)
         seen.append(list(outputs))
     for one, other in zip(*seen, strict=True):
@@ -252,22 +259,27 @@ def test_a_llama_of_transformers_can_teach(make_session: MakeSession, build_teac
     llama.load_state_dict(teacher.state_dict())
     settings = {"model__layer_types": "0_0_2_2", "teacher__source": "x", "data": corpus.config}
     sessions = [make_session(str(n), teacher=model, **settings) for n, model in enumerate((teacher, llama))]
-    scales = [session.trainer.distillation_loss.scales for session in sessions]
+    scales = [session.trainer.distillation_loss.scales["attention"] for session in sessions]
     # What one of them sees of other documents in its blocks, the other sees too.
     assert scales[0] == pytest.approx(scales[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 0.5), (0.0, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    "weights", [(1.0, 1.0, 0.0, 0.5), (0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 2.0, 0.5), (0.0, 0.0, 1.0, 0.0)]
+)
 def test_accumulation_does_not_change_the_curve(make_session: MakeSession, build_teacher, weights):
-    names = ("teacher__logits_weight", "teacher__attention_weight", "teacher__labels_weight")
+    names = [f"teacher__{name}_weight" for name in LOSS_PARTS]
     settings = {"teacher__source": "x", "teacher__temperature": 2.0, **dict(zip(names, weights, strict=True))}
+    settings |= LATENTS if weights[2] else {}
     whole = make_session("whole", teacher=build_teacher(), **settings)
     whole.run()
     accumulated = make_session("accumulated", teacher=build_teacher(), trainer__micro_batch_size=1, **settings)
     accumulated.run()
     assert_same_curve(whole, accumulated)
     assert all("kv_residual" in line for line in train_lines(whole))
-    assert ("loss_attention" in train_lines(whole)[0]) == (weights[1] > 0)
+    named = {name for name in PARTS if name in train_lines(whole)[0]}
+    measured = {name for name, weight in zip(LOSS_PARTS, weights, strict=True) if weight} | {"labels"}
+    assert named == {f"loss_{name}" for name in measured | ({"logits"} if weights[1] else set())}
 
 
 def test_metrics_are_means_over_the_steps_since_the_last_log(make_session: MakeSession, build_teacher):
@@ -277,21 +289,28 @@ def test_metrics_are_means_over_the_steps_since_the_last_log(make_session: MakeS
         "rarely", build_teacher(), teacher__source="x", trainer__save_steps=None, trainer__logging_steps=3
     )
     rarely.run()
-    for name in ("loss", *PARTS):
+    for name in ("loss", "loss_logits", "loss_attention", "loss_labels"):
         values = [line[name] for line in train_lines(every)]
         means = [sum(values[start : start + 3]) / 3 for start in (0, 3)]
         assert [line[name] for line in train_lines(rarely)] == pytest.approx(means, rel=1e-5)
 
 
-def test_gradient_checkpointing_does_not_change_the_curve(make_session: MakeSession, build_teacher):
-    plain = make_session("plain", teacher=build_teacher(), teacher__source="x", teacher__logits_weight=0.0)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"teacher__logits_weight": 0.0},
+        {"teacher__attention_weight": 0.0, "teacher__reconstruction_weight": 1.0, **LATENTS},
+    ],
+)
+def test_gradient_checkpointing_does_not_change_the_curve(make_session: MakeSession, build_teacher, settings):
+    plain = make_session("plain", teacher=build_teacher(), teacher__source="x", **settings)
     plain.run()
     checkpointed = make_session(
         "checkpointed",
         teacher=build_teacher(),
         teacher__source="x",
-        teacher__logits_weight=0.0,
         trainer__gradient_checkpointing=True,
+        **settings,
     )
     checkpointed.run()
     assert checkpointed.model.model.layers[0].gradient_checkpointing
@@ -327,8 +346,7 @@ def test_a_student_with_the_teachers_weights_comes_closer_to_it(
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not teacher.training
-    for name in PARTS:
-        assert results[name] == lines[-1][name]
+    assert {name: results.get(name) for name in PARTS} == {name: lines[-1].get(name) for name in PARTS}
 
 
 def test_interrupted_run_goes_on_bit_for_bit(

@@ -16,6 +16,9 @@ def test_sharded_models_must_pass_equally_often_in_every_process_and_are_not_eva
     check_can_shard(make_config(), tiny_model("0_0_2_2", forward_passes="converge"))
     with pytest.raises(UserError, match=r"^evaluation.evals=\['speed'\]: cannot be had while FSDP"):
         check_can_shard(make_config(evaluation=EvaluationConfig(["speed"])), plain)
+    for settings in {"optim__name": "riemannian_adam"}, {"teacher__reconstruction_weight": 1, "teacher__source": "x"}:
+        with pytest.raises(UserError, match=r"^(optim.name=riem|teacher.reconstruction_weight=1: needs).*FSDP"):
+            check_can_shard(make_config(**settings), plain)
 
 
 def test_what_iso_keeps_equal_is_compared_with_the_llama_that_was_asked_for(make_session):
