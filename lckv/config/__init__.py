@@ -19,15 +19,7 @@ from lckv.config.evaluation import (
 from lckv.config.generation import DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, GenerateConfig
 from lckv.config.keys import Group, key, literal
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
+from lckv.config.pretrained import CalibrationConfig, InitConfig, TeacherConfig
 from lckv.config.reporting import ReportConfig
-from lckv.config.training import (
-    CalibrationConfig,
-    InitConfig,
-    LoggerConfig,
-    OptimConfig,
-    PlanConfig,
-    TeacherConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from lckv.config.training import LoggerConfig, OptimConfig, PlanConfig, TrainConfig, TrainerConfig
 from lckv.config.unused import validate

@@ -11,16 +11,8 @@ from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, key, literal, one_of, passes
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
 from lckv.config.names import AUTO_LATENT, LATENTS, METHODS, NO_LATENT, TRAINED, XKV
-from lckv.config.training import (
-    CalibrationConfig,
-    InitConfig,
-    LoggerConfig,
-    OptimConfig,
-    TeacherConfig,
-    TrainConfig,
-    TrainerConfig,
-    seed_of_32_bits,
-)
+from lckv.config.pretrained import CalibrationConfig, InitConfig, TeacherConfig
+from lckv.config.training import LoggerConfig, OptimConfig, TrainConfig, TrainerConfig, seed_of_32_bits
 from lckv.errors import UserError
 
 _GIVE_BOTH = "give one: python -m lckv.convert source=MODEL model.layer_types=... out=FOLDER"
