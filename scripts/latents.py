@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import itemgetter
@@ -33,21 +33,22 @@ from lckv.conversion.calibration import collect_moments
 from lckv.conversion.latent_models import budget_of, measure, to_latents
 from lckv.conversion.methods import needed_pairs
 from lckv.conversion.scoring import Converter
+from lckv.conversion.sensitivity import Sensitivity
 from lckv.conversion.target import converted_config
 from lckv.evaluation.sliding import Window, score_windows
 from lckv.loading import load_model
 from lckv.models import LCKVLlamaForCausalLM
-from lckv.patterns import join_layer_types, parse_layer_types
+from lckv.patterns import build_layer_types, parse_layer_types
 from lckv.reporting.pictures.base import PALETTE
 from lckv.storage import write_json
 
 RIDGE = 1e-2
 CACHES: dict[int, dict[str, Any]] = {16: {"name": "dynamic"}} | {
-    bits: {"name": "quantized", "bits": bits, "residual_length": 0} for bits in (8, 4)
+    bits: {"name": "quantized", "bits": bits, "residual_length": 0} for bits in (8, 4, 2)
 }
 """By bits of a number. No token stays exact but those whose group of 64 is not full yet."""
 
-MARKS = {16: ("o", "-"), 8: ("s", (0, (5, 1.6))), 4: ("^", (0, (1.6, 1.2)))}
+MARKS = {16: ("o", "-"), 8: ("s", (0, (5, 1.6))), 4: ("^", (0, (1.6, 1.2))), 2: ("v", (0, (0.8, 2)))}
 TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8)
 """Of the picture: how often the original's perplexity; what is beyond is out of the frame."""
 
@@ -59,29 +60,23 @@ class Road:
     Attributes:
         label: in the picture.
         kind: of latents; "none" for keys and values.
-        group_size: so many layers share an owner; 0: as many as there are to be fewer numbers.
-        first: the lowest layer that shares.
+        group_size: so many layers share an owner; 0: as many as there are to be fewer numbers; `None`: after
+            `--layer-types`.
     """
 
     label: str
     kind: str = NO_LATENT
-    group_size: int = 1
-    first: int = 0
-
-    def layer_types(self, num_layers: int, ratio: float) -> str:
-        """The sharing pattern for `ratio` times fewer numbers."""
-        size = self.group_size or int(ratio)
-        own, shared = range(self.first), range(num_layers - self.first)
-        return join_layer_types([*own, *(self.first + layer - layer % size for layer in shared)])
+    group_size: int | None = 1
 
 
 ROADS = {
-    "sharing": Road("sharing alone", group_size=0),
-    "joint": Road("latents alone", "joint"),
-    "separate": Road("separate latents", "separate"),
-    "decoupled_rope": Road("decoupled latents", "decoupled_rope"),
+    "sharing": Road("sharing, CLA", group_size=0),
+    "pattern": Road("sharing, searched", group_size=None),
+    "joint": Road("latents", "joint"),
+    "separate": Road("latents, separate", "separate"),
+    "decoupled_rope": Road("latents, decoupled", "decoupled_rope"),
     "pairs": Road("latents of pairs of layers", "joint", group_size=2),
-    "upper_pairs": Road("latents of pairs from layer 4 on", "joint", group_size=2, first=4),
+    "pattern_joint": Road("latents of the searched owners", "joint", group_size=None),
 }
 
 
@@ -95,27 +90,33 @@ def beginnings(path: str, tokenizer: PreTrainedTokenizerBase, count: int, length
     return [torch.tensor(each) for each in found]
 
 
-def maker(model: LCKVLlamaForCausalLM, text: list[torch.Tensor]) -> Callable[[Road, float], LCKVLlamaForCausalLM]:
-    """What makes the model of a road and ratio; the text goes through the given model once for every pattern."""
-    own = model.config.sharing_plan
-    batches = [{"input_ids": ids[None], "position_ids": torch.arange(len(ids))[None]} for ids in text]
+class Maker:
+    """Makes the models of roads; the text, `(length,)` each, goes through the given model once for every pattern."""
 
-    @cache
-    def sensitivity(layer_types: str) -> Any:
-        target = converted_config(model.config, parse_layer_types(layer_types))
-        return measure(model, budget_of(LatentConfig("joint"), target), batches)
+    def __init__(self, model: LCKVLlamaForCausalLM, text: list[torch.Tensor], layer_types: str | None) -> None:
+        self.model, self.layer_types, self.own = model, layer_types, model.config.sharing_plan
+        self.batches = [{"input_ids": ids[None], "position_ids": torch.arange(len(ids))[None]} for ids in text]
+        self.sensitivity = cache(self._sensitivity)
 
-    def make(road: Road, ratio: float) -> LCKVLlamaForCausalLM:
-        layer_types = road.layer_types(len(own.layers), ratio)
-        if road.kind != NO_LATENT:
-            of_latents = ratio / road.group_size
-            known = sensitivity(layer_types)
-            return to_latents(model, known, road.kind, ratio=of_latents, layer_types=layer_types, ridge=RIDGE)
-        plan = parse_layer_types(layer_types)
-        moments = collect_moments(model, batches, needed_pairs(plan, own))
-        return Converter(model, "subspace", moments, RIDGE).build(plan)
+    def make(self, road: Road, ratio: float) -> LCKVLlamaForCausalLM:
+        """A model that keeps `ratio` times fewer numbers, or as many as the pattern says."""
+        layer_types = self._layer_types(road, ratio)
+        plan = parse_layer_types(layer_types, len(self.own.layers))
+        if road.kind == NO_LATENT:
+            moments = collect_moments(self.model, self.batches, needed_pairs(plan, self.own))
+            return Converter(self.model, "subspace", moments, RIDGE).build(plan)
+        of_latents = ratio * len(plan.kv_owners) / len(self.own.kv_owners)
+        known = self.sensitivity(layer_types)
+        return to_latents(self.model, known, road.kind, ratio=of_latents, layer_types=layer_types, ridge=RIDGE)
 
-    return make
+    def _layer_types(self, road: Road, ratio: float) -> str:
+        if road.group_size is None and self.layer_types is not None:
+            return self.layer_types
+        return build_layer_types("cla", len(self.own.layers), group_size=road.group_size or int(ratio))
+
+    def _sensitivity(self, layer_types: str) -> Sensitivity:
+        target = converted_config(self.model.config, parse_layer_types(layer_types))
+        return measure(self.model, budget_of(LatentConfig("joint"), target), self.batches)
 
 
 def measured(model: PreTrainedModel, windows: list[Window], bits: int, chunk: int) -> dict[str, float]:
@@ -125,6 +126,7 @@ def measured(model: PreTrainedModel, windows: list[Window], bits: int, chunk: in
     loss = score_windows(model, windows, batch_size=6 if through else 2, new_cache=through, cache_chunk=chunk)
     short, long = (new_cache().planned_bytes(length, 1, torch.bfloat16) for length in (1024, 2048))
     return {
+        "numbers": sum(store.size for store in model.config.kv_layout.stores),
         "bits": bits,
         "bytes": (long - short) / 1024,
         "perplexity": math.exp(loss / sum(window.num_scored for window in windows)),
@@ -137,7 +139,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     original = rows[0]
     best = [row for row in rows if not any(_beats(other, row) for other in rows)]
     x, y = _line(sorted(best, key=itemgetter("bytes")))
-    axes.plot(x, y, color="0.87", linewidth=11, solid_capstyle="round", solid_joinstyle="round", zorder=1)
+    axes.step(x, y, where="post", color="0.87", linewidth=9, solid_capstyle="round", solid_joinstyle="round", zorder=1)
     axes.axhline(original["perplexity"], color="0.4", linewidth=0.8, linestyle=":", zorder=1)
     colors = dict(zip(("original", *ROADS), ("#1a1a1b", *(color for color, _ in PALETTE)), strict=False))
     for (road, bits), line in itertools.groupby(sorted(rows, key=_road), _road):
@@ -147,7 +149,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("bytes of a token (log scale; bfloat16, or codes with scales and zero points)")
     axes.set_ylabel("perplexity beside the original's, {:.2f} (log scale)".format(original["perplexity"]))
     halved = [original["bytes"] / 2**power for power in range(7)]
-    axes.set_xticks(halved, [f"{size:,.0f}\n1/{2**power}" for power, size in enumerate(halved)])
+    axes.set_xticks(
+        halved, [f"{size:,.0f}\n" + (f"1/{2**power}" if power else "all") for power, size in enumerate(halved)]
+    )
     axes.set_yticks([factor * original["perplexity"] for factor in TICKS], [f"{factor:g}×" for factor in TICKS])
     axes.minorticks_off()
     tidy(axes)
@@ -157,7 +161,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _legend(rows: list[dict[str, Any]], colors: dict[str, str]) -> list[Line2D]:
-    labels = {"original": "original"} | {name: road.label for name, road in ROADS.items()}
+    labels = {"original": "fewer bits alone"} | {name: road.label for name, road in ROADS.items()}
     roads = dict.fromkeys(row["road"] for row in rows)
     caches = {row["bits"]: MARKS[row["bits"]] for row in rows}
     return [
@@ -185,12 +189,16 @@ def _line(rows: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def models(given: argparse.Namespace, model: LCKVLlamaForCausalLM, text: list[torch.Tensor]) -> Iterator[Any]:
-    """The name, ratio and model of the original and of every point of the roads."""
-    yield "original", 1, model
-    make = maker(model, text)
-    for name, ratio in itertools.product(given.roads, given.ratios):
-        yield name, ratio, make(ROADS[name], ratio)
+def models(
+    given: argparse.Namespace, model: LCKVLlamaForCausalLM, text: list[torch.Tensor]
+) -> Iterator[tuple[str, LCKVLlamaForCausalLM]]:
+    """The original, and every point of the roads with the road's name."""
+    yield "original", model
+    maker = Maker(model, text, given.layer_types)
+    for name in given.roads:
+        keeps_what_it_keeps = name == "pattern"  # whatever the ratio
+        for ratio in given.ratios[:1] if keeps_what_it_keeps else given.ratios:
+            yield name, maker.make(ROADS[name], ratio)
 
 
 def main() -> None:
@@ -199,9 +207,10 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("calibration")
     parser.add_argument("heldout")
-    parser.add_argument("--roads", nargs="+", default=list(ROADS), choices=ROADS)
+    parser.add_argument("--roads", nargs="+", default=["sharing", "joint", "pairs"], choices=ROADS)
+    parser.add_argument("--layer-types", help="the pattern of the roads pattern and pattern_joint")
     parser.add_argument("--ratios", nargs="+", type=float, default=[2, 4, 8], help="how many times fewer numbers")
-    parser.add_argument("--bits", nargs="+", type=int, default=list(CACHES), choices=CACHES, help="of a number kept")
+    parser.add_argument("--bits", nargs="+", type=int, default=[16, 8, 4], choices=CACHES, help="of a number kept")
     parser.add_argument("--length", type=int, default=512, help="tokens of a text")
     parser.add_argument("--num-calibration", type=int, default=12, help="texts to calibrate on")
     parser.add_argument("--num-heldout", type=int, default=6, help="texts to measure on")
@@ -209,22 +218,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file for the figures; the picture goes beside it")
     parser.add_argument("--keep", type=Path, help="a folder for the models")
     given = parser.parse_args()
+    if any(ROADS[road].group_size is None for road in given.roads) != (given.layer_types is not None):
+        parser.error("--layer-types goes with the roads pattern and pattern_joint, and they with it")
     model, tokenizer = load_model(given.model, dtype="float32", device="cpu")
     text = beginnings(given.calibration, tokenizer, given.num_calibration, given.length)
     heldout = beginnings(given.heldout, tokenizer, given.num_heldout, given.length)
     windows = [Window(ids.numpy(), given.length - 1) for ids in heldout]
     rows: list[dict[str, Any]] = []
-    print("| road | ratio | bits | bytes of a token | perplexity | to the original |\n|---|---|---|---|---|---|")
-    for road, ratio, made in models(given, model, text):
-        if given.keep is not None:
-            for part in (made, tokenizer):
-                part.save_pretrained(given.keep / f"{road}_{ratio:g}")
+    print("| road | numbers | bits | bytes | perplexity | to the original |\n|---|---|---|---|---|---|")
+    for road, made in models(given, model, text):
         for bits in given.bits:
-            row = {"road": road, "ratio": ratio} | measured(made, windows, bits, given.chunk)
+            row = {"road": road} | measured(made, windows, bits, given.chunk)
             rows.append(row)
             relative = row["perplexity"] / rows[0]["perplexity"]
             shown = f"{row['bytes']:,.0f} | {row['perplexity']:.2f} | {relative:.2f}"
-            print(f"| {road} | {ratio:g} | {bits} | {shown} |", flush=True)
+            print(f"| {road} | {row['numbers']:,} | {bits} | {shown} |", flush=True)
+        if given.keep is not None:
+            for part in (made, tokenizer):
+                part.save_pretrained(given.keep / f"{road}_{row['numbers']}")
     if given.output is not None:
         write_json(given.output, rows)
         draw(rows, given.output.with_suffix(".png"))

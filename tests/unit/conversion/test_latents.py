@@ -365,20 +365,23 @@ def test_the_table_and_the_picture_of_the_docs(source, tmp_path, monkeypatch, ca
     words = "in the beginning was the word and the word was with all of them who read it "
     text.write_text("".join(json.dumps({"text": words[start:] * 3}) + "\n" for start in range(6)), encoding="utf-8")
     script = Path(__file__).parents[3] / "scripts" / "latents.py"
-    arguments = "--roads sharing joint pairs --ratios 2 4 --bits 16 8 --length 128 --num-heldout 2 --num-calibration 4"
-    places = ["--output", str(figures), "--keep", str(tmp_path / "kept")]
-    monkeypatch.setattr(sys, "argv", [str(script), *[str(source)], str(text), str(text), *arguments.split(), *places])
+    arguments = (
+        "--roads sharing joint pairs pattern_joint --layer-types 0_1_1_1 --ratios 2 4 --bits 16 8 --length 128 "
+    )
+    arguments += f"--num-heldout 2 --num-calibration 4 --output {figures} --keep {tmp_path / 'kept'}"
+    monkeypatch.setattr(sys, "argv", [str(script), str(source), str(text), str(text), *arguments.split()])
     runpy.run_path(str(script), run_name="__main__")
     rows = json.loads(figures.read_text())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == len(lines) == 2 * 7 and (tmp_path / "figures.png").stat().st_size > 10_000
-    found = {(row["road"], row["ratio"], row["bits"]): row for row in rows}
+    assert len(rows) == len(lines) == 2 * 9 and (tmp_path / "figures.png").stat().st_size > 10_000
+    found = {(row["road"], row["numbers"], row["bits"]): row for row in rows}
     # Two bytes of each number, or one; keys have a scale and a zero of two bytes for 64 tokens, values for each token.
-    assert found["original", 1, 16]["bytes"] == 2 * 128
-    assert found["original", 1, 8]["bytes"] == 128 + 4 * 2 * (8 * 4 / 64 + 4)
-    assert all(found[road, 4, 16]["bytes"] == 2 * 32 for road in ("sharing", "joint", "pairs"))
-    for (road, ratio, bits), row in found.items():
-        exact = found[road, ratio, 16]["perplexity"]
+    assert found["original", 128, 16]["bytes"] == 2 * 128
+    assert found["original", 128, 8]["bytes"] == 128 + 4 * 2 * (8 * 4 / 64 + 4)
+    for road in ("sharing", "joint", "pairs", "pattern_joint"):
+        assert [found[road, numbers, 16]["bytes"] for numbers in (64, 32)] == [2 * 64, 2 * 32]
+    for (road, numbers, bits), row in found.items():
+        exact = found[road, numbers, 16]["perplexity"]
         assert row["perplexity"] == pytest.approx(exact, rel=0.01) and (row["perplexity"] == exact) == (bits == 16)
-    made, _ = load_model(str(tmp_path / "kept" / "pairs_4"), device="cpu")
+    made, _ = load_model(str(tmp_path / "kept" / "pairs_32"), device="cpu")
     assert made.config.kv_layout.owners == (0, 2)
