@@ -48,7 +48,12 @@ CACHES: dict[int, dict[str, Any]] = {16: {"name": "dynamic"}} | {
 }
 """By bits of a number. No token stays exact but those whose group of 64 is not full yet."""
 
-MARKS = {16: ("o", "-"), 8: ("s", (0, (5, 1.6))), 4: ("^", (0, (1.6, 1.2))), 2: ("v", (0, (0.8, 2)))}
+MARKS: dict[int, tuple[str, Any]] = {
+    16: ("o", "-"),
+    8: ("s", (0, (5, 1.6))),
+    4: ("^", (0, (1.6, 1.2))),
+    2: ("v", (0, (0.8, 2))),
+}
 TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8)
 """Of the picture: how often the original's perplexity; what is beyond is out of the frame."""
 
