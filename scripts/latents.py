@@ -153,10 +153,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xscale="log", yscale="log", ylim=(0.94 * original["perplexity"], TICKS[-1] * original["perplexity"]))
     axes.set_xlabel("bytes of a token (log scale; bfloat16, or codes with scales and zero points)")
     axes.set_ylabel("perplexity beside the original's, {:.2f} (log scale)".format(original["perplexity"]))
-    halved = [original["bytes"] / 2**power for power in range(7)]
-    axes.set_xticks(
-        halved, [f"{size:,.0f}\n" + (f"1/{2**power}" if power else "all") for power, size in enumerate(halved)]
-    )
+    halved = {original["bytes"] / 2**power: f"1/{2**power}" if power else "all" for power in range(7)}
+    axes.set_xticks(list(halved), [f"{size:,.0f}\n{part}" for size, part in halved.items()])
+    axes.set_xlim(0.85 * min(row["bytes"] for row in rows), 1.1 * original["bytes"])
     axes.set_yticks([factor * original["perplexity"] for factor in TICKS], [f"{factor:g}×" for factor in TICKS])
     axes.minorticks_off()
     tidy(axes)
