@@ -130,7 +130,7 @@ def num_unturned_planes(budget: LatentBudget, sensitivity: Sensitivity, source: 
 
 def to_latents(
     model: PreTrainedModel,
-    batches: Iterable[Tensor] | None,
+    batches: Iterable[Tensor] | Sensitivity | None,
     kind: str = "joint",
     *,
     ratio: float = 4.0,
@@ -143,8 +143,9 @@ def to_latents(
 
     Args:
         model: of a family that can be read as ours, or one of ours.
-        batches: calibration text, each `(batch, q_len)`; a few thousand tokens will do. `None`: the weights alone
-            have to say what matters, which is far worse.
+        batches: calibration text, each `(batch, q_len)`; a few thousand tokens will do. Or what [`measure`] found in
+            some, for several kinds and ratios of one pattern. `None`: the weights alone have to say what matters,
+            which is far worse.
         kind: a name of the `latent` group of the configuration; other arguments are its keys.
         ratio: how many times fewer numbers owners keep.
         dim: instead, the size of each latent.
@@ -174,6 +175,8 @@ def to_latents(
     budget = budget_of(latent, target)
     if batches is None:
         sensitivity = assume_sensitivity(tensors, source, sources_of(plan, source.sharing_plan, budget.owners))
+    elif isinstance(batches, Sensitivity):
+        sensitivity = batches
     else:
         text = ({"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)} for ids in batches)
         sensitivity = measure(ours, budget, text)

@@ -28,6 +28,9 @@ from lckv.latents import LatentBudget
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan
 
+MAX_DISTANCE = 3
+"""How many owners of the source a group may reach up from its lowest one, where nothing else is said."""
+
 DISCOUNTS = (0.05, 0.1, 0.15, 0.25, 0.5)
 """By how much errors of predicted inputs may count less than errors of latents."""
 
@@ -89,6 +92,12 @@ def _shortest_path(
         if cost < paths[span.stop][0]:
             paths[span.stop] = cost, (*paths[span.start][1], span)
     return paths[-1][1]
+
+
+def groups_within(plan: SharingPlan, max_distance: int) -> dict[int, tuple[int, ...]]:
+    """For each owner the owners, itself first, that a group may take together: what a search has to measure."""
+    owners = plan.kv_owners
+    return {owner: owners[place : place + max_distance + 1] for place, owner in enumerate(owners)}
 
 
 class LatentConverter:

@@ -18,7 +18,7 @@ from lckv.config.names import CALIBRATED
 from lckv.console import Bar
 from lckv.conversion.calibration import InputMoments, Pair, batches_of, calibrate, choose_blocks
 from lckv.conversion.latent_models import budget_of, check_num_tokens
-from lckv.conversion.latent_search import LatentConverter, LatentSearch
+from lckv.conversion.latent_search import MAX_DISTANCE, LatentConverter, LatentSearch, groups_within
 from lckv.conversion.methods import needed_pairs
 from lckv.conversion.pattern_search import (
     PatternSearch,
@@ -44,9 +44,6 @@ from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 _BASELINES = ("lasagna_bottom", "pizza_bottom", "sandwich_bottom")
 _VALIDATION_BATCH = 8
-
-_MAX_DISTANCE = 3
-"""How far above its owner a layer of a group that shares latents may be, where nothing else is said."""
 
 logger = logging.getLogger(__name__)
 
@@ -208,11 +205,10 @@ class SearchOfLatents(SearchSession):
             raise UserError(f"budget={cfg.budget}: is what the model needs already: {full} bytes per token")
         budget_of(replace(cfg.latent, ratio=1 / share), source.config)
         self._shares = [2.0**-power for power in range(1, 10) if 2.0**-power > share * 1.01] + [share]
-        self._max_distance = _MAX_DISTANCE if cfg.max_distance is None else cfg.max_distance
+        self._max_distance = MAX_DISTANCE if cfg.max_distance is None else cfg.max_distance
 
     def _prepare(self, model: LCKVLlamaForCausalLM, blocks: BlockDataset, chosen: list[int]) -> int:
-        owners, cfg = self._plan.kv_owners, self._cfg
-        groups = {owner: owners[place : place + self._max_distance + 1] for place, owner in enumerate(owners)}
+        cfg, groups = self._cfg, groups_within(self._plan, self._max_distance)
         with Bar(self._console, "calibrating", "tokens", len(chosen) * blocks.block_size) as bar:
             batches = batches_of(blocks, chosen, num_tokens=1)
             sensitivity = measure_sensitivity(model, batches, groups, weighs_alike=True, on_batch=bar.advance)

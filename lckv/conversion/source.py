@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ class Source:
         return cls(checkpoint, config)
 
     def tensors(self) -> Tensors:
-        """Its tensors under our names, each read when it is used; those of a GGUF file are read here.
+        """Its tensors under our names, each read when it is used; those of a GGUF file are the model's.
 
         They are those that the model has when it is loaded: of tied embeddings, the head is there only if it differs.
 
@@ -74,15 +74,18 @@ class Source:
             UserError: if they do not fit the configuration, or cannot be read.
         """
         if self.checkpoint.gguf_file is not None:
-            tensors = self.load_model("cpu").state_dict()
+            tensors = self._model.state_dict()
             return self._untied(LazyTensors({name: partial(tensors.__getitem__, name) for name in tensors}))
         folder = self._folder()
         with self.checkpoint.loading("the weights"):
             return self._checked(self._untied(self.checkpoint.reading().tensors(map_weights(folder))), folder)
 
     def load_model(self, device: str) -> LCKVLlamaForCausalLM:
-        """The whole model, in evaluation mode."""
+        """The whole model, in evaluation mode; of a GGUF file, on a CPU, the one whose tensors are `tensors`."""
         target = find_device(device)
+        # What is wanted in another type than it has would change its tensors with it.
+        if self.checkpoint.gguf_file is not None and target.type == "cpu" and self._model.dtype == torch.float32:
+            return self._model
         return load_weights(self.checkpoint, self.checkpoint.load_config()).eval().to(target)
 
     def load_for_text(self, device: str) -> LCKVLlamaForCausalLM:
@@ -93,6 +96,11 @@ class Source:
         model = self.load_model(device)
         model.config.use_sequential = False
         return model.float() if model.device.type == "cpu" else model
+
+    @cached_property
+    def _model(self) -> LCKVLlamaForCausalLM:
+        """The model of a GGUF file, which is slow to read and cannot be mapped: read once, and in memory once."""
+        return load_weights(self.checkpoint, self.checkpoint.load_config()).eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """Its tokenizer.

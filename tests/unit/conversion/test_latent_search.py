@@ -11,7 +11,7 @@ from rich.console import Console
 from lckv import cli
 from lckv.config import DataConfig, SearchConfig, validate
 from lckv.config.model import LatentConfig
-from lckv.conversion.latent_search import ExpectedLoss, LatentConverter, LatentSearch, cheapest_spans
+from lckv.conversion.latent_search import ExpectedLoss, LatentConverter, LatentSearch, cheapest_spans, groups_within
 from lckv.conversion.pattern_search import SearchTrace, Span
 from lckv.conversion.scoring import Scorer
 from lckv.conversion.search_report import write_report
@@ -73,8 +73,7 @@ def test_no_other_groups_lose_less(seed, discount):
 
 
 def search(model, totals, kind="joint", max_distance=2):
-    owners = model.config.sharing_plan.kv_owners
-    groups = {owner: owners[place : place + max_distance + 1] for place, owner in enumerate(owners)}
+    groups = groups_within(model.config.sharing_plan, max_distance)
     sensitivity = measure_sensitivity(model, [text(10, 1)], groups, weighs_alike=True)
     converter = LatentConverter(model, kind, sensitivity, 1e-9, {})
     trace, steps = SearchTrace(), []

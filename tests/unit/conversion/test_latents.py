@@ -431,16 +431,28 @@ def test_convert_without_text(source, tmp_path):
     LCKVLlamaForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_the_table_of_the_docs(source, tmp_path, monkeypatch, capsys):
-    text = tmp_path / "text.jsonl"
+def test_the_table_and_the_picture_of_the_docs(source, tmp_path, monkeypatch, capsys):
+    text, figures = tmp_path / "text.jsonl", tmp_path / "figures.json"
     words = "in the beginning was the word and the word was with all of them who read it "
     text.write_text("".join(json.dumps({"text": words[start:] * 3}) + "\n" for start in range(6)), encoding="utf-8")
     script = Path(__file__).parents[3] / "scripts" / "latents.py"
-    arguments = ["--kinds", "joint", "separate", "--ratios", "1", "4", "--length", "48", "--num-heldout", "2"]
-    arguments += ["--num-calibration", "4"]
-    monkeypatch.setattr(sys, "argv", [str(script), str(source), str(text), str(text), *arguments])
+    arguments = (
+        "--roads sharing joint pairs pattern_joint groups --layer-types 0_1_1_1 --ratios 2 4 --bits 16 8 --length 128 "
+    )
+    arguments += f"--num-heldout 2 --num-calibration 4 --output {figures} --keep {tmp_path / 'kept'}"
+    monkeypatch.setattr(sys, "argv", [str(script), str(source), str(text), str(text), *arguments.split()])
     runpy.run_path(str(script), run_name="__main__")
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert [row[0].strip() for row in rows] == ["original", "joint", "joint", "separate", "separate"]
-    assert [int(row[2].replace(",", "")) for row in rows] == [128, 128, 32, 128, 32]
-    assert [float(row[4]) for row in rows[:4:3]] == [1.0, 1.0]
+    rows = json.loads(figures.read_text())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(lines) == 2 * 11 and (tmp_path / "figures.png").stat().st_size > 10_000
+    found = {(row["road"], row["numbers"], row["bits"]): row for row in rows}
+    # Two bytes of each number, or one; keys have a scale and a zero of two bytes for 64 tokens, values for each token.
+    assert found["original", 128, 16]["bytes"] == 2 * 128
+    assert found["original", 128, 8]["bytes"] == 128 + 4 * 2 * (8 * 4 / 64 + 4)
+    for road in ("sharing", "joint", "pairs", "pattern_joint", "groups"):
+        assert [found[road, numbers, 16]["bytes"] for numbers in (64, 32)] == [2 * 64, 2 * 32]
+    for (road, numbers, bits), row in found.items():
+        exact = found[road, numbers, 16]["perplexity"]
+        assert row["perplexity"] == pytest.approx(exact, rel=0.01) and (row["perplexity"] == exact) == (bits == 16)
+    made, _ = load_model(str(tmp_path / "kept" / "pairs_32"), device="cpu")
+    assert made.config.kv_layout.owners == (0, 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lckv.conversion.source import EMBEDDINGS, Source
 from lckv.loading import load_model
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.models.families import read_model
@@ -170,6 +171,8 @@ def test_a_gguf_file(tmp_path):
     assert torch.equal(converted(token_ids(1, 9)).logits, model(token_ids(1, 9)).logits)
     assert converted_tokenizer("abc")["input_ids"] == tokenizer("abc")["input_ids"]
     assert converted.generation_config.eos_token_id == model.generation_config.eos_token_id
+    read = Source.find(str(path))  # in memory once, however often it is asked for
+    assert read.tensors()[EMBEDDINGS].data_ptr() == read.load_for_text("cpu").model.embed_tokens.weight.data_ptr()
 
     run_convert(path, tmp_path / "shared", "model.layer_types=1_1_2")
     average = read_folder(tmp_path / "shared")["model.layers.1.self_attn.v_proj.weight"]

@@ -8,7 +8,9 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from importlib import resources
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -415,6 +417,37 @@ def test_what_is_not_there_does_not_stop_the_others():
         "the data set 'Rowan/hellaswag' cannot be reached: is this machine offline (or HF_HUB_OFFLINE set), "
         "or the name misspelt?"
     )
+
+
+PAPERS = {
+    "hellaswag": ("Swimming: A pool is shown. men", "are", "Swimming: A pool is shown. men", " are"),
+    "openbookqa": ("Predators eat", "grass", "Predators eat", " grass"),
+    "arc_challenge": ("Why?", "So.", "Question: Why?\nAnswer:", " So."),
+    "arc_easy": ("Why?", "So.", "Question: Why?\nAnswer:", " So."),
+    "piqa": ("To dry", "wring", "Question: To dry\nAnswer:", " wring"),
+    "boolq": ("Passage: No.\nQuestion: is it?", "no", "No.\nQuestion: is it?\nAnswer:", " no"),
+}
+"""Of each of the papers' tasks a question and an answer, and what lm-eval's own task makes of them."""
+
+
+def test_the_papers_tasks_from_local_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {
+        name: {"query": query, "choices": [answer, "?"], "gold": 0} for name, (query, answer, *_) in PAPERS.items()
+    }
+    rows["winogrande"] = {"context_options": ["So Sarah", "So Maria"], "continuation": "won.", "gold": 1}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    folder, out = str(Path(__file__).parents[3] / "scripts" / "tasks"), tmp_path / "out"
+    figures = run(tasks=["lckv_papers"], include_path=folder, log_samples=True, output_path=str(out))
+    assert figures["errors"] == {} and set(figures["tasks"]) == set(rows) and figures["groups"]["lckv_papers"]
+    asked = {name: samples[0]["arguments"] for name, samples in read_samples(out).items()}
+    first = {name: (*arguments["gen_args_0"].values(),) for name, arguments in asked.items()}
+    assert first == {name: tuple(expected) for name, (_, _, *expected) in PAPERS.items()} | {
+        "winogrande": ("So Sarah", " won.")
+    }
+    assert (*asked["winogrande"]["gen_args_1"].values(),) == ("So Maria", " won.")
 
 
 def test_a_data_set_and_what_was_meant(tmp_path):
