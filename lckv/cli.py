@@ -63,7 +63,8 @@ def run(main: Callable[[Any], Any], config_name: str) -> None:
     job = _Job(main, config_name, [])
     FailedJob.received.clear()
     try:
-        sys.argv[1:] = job.arguments = _prepare_arguments(sys.argv[1:], config_name)
+        sys.argv[1:], literals = _prepare_arguments(sys.argv[1:], config_name)
+        job.arguments = [*sys.argv[1:], *literals]
         hydra.main(config_path=str(hydra_store.config_dir()), config_name=config_name, version_base="1.3")(job)()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -96,7 +97,7 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
     Raises:
         UserError: if the arguments are wrong.
     """
-    given = _prepare_arguments(arguments, config_name)
+    given, _ = _prepare_arguments(arguments, config_name)
     try:
         with hydra.initialize_config_dir(str(hydra_store.config_dir()), version_base="1.3"):
             composed = hydra.compose(config_name, given, return_hydra_config=True)
@@ -110,8 +111,8 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
         raise UserError(describe(error, hydra_store.SCHEMAS[config_name])) from error
 
 
-def _prepare_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
-    """Makes arguments for Hydra, and registers what it needs to compose them.
+def _prepare_arguments(arguments: Sequence[str], config_name: str) -> tuple[list[str], list[str]]:
+    """Makes arguments for Hydra, beside those with literal text, and registers what it needs to compose both.
 
     Raises:
         UserError: for a flag that Hydra does not have.
@@ -122,7 +123,8 @@ def _prepare_arguments(arguments: Sequence[str], config_name: str) -> list[str]:
     others, literals = overrides.take_literals(arguments, literal_keys(schema))
     hydra_store.register_schema(config_name)
     hydra_store.register_literals({key: overrides.escape(text) for key, text in literals.items()})
-    return overrides.quote_overrides(overrides.flags_first(others), open_keys(schema))
+    prepared = overrides.quote_overrides(overrides.flags_first(others), open_keys(schema))
+    return prepared, [f"{key}={text}" for key, text in literals.items()]
 
 
 class _Job:

@@ -22,6 +22,8 @@ STREAMS = {
 }
 """What an owner keeps, by the name of the kind."""
 
+_ROUNDING = 1e-6  # of a number of latents that was turned into a ratio, and back
+
 _LITTLE = 0.25
 """At which part of what a latent of one layer can say, latents of several layers begin to say more."""
 
@@ -62,6 +64,19 @@ class LatentBudget:
         return [dict(latents) if layer in self.owners else None for layer in range(self.plan.num_hidden_layers)]
 
 
+def refuse_latents(latent: LatentConfig, source: Any) -> None:
+    """Refuses to make other latents of latents.
+
+    Raises:
+        UserError: if the source keeps some.
+    """
+    if source.kv_latents is not None:
+        raise UserError(
+            f"latent={latent.name}: the source keeps latents already, which can be trained, but not made into others; "
+            "leave it out, or give the model that it was made from"
+        )
+
+
 def group_layers(latent: LatentConfig, own: SharingPlan) -> SharingPlan:
     """The pattern of `xkv`: the lowest layer of each group keeps the latent for all of it. Windows stay.
 
@@ -75,12 +90,16 @@ def group_layers(latent: LatentConfig, own: SharingPlan) -> SharingPlan:
             f"{own.layer_types}; latent=joint keeps its pattern"
         )
     first = latent.skip_layers + latent.warmup_layers
-    if (left := num_layers - first) < 1 or left % latent.group_size:
-        lower = f" above the {first} of latent.skip_layers and latent.warmup_layers" if first else ""
-        allowed = [size for size in range(1, left + 1) if left % size == 0]
+    if (left := num_layers - first) < 1:
         raise UserError(
-            f"latent.group_size={latent.group_size}: does not divide the {max(left, 0)} layers{lower}; "
-            f"allowed are {', '.join(map(str, allowed)) or 'fewer of these'}"
+            f"latent.skip_layers={latent.skip_layers} and latent.warmup_layers={latent.warmup_layers}: leave none of "
+            f"the {num_layers} layers to share latents; allowed are up to {num_layers - 1} together"
+        )
+    if left % latent.group_size:
+        lower = f" above the {first} of latent.skip_layers and latent.warmup_layers" if first else ""
+        allowed = ", ".join(str(size) for size in range(1, left + 1) if left % size == 0)
+        raise UserError(
+            f"latent.group_size={latent.group_size}: does not divide the {left} layers{lower}; allowed are {allowed}"
         )
     sources = [layer if layer < first else layer - (layer - first) % latent.group_size for layer in range(num_layers)]
     return parse_layer_types(join_layer_types(sources, [layer.is_sliding for layer in own.layers]))
@@ -143,15 +162,20 @@ def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> Latent
     dims = None if latent.dim is None else _check_dims(latent, most)
     kept_before = 2 * kv_size * sum(in_group) / len(owners)
     per_owner = sum(dims) if dims else min(kept_before / latent.ratio, sum(most))
-    least = sum(2 if stream == PLANES else 1 for stream in streams)
+    least = num_least(latent.name)
     if per_owner < least:
         raise UserError(
             f"latent.ratio={latent.ratio:g}: leaves {per_owner:.2g} of {kept_before:g} numbers; allowed is at most "
             f"{kept_before / least:g}"
         )
     return LatentBudget(
-        plan, latent.name, owners, int(per_owner * len(owners)), latent.ratio, dims, sizes.head_dim // 2
+        plan, latent.name, owners, int(per_owner * len(owners) + _ROUNDING), latent.ratio, dims, sizes.head_dim // 2
     )
+
+
+def num_least(kind: str) -> int:
+    """How many numbers of a token an owner keeps at least."""
+    return sum(2 if stream == PLANES else 1 for stream in STREAMS[kind])
 
 
 def _check_dims(latent: LatentConfig, most: tuple[int, ...]) -> tuple[int, ...]:

@@ -232,6 +232,7 @@ def find_device(name: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
         return accelerator or torch.device("cpu")
+    name = "cpu" if name == "cpu:0" else name  # as it is called where processes share a machine
     allowed = ["auto", "cpu"]
     if accelerator is not None:
         allowed += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]

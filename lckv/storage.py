@@ -29,7 +29,7 @@ from lckv.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-CANNOT_WRITE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT})
+CANNOT_WRITE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the operating system says where nothing can be written, and no program could do better."""
 
 _PARTIAL, _REPLACED, _DELETED = "partial", "replaced", "deleted"

@@ -80,7 +80,7 @@ class SearchConfig(Group):
         shortlist: how many of each one's successors to score.
         max_distance: how many layers a layer and the one that it reads may be apart at most, of those that compute KV
             in the source, which bounds memory: `hidden_size`^2 * 8 bytes for each layer and distance, with methods
-            that look at text. None: twice what equal groups would need.
+            that look at text. None: twice what equal groups would need; with latents, 3.
         calibration_tokens: for methods that look at text: so many tokens of the training split.
         ridge: for these, too: the penalty on large weights, relative to the mean square of what they multiply.
         eval_tokens: on how many other tokens of the training split to score each pattern, which takes

@@ -144,7 +144,8 @@ class LatentConfig(Group):
             for values and for what of the keys is hardly rotated, and the rest of these in rotated pairs, which is
             read as it is kept; "xkv": one for the keys and values of a group of layers, kept by the lowest of them;
             "auto": what suits the source; "none": keys and values.
-        ratio: how many times fewer numbers the owners keep of a token, all together; with xkv, than all layers did.
+        ratio: how many times fewer numbers the owners keep of a token, all together; with xkv, than all layers did,
+            though no latent is wider than what enters a layer.
         dim: instead, how many numbers each latent has, such as 96; of separate ones also `[32,64]`, keys first; with
             decoupled_rope `[64,32]`, the latent first.
         skip_layers: so many of the lowest layers keep keys and values.

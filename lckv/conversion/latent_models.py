@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lckv.config.model import LatentConfig
-from lckv.config.names import XKV
+from lckv.config.names import AUTO_LATENT, LATENTS, XKV
 from lckv.conversion.heads import Tensors
 from lckv.conversion.latents import LatentFit, sources_of
 from lckv.conversion.methods import Group, make_tensors, refuse_not_finite
 from lckv.conversion.sensitivity import Sensitivity, assume_sensitivity, measure_sensitivity
 from lckv.conversion.source import HEAD, expected_shapes
 from lckv.conversion.target import Make, converted_config, converted_tensors
-from lckv.errors import UserError
-from lckv.latents import LatentBudget, group_layers, latent_budget, suit_source
+from lckv.errors import UserError, check_choice
+from lckv.latents import LatentBudget, group_layers, latent_budget, refuse_latents, suit_source
 from lckv.layout import PLANES
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.models.families import read_model
@@ -36,8 +36,7 @@ def budget_of(latent: LatentConfig, config: LCKVLlamaConfig) -> LatentBudget:
     Raises:
         UserError: if that cannot be.
     """
-    if config.kv_latents is not None:
-        raise UserError(f"latent={latent.name}: the model keeps latents already; give the one that it was made from")
+    refuse_latents(latent, config)
     return latent_budget(latent, config.sharing_plan, config)
 
 
@@ -67,7 +66,7 @@ def check_num_tokens(sensitivity: Sensitivity, model: LCKVLlamaForCausalLM) -> N
     if sensitivity.num_tokens < model.config.hidden_size:
         raise UserError(
             f"the calibration text has {sensitivity.num_tokens} tokens: latents need as many as a layer's input has "
-            f"numbers, {model.config.hidden_size}, better ten times that; give more text, or init.calibration_tokens"
+            f"numbers, {model.config.hidden_size}, better ten times that; give more text, or more of it"
         )
 
 
@@ -161,7 +160,9 @@ def to_latents(
     """
     latent = LatentConfig(kind, ratio, dim, **groups)
     latent.validate("latent.")
+    check_choice("kind", kind, (*LATENTS, AUTO_LATENT))
     reading = read_model(model.config.to_dict())
+    refuse_latents(latent, reading.config)
     source, stored = reading.config, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     tensors = dict(reading.tensors(stored))
     if source.tie_word_embeddings:

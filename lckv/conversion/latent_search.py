@@ -130,7 +130,7 @@ class LatentConverter:
         return sum(store.size for store in self.config.kv_layout.stores)
 
     def build(self, plan: SharingPlan, total: int) -> LCKVLlamaForCausalLM:
-        """A model of this pattern whose owners keep `total` numbers of a token together."""
+        """A model of this pattern whose owners keep `total` numbers of a token together, or all that they computed."""
         target = converted_config(self.config, plan, **self.settings)
         config, make = fit_latents(
             self._tensors,
@@ -164,8 +164,15 @@ class LatentConverter:
             sum(fit.unpredicted(sources[0], layer) for layer in sources[1:]),
         )
 
+    def try_groups(self, plan: SharingPlan, total: int, scorer: Scorer) -> ScoredPattern:
+        """Scores a pattern with so many numbers, and says how many it really keeps."""
+        model = self.build(plan, total)
+        size = sum(store.size for store in model.config.kv_layout.stores)
+        return ScoredPattern(plan.layer_types, len(plan.kv_owners), scorer.score(model).loss, latent_size=size)
+
     def _budget(self, plan: SharingPlan, total: int) -> LatentBudget:
         assert self.config.head_dim is not None
+        total = min(total, self.full_size * len(plan.kv_owners) // len(self.config.sharing_plan.kv_owners))
         return LatentBudget(
             plan, self.kind, plan.kv_owners, total, self.full_size / total, None, self.config.head_dim // 2
         )
@@ -213,14 +220,9 @@ class LatentSearch:
             for discount in DISCOUNTS:
                 spans = cheapest_spans(expected, num_owners, total, discount)
                 if spans not in tried:
-                    tried[spans] = self._try(spans, total)
+                    plan = plan_of_spans(spans, self._plan)
+                    tried[spans] = self._converter.try_groups(plan, total, self._scorer)
                 on_step()
             trace.candidates.extend(tried.values())
             trace.frontier.append(min(tried.values(), key=lambda each: each.loss))
             yield trace.frontier[-1]
-
-    def _try(self, spans: tuple[Span, ...], total: int) -> ScoredPattern:
-        plan = plan_of_spans(spans, self._plan)
-        model = self._converter.build(plan, total)
-        size = sum(store.size for store in model.config.kv_layout.stores)
-        return ScoredPattern(plan.layer_types, len(spans), self._scorer.score(model).loss, latent_size=size)

@@ -80,6 +80,11 @@ class KVCount:
         return count_kv_bytes(parse_layer_types(layer_types), self.sizes, 1, self.dtype).written
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
     def full(self) -> int:
         """Bytes per token of the model itself."""
         return self.num_owners * self.bytes_of("0")
@@ -89,7 +94,7 @@ class KVCount:
         if pattern.latent_size is None:
             kv_bytes, own_name = self.bytes_of(pattern.layer_types), f"{pattern.num_owners} of {self.num_owners}"
         else:
-            kv_bytes = pattern.latent_size * DTYPE_BYTES[self.dtype]
+            kv_bytes = pattern.latent_size * self.itemsize
             own_name = f"{100 * kv_bytes / self.full:.3g} percent"
         fraction = kv_bytes / self.full
         return Point(

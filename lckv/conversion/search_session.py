@@ -38,6 +38,7 @@ from lckv.conversion.source import Source
 from lckv.data.dataset import BlockDataset, build_dataset, collate
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
+from lckv.latents import num_least
 from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
@@ -203,9 +204,16 @@ class SearchOfLatents(SearchSession):
         share = budget if isinstance(budget, float) else budget / full
         if share >= 1:
             raise UserError(f"budget={cfg.budget}: is what the model needs already: {full} bytes per token")
-        budget_of(replace(cfg.latent, ratio=1 / share), source.config)
+        budget_of(replace(cfg.latent, ratio=1.0), source.config)  # which knows what kinds the model can have
         self._shares = [2.0**-power for power in range(1, 10) if 2.0**-power > share * 1.01] + [share]
         self._max_distance = MAX_DISTANCE if cfg.max_distance is None else cfg.max_distance
+        num_groups = -(-len(self._plan.kv_owners) // (self._max_distance + 1))
+        least = num_groups * num_least(cfg.latent.name) * self._kv.itemsize
+        if share * full < least:
+            raise UserError(
+                f"budget={cfg.budget}: is too little: {num_groups} groups of up to {self._max_distance + 1} layers "
+                f"need {least} of {full} bytes per token"
+            )
 
     def _prepare(self, model: LCKVLlamaForCausalLM, blocks: BlockDataset, chosen: list[int]) -> int:
         cfg, groups = self._cfg, groups_within(self._plan, self._max_distance)
@@ -233,13 +241,9 @@ class SearchOfLatents(SearchSession):
     def _baselines(self, scorer: Scorer) -> dict[str, ScoredPattern]:
         total, num_before = int(self._shares[-1] * self._converter.full_size), len(self._plan.kv_owners)
         found = {}
-        for size in (1, 2, 3):
-            plan = plan_of(
-                parse_layer_types(build_layer_types("cla", num_before, group_size=size)).kv_source, self._plan
-            )
-            loss = scorer.score(self._converter.build(plan, total)).loss
-            name = "no groups" if size == 1 else f"groups of {size}"
-            found[name] = ScoredPattern(plan.layer_types, len(plan.kv_owners), loss, latent_size=total)
+        for name, size in {"no groups": 1, "groups of 2": 2, "groups of 3": 3}.items():
+            owners = parse_layer_types(build_layer_types("cla", num_before, group_size=size)).kv_source
+            found[name] = self._converter.try_groups(plan_of(owners, self._plan), total, scorer)
         return found
 
 

@@ -10,7 +10,7 @@ from lckv.config import DataConfig, ModelConfig, TrainConfig
 from lckv.config.model import KEPT_WITH_SOURCE
 from lckv.config.names import AUTO_LATENT, NO_LATENT, XKV
 from lckv.errors import UserError
-from lckv.latents import suit_source
+from lckv.latents import refuse_latents, suit_source
 from lckv.model_arguments import iteration_settings, plan_from_source
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan, join_layer_types
@@ -31,12 +31,14 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
         UserError: if the sharing pattern does not fit the model.
     """
     own = source.sharing_plan
+    if cfg.latent.name != NO_LATENT:
+        refuse_latents(cfg.latent, source)
     if cfg.latent.name == AUTO_LATENT:
         cfg = replace(cfg, latent=suit_source(cfg.latent, own, source, may_group=cfg.given_pattern is None))
         groups = f" latent.warmup_layers={cfg.latent.warmup_layers}" if cfg.latent.name == XKV else ""
         logger.info("latent=%s: takes latent=%s%s", AUTO_LATENT, cfg.latent.name, groups)
     plan = plan_from_source(cfg, own)
-    _check_latents(cfg, source, plan)
+    _check_pattern_of_latents(cfg, source, plan)
     sizes = {item.name: getattr(source, item.name) for item in fields(ModelConfig) if hasattr(source, item.name)}
     kept = {name: getattr(cfg.model, name) for name in KEPT_WITH_SOURCE}
     if own.has_cycles:
@@ -55,15 +57,13 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
     return replace(cfg, model=model)
 
 
-def _check_latents(cfg: TrainConfig, source: LCKVLlamaConfig, plan: SharingPlan) -> None:
-    """Refuses to make other latents of latents."""
-    if source.kv_latents is None or (cfg.latent.name == NO_LATENT and plan == source.sharing_plan):
-        return
-    given = cfg.given_pattern if cfg.latent.name == NO_LATENT else f"latent={cfg.latent.name}"
-    raise UserError(
-        f"{given}: the source keeps latents already, which can be trained, but not made into others; leave it out, "
-        "or give the model that it was made from"
-    )
+def _check_pattern_of_latents(cfg: TrainConfig, source: LCKVLlamaConfig, plan: SharingPlan) -> None:
+    """Refuses another pattern for the latents that there are."""
+    if source.kv_latents is not None and plan != source.sharing_plan:
+        raise UserError(
+            f"{cfg.given_pattern}: the source keeps latents already, which can be trained, but not shared otherwise; "
+            "leave it out, or give the model that it was made from"
+        )
 
 
 def _iteration_of(source: LCKVLlamaConfig, asked: ModelConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _ONLY_OF_CONVERT = ("out", "max_shard_size", "device")
 _GROUPS_OF_CONVERT = {"trainer": "distill", "optim": "uptrain"}
 """What `lckv.convert` trains with where nothing else is given."""
 
-_OF_ONE_RUN = ("sharing", "model.layer_types", "model.num_hidden_layers", "run_name", "run_dir")
+_OF_ONE_RUN = ("sharing", "latent", "model.layer_types", "model.num_hidden_layers", "run_name", "run_dir")
 """Settings that another pattern's run cannot take over."""
 
 

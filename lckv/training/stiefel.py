@@ -21,6 +21,8 @@ from lckv.config import OptimConfig
 from lckv.config.names import RIEMANNIAN
 from lckv.errors import UserError
 
+_TINY = 1e-12  # a latent of nothing, through which no gradient comes
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -134,7 +136,7 @@ class StiefelAdam(Optimizer):
         for stack, point, group in zip(self.stacks, self.points, self.adam.param_groups, strict=True):
             point.copy_(stack.matrix)
             point.grad = torch.cat([cast(Tensor, weight.grad) for weight in stack.weights])
-            group["lr"] = self.param_groups[0]["lr"] * math.sqrt(point.numel()) / stack.length
+            group["lr"] = self.param_groups[0]["lr"] * math.sqrt(point.numel()) / max(stack.length, _TINY)
         self.adam.step()
         for stack, point in zip(self.stacks, self.points, strict=True):
             stack.write(point)

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lckv import cli, hydra_store
 from lckv.config import PlanConfig, TrainConfig
+from lckv.console import arguments_of_this_run
 from lckv.errors import UserError
 
 
@@ -175,9 +176,9 @@ def test_what_main_raises(start):
 
     code, _, err = start(main=raising(UserError("data.files=x: no such\nfile")))
     assert (code, err) == (2, "lckv.train: error: data.files=x: no such file\n")
-    full = OSError(errno.ENOSPC, "No space left on device", "runs/x/model.safetensors")
-    code, _, err = start(main=raising(full))
-    assert code == 2 and err.startswith("lckv.train: error: runs/x/model.safetensors: No space left on device")
+    for number in errno.ENOSPC, errno.EFBIG:
+        code, _, err = start(main=raising(OSError(number, "No room", "runs/x/model.safetensors")))
+        assert code == 2 and err.startswith("lckv.train: error: runs/x/model.safetensors: No room")
     assert start(main=raising(KeyboardInterrupt()))[0] == 130
     with pytest.raises(ZeroDivisionError):
         start(main=raising(ZeroDivisionError()))
@@ -186,6 +187,13 @@ def test_what_main_raises(start):
             start(main=raising(bug))
     with pytest.raises(FileNotFoundError):
         start(main=raising(FileNotFoundError(errno.ENOENT, "No such file", "bug")))
+
+
+def test_what_to_type_next_begins_with_literal_text_too(monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.argv", ["convert", "source=a b", "method=distill", "out=c{d}"])
+    cli.run(lambda cfg: seen.extend(arguments_of_this_run()), "convert")
+    assert sorted(seen) == ["method=distill", "out=c{d}", "source=a b"]
 
 
 def test_mistakes_and_bugs_in_a_sweep_stop_no_other_job(start):

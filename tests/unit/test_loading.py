@@ -71,6 +71,7 @@ def test_types_and_devices(folder):
     assert "dtype='bfloat': allowed are auto, float32" in message_of(folder, dtype="bfloat")
     with pytest.raises(UserError, match="device='cuda:99': there is no such device here; allowed are auto, cpu"):
         find_device("cuda:99")
+    assert find_device("cpu:0") == find_device("cpu")  # as it is called where processes share a machine
     with pytest.raises(UserError, match="device='gpu'"):
         find_device("gpu")
 

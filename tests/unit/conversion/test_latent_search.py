@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from lckv.conversion.search_session import SearchOfLatents
 from lckv.conversion.sensitivity import measure_sensitivity
 from lckv.conversion.source import Source
 from lckv.errors import UserError
+from lckv.latents import latent_budget
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig
+from lckv.patterns import parse_layer_types
 from tests.e2e.conftest import write_corpus
 from tests.unit.conversion.sources import random_source, save_source
 from tests.unit.conversion.test_search import text, with_twins
@@ -92,6 +95,18 @@ def test_layers_with_equal_keys_and_values_share_a_latent_at_no_loss(kind):
     assert (whole.latent_size, half.latent_size) == (4 * 32, 64)
 
 
+def test_no_owner_keeps_more_than_can_be_asked_for_by_a_ratio():
+    """A group's latent could be wider than the keys and values of its owner were, which no ratio of 1 or more says."""
+    model = random_source(6, num_key_value_heads=1, head_dim=4)
+    for found in search(model, [5 * 8, 4 * 8, 3 * 8], max_distance=5).candidates:
+        assert found.latent_size <= 8 * found.num_owners
+    plan = parse_layer_types("0_0_0_0_0_0")
+    sizes = SimpleNamespace(num_key_value_heads=1, head_dim=4, hidden_size=32, use_qk_norm=False)
+    sizes.learned_positions = False
+    for total in range(1, 9):
+        assert latent_budget(LatentConfig("joint", 8 / total), plan, sizes).total == total
+
+
 def test_layers_that_share_already_stay_together():
     model = random_source(6, layer_types="0_0_2_2_4_5")
     trace = search(model, [64, 32])
@@ -122,6 +137,7 @@ def test_a_search_is_reported_and_can_be_trained_from(tmp_path, monkeypatch):
     assert [each["name"] for each in figures["frontier"]] == ["5 of 5", "50 percent", "25 percent", "20 percent"]
     assert [each["kv_bytes_per_token"] for each in figures["frontier"]] == [640, 320, 160, 128]
     assert [each["name"] for each in figures["baselines"]] == ["no groups", "groups of 2", "groups of 3"]
+    assert [each["kv_bytes_per_token"] for each in figures["baselines"]] == [128, 128, 128]
     assert all(math.isfinite(each["perplexity"]) for each in figures["frontier"] + figures["baselines"])
     assert "Converted by `latent=joint` on 256 tokens" in (out / "frontier.md").read_text()
     for point in figures["frontier"][1:]:
@@ -135,7 +151,10 @@ def test_a_search_is_reported_and_can_be_trained_from(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("budget", "message"),
-    [(10**6, "budget=1000000: is what the model needs already: 640 bytes"), (4, "latent.ratio=160: leaves 0.2 of 32")],
+    [
+        (10**6, "budget=1000000: is what the model needs already: 640 bytes"),
+        (4, "budget=4: is too little: 2 groups of up to 4 layers need 8 of 640 bytes"),
+    ],
 )
 def test_budgets_that_cannot_be(tmp_path, budget, message):
     save_source(tmp_path / "mine", random_source(5))

@@ -319,7 +319,7 @@ def test_a_loaded_model_is_converted_in_memory(kind):
     assert shared.generation_config.eos_token_id == 7
     assert sum(store.size for store in shared.config.kv_layout.stores) == 2 * 16
     assert shared.generate(input_ids, max_new_tokens=4, do_sample=False).shape == (2, 24)
-    with pytest.raises(UserError, match="the model keeps latents already"):
+    with pytest.raises(UserError, match="latent=joint: the source keeps latents already"):
         to_latents(shared, text)
     with pytest.raises(UserError, match="the calibration text has 24 tokens: latents need as many .* 32"):
         to_latents(model, [token_ids(1, 24, 0, 300)])
@@ -329,6 +329,8 @@ def test_a_loaded_model_is_converted_in_memory(kind):
     ("options", "message"),
     [
         ({"kind": "foo"}, "latent.name='foo'"),
+        ({"kind": "none"}, "kind='none': allowed are"),
+        ({"kind": "xkv", "skip_layers": 2}, "latent.skip_layers=2 and latent.warmup_layers=0: leave none of the 2"),
         ({"ratio": 0.5}, "latent.ratio=0.5: allowed is a number, 1 or more"),
         ({"ratio": float("nan")}, "latent.ratio=nan: allowed"),
         ({"ratio": float("inf")}, "latent.ratio=inf: leaves 0 of 32 numbers; allowed is at most 32"),

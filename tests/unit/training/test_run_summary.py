@@ -32,6 +32,12 @@ def test_the_next_run_differs_in_its_pattern_only(monkeypatch, tmp_path):
     assert commands("0_1_2_3", tmp_path)[1][-2:] == ["model.layer_types=0_0_2_2", "run_name=mine_cla"]
 
 
+def test_latents_are_not_taken_over_by_another_pattern(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train", "init.source=a", "latent=xkv", "latent.group_size=2", "seed=1"])
+    _, train, _ = commands("0_0_2_2", tmp_path, source=parse_layer_types("0_1_2_3"))
+    assert train[3:] == ["init.source=a", "seed=1", "model.layer_types=0_1_2_3", "run_name=mine_source"]
+
+
 def test_another_pattern_starts_from_the_same_source(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train", "init.source=a b", "init.revision=main", "init.method=activation"])
     plan, train, _ = commands("0_0_2_2", tmp_path)
