@@ -25,7 +25,7 @@ STREAMS = {
 _ROUNDING = 1e-6  # of a number of latents that was turned into a ratio, and back
 
 _LITTLE = 0.25
-"""At which part of what a latent of one layer can say, latents of several layers begin to say more."""
+"""Below which part of what a latent of one layer can say, latents of several layers say more."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def suit_source(latent: LatentConfig, own: SharingPlan, sizes: Any, *, may_group
     left = kept_before / latent.ratio / min(kept_before, sizes.hidden_size)
     num_layers = own.num_hidden_layers - latent.skip_layers
     is_plain = own.kv_owners == tuple(range(own.num_hidden_layers)) and not any(each.is_sliding for each in own.layers)
-    if left > _LITTLE or not is_plain or not may_group or num_layers < 2:
+    if left >= _LITTLE or not is_plain or not may_group or num_layers < 2:
         return replace(latent, name="joint")
     warmup_layers = num_layers // 8
     return replace(latent, name=XKV, group_size=2, warmup_layers=warmup_layers + (num_layers - warmup_layers) % 2)

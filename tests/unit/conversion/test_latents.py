@@ -363,10 +363,10 @@ def test_groups_are_joint_latents_of_a_pattern():
     ("heads", "ratio", "expected"),
     [
         (8, 4, ("joint", 0)),  # keys and values of 128 numbers: half of them say all of the input
-        (8, 8, ("xkv", 2)),
-        (2, 3.9, ("joint", 0)),
-        (2, 4, ("xkv", 2)),
-        (1, 4, ("xkv", 2)),
+        (8, 8.1, ("xkv", 2)),
+        (2, 4, ("joint", 0)),
+        (2, 4.1, ("xkv", 2)),
+        (1, 4.1, ("xkv", 2)),
     ],
 )
 def test_auto_looks_at_the_heads(heads, ratio, expected):
