@@ -179,8 +179,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks([factor * original["perplexity"] for factor in TICKS], [f"{factor:g}×" for factor in TICKS])
     axes.minorticks_off()
     tidy(axes)
-    axes.legend(handles=_legend(rows, colors), frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    axes.legend(handles=_legend(rows, colors), fontsize=8, edgecolor="none", framealpha=0.9)
     save_chart(figure, path)
 
 
@@ -247,6 +246,8 @@ def main() -> None:
     given = parser.parse_args()
     if any(ROADS[road].group_size is None for road in given.roads) != (given.layer_types is not None):
         parser.error("--layer-types goes with the roads pattern and pattern_joint, and they with it")
+    if given.output is not None:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(given.model, dtype="float32", device="cpu")
     text = beginnings(given.calibration, tokenizer, given.num_calibration + NUM_SCORED, given.length)
     heldout = beginnings(given.heldout, tokenizer, given.num_heldout, given.length)
@@ -260,11 +261,12 @@ def main() -> None:
             relative = row["perplexity"] / rows[0]["perplexity"]
             shown = f"{row['bytes']:,.0f} | {row['perplexity']:.2f} | {relative:.2f}"
             print(f"| {road} | {row['numbers']:,} | {bits} | {shown} |", flush=True)
+        if given.output is not None:  # after each model, as it takes long until the last
+            write_json(given.output, rows)
         if given.keep is not None:
             for part in (made, tokenizer):
                 part.save_pretrained(given.keep / f"{road}_{row['numbers']}")
     if given.output is not None:
-        write_json(given.output, rows)
         draw(rows, given.output.with_suffix(".png"))
 
 

@@ -434,7 +434,7 @@ def test_convert_without_text(source, tmp_path):
 
 
 def test_the_table_and_the_picture_of_the_docs(source, tmp_path, monkeypatch, capsys):
-    text, figures = tmp_path / "text.jsonl", tmp_path / "figures.json"
+    text, figures = tmp_path / "text.jsonl", tmp_path / "new" / "figures.json"
     words = "in the beginning was the word and the word was with all of them who read it "
     text.write_text("".join(json.dumps({"text": words[start:] * 3}) + "\n" for start in range(6)), encoding="utf-8")
     script = Path(__file__).parents[3] / "scripts" / "latents.py"
@@ -446,7 +446,7 @@ def test_the_table_and_the_picture_of_the_docs(source, tmp_path, monkeypatch, ca
     runpy.run_path(str(script), run_name="__main__")
     rows = json.loads(figures.read_text())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == len(lines) == 2 * 11 and (tmp_path / "figures.png").stat().st_size > 10_000
+    assert len(rows) == len(lines) == 2 * 11 and figures.with_suffix(".png").stat().st_size > 10_000
     found = {(row["road"], row["numbers"], row["bits"]): row for row in rows}
     # Two bytes of each number, or one; keys have a scale and a zero of two bytes for 64 tokens, values for each token.
     assert found["original", 128, 16]["bytes"] == 2 * 128
