@@ -201,6 +201,9 @@ def test_folders_of_other_families_can_be_generated_from(name, tmp_path):
     model, _ = load_model(str(tmp_path))
     input_ids = torch.randint(300, (1, 9))
     torch.testing.assert_close(model(input_ids).logits, original(input_ids).logits, atol=2e-5, rtol=0)
+    model.save_pretrained(tmp_path / "ours")
+    saved = LCKVLlamaForCausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(saved(input_ids).logits, model(input_ids).logits, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
