@@ -241,6 +241,11 @@ def test_settings_that_our_models_lack_are_refused_by_name(config, reason):
         read_config(config.to_dict())
 
 
+def test_attention_that_looks_ahead_is_refused():
+    with pytest.raises(UserError, match="says is_causal=False, which the models here do not have; allowed is True"):
+        read_config(LlamaConfig(**SIZES, is_causal=False).to_dict())
+
+
 def test_quantised_weights_are_refused():
     values = LlamaConfig(**SIZES).to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     with pytest.raises(UserError, match=r"its weights are quantised \(gptq\)"):
