@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from lckv.errors import UserError
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.patterns import join_layer_types
 
@@ -27,11 +28,17 @@ def windows(config: PretrainedConfig, is_sliding: list[bool] | None = None) -> d
     Args:
         config: which says how long windows are.
         is_sliding: for every layer, whether it has one; `None`: as the configuration says of each.
+
+    Raises:
+        UserError: if it does not say how long they are; transformers' models cannot be run then.
     """
     if is_sliding is None:
         is_sliding = [kind == "sliding_attention" for kind in config.layer_types]
     if not any(is_sliding):
         return {}
+    if config.sliding_window is None:
+        why = ", as use_sliding_window=False says" if getattr(config, "use_sliding_window", True) is False else ""
+        raise UserError(f"has layers with windows (sliding_attention in layer_types), but no sliding_window{why}")
     return {
         "layer_types": join_layer_types(range(len(is_sliding)), is_sliding),
         "sliding_window": config.sliding_window,

@@ -241,6 +241,13 @@ def test_settings_that_our_models_lack_are_refused_by_name(config, reason):
         read_config(config.to_dict())
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "smollm3", "gemma 3"])
+def test_windows_of_no_length_are_refused(name):
+    values = CONFIGS[name][0].to_dict() | {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}
+    with pytest.raises(UserError, match=r"has layers with windows \(sliding_attention in layer_types\), but no slid"):
+        read_config(values)
+
+
 def test_attention_that_looks_ahead_is_refused():
     with pytest.raises(UserError, match="says is_causal=False, which the models here do not have; allowed is True"):
         read_config(LlamaConfig(**SIZES, is_causal=False).to_dict())
