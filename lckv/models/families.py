@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from lckv.errors import UserError, first_line
 from lckv.model_values import check_family
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.family_configs import carried_over, windows
@@ -86,9 +87,19 @@ def read_config(values: Mapping[str, Any]) -> LCKVLlamaConfig:
 
 @cache
 def _load_entry_point(model_type: str) -> None:
-    """Imports what an installed package has to say of a family."""
+    """Imports what an installed package has to say of a family.
+
+    Raises:
+        UserError: naming the entry point that cannot be imported.
+    """
     for entry in entry_points(group=ENTRY_POINTS, name=model_type):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # whatever importing foreign code may end in
+            raise UserError(
+                f"the entry point {entry.name} = {entry.value} of the group {ENTRY_POINTS} cannot be imported: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
 
 
 @FAMILIES.register("llama")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, first_line, near_miss
 from lckv.model_values import FAMILIES, OURS
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.family_configs import carried_over, windows
@@ -122,7 +122,7 @@ def _prove(values: str) -> tuple[dict[str, Any], bool]:
     try:
         original = _random_model(config)
     except Exception as error:  # such as for models that have no language modelling head
-        raise _Misfit(f"no tiny model of it can be made ({_first_line(error)})") from error
+        raise _Misfit(f"no tiny model of it can be made ({first_line(error)})") from error
     stored = original.state_dict()
     settings = _settings(stored)
     differences = []
@@ -211,7 +211,7 @@ def _read(
     try:
         ours = LCKVLlamaForCausalLM(LCKVLlamaConfig(**_arguments(config, settings))).eval()
     except Exception as error:  # whatever foreign settings may mean here
-        raise _Misfit(f"its settings are not ours ({_first_line(error)})") from error
+        raise _Misfit(f"its settings are not ours ({first_line(error)})") from error
     tensors = dict(read_tensors(stored, ours.config, partial(read_tensor, side_by_side=side_by_side)))
     expected = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     for name in sorted(expected.keys() ^ tensors.keys()):
@@ -221,10 +221,6 @@ def _read(
             raise _Misfit(f"{name} is {list(tensor.shape)}, not {list(expected[name])}")
     ours.load_state_dict(tensors)
     return ours
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 __all__ = ["read_unregistered"]
