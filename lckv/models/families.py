@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -9,12 +10,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from lckv.errors import UserError, first_line
 from lckv.model_values import check_family
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.family_configs import carried_over, windows
+from lckv.models.family_configs import as_auto_config, carried_over, windows
 from lckv.models.family_tensors import (
     TENSORS,
     LazyTensors,
@@ -56,33 +57,35 @@ class Reading:
         return read_tensors(stored, self.config, self.read or our_tensors)
 
 
-def read_model(values: Mapping[str, Any]) -> Reading:
+def read_model(given: Mapping[str, Any] | PretrainedConfig) -> Reading:
     """Finds out how a model of any family is read as one of ours, every layer reading itself; ours as it is.
 
     Args:
-        values: what `config.json` holds.
+        given: what `config.json` holds, or the configuration of a model that there is already.
 
     Raises:
         UserError: for a family that computes something else, or weights that are quantised; the message says what is
             allowed.
     """
+    values = given.to_dict() if isinstance(given, PretrainedConfig) else given
     check_family(values)
-    model_type = values["model_type"]
-    if model_type == LCKVLlamaConfig.model_type:
+    if values["model_type"] == LCKVLlamaConfig.model_type:
         return Reading(LCKVLlamaConfig.from_dict(dict(values)), None)
+    _load_entry_point(values["model_type"])  # which may make the family known to transformers, too
+    original = copy.deepcopy(given) if isinstance(given, PretrainedConfig) else as_auto_config(given)
+    model_type = original.model_type  # not always the one in the file: Mistral's with `layer_types` is Ministral's
     _load_entry_point(model_type)
     if model_type not in FAMILIES:
-        return Reading(*read_unregistered(values))
-    original = AutoConfig.for_model(**values)
+        return Reading(*read_unregistered(original))
     config = LCKVLlamaConfig(**(carried_over(original) | FAMILIES[model_type](original)))
     if model_type in TENSORS:
         return Reading(config, TENSORS[model_type])
     return Reading(config, None if is_turned_whole(config) else llama_tensors)
 
 
-def read_config(values: Mapping[str, Any]) -> LCKVLlamaConfig:
+def read_config(given: Mapping[str, Any] | PretrainedConfig) -> LCKVLlamaConfig:
     """The configuration of a model of any family as one of ours; see [`read_model`]."""
-    return read_model(values).config
+    return read_model(given).config
 
 
 @cache

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from lckv.errors import UserError
+from lckv.errors import UserError, near_miss
+from lckv.model_values import FAMILIES, OURS
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.patterns import join_layer_types
 
 _NOT_CARRIED_OVER = ("model_type", "architectures", "transformers_version", "layer_types", "sliding_window")
+
+
+def as_auto_config(values: Mapping[str, Any]) -> PretrainedConfig:
+    """What transformers' `AutoConfig` makes of a `config.json`; `model_type` alone does not say of which class it is.
+
+    Raises:
+        UserError: if transformers has no such family.
+    """
+    model_type = values["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        hint = near_miss(model_type, (OURS, *FAMILIES)).replace(";", ",").rstrip("?")
+        raise no_family(model_type, f"transformers has no such family{hint}")
+    with TemporaryDirectory() as folder:  # its rules are applied to files only
+        Path(folder, "config.json").write_text(json.dumps(dict(values), default=str), encoding="utf-8")
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.name_or_path = ""
+    return config
+
+
+def no_family(model_type: str, reason: str) -> UserError:
+    """Says that a family cannot be read, and why."""
+    return UserError(
+        f"is of model_type {model_type!r}; allowed are {', '.join((OURS, *FAMILIES))}, and what computes as Llama "
+        f"does, which this does not: {reason}; lckv.models.families.FAMILIES.register({model_type!r}) adds a family"
+    )
 
 
 def carried_over(config: PretrainedConfig) -> dict[str, Any]:
@@ -45,4 +75,4 @@ def windows(config: PretrainedConfig, is_sliding: list[bool] | None = None) -> d
     }
 
 
-__all__ = ["carried_over", "windows"]
+__all__ = ["as_auto_config", "carried_over", "no_family", "windows"]

@@ -1,8 +1,11 @@
 """Models of other families, read as ours: the same logits, from the same tensors."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     DeepseekV3Config,
@@ -176,6 +179,22 @@ def test_parameters_are_counted(name):
     config = read_config(CONFIGS[name][0].to_dict())
     model = LCKVLlamaForCausalLM(config)
     assert count_parameters(config.sharing_plan, ModelSizes.from_config(config)) == model.num_parameters()
+
+
+@torch.no_grad()
+def test_the_class_that_transformers_makes_of_a_file_decides(tmp_path):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    values = MistralConfig(**SIZES, sliding_window=5, layer_types=kinds).to_dict() | {"architectures": None}
+    original = random_model(AutoConfig.for_model(**values | {"model_type": "ministral"}))
+    original.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    byte_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path))
+    theirs, input_ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(300, (1, 12))
+    torch.testing.assert_close(model(input_ids).logits, theirs(input_ids).logits, atol=2e-5, rtol=0)
+    assert model.config.kv_sharing == "0s_1_2s"
+    # A model that was made of the one class stays what it is.
+    assert read_config(MistralConfig.from_dict(values)).kv_sharing == "0s_1s_2s"
 
 
 def test_every_family_is_tested():

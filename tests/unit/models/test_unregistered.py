@@ -82,7 +82,7 @@ def test_a_proof_leaves_random_numbers_as_they_are():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    read_unregistered(tiny("arcee", hidden_size=64).to_dict())
+    read_unregistered(tiny("arcee", hidden_size=64))
     assert torch.equal(torch.rand(2), expected)
 
 
