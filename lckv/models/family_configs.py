@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from lckv.errors import UserError, near_miss
 from lckv.model_values import FAMILIES, OURS
 from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.rotary import PARTIAL
 from lckv.patterns import join_layer_types
 
+_ALWAYS_READ = ("head_dim",)  # declared or not, by transformers' decoders
 _NOT_CARRIED_OVER = ("model_type", "architectures", "transformers_version", "layer_types", "sliding_window")
 
 
@@ -44,12 +47,27 @@ def no_family(model_type: str, reason: str) -> UserError:
 
 
 def carried_over(config: PretrainedConfig) -> dict[str, Any]:
-    """What a configuration says under our names."""
+    """What a configuration says under our names; what its class does not declare means nothing to its model."""
+    declared = {*type(config).__dataclass_fields__, *inspect.signature(type(config)).parameters, *_ALWAYS_READ}
     return {
         name: value
         for name, value in config.to_dict().items()
-        if name in LCKVLlamaConfig.__dataclass_fields__ and name not in _NOT_CARRIED_OVER
+        if name in declared and name in LCKVLlamaConfig.__dataclass_fields__ and name not in _NOT_CARRIED_OVER
     }
+
+
+def turned_whole(rope_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotations of a family that knows no `partial_rotary_factor`, for all layers or for each kind.
+
+    Raises:
+        UserError: if it comes with a scaling of frequencies, which all families have, and all scalings take it.
+    """
+    if any(isinstance(value, Mapping) for value in rope_parameters.values()):
+        return {label: turned_whole(parameters) for label, parameters in rope_parameters.items()}
+    kind, part = rope_parameters.get("rope_type", "default"), rope_parameters.get(PARTIAL, 1.0)
+    if kind != "default" and part != 1.0:
+        raise UserError(f"says {PARTIAL}={part} with rope_type={kind}, which its family does not have; allowed is 1.0")
+    return {name: value for name, value in rope_parameters.items() if name != PARTIAL}
 
 
 def windows(config: PretrainedConfig, is_sliding: list[bool] | None = None) -> dict[str, Any]:
@@ -75,4 +93,4 @@ def windows(config: PretrainedConfig, is_sliding: list[bool] | None = None) -> d
     }
 
 
-__all__ = ["as_auto_config", "carried_over", "no_family", "windows"]
+__all__ = ["as_auto_config", "carried_over", "no_family", "turned_whole", "windows"]

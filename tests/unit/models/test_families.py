@@ -181,6 +181,61 @@ def test_parameters_are_counted(name):
     assert count_parameters(config.sharing_plan, ModelSizes.from_config(config)) == model.num_parameters()
 
 
+STRANGE = {
+    "attention_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "use_qk_norm": True,
+    "use_output_norms": True,
+    "norm_type": "layer_norm",
+    "gated_mlp": False,
+    "learned_positions": True,
+    "attention_multiplier": 0.7,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 3.0,
+    "final_logit_softcapping": 1.0,
+    "force_nodiag": True,
+    "kv_sharing": "0_0_0",
+    "rope_layer_types": ["full_attention"] * 3,
+    "kv_latents": [{"latent": 8}] * 3,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_settings_that_a_family_does_not_know_mean_nothing(name):
+    config, layer_types = CONFIGS[name]
+    known = config.to_dict()
+    original = random_model(type(config).from_dict(known | {key: STRANGE[key] for key in STRANGE.keys() - known}))
+    assert original.config.force_nodiag
+    ours, input_ids = read_in_memory(original), torch.randint(300, (2, 12))
+    assert ours.config.kv_sharing == layer_types
+    torch.testing.assert_close(ours(input_ids).logits, original(input_ids).logits, atol=2e-5, rtol=0)
+
+
+PARTLY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma 3", "stablelm"])
+@torch.no_grad()
+def test_a_part_of_each_head_is_rotated_where_the_family_does_so(name):
+    values = CONFIGS[name][0].to_dict()
+    kinds = [kind for kind in ("full_attention", "sliding_attention") if kind in values["rope_parameters"]]
+    for rope_type in "default", "linear":
+        rope = PARTLY | {"rope_type": rope_type, "factor": 2.0}
+        values["rope_parameters"] = {kind: dict(rope) for kind in kinds} or rope
+        original, input_ids = random_model(type(CONFIGS[name][0]).from_dict(values)), torch.randint(300, (2, 12))
+        if rope_type == "default" or name == "stablelm":
+            ours = read_in_memory(original)
+            torch.testing.assert_close(ours(input_ids).logits, original(input_ids).logits, atol=2e-5, rtol=0)
+        else:
+            with pytest.raises(RuntimeError, match="must match the size"):
+                original(input_ids)
+            with pytest.raises(UserError, match=r"says partial_rotary_factor=0.5 with rope_type=linear.*allowed is"):
+                read_config(values)
+
+
 @torch.no_grad()
 def test_the_class_that_transformers_makes_of_a_file_decides(tmp_path):
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
