@@ -72,7 +72,7 @@ CONFIGS = {
     "smollm2": (LlamaConfig(**SIZES, tie_word_embeddings=True), "0_1_2"),
     "mistral": (MistralConfig(**SIZES, sliding_window=5, head_dim=16), "0s_1s_2s"),
     "mistral without windows": (MistralConfig(**SIZES, sliding_window=None), "0_1_2"),
-    "qwen2": (Qwen2Config(**SIZES), "0_1_2"),
+    "qwen2": (Qwen2Config(**SIZES, head_dim=16), "0_1_2"),  # which its class does not declare
     "qwen2 with windows": (
         Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1, tie_word_embeddings=True),
         "0_1s_2s",
@@ -199,6 +199,7 @@ STRANGE = {
     "kv_sharing": "0_0_0",
     "rope_layer_types": ["full_attention"] * 3,
     "kv_latents": [{"latent": 8}] * 3,
+    "num_key_value_heads": 1,
 }
 
 
