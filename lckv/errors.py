@@ -10,6 +10,11 @@ class UserError(ValueError):
     """A mistake in what the user gave. Entry points print it as one line, without a traceback, and exit with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it fits into a line of ours; its type, if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was too little memory, of the machine or of an accelerator; torch has no type for the former."""
     text = str(error)

@@ -48,6 +48,9 @@ _READ_HERE = frozenset(
         "attention.sliding_window",
     }
 )
+BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
+"""What a completed configuration says in our words, whatever its family declares."""
+
 _WITHOUT_EFFECT = frozenset({"rope.scaling.finetuned", "tensor_data_layout"})
 _AS_HERE = {"attention.causal": True, "rope.scaling.yarn_attn_factor": 1.0}
 _FREQUENCIES = "rope_freqs.weight"

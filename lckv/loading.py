@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from lckv.config.names import DTYPES
 from lckv.data.tokenizer import frame_texts
 from lckv.errors import UserError, check_choice
-from lckv.gguf_settings import complete_config, open_gguf
+from lckv.gguf_settings import BIASES, complete_config, open_gguf
 from lckv.gguf_weights import read_weights
 from lckv.hub import hub_answers
 from lckv.model_files import WEIGHT_FILES, ModelFiles, find_files, index_name, is_of_training
@@ -81,7 +81,8 @@ class Checkpoint(ModelFiles):
             self.stored_values()  # which says what is wrong in fewer words
         values = self.config_values()
         with self.loading("the configuration"):
-            reading = read_model(values)
+            settings = {} if self.gguf_file is None else {name: values[name] for name in BIASES}
+            reading = read_model(values, settings)
             if self.gguf_file is not None and reading.read is not None:
                 raise UserError(
                     f"is a GGUF file of model_type {values['model_type']!r}, which is read only from a folder"

@@ -53,6 +53,8 @@ def check_family(values: Mapping[str, Any]) -> None:
             f"is of model_type {model_type!r}{reason}; allowed are {', '.join(allowed)} (SmolLM2 and Llama 1 to 3 are "
             "llama), and what computes as Llama does"
         )
+    if not values.get("is_causal", True):  # transformers' decoders look back and ahead then
+        raise UserError(f"says is_causal={values['is_causal']}, which the models here do not have; allowed is True")
     for name in _SETTINGS_OF_FAMILIES.get(model_type, ()):
         if values.get(name):
             raise UserError(f"says {name}={values[name]}, which the models here do not have; allowed is none")

@@ -132,6 +132,7 @@ def make_files(folder: Path) -> None:
         "shared": {"model_type": "lckv-llama", "layer_types": "0_0_2_2", **sizes},
         "wrong": {"model_type": "lckv-llama", "layer_types": "0_0_9", **sizes, "num_hidden_layers": 3},
         "odd": {"model_type": "llama", **sizes, "num_attention_heads": 4, "num_key_value_heads": 3},
+        "ahead": {"model_type": "llama", "is_causal": False},
         "packed": {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
         "list": [],
         "weightless": {"model_type": "llama", **sizes},

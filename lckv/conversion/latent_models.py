@@ -161,7 +161,7 @@ def to_latents(
     latent = LatentConfig(kind, ratio, dim, **groups)
     latent.validate("latent.")
     check_choice("kind", kind, (*LATENTS, AUTO_LATENT))
-    reading = read_model(model.config.to_dict())
+    reading = read_model(model.config)
     refuse_latents(latent, reading.config)
     source, stored = reading.config, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     tensors = dict(reading.tensors(stored))

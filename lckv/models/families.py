@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -9,11 +10,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
+from lckv.errors import UserError, first_line
 from lckv.model_values import check_family
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.family_configs import carried_over, windows
+from lckv.models.family_configs import as_auto_config, carried_over, turned_whole, windows
 from lckv.models.family_tensors import (
     TENSORS,
     LazyTensors,
@@ -30,9 +32,10 @@ from lckv.registry import Registry
 FAMILIES: Registry[Callable[[PretrainedConfig], dict[str, Any]]] = Registry("family")
 """By transformers' `model_type`: what a family's configuration says in other words, or leaves unsaid.
 
-Fields that are called as ours are carried over without being named. Tensors that are not Llama's have an entry in
-[`TENSORS`]. Packages that are installed register families by an entry point of the group `lckv.families`: the name is
-the `model_type`, the value a module that has these entries.
+What its class declares and is called as ours is carried over without being named, but no `partial_rotary_factor`:
+transformers' decoders ignore it unless they are made for it, and then the function says `rope_parameters`. Tensors
+that are not Llama's have an entry in [`TENSORS`]. Packages that are installed register families by an entry point of
+the group `lckv.families`: the name is the `model_type`, the value a module that has these entries.
 """
 
 ENTRY_POINTS = "lckv.families"
@@ -55,40 +58,56 @@ class Reading:
         return read_tensors(stored, self.config, self.read or our_tensors)
 
 
-def read_model(values: Mapping[str, Any]) -> Reading:
+def read_model(given: Mapping[str, Any] | PretrainedConfig, settings: Mapping[str, Any] | None = None) -> Reading:
     """Finds out how a model of any family is read as one of ours, every layer reading itself; ours as it is.
 
     Args:
-        values: what `config.json` holds.
+        given: what `config.json` holds, or the configuration of a model that there is already.
+        settings: what else is known of a model of a registered family, in our words.
 
     Raises:
         UserError: for a family that computes something else, or weights that are quantised; the message says what is
             allowed.
     """
+    values = given.to_dict() if isinstance(given, PretrainedConfig) else given
     check_family(values)
-    model_type = values["model_type"]
-    if model_type == LCKVLlamaConfig.model_type:
+    if values["model_type"] == LCKVLlamaConfig.model_type:
         return Reading(LCKVLlamaConfig.from_dict(dict(values)), None)
+    _load_entry_point(values["model_type"])  # which may make the family known to transformers, too
+    original = copy.deepcopy(given) if isinstance(given, PretrainedConfig) else as_auto_config(given)
+    model_type = original.model_type  # not always the one in the file: Mistral's with `layer_types` is Ministral's
     _load_entry_point(model_type)
     if model_type not in FAMILIES:
-        return Reading(*read_unregistered(values))
-    original = AutoConfig.for_model(**values)
-    config = LCKVLlamaConfig(**(carried_over(original) | FAMILIES[model_type](original)))
+        return Reading(*read_unregistered(original))
+    arguments, said = carried_over(original) | dict(settings or {}), FAMILIES[model_type](original)
+    if "rope_parameters" in arguments.keys() - said.keys():
+        arguments["rope_parameters"] = turned_whole(arguments["rope_parameters"])
+    config = LCKVLlamaConfig(**(arguments | said))
     if model_type in TENSORS:
         return Reading(config, TENSORS[model_type])
     return Reading(config, None if is_turned_whole(config) else llama_tensors)
 
 
-def read_config(values: Mapping[str, Any]) -> LCKVLlamaConfig:
+def read_config(given: Mapping[str, Any] | PretrainedConfig) -> LCKVLlamaConfig:
     """The configuration of a model of any family as one of ours; see [`read_model`]."""
-    return read_model(values).config
+    return read_model(given).config
 
 
 @cache
 def _load_entry_point(model_type: str) -> None:
-    """Imports what an installed package has to say of a family."""
+    """Imports what an installed package has to say of a family.
+
+    Raises:
+        UserError: naming the entry point that cannot be imported.
+    """
     for entry in entry_points(group=ENTRY_POINTS, name=model_type):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # whatever importing foreign code may end in
+            raise UserError(
+                f"the entry point {entry.name} = {entry.value} of the group {ENTRY_POINTS} cannot be imported: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
 
 
 @FAMILIES.register("llama")
@@ -120,6 +139,7 @@ def gpt2(config: PretrainedConfig) -> dict[str, Any]:
     """Learned positions, norms with biases, and a plain MLP; dropout is left out."""
     return {
         "hidden_size": config.n_embd,
+        "head_dim": config.n_embd // config.n_head,
         "intermediate_size": config.n_inner or 4 * config.n_embd,
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
@@ -152,6 +172,7 @@ def gemma3_text(config: PretrainedConfig) -> dict[str, Any]:
 def stablelm(config: PretrainedConfig) -> dict[str, Any]:
     """Norms with biases; a part of each head is rotated."""
     return {
+        "rope_parameters": config.rope_parameters,
         "norm_type": "layer_norm",
         "rms_norm_eps": config.layer_norm_eps,
         "attention_bias": config.use_qkv_bias,
@@ -162,9 +183,10 @@ def stablelm(config: PretrainedConfig) -> dict[str, Any]:
 @FAMILIES.register("smollm3")
 def smollm3(config: PretrainedConfig) -> dict[str, Any]:
     """Most layers rotate, some do not; these may have windows."""
-    unrotated = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"], PARTIAL: 0.0}
+    rotated = turned_whole(config.rope_parameters)
+    unrotated = {"rope_type": "default", "rope_theta": rotated["rope_theta"], PARTIAL: 0.0}
     return {
-        "rope_parameters": {"rotated": config.rope_parameters, "unrotated": unrotated},
+        "rope_parameters": {"rotated": rotated, "unrotated": unrotated},
         "rope_layer_types": ["rotated" if is_rotated else "unrotated" for is_rotated in config.no_rope_layers],
     } | windows(config)
 

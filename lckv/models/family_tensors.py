@@ -58,7 +58,7 @@ def read_tensors(stored: Mapping[str, Tensor], config: LCKVLlamaConfig, read: Re
 
 
 def _make(stored: Mapping[str, Tensor], name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
-    return change(stored[name])
+    return change(stored[name]).contiguous()  # as a model's parameters have to be, to be saved
 
 
 def as_stored(tensor: Tensor) -> Tensor:

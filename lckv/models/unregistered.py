@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from lckv.errors import UserError, near_miss
-from lckv.model_values import FAMILIES, OURS
+from lckv.errors import first_line
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.family_configs import carried_over, windows
+from lckv.models.family_configs import carried_over, no_family, windows
 from lckv.models.family_tensors import Changes, ReadTensor, llama_tensors, read_tensors, rename_output_norms
 from lckv.models.modeling_lckv import LCKVLlamaForCausalLM
 
@@ -42,34 +41,21 @@ class _Misfit(Exception):
     """Why a family is not Llama's, in words that complete "this does not:"."""
 
 
-def read_unregistered(values: Mapping[str, Any]) -> tuple[LCKVLlamaConfig, ReadTensor]:
+def read_unregistered(original: PretrainedConfig) -> tuple[LCKVLlamaConfig, ReadTensor]:
     """How a model is read whose family is not registered.
 
     Args:
-        values: what `config.json` holds.
+        original: its configuration, of transformers' own class.
 
     Raises:
         UserError: if it computes something else than our models do; the message says what, and what can be done.
     """
-    model_type = values["model_type"]
-    try:
-        original = AutoConfig.for_model(**values)
-    except (ValueError, KeyError) as error:
-        hint = near_miss(model_type, (OURS, *FAMILIES))
-        raise _refusal(model_type, f"transformers has no such family{hint.replace(';', ',').rstrip('?')}") from error
     try:
         with torch.random.fork_rng(devices=[]):  # whoever draws random numbers gets those without a proof
             settings, side_by_side = _prove(json.dumps(original.to_dict(), sort_keys=True, default=str))
         return LCKVLlamaConfig(**_arguments(original, settings)), partial(read_tensor, side_by_side=side_by_side)
     except _Misfit as error:
-        raise _refusal(model_type, str(error)) from error
-
-
-def _refusal(model_type: str, reason: str) -> UserError:
-    return UserError(
-        f"is of model_type {model_type!r}; allowed are {', '.join((OURS, *FAMILIES))}, and what computes as Llama "
-        f"does, which this does not: {reason}; lckv.models.families.FAMILIES.register({model_type!r}) adds a family"
-    )
+        raise no_family(original.model_type, str(error)) from error
 
 
 def read_tensor(name: str, config: LCKVLlamaConfig, *, side_by_side: bool) -> Changes:
@@ -122,7 +108,7 @@ def _prove(values: str) -> tuple[dict[str, Any], bool]:
     try:
         original = _random_model(config)
     except Exception as error:  # such as for models that have no language modelling head
-        raise _Misfit(f"no tiny model of it can be made ({_first_line(error)})") from error
+        raise _Misfit(f"no tiny model of it can be made ({first_line(error)})") from error
     stored = original.state_dict()
     settings = _settings(stored)
     differences = []
@@ -211,7 +197,7 @@ def _read(
     try:
         ours = LCKVLlamaForCausalLM(LCKVLlamaConfig(**_arguments(config, settings))).eval()
     except Exception as error:  # whatever foreign settings may mean here
-        raise _Misfit(f"its settings are not ours ({_first_line(error)})") from error
+        raise _Misfit(f"its settings are not ours ({first_line(error)})") from error
     tensors = dict(read_tensors(stored, ours.config, partial(read_tensor, side_by_side=side_by_side)))
     expected = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     for name in sorted(expected.keys() ^ tensors.keys()):
@@ -221,10 +207,6 @@ def _read(
             raise _Misfit(f"{name} is {list(tensor.shape)}, not {list(expected[name])}")
     ours.load_state_dict(tensors)
     return ours
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 __all__ = ["read_unregistered"]

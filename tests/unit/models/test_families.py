@@ -1,8 +1,11 @@
 """Models of other families, read as ours: the same logits, from the same tensors."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     DeepseekV3Config,
@@ -69,7 +72,7 @@ CONFIGS = {
     "smollm2": (LlamaConfig(**SIZES, tie_word_embeddings=True), "0_1_2"),
     "mistral": (MistralConfig(**SIZES, sliding_window=5, head_dim=16), "0s_1s_2s"),
     "mistral without windows": (MistralConfig(**SIZES, sliding_window=None), "0_1_2"),
-    "qwen2": (Qwen2Config(**SIZES), "0_1_2"),
+    "qwen2": (Qwen2Config(**SIZES, head_dim=16), "0_1_2"),  # which its class does not declare
     "qwen2 with windows": (
         Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1, tie_word_embeddings=True),
         "0_1s_2s",
@@ -178,6 +181,78 @@ def test_parameters_are_counted(name):
     assert count_parameters(config.sharing_plan, ModelSizes.from_config(config)) == model.num_parameters()
 
 
+STRANGE = {
+    "attention_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "use_qk_norm": True,
+    "use_output_norms": True,
+    "norm_type": "layer_norm",
+    "gated_mlp": False,
+    "learned_positions": True,
+    "attention_multiplier": 0.7,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 3.0,
+    "final_logit_softcapping": 1.0,
+    "force_nodiag": True,
+    "kv_sharing": "0_0_0",
+    "rope_layer_types": ["full_attention"] * 3,
+    "kv_latents": [{"latent": 8}] * 3,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_settings_that_a_family_does_not_know_mean_nothing(name):
+    config, layer_types = CONFIGS[name]
+    known = config.to_dict()
+    original = random_model(type(config).from_dict(known | {key: STRANGE[key] for key in STRANGE.keys() - known}))
+    assert original.config.force_nodiag
+    ours, input_ids = read_in_memory(original), torch.randint(300, (2, 12))
+    assert ours.config.kv_sharing == layer_types
+    torch.testing.assert_close(ours(input_ids).logits, original(input_ids).logits, atol=2e-5, rtol=0)
+
+
+PARTLY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma 3", "stablelm"])
+@torch.no_grad()
+def test_a_part_of_each_head_is_rotated_where_the_family_does_so(name):
+    values = CONFIGS[name][0].to_dict()
+    kinds = [kind for kind in ("full_attention", "sliding_attention") if kind in values["rope_parameters"]]
+    for rope_type in "default", "linear":
+        rope = PARTLY | {"rope_type": rope_type, "factor": 2.0}
+        values["rope_parameters"] = {kind: dict(rope) for kind in kinds} or rope
+        original, input_ids = random_model(type(CONFIGS[name][0]).from_dict(values)), torch.randint(300, (2, 12))
+        if rope_type == "default" or name == "stablelm":
+            ours = read_in_memory(original)
+            torch.testing.assert_close(ours(input_ids).logits, original(input_ids).logits, atol=2e-5, rtol=0)
+        else:
+            with pytest.raises(RuntimeError, match="must match the size"):
+                original(input_ids)
+            with pytest.raises(UserError, match=r"says partial_rotary_factor=0.5 with rope_type=linear.*allowed is"):
+                read_config(values)
+
+
+@torch.no_grad()
+def test_the_class_that_transformers_makes_of_a_file_decides(tmp_path):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    values = MistralConfig(**SIZES, sliding_window=5, layer_types=kinds).to_dict() | {"architectures": None}
+    original = random_model(AutoConfig.for_model(**values | {"model_type": "ministral"}))
+    original.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    byte_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path))
+    theirs, input_ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(300, (1, 12))
+    torch.testing.assert_close(model(input_ids).logits, theirs(input_ids).logits, atol=2e-5, rtol=0)
+    assert model.config.kv_sharing == "0s_1_2s"
+    # A model that was made of the one class stays what it is.
+    assert read_config(MistralConfig.from_dict(values)).kv_sharing == "0s_1s_2s"
+
+
 def test_every_family_is_tested():
     assert {config.model_type for config, _ in CONFIGS.values()} == set(FAMILIES)
 
@@ -201,6 +276,9 @@ def test_folders_of_other_families_can_be_generated_from(name, tmp_path):
     model, _ = load_model(str(tmp_path))
     input_ids = torch.randint(300, (1, 9))
     torch.testing.assert_close(model(input_ids).logits, original(input_ids).logits, atol=2e-5, rtol=0)
+    model.save_pretrained(tmp_path / "ours")
+    saved = LCKVLlamaForCausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(saved(input_ids).logits, model(input_ids).logits, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +314,18 @@ def test_others_are_refused_by_name(config, reason):
 def test_settings_that_our_models_lack_are_refused_by_name(config, reason):
     with pytest.raises(UserError, match=f"says {reason}, which the models here do not have; allowed is none"):
         read_config(config.to_dict())
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "smollm3", "gemma 3"])
+def test_windows_of_no_length_are_refused(name):
+    values = CONFIGS[name][0].to_dict() | {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}
+    with pytest.raises(UserError, match=r"has layers with windows \(sliding_attention in layer_types\), but no slid"):
+        read_config(values)
+
+
+def test_attention_that_looks_ahead_is_refused():
+    with pytest.raises(UserError, match="says is_causal=False, which the models here do not have; allowed is True"):
+        read_config(LlamaConfig(**SIZES, is_causal=False).to_dict())
 
 
 def test_quantised_weights_are_refused():

@@ -82,7 +82,7 @@ def test_a_proof_leaves_random_numbers_as_they_are():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    read_unregistered(tiny("arcee", hidden_size=64).to_dict())
+    read_unregistered(tiny("arcee", hidden_size=64))
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -112,15 +112,29 @@ def test_the_example_of_the_documentation_registers_a_family(forgotten):
     assert_gemma_is_read()
 
 
-def test_installed_packages_register_families(tmp_path, monkeypatch, forgotten):
-    (tmp_path / "its_family.py").write_text(example(), encoding="utf-8")
+@pytest.fixture
+def its_package(tmp_path, monkeypatch, forgotten):
+    """The module of an installed package that has an entry point for a family."""
     metadata = tmp_path / "its_package-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: its-package\nVersion: 1.0\n", encoding="utf-8")
     (metadata / "entry_points.txt").write_text("[lckv.families]\ngemma = its_family\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     read_model.__globals__["_load_entry_point"].cache_clear()
-    try:
-        assert_gemma_is_read()
-    finally:
-        sys.modules.pop("its_family", None)
+    yield tmp_path / "its_family.py"
+    sys.modules.pop("its_family", None)
+
+
+def test_installed_packages_register_families(its_package):
+    its_package.write_text(example(), encoding="utf-8")
+    assert_gemma_is_read()
+
+
+def test_an_entry_point_that_cannot_be_imported_is_named(its_package):
+    its_package.write_text("import nothing_of_this_name", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_config(tiny("gemma").to_dict())
+    assert str(error.value) == (
+        "the entry point gemma = its_family of the group lckv.families cannot be imported: "
+        "ModuleNotFoundError: No module named 'nothing_of_this_name'"
+    )
