@@ -24,12 +24,12 @@ from transformers.utils import logging as transformers_logging
 from lckv.config.names import DTYPES
 from lckv.data.tokenizer import frame_texts
 from lckv.errors import UserError, check_choice
+from lckv.families import Reading, read_model
 from lckv.gguf_settings import BIASES, complete_config, open_gguf
 from lckv.gguf_weights import read_weights
 from lckv.hub import hub_answers
 from lckv.model_files import WEIGHT_FILES, ModelFiles, find_files, index_name, is_of_training
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.models.families import Reading, read_model
 from lckv.stored_weights import map_weights
 from lckv.training.run_folder import RunFolder
 
@@ -64,7 +64,7 @@ class Checkpoint(ModelFiles):
             return values if reader is None else complete_config(reader, values)
 
     def load_config(self) -> LCKVLlamaConfig:
-        """The configuration as one of ours; see [`lckv.models.families.read_model`].
+        """The configuration as one of ours; see [`lckv.families.read_model`].
 
         Raises:
             UserError: if it cannot be read, or is of a family that is not supported.
@@ -183,7 +183,7 @@ def load_model(
 ) -> tuple[LCKVLlamaForCausalLM, PreTrainedTokenizerBase]:
     """Loads a model, in evaluation mode, and its tokenizer.
 
-    A model of another family (see [`lckv.models.families`]) gets the sharing pattern in which every layer reads
+    A model of another family (see [`lckv.families`]) gets the sharing pattern in which every layer reads
     itself, and computes what it always did. Settings for sampling that came with the model are left out: nothing but
     what the caller asks for applies.
 

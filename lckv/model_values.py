@@ -10,7 +10,7 @@ from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 OURS = "lckv-llama"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma3_text", "stablelm", "smollm3", "granite")
-"""Other families that can be read as ours; how, is registered in `lckv.models.families`."""
+"""Other families that can be read as ours; how, is registered in `lckv.families`."""
 
 NORM_TYPES = ("rms_norm", "layer_norm")
 """What may normalise hidden states."""
@@ -36,7 +36,7 @@ _SIZES_OF_HEADS = ("hidden_size", "num_attention_heads", "num_key_value_heads", 
 def check_family(values: Mapping[str, Any]) -> None:
     """Refuses models that cannot be read here, as far as that is known without transformers.
 
-    A family that is not in [`FAMILIES`] may turn out to compute what Llama does; see `lckv.models.unregistered`.
+    A family that is not in [`FAMILIES`] may turn out to compute what Llama does; see `lckv.families.unregistered`.
 
     Args:
         values: what `config.json` holds.

@@ -19,10 +19,10 @@ from lckv.conversion.sensitivity import Sensitivity, assume_sensitivity, measure
 from lckv.conversion.source import HEAD, expected_shapes
 from lckv.conversion.target import Make, converted_config, converted_tensors
 from lckv.errors import UserError, check_choice
+from lckv.families import read_model
 from lckv.latents import LatentBudget, group_layers, latent_budget, refuse_latents, suit_source
 from lckv.layout import PLANES
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.models.families import read_model
 from lckv.models.rotary import fastest_frequencies
 from lckv.patterns import SharingPlan, parse_layer_types
 

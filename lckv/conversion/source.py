@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from lckv.conversion.heads import Tensors
 from lckv.data.tokenizer import check_tokenizer
 from lckv.errors import UserError
+from lckv.families import LazyTensors
 from lckv.loading import Checkpoint, find_checkpoint, find_device, load_weights
 from lckv.model_files import TOKENIZER_FILES
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.models.family_tensors import LazyTensors
 from lckv.stored_weights import map_weights, stored_type
 
 logger = logging.getLogger(__name__)

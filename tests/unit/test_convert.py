@@ -13,7 +13,7 @@ from lckv import cli, search, train
 from lckv.errors import UserError
 from tests.tiny import byte_tokenizer
 from tests.unit.conversion.sources import assert_identical, random_source, read_folder, run_convert, save_source
-from tests.unit.models.test_families import SIZES
+from tests.unit.families.test_registered import SIZES
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ LAYERS = [
     ["costs", "iso", "config", "latents", "hydra_store", "run_names", "overrides", "drawing", "charts"],
     ["model_arguments"],
     ["data", "models", "logits"],
+    ["families"],
     ["cache"],
     ["evaluation", "training"],
     ["gguf_settings", "model_files"],

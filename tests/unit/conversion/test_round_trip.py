@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lckv.conversion.source import EMBEDDINGS, Source
+from lckv.families import read_model
 from lckv.loading import load_model
 from lckv.models import LCKVLlamaForCausalLM
-from lckv.models.families import read_model
 from tests.reference import token_ids
 from tests.tiny import byte_tokenizer
 from tests.unit.conversion.sources import (
@@ -22,7 +22,7 @@ from tests.unit.conversion.sources import (
     run_convert,
     save_source,
 )
-from tests.unit.models.test_families import CONFIGS, random_model
+from tests.unit.families.test_registered import CONFIGS, random_model
 from tests.unit.test_loading import llama_folder, write_gguf
 
 

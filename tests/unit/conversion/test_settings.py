@@ -11,9 +11,9 @@ from lckv.conversion.calibration import batches_of, choose_blocks, collect_momen
 from lckv.conversion.settings import adopt_source
 from lckv.data.dataset import build_dataset
 from lckv.errors import UserError
+from lckv.families import read_config
 from lckv.loading import load_model
 from lckv.model_arguments import resolve_plan
-from lckv.models.families import read_config
 from tests.reference import tiny_config, token_ids
 from tests.tiny import byte_tokenizer
 from tests.unit.conversion.sources import (
@@ -24,7 +24,7 @@ from tests.unit.conversion.sources import (
     run_convert,
     save_source,
 )
-from tests.unit.models.test_families import CONFIGS
+from tests.unit.families.test_registered import CONFIGS
 
 TEXT = "\n\n".join(
     f"{number}: in the beginning was the word, and the word was {number} waters" for number in range(60)

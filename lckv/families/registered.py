@@ -13,10 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lckv.errors import UserError, first_line
-from lckv.model_values import check_family
-from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.family_configs import as_auto_config, carried_over, turned_whole, windows
-from lckv.models.family_tensors import (
+from lckv.families.configs import as_auto_config, carried_over, turned_whole, windows
+from lckv.families.tensors import (
     TENSORS,
     LazyTensors,
     ReadTensor,
@@ -25,8 +23,10 @@ from lckv.models.family_tensors import (
     our_tensors,
     read_tensors,
 )
+from lckv.families.unregistered import read_unregistered
+from lckv.model_values import check_family
+from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.rotary import PARTIAL
-from lckv.models.unregistered import read_unregistered
 from lckv.registry import Registry
 
 FAMILIES: Registry[Callable[[PretrainedConfig], dict[str, Any]]] = Registry("family")

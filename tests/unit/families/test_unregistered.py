@@ -9,13 +9,12 @@ import torch
 from transformers import AutoConfig
 
 from lckv.errors import UserError
+from lckv.families import FAMILIES, TENSORS, read_config, read_model
+from lckv.families.unregistered import read_unregistered
 from lckv.loading import load_model
-from lckv.models.families import FAMILIES, read_config, read_model
-from lckv.models.family_tensors import TENSORS
-from lckv.models.unregistered import read_unregistered
 from tests.tiny import byte_tokenizer
 from tests.unit.conversion.sources import run_convert, save_source
-from tests.unit.models.test_families import LLAMA3_ROPE, SIZES, random_model, read_in_memory
+from tests.unit.families.test_registered import LLAMA3_ROPE, SIZES, random_model, read_in_memory
 
 PROVEN = {
     "arcee": {"mlp_bias": True},

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lckv.errors import first_line
+from lckv.families.configs import carried_over, no_family, windows
+from lckv.families.tensors import Changes, ReadTensor, llama_tensors, read_tensors, rename_output_norms
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.family_configs import carried_over, no_family, windows
-from lckv.models.family_tensors import Changes, ReadTensor, llama_tensors, read_tensors, rename_output_norms
 from lckv.models.modeling_lckv import LCKVLlamaForCausalLM
 
 _TOLERANCE = 1e-4

@@ -27,9 +27,9 @@ from lckv.config.names import LATENTS, XKV
 from lckv.conversion.latent_models import to_latents
 from lckv.costs import ModelSizes, count_parameters
 from lckv.errors import UserError
+from lckv.families import FAMILIES, read_config, read_model
 from lckv.loading import load_model
 from lckv.models import LCKVLlamaForCausalLM
-from lckv.models.families import FAMILIES, read_config, read_model
 from tests.tiny import byte_tokenizer
 
 SIZES = {

@@ -42,7 +42,7 @@ def no_family(model_type: str, reason: str) -> UserError:
     """Says that a family cannot be read, and why."""
     return UserError(
         f"is of model_type {model_type!r}; allowed are {', '.join((OURS, *FAMILIES))}, and what computes as Llama "
-        f"does, which this does not: {reason}; lckv.models.families.FAMILIES.register({model_type!r}) adds a family"
+        f"does, which this does not: {reason}; lckv.families.FAMILIES.register({model_type!r}) adds a family"
     )
 
 
