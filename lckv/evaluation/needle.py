@@ -164,10 +164,14 @@ class Haystack:
         return chosen
 
     def _draw_words(self, generator: random.Random, text: list[int], length: int) -> list[tuple[int, ...]]:
-        """Tokens of words that are nowhere in the text, not even in another word."""
+        """Tokens of words that are nowhere in the text, not even in another word, nor in each other."""
         written = f"{self._tokenizer.decode(text)}{_BEGINNING}".lower()
-        shuffled = generator.sample(list(self._words), len(self._words))
-        absent = [word for word in shuffled if word not in written][:NUM_CANDIDATES]
+        absent: list[str] = []
+        for word in generator.sample(list(self._words), len(self._words)):
+            if len(absent) == NUM_CANDIDATES:
+                break
+            if word not in written and not any(word in other or other in word for other in absent):
+                absent.append(word)
         if len(absent) < NUM_CANDIDATES:
             raise UserError(
                 f"{self._key_prefix}needle.lengths={length}: leaves {len(absent)} words of the validation text that "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lckv.cache import build_cache
@@ -64,6 +64,7 @@ def config(batch_size: int = 4, **options) -> EvaluationConfig:
 
 
 @given(extra=st.integers(1, 600), depth=st.floats(0, 1), seed=st.text(max_size=4))
+@example(extra=1, depth=0.0, seed="\x98\U000e4e85")  # where one word was the beginning of another
 @settings(max_examples=20, deadline=None)
 def test_prompts_are_as_long_as_asked_and_hold_the_needle_once(haystack, tokenizer, extra, depth, seed):
     length = haystack.overhead + extra
