@@ -155,15 +155,11 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         num_outputs = None if trace.wants_each_layer else _num_outputs(logits_to_keep, num_tokens)
         is_sequential = self._begin(past_key_values, attention_mask, position_ids, num_tokens, trace)
         has_past = has_cached_tokens(past_key_values, self.layout)
-        document_ids = None
-        if position_ids is None:
-            position_ids = self._next_positions(num_tokens, past_key_values, inputs_embeds.device)
-        elif attention_mask is None and not has_past:
-            document_ids = find_documents(position_ids, inputs_embeds.shape[0])
+        reads_documents = attention_mask is None and not has_past
+        position_ids, document_ids = self._place(position_ids, inputs_embeds, past_key_values, reads_documents)
         if self.embed_positions is not None:
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
-        if trace.hidden_states is not None:
-            trace.hidden_states.append(inputs_embeds)
+        trace.note(inputs_embeds)
         positions = Positions(position_ids, partial(self._rotate, inputs_embeds), has_past)
         stack = self.stack_class(
             self.layers,
@@ -262,14 +258,22 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             raise ValueError(f"{reason} returns no hidden states or attentions of single layers")
         return True
 
-    def _next_positions(self, num_tokens: int, past_key_values: Cache | None, device: torch.device) -> torch.Tensor:
-        """The positions of the new tokens, `(1, q_len)`, where the caller gives none."""
-        positions = torch.arange(num_tokens, device=device)
+    def _place(
+        self,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+        reads_documents: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The positions of the new tokens, `(batch or 1, q_len)`; and where given ones tell, the document of each."""
+        if position_ids is not None:
+            return position_ids, find_documents(position_ids, len(inputs_embeds)) if reads_documents else None
+        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
         if isinstance(past_key_values, SharingCache):
             positions = positions + past_key_values.get_next_position()
         elif past_key_values is not None:
             positions = positions + past_key_values.get_seq_length(self.layout.owners[0])
-        return positions[None]
+        return positions[None], None
 
     def _run_at_once(
         self,

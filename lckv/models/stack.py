@@ -165,6 +165,11 @@ class Trace:
         """Whether every layer's output or weights are returned, so that all have to run for all tokens."""
         return self.hidden_states is not None or self.attentions is not None
 
+    def note(self, hidden_states: torch.Tensor) -> None:
+        """Notes what enters a layer, or leaves the last, `(batch, q_len, hidden_size)`, if that is to be returned."""
+        if self.hidden_states is not None:
+            self.hidden_states.append(hidden_states)
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -272,8 +277,7 @@ class Stack:
             hidden_states = self._run_layer(
                 layer_idx, hidden_states, states, visible_keys, writes, write, self.trace.attentions
             )
-            if self.trace.hidden_states is not None:
-                self.trace.hidden_states.append(hidden_states)
+            self.trace.note(hidden_states)
         return hidden_states, states
 
     def _run_layer(
