@@ -18,6 +18,7 @@ from lckv.config import (
     BenchmarkConfig,
     ConvertConfig,
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
     PlanConfig,
     ReportConfig,
@@ -37,6 +38,7 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
     "report": ReportConfig,
+    "export": ExportConfig,
 }
 """The root dataclass of each entry point, by the name of its YAML file."""
 

@@ -16,6 +16,7 @@ from lckv.config.evaluation import (
     RecallConfig,
     SpeedConfig,
 )
+from lckv.config.exporting import ExportConfig
 from lckv.config.generation import DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, GenerateConfig
 from lckv.config.keys import Group, key, literal
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig

@@ -40,6 +40,9 @@ CONTINUOUS, STATIC = BATCHINGS = ("continuous", "static")
 TOKENS, OFF, ENDLESS = STREAMS = ("tokens", "off", "endless")
 """How text may be printed: as it comes, at its end, or without one."""
 
+GGUF, HUB = FORMATS = ("gguf", "hub")
+"""What a model may be exported as: a file for llama.cpp, or a folder that transformers loads by itself."""
+
 METHODS = ["inherit", "average", "aligned", "activation", "subspace", "distill"]
 """How keys and values that layers are to share come from those that each computes in the source."""
 

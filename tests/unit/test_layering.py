@@ -33,8 +33,8 @@ LAYERS = [
     ["engine"],
     ["generation"],
     ["conversion"],
-    ["benchmarking", "reporting"],
-    ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report"],
+    ["benchmarking", "exporting", "reporting"],
+    ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report", "export"],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
 STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "cache": {"data", "config"}, "training": {"models"}}
@@ -59,6 +59,7 @@ TORCH_FREE = [
     "lckv.evaluate",
     "lckv.benchmark",
     "lckv.convert",
+    "lckv.export",
     "lckv.search",
     "lckv.train",
 ]

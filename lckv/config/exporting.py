@@ -1,0 +1,26 @@
+"""What can be configured of exports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lckv.config.keys import MODEL_REQUIRED, Group, key, literal, one_of
+from lckv.config.names import FORMATS
+
+
+@dataclass
+class ExportConfig(Group):
+    """Everything that `python -m lckv.export` needs.
+
+    Attributes:
+        format: "gguf", a file for llama.cpp; "hub", a folder that transformers loads where this package is not.
+        model: a run folder of `lckv.train`, a folder with a model and its tokenizer, a GGUF file, or a name on the
+            Hub; the models are ours, or Llamas.
+        revision: only for the Hub: branch, tag or commit.
+        out: the file or folder to write; it must not be there yet.
+    """
+
+    format: str | None = key(None, one_of(FORMATS), required="give one: format=gguf or format=hub")
+    model: str | None = literal(required=MODEL_REQUIRED)
+    revision: str | None = None
+    out: str | None = literal(required="give one: out=FILE.gguf with format=gguf, out=FOLDER with format=hub")
