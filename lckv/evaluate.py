@@ -16,8 +16,7 @@ from lckv.config.names import NO_CACHE
 from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.errors import UserError
-from lckv.model_files import check_model, is_of_training
-from lckv.run_names import file_name
+from lckv.model_files import check_model
 from lckv.storage import check_folder
 
 if TYPE_CHECKING:
@@ -105,14 +104,9 @@ def _is_text_named(cfg: EvaluateConfig) -> bool:
 def _results_file(cfg: EvaluateConfig, checkpoint: Checkpoint, run: RunFolder | None) -> ResultsFile:
     """Where the results go, checked to be this model's."""
     from lckv.evaluation.results_file import ResultsFile
+    from lckv.loading import evaluation_folder
 
-    path = Path(checkpoint.given).expanduser().resolve()
-    if cfg.out is not None:
-        folder = Path(cfg.out).expanduser()
-    elif run is not None:
-        folder = run.path / "evaluation" / (path.name if is_of_training(path) else "")
-    else:
-        folder = Path("runs") / "evaluation" / file_name(path.name if checkpoint.is_local else checkpoint.given)
+    folder = evaluation_folder(checkpoint, run) if cfg.out is None else Path(cfg.out).expanduser()
     identity = {"name": checkpoint.given, "revision": checkpoint.revision, "fingerprint": checkpoint.fingerprint()}
     file = ResultsFile(folder / "results.json", identity)
     file.check()

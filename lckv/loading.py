@@ -30,6 +30,7 @@ from lckv.gguf_weights import read_weights
 from lckv.hub import hub_answers
 from lckv.model_files import WEIGHT_FILES, ModelFiles, find_files, index_name, is_of_training
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.run_names import file_name
 from lckv.stored_weights import map_weights
 from lckv.training.run_folder import RunFolder
 
@@ -176,6 +177,14 @@ def find_run(checkpoint: Checkpoint) -> RunFolder | None:
     folders = (given.parent, given.parent.parent) if is_of_training(given) else (given, given.parent)
     runs = [RunFolder(folder) for folder in folders] if checkpoint.is_local else []
     return next((run for run in runs if run.config.is_file() and run.metrics.is_file()), None)
+
+
+def evaluation_folder(checkpoint: Checkpoint, run: RunFolder | None) -> Path:
+    """Where `lckv.evaluate` puts its results if it is not told: in the run that the model is of, if there is one."""
+    path = Path(checkpoint.given).expanduser().resolve()
+    if run is not None:
+        return run.path / "evaluation" / (path.name if is_of_training(path) else "")
+    return Path("runs") / "evaluation" / file_name(path.name if checkpoint.is_local else checkpoint.given)
 
 
 def load_model(
