@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare study test test-slow test-gpu check format wheel wheel-smoke bench bench-decode bench-prefill clean
+.PHONY: help setup train compare study test test-slow test-gpu test-hub check format wheel wheel-smoke bench bench-decode bench-prefill clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +64,16 @@ test-slow: $(STAMP) ## run the slow tests
 
 test-gpu: $(STAMP) ## run the tests that need an accelerator
 	$(RUN) -m pytest -m gpu --timeout=300 --durations=15
+
+ALONE := $(CURDIR)/.cache/alone
+
+test-hub: $(STAMP) ## load exported models with transformers alone, the oldest versions and the newest (TIME)
+	@for version in '>=5.17,<5.18' '>=5.18,<5.19' '<6'; do \
+	    echo "==> transformers$$version and torch, in an environment without lckv"; \
+	    "$(PYTHON)" -m venv --clear "$(ALONE)"; \
+	    "$(ALONE)/bin/python" -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "transformers$$version" torch; \
+	    LCKV_ALONE_PYTHON="$(ALONE)/bin/python" "$(RUN)" -m pytest -q -n 0 -rs tests/unit/exporting/test_hub_alone.py; \
+	done
 
 check: $(STAMP) ## lint, formatting, types, spelling, notebooks without outputs
 	$(RUN) -m ruff check .

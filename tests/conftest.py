@@ -24,6 +24,7 @@ os.environ.update(
     WANDB_MODE="offline",
     MPLBACKEND="Agg",
 )
+os.environ.pop("HF_TOKEN", None)  # nor the user's account
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 

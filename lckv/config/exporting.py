@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lckv.byte_sizes import parse_bytes
 from lckv.config.keys import MODEL_REQUIRED, Group, key, literal, one_of
-from lckv.config.names import FORMATS
+from lckv.config.names import FORMATS, HUB
+
+_HUB = {"format": (HUB,)}
 
 
 @dataclass
@@ -18,9 +21,13 @@ class ExportConfig(Group):
             Hub; the models are ours, or Llamas.
         revision: only for the Hub: branch, tag or commit.
         out: the file or folder to write; it must not be there yet.
+        push: the repository on the Hub, OWNER/NAME, to which the folder is uploaded once it is written.
+        max_shard_size: bytes of a file of weights, such as `5GB`.
     """
 
     format: str | None = key(None, one_of(FORMATS), required="give one: format=gguf or format=hub")
     model: str | None = literal(required=MODEL_REQUIRED)
     revision: str | None = None
     out: str | None = literal(required="give one: out=FILE.gguf with format=gguf, out=FOLDER with format=hub")
+    push: str | None = literal(only_with=_HUB)
+    max_shard_size: str = key("5GB", lambda name, value: parse_bytes(value, name), only_with=_HUB)

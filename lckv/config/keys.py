@@ -36,9 +36,9 @@ def key(default: Any, *rules: Rule, required: str | None = None, is_literal: boo
     return field(default=default, metadata=metadata)
 
 
-def literal(*rules: Rule, required: str | None = None) -> Any:
+def literal(*rules: Rule, required: str | None = None, **traits: Any) -> Any:
     """A key for text that the command line takes as it stands; None by default."""
-    return key(None, *rules, required=required, is_literal=True)
+    return key(None, *rules, required=required, is_literal=True, **traits)
 
 
 class Group:

@@ -72,7 +72,8 @@ def read_model(given: Mapping[str, Any] | PretrainedConfig, settings: Mapping[st
     values = given.to_dict() if isinstance(given, PretrainedConfig) else given
     check_family(values)
     if values["model_type"] == LCKVLlamaConfig.model_type:
-        return Reading(LCKVLlamaConfig.from_dict(dict(values)), None)
+        own = {name: value for name, value in values.items() if name != "auto_map"}  # the code is ours, too
+        return Reading(LCKVLlamaConfig.from_dict(own), None)
     _load_entry_point(values["model_type"])  # which may make the family known to transformers, too
     original = copy.deepcopy(given) if isinstance(given, PretrainedConfig) else as_auto_config(given)
     model_type = original.model_type  # not always the one in the file: Mistral's with `layer_types` is Ministral's
