@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lckv.config.keys import MODEL_REQUIRED, Group, key, literal, one_of
-from lckv.config.names import FORMATS
+from lckv.config.names import DTYPES, FORMATS, GGUF
 
 
 @dataclass
@@ -18,9 +18,17 @@ class ExportConfig(Group):
             Hub; the models are ours, or Llamas.
         revision: only for the Hub: branch, tag or commit.
         out: the file or folder to write; it must not be there yet.
+        dtype: with "gguf": of matrices; "auto": as the model was saved.
+        verify: with "gguf": whether llama.cpp runs the file and its logits are compared before the file appears; None:
+            where it is installed.
+        approximate_silu: with "gguf": whether MLPs become three times as wide, with GELUs in the place of SiLU, where
+            llama.cpp shares keys and values with no other activation.
     """
 
     format: str | None = key(None, one_of(FORMATS), required="give one: format=gguf or format=hub")
     model: str | None = literal(required=MODEL_REQUIRED)
     revision: str | None = None
     out: str | None = literal(required="give one: out=FILE.gguf with format=gguf, out=FOLDER with format=hub")
+    dtype: str = key("auto", one_of(("auto", *DTYPES)), only_with={"format": (GGUF,)})
+    verify: bool | None = key(None, only_with={"format": (GGUF,)})
+    approximate_silu: bool = key(False, only_with={"format": (GGUF,)})
