@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from lckv.byte_sizes import parse_bytes
 from lckv.config.keys import MODEL_REQUIRED, Group, key, literal, one_of
-from lckv.config.names import FORMATS, HUB
+from lckv.config.names import DTYPES, FORMATS, GGUF, HUB
 
-_HUB = {"format": (HUB,)}
+_GGUF, _HUB = {"format": (GGUF,)}, {"format": (HUB,)}
 
 
 @dataclass
@@ -21,8 +21,13 @@ class ExportConfig(Group):
             Hub; the models are ours, or Llamas.
         revision: only for the Hub: branch, tag or commit.
         out: the file or folder to write; it must not be there yet.
-        push: the repository on the Hub, OWNER/NAME, to which the folder is uploaded once it is written.
-        max_shard_size: bytes of a file of weights, such as `5GB`.
+        push: with "hub": the repository on the Hub, OWNER/NAME, to which the folder is uploaded once it is written.
+        max_shard_size: with "hub": bytes of a file of weights, such as `5GB`.
+        dtype: with "gguf": of matrices; "auto": as the model was saved.
+        verify: with "gguf": whether llama.cpp runs the file and its logits are compared before the file appears; None:
+            where it is installed.
+        approximate_silu: with "gguf": whether MLPs become three times as wide, with GELUs in the place of SiLU, where
+            llama.cpp shares keys and values with no other activation.
     """
 
     format: str | None = key(None, one_of(FORMATS), required="give one: format=gguf or format=hub")
@@ -31,3 +36,6 @@ class ExportConfig(Group):
     out: str | None = literal(required="give one: out=FILE.gguf with format=gguf, out=FOLDER with format=hub")
     push: str | None = literal(only_with=_HUB)
     max_shard_size: str = key("5GB", lambda name, value: parse_bytes(value, name), only_with=_HUB)
+    dtype: str = key("auto", one_of(("auto", *DTYPES)), only_with=_GGUF)
+    verify: bool | None = key(None, only_with=_GGUF)
+    approximate_silu: bool = key(False, only_with=_GGUF)
