@@ -67,7 +67,7 @@ test-gpu: $(STAMP) ## run the tests that need an accelerator
 
 ALONE := $(CURDIR)/.cache/alone
 
-test-hub: $(STAMP) ## load exported models with transformers alone, the oldest versions and the newest (TIME)
+test-hub: $(STAMP) ## load exported models with transformers alone, old and new (about 14 minutes, mostly pip)
 	@for version in '>=5.17,<5.18' '>=5.18,<5.19' '<6'; do \
 	    echo "==> transformers$$version and torch, in an environment without lckv"; \
 	    "$(PYTHON)" -m venv --clear "$(ALONE)"; \

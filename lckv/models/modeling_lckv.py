@@ -61,13 +61,17 @@ class LCKVPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(
-        attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None, **_: Any
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        **_: Any,
     ) -> torch.Tensor | None:
         """Leaves the 2D mask to the model, whose kinds of masks transformers does not know.
 
         It gets the width of the static cache, `(batch, max_length)`, so that a compiled decoding step sees the same
-        shapes every time.
+        shapes every time. From version 5.24 on, transformers calls it `cache`.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if attention_mask is None or past_key_values is None:
             return attention_mask
         if isinstance(past_key_values, SharingCache):
@@ -361,6 +365,13 @@ class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = build_head(config)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What `generate` gives to `forward`, where a cache has the name that it has had before transformers 5.24."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
 
     @can_return_tuple
     def forward(

@@ -410,3 +410,12 @@ def test_blocks_are_used_where_a_window_is_short(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     model(token_ids(1, 10), use_cache=False)
     assert set(lengths) == {(4, 4), (4, 6), (2, 4)}  # blocks of 4 and what is left, looking back 2 tokens
+
+
+def test_generation_takes_a_cache_under_the_name_that_transformers_5_24_gives_it():
+    model = tiny_model("0_0_2_2")
+    cache, mask = StaticCache(config=model.config, max_cache_len=12), torch.ones(1, 3, dtype=torch.long)
+    before = model.create_masks_for_generate(attention_mask=mask, past_key_values=cache)
+    since = model.create_masks_for_generate(attention_mask=mask, cache=cache)
+    assert before.shape == (1, 12) and torch.equal(before, since)
+    assert model.prepare_inputs_for_generation(token_ids(1, 3), cache=cache)["past_key_values"] is cache
