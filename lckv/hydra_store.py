@@ -19,6 +19,7 @@ from lckv.config import (
     ConvertConfig,
     EvaluateConfig,
     GenerateConfig,
+    HintsConfig,
     PlanConfig,
     ReportConfig,
     SearchConfig,
@@ -37,6 +38,7 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
     "report": ReportConfig,
+    "hints": HintsConfig,
 }
 """The root dataclass of each entry point, by the name of its YAML file."""
 

@@ -33,8 +33,8 @@ LAYERS = [
     ["engine"],
     ["generation"],
     ["conversion"],
-    ["benchmarking", "reporting"],
-    ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report"],
+    ["benchmarking", "reporting", "serving"],
+    ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report", "hints"],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
 STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "cache": {"data", "config"}, "training": {"models"}}
@@ -54,6 +54,8 @@ TORCH_FREE = [
     "lckv.model_arguments",
     "lckv.model_files",
     "lckv.report",
+    "lckv.serving.hints",
+    "lckv.hints",
     "lckv.reporting.writing",
     "lckv.generate",
     "lckv.evaluate",
