@@ -32,8 +32,9 @@ LAYERS = [
     ["building"],
     ["engine"],
     ["generation"],
+    ["serving"],
     ["conversion"],
-    ["benchmarking", "reporting", "serving"],
+    ["benchmarking", "reporting"],
     ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report", "hints"],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.

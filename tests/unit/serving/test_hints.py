@@ -103,6 +103,17 @@ def test_groups_of_a_model_that_shares_already_read_what_one_of_them_reads(own, 
     assert as_it_is.kv_bytes.hint == as_it_is.kv_bytes.model == hint.kv_bytes.model
 
 
+def test_windows_of_a_pattern_are_as_long_as_one_says():
+    kv = model_of("0s_1s_2_3", sliding_window=8)
+    for window, tokens in (None, 8), (5, 5):
+        hint = emit_hint("router", kv, GroupConfig(layer_types="0_0s_2s_2s"), sliding_window=window, context_length=10)
+        assert hint.sliding_window == tokens
+        assert hint.saved_fraction == pytest.approx(1 - (10 + tokens) / (2 * 8 + 2 * 10))
+    assert emit_hint("planner", kv, GroupConfig(layer_types="0_0s_2s_2s"), sliding_window=5).sliding_window == 8
+    wider = emit_hint("router", kv, GroupConfig(layer_types="0_1_2_3"), context_length=10)
+    assert (wider.sliding_window, wider.saved_fraction) == (None, pytest.approx(-4 / 36))
+
+
 def test_latents_are_counted_and_not_shared():
     kv = model_of("0_1_2_3", kv_latents=[None, None, {"latent": 6}, {"latent": 10}], dtype="float16")
     plain = 2 * 2 * 8  # keys and values of two heads
