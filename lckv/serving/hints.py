@@ -83,14 +83,20 @@ class ModelKV:
         """The pattern that a group configuration asks for.
 
         Raises:
-            UserError: if it is none of this model's number of layers, or lets layers read what is not there, or is
-                there for others only.
+            UserError: if it is for another number of layers, or lets layers read what is not there.
         """
         if group.layer_types is None:
-            plan = share_groups(self.plan, group)
-        else:
-            plan = parse_layer_types(group.layer_types, self.plan.num_hidden_layers)
-            check_owners(plan, self.plan, f"layer_types={group.layer_types}", "the model")
+            return share_groups(self.plan, group)
+        plan = parse_layer_types(group.layer_types, self.plan.num_hidden_layers)
+        check_owners(plan, self.plan, f"layer_types={group.layer_types}", "the model")
+        return plan
+
+    def check_latents(self, plan: SharingPlan) -> None:
+        """Refuses patterns under which other layers than in the model read some latents.
+
+        Raises:
+            UserError: naming the layer.
+        """
         latents = (self.sizes and self.sizes.kv_latents) or [None] * plan.num_hidden_layers
         for layer_idx, (before, after) in enumerate(zip(self.plan.kv_source, plan.kv_source, strict=True)):
             # A layer's projections make keys and values of one owner's latents, and nothing of another's.
@@ -99,7 +105,6 @@ class ModelKV:
                     f"model={self.name}: layer {layer_idx} would read layer {after}, not {before}, but latents are "
                     "read only by the layers that were made for them; allowed are layers with keys and values"
                 )
-        return plan
 
     def num_bytes(self, plan: SharingPlan, sliding_window: int | None, context_length: int, itemsize: int) -> int:
         """Bytes that a sequence takes under some pattern; of an unknown model, one number for each key and value."""
@@ -260,6 +265,7 @@ def emit_hint(
     kv = ModelKV.of_layers(model) if isinstance(model, int) else model
     reason, shared = group.why_ignored(role, thinking), kv.shared(group)
     plan = shared if reason is None else kv.plan
+    kv.check_latents(plan)
     window = None
     if has_windows(plan):
         window = kv.sliding_window if reason is not None or sliding_window is None else sliding_window

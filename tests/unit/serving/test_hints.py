@@ -121,6 +121,7 @@ def test_latents_are_counted_and_not_shared():
     assert (hint.kv_bytes.model, hint.kv_bytes.saved) == (200 * (2 * plain + 16), 200 * plain)
     with pytest.raises(UserError, match="layer 3 would read layer 2, not 3, but latents are read only by the layers"):
         emit_hint("router", kv)
+    assert emit_hint("planner", kv, context_length=100).kv_bytes.hint == 200 * (2 * plain + 16)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
