@@ -20,6 +20,7 @@ from lckv.config import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    HintsConfig,
     PlanConfig,
     ReportConfig,
     SearchConfig,
@@ -39,6 +40,7 @@ SCHEMAS: dict[str, type] = {
     "benchmark": BenchmarkConfig,
     "report": ReportConfig,
     "export": ExportConfig,
+    "hints": HintsConfig,
 }
 """The root dataclass of each entry point, by the name of its YAML file."""
 

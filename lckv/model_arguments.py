@@ -76,12 +76,27 @@ def plan_from_source(cfg: TrainConfig, own: SharingPlan) -> SharingPlan:
             "layers; give one entry per layer"
         )
     plan = resolve_plan(replace(cfg, model=replace(model, num_hidden_layers=num_layers)))
+    check_owners(plan, own, str(cfg.given_pattern), "the source")
+    return plan
+
+
+def check_owners(plan: SharingPlan, own: SharingPlan, given: str, model: str) -> None:
+    """Refuses a pattern that needs keys and values of layers that compute none.
+
+    Args:
+        plan: the pattern.
+        own: that of the model which it is for.
+        given: the pattern as the user gave it.
+        model: what the model is called.
+
+    Raises:
+        UserError: naming the first of these layers.
+    """
     if added := [owner for owner in plan.kv_owners if owner not in own.kv_owners]:
         raise UserError(
-            f"{cfg.given_pattern}: lets layers read layer {added[0]}, which computes no keys and values in the source "
+            f"{given}: lets layers read layer {added[0]}, which computes no keys and values in {model} "
             f"({own.layer_types}); allowed are {', '.join(map(str, own.kv_owners))}"
         )
-    return plan
 
 
 def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:

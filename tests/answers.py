@@ -123,7 +123,8 @@ def _answer_at_once(mistake: Mistake) -> Mistake:
 
 def make_files(folder: Path) -> None:
     """Models that are broken or of another kind, and one that is whole as far as can be seen without reading it."""
-    sizes = {"num_hidden_layers": 4, "vocab_size": 300}
+    sizes = {"num_hidden_layers": 4, "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "sliding_window": 8}
     configs: dict[str, object] = {
         "mla": {"model_type": "deepseek_v3", "kv_lora_rank": 16},
         "experts": {"model_type": "mixtral", "num_local_experts": 8},
@@ -146,6 +147,7 @@ def make_files(folder: Path) -> None:
             "sliding_window": 64,
             "max_position_embeddings": 64,
         },
+        "latent": {"model_type": "lckv-llama", "layer_types": None, **sizes, "kv_latents": [{"latent": 8}] * 4},
         "wrong": {"model_type": "lckv-llama", "layer_types": "0_0_9", **sizes, "num_hidden_layers": 3},
         "odd": {"model_type": "llama", **sizes, "num_attention_heads": 4, "num_key_value_heads": 3},
         "ahead": {"model_type": "llama", "is_causal": False},

@@ -18,6 +18,7 @@ from lckv.config.cache import cache_options
 from lckv.config.conversion import ConvertConfig, SearchConfig
 from lckv.config.evaluation import EVALUATIONS, EvaluateConfig, EvaluationConfig
 from lckv.config.generation import BenchmarkConfig, GenerateConfig
+from lckv.config.hints import HintsConfig
 from lckv.config.keys import Group, keys_of
 from lckv.config.model import KEPT_WITH_SOURCE
 from lckv.config.names import CALIBRATED, NO_CACHE, NO_LATENT, TRAINED
@@ -275,6 +276,22 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             "overwrite", lambda cfg: cfg.output_dir is not None, "without output_dir; name the folder, or leave it out"
         ),
         _CACHE,
+    ),
+    HintsConfig: (
+        _unless(
+            "num_layers",
+            lambda cfg: cfg.model is None,
+            "beside model={cfg.model}, which has layers of its own; leave one of them out",
+        ),
+        _unless("revision kv_dtype", lambda cfg: cfg.model is not None, "without model; give one, or leave it out"),
+        _unless(
+            "context_length",
+            lambda cfg: cfg.model is not None or "s" in str(cfg.layer_types),
+            "without model, nor windows in layer_types; leave it out",
+        ),
+        _unless(
+            "sliding_window", lambda cfg: "s" in str(cfg.layer_types), "without windows in layer_types; leave it out"
+        ),
     ),
 }
 """For each root dataclass, and those that derive from it, what may have no effect there."""

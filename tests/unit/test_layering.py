@@ -32,9 +32,10 @@ LAYERS = [
     ["building"],
     ["engine"],
     ["generation"],
+    ["serving"],
     ["conversion"],
     ["benchmarking", "exporting", "reporting"],
-    ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report", "export"],
+    ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report", "export", "hints"],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
 STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "cache": {"data", "config"}, "training": {"models"}}
@@ -54,6 +55,8 @@ TORCH_FREE = [
     "lckv.model_arguments",
     "lckv.model_files",
     "lckv.report",
+    "lckv.serving.hints",
+    "lckv.hints",
     "lckv.reporting.writing",
     "lckv.generate",
     "lckv.evaluate",

@@ -1,0 +1,1 @@
+"""What engines that serve models are given: hints which layers may share keys and values."""
