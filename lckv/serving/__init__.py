@@ -1,0 +1,1 @@
+"""What other inference engines need to serve the models of this package."""
