@@ -9,6 +9,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -18,7 +19,7 @@ from vllm.sequence import IntermediateTensors
 
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.serving.vllm.attention import LCKVAttention, TableRotaryEmbedding
-from lckv.serving.vllm.settings import read_served
+from lckv.serving.vllm.settings import check_engine, first_of_last_readers, read_served
 
 
 def build_norm(config: LCKVLlamaConfig) -> nn.Module:
@@ -89,12 +90,14 @@ class LCKVDecoderLayer(nn.Module):
 
 
 @support_torch_compile(
+    # A compiled stack cannot run its last layers for fewer tokens.
+    enable_if=lambda vllm_config: not vllm_config.cache_config.kv_sharing_fast_prefill,
     dynamic_arg_dims={
         "input_ids": {0: "b"},
         "positions": {0: "b"},
         "intermediate_tensors": {0: "b"},
         "inputs_embeds": {0: "b"},
-    }
+    },
 )
 class LCKVLlamaModel(nn.Module):
     """The decoder stack."""
@@ -118,6 +121,8 @@ class LCKVLlamaModel(nn.Module):
             for layer_idx in range(config.sharing_plan.num_hidden_layers)
         )
         self.norm = build_norm(config)
+        self.first_reader = first_of_last_readers(config.sharing_plan)
+        self.is_fast_prefill = vllm_config.cache_config.kv_sharing_fast_prefill
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """From `(num_tokens,)` to `(num_tokens, hidden_size)`."""
@@ -141,9 +146,31 @@ class LCKVLlamaModel(nn.Module):
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(positions)
-        for layer in self.layers:
+        for layer in self.layers[: self.first_reader]:
             hidden_states = layer(positions, hidden_states)
+        rows, num_rows = self._wanted_rows()
+        if rows is None:
+            return self.norm(self._run_readers(positions, hidden_states))
+        outputs = self._run_readers(positions[rows], hidden_states[rows])
+        hidden_states = hidden_states.clone()  # nobody looks at the other rows, but vLLM expects as many as it gave
+        hidden_states[rows[:num_rows]] = outputs[:num_rows]
         return self.norm(hidden_states)
+
+    def _run_readers(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[self.first_reader :]:
+            hidden_states = layer(positions, hidden_states)
+        return hidden_states
+
+    def _wanted_rows(self) -> tuple[torch.Tensor | None, int | None]:
+        """The rows of the tokens whose logits are wanted, perhaps filled up, and how many; `None` for all.
+
+        With `--kv-sharing-fast-prefill`, vLLM prepares the attention of the last readers for these alone.
+        """
+        if not self.is_fast_prefill:
+            return None, None
+        metadata = get_forward_context().attn_metadata  # none when memory is measured, before the first request
+        of_readers = metadata[self.layers[-1].self_attn.read.layer_name] if isinstance(metadata, dict) else None
+        return getattr(of_readers, "logits_indices_padded", None), getattr(of_readers, "num_logits_indices", None)
 
 
 class LCKVLlamaForCausalLM(nn.Module):
@@ -155,14 +182,17 @@ class LCKVLlamaForCausalLM(nn.Module):
         super().__init__()
         self.served = read_served(vllm_config.model_config.hf_config)
         config, quant_config = self.served.config, vllm_config.quant_config
+        check_engine(vllm_config, config)
         self.model = LCKVLlamaModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), config=config)
         self.lm_head = ParallelLMHead(
             config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=maybe_prefix(prefix, "lm_head")
         )
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-        softcap, scale = config.final_logit_softcapping, 1.0 / config.logits_scaling
-        self.logits_processor = LogitsProcessor(config.vocab_size, scale=scale, soft_cap=softcap)
+        scaling, softcap = config.logits_scaling, config.final_logit_softcapping
+        # vLLM bounds logits before it scales them, our model after that.
+        softcap = None if softcap is None else softcap * scaling
+        self.logits_processor = LogitsProcessor(config.vocab_size, scale=1.0 / scaling, soft_cap=softcap)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """From `(num_tokens,)` to `(num_tokens, hidden_size)`."""

@@ -15,6 +15,7 @@ from lckv.errors import UserError
 from lckv.families import Reading, read_model
 from lckv.families.tensors import our_tensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.patterns import SharingPlan
 from lckv.serving.hint_files import HINT, read_hint
 
 logger = logging.getLogger(__name__)
@@ -138,3 +139,42 @@ def check_served(config: LCKVLlamaConfig) -> None:
                 f"rope_parameters: {where}rope_type={kind!r} rotates by the length of the text, which a cache shared "
                 "by requests cannot; allowed are those that do not, such as 'default', 'linear', 'llama3' and 'yarn'"
             )
+
+
+def first_of_last_readers(plan: SharingPlan) -> int:
+    """From which layer on no layer computes keys and values, so that nobody needs their outputs for a prompt."""
+    return max(plan.kv_owners) + 1
+
+
+def check_engine(vllm_config: Any, config: LCKVLlamaConfig) -> None:
+    """Refuses options of vLLM with which a model that shares keys and values would be wrong, or gain nothing.
+
+    Args:
+        vllm_config: the engine's.
+        config: the model's.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if vllm_config.use_v2_model_runner:
+        raise UserError(
+            "VLLM_USE_V2_MODEL_RUNNER: layers that share keys and values were only seen to be right under the first "
+            "model runner, and wrong without an error under the second (vLLM #43185); set it to 0"
+        )
+    if not vllm_config.cache_config.kv_sharing_fast_prefill:
+        return
+    option, plan = "--kv-sharing-fast-prefill", config.sharing_plan
+    if vllm_config.speculative_config is not None:
+        raise UserError(f"{option}: is wrong with speculative decoding; allowed is one of the two")
+    last = plan.layers[-1]
+    if last.computes_kv:
+        raise UserError(
+            f"{option}: has no effect, as the last layer of {plan.layer_types!r} computes keys and values; allowed "
+            "are patterns that end with readers, such as YOCO's"
+        )
+    owner = plan.layers[first_of_last_readers(plan) - 1]
+    if (owner.kv_source, owner.is_sliding) != (owner.layer_idx, plan.owner_is_sliding(owner.layer_idx)):
+        raise UserError(
+            f"{option}: layer {owner.layer_idx} of {plan.layer_types!r} reads less than it keeps, or another layer, "
+            "so that vLLM takes it for a reader; allowed are patterns whose last owner reads what it keeps"
+        )
