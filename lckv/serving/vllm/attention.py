@@ -9,10 +9,10 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.utils.torch_utils import _encode_layer_name
 
 from lckv.errors import UserError
 from lckv.models.configuration_lckv import LCKVLlamaConfig
@@ -158,13 +158,8 @@ class LCKVAttention(nn.Module):
         query = self._rotated_queries(positions, query)
         key = self.rotate_keys(positions, self._normed(key, "k_norm"))[0]
         if self.reads_attn:
-            attn_output = self.attn(query, key, value)
-        else:
-            # Compilers may neither drop the writing nor put it behind the reading, so queries depend on it: what it
-            # gives is an empty tensor, whose sum is zero.
-            query = query + self._write(key, value).sum()
-            attn_output = self.read(query, None, None)
-        return self.o_proj(attn_output)[0]
+            return self.o_proj(self.attn(query, key, value))[0]
+        return self.o_proj(self._write_and_read(query, key, value))[0]
 
     def _rotated_queries(self, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         return self.rotate_queries(positions, self._normed(query, "q_norm"))[0]
@@ -174,9 +169,15 @@ class LCKVAttention(nn.Module):
         norm = getattr(self, name, None)
         return states if norm is None else norm(states.unflatten(-1, (-1, self.head_dim)).contiguous()).flatten(-2)
 
-    def _write(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Writes keys and values to the cache of `attn`, without reading any."""
-        key, value = (states.unflatten(-1, (self.num_kv_heads, self.head_dim)) for states in (key, value))
-        if self.attn.use_direct_call:
-            return unified_kv_cache_update(key, value, self.attn.layer_name)
-        return torch.ops.vllm.unified_kv_cache_update(key, value, self.attn.layer_name)
+    def _write_and_read(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Writes to the cache of `attn` and reads through `read`, each `(num_tokens, heads * head_dim)`.
+
+        By vLLM's operators, as its layers have no verb for each. What the first gives is empty, and tells compilers
+        that the second comes after it, without which they would drop the first.
+        """
+        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
+        owner, reader = (_encode_layer_name(layer.layer_name) for layer in (self.attn, self.read))
+        written = torch.ops.vllm.unified_kv_cache_update(key, value, owner)
+        output = query.new_empty(query.shape)
+        torch.ops.vllm.unified_attention_with_output(query, key, value, output, reader, kv_cache_dummy_dep=written)
+        return output.flatten(1)
