@@ -11,6 +11,9 @@ from lckv.patterns import join_layer_types, parse_layer_types
 HINT = "sharing_hint"
 """The key under which an engine is given such a file."""
 
+PATTERN_KEYS = ("layer_types", "kv_sharing", HINT)
+"""The keys under which it may be given a pattern. Some families have a list of their own under the first."""
+
 
 def read_hint(file: str, num_hidden_layers: int | None = None) -> str:
     """The `layer_types` string of a sharing hint, a JSON object with `layer_types`, `kv_source`, or both.

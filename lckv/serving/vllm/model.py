@@ -122,6 +122,7 @@ class LCKVLlamaModel(nn.Module):
         )
         self.norm = build_norm(config)
         self.first_reader = first_of_last_readers(config.sharing_plan)
+        self.last_reader = f"{prefix}.layers.{len(self.layers) - 1}.self_attn.read"
         self.is_fast_prefill = vllm_config.cache_config.kv_sharing_fast_prefill
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -169,7 +170,7 @@ class LCKVLlamaModel(nn.Module):
         if not self.is_fast_prefill:
             return None, None
         metadata = get_forward_context().attn_metadata  # none when memory is measured, before the first request
-        of_readers = metadata[self.layers[-1].self_attn.read.layer_name] if isinstance(metadata, dict) else None
+        of_readers = metadata[self.last_reader] if isinstance(metadata, dict) else None
         return getattr(of_readers, "logits_indices_padded", None), getattr(of_readers, "num_logits_indices", None)
 
 
@@ -180,7 +181,7 @@ class LCKVLlamaForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.served = read_served(vllm_config.model_config.hf_config)
+        self.served = read_served(vllm_config.model_config.hf_config.to_dict())
         config, quant_config = self.served.config, vllm_config.quant_config
         check_engine(vllm_config, config)
         self.model = LCKVLlamaModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), config=config)

@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from lckv.errors import UserError
 from lckv.families import Reading, read_model
 from lckv.families.tensors import our_tensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan
-from lckv.serving.hint_files import HINT, read_hint
+from lckv.serving.hint_files import HINT, PATTERN_KEYS, read_hint
 
 logger = logging.getLogger(__name__)
 
-_PATTERN_KEYS = ("layer_types", "kv_sharing")
 _KEYS_AND_VALUES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_(proj|norm)\.\w+")
 _ROPE_TYPES_BY_LENGTH = ("dynamic", "longrope")
 
@@ -76,27 +74,22 @@ class Served:
         return f"layer_types={self.config.kv_sharing!r}: a model of this pattern"
 
 
-def read_served(hf_config: PretrainedConfig) -> Served:
+def read_served(values: dict[str, Any]) -> Served:
     """Reads what vLLM has made of `config.json` and `--hf-overrides`.
 
     Args:
-        hf_config: one of ours, or of any family that can be read as ours. As overrides only set attributes, a string
-            may stand under `layer_types` where the class has a list, or nothing.
+        values: a configuration of ours, or of any family that can be read as ours. As overrides only set attributes,
+            a string may stand under `layer_types` where the family has a list, or nothing.
 
     Raises:
         UserError: for a model, a pattern or a hint that cannot be served, in one line.
     """
-    values = hf_config.to_dict()
     asked_for = _asked_for(values)
-    if values.get("model_type") == LCKVLlamaConfig.model_type:
-        reading = read_model(values if asked_for is None else {**values, "layer_types": asked_for})
-        config = reading.config
-    else:
-        given = {name: value for name, value in values.items() if not isinstance(value, str) or name != "layer_types"}
-        reading = read_model(given)
-        config = reading.config
-        if asked_for is not None:
-            config = LCKVLlamaConfig.from_dict({**config.to_dict(), "layer_types": asked_for})
+    values = {name: value for name, value in values.items() if name != "layer_types" or not isinstance(value, str)}
+    reading = read_model(values)
+    config = reading.config
+    if asked_for is not None:
+        config = LCKVLlamaConfig.from_dict({**config.to_dict(), "layer_types": asked_for})
     check_served(config)
     return Served(config, reading, asked_for is not None)
 
@@ -106,7 +99,7 @@ def _asked_for(values: dict[str, Any]) -> str | None:
     if values.get(HINT) is not None:
         return read_hint(values[HINT], values.get("num_hidden_layers"))
     is_ours = values.get("model_type") == LCKVLlamaConfig.model_type
-    names = _PATTERN_KEYS[:1] if is_ours else _PATTERN_KEYS
+    names = [name for name in PATTERN_KEYS if not is_ours or name != "kv_sharing"]  # where ours have their own
     return next((values[name] for name in names if isinstance(values.get(name), str)), None)
 
 
