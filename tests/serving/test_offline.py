@@ -1,6 +1,7 @@
 """Engines of vLLM answer as our own `generate` does, and hold as many tokens more as a pattern promises."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_recycled_blocks_hold_nothing_that_a_reader_still_needs(tmp_path):
         assert_served_alike(llm, model, given)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
 def test_compiled(tmp_path):
     model = tiny_model(layer_types="0s_0_1_1")
     with engine(save(model, tmp_path), enforce_eager=False) as llm:
@@ -128,6 +129,13 @@ def test_a_model_of_another_family_is_served_with_a_pattern(family, key, tmp_pat
         assert_served_alike(llm, shared, prompts())
 
 
+def test_a_cache_smaller_than_the_longest_request_is_refused(tmp_path):
+    folder = save(tiny_model(layer_types="0_0"), tmp_path)
+    with pytest.raises(ValueError, match="KV cache"):
+        with engine(folder, num_gpu_blocks_override=2):
+            pass
+
+
 def test_heads_that_the_kernel_has_not_are_refused(tmp_path):
     folder = save(tiny_model(layer_types="0_0", head_dim=24), tmp_path)
     with pytest.raises(UserError, match=r"^head_dim=24: CPU_ATTN of vLLM has no such size; allowed are 32, 64, "):
@@ -138,7 +146,10 @@ def test_heads_that_the_kernel_has_not_are_refused(tmp_path):
 def test_weights_of_another_pattern_are_refused(tmp_path):
     folder = save(tiny_model(layer_types="0_0_2_2"), tmp_path)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for layer_types, wrong in (("0_1_2_2", "has model.layers.1.self_attn.k_proj"), ("0_0_0_0", "has no model.layers.2")):
+    for layer_types, wrong in (
+        ("0_1_2_2", "has model.layers.1.self_attn.k_proj"),
+        ("0_0_0_0", "has no model.layers.2"),
+    ):
         changed = json.dumps(config | {"kv_sharing": layer_types})
         (folder / "config.json").write_text(changed, encoding="utf-8")
         with pytest.raises(UserError, match=f"^layer_types={layer_types!r}: a model of this pattern {wrong}"):
