@@ -20,6 +20,7 @@ from lckv.serving.hint_files import HINT, PATTERN_KEYS, read_hint
 logger = logging.getLogger(__name__)
 
 _KEYS_AND_VALUES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_(proj|norm)\.\w+")
+_TIED = ("model.embed_tokens.weight", "lm_head.weight")
 _ROPE_TYPES_BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -49,15 +50,20 @@ class Served:
         with torch.device("meta"):
             missing = set(LCKVLlamaForCausalLM(self.config).state_dict())
         read, config = self.reading.read or our_tensors, self.reading.config
+        tied = []
         for stored_name, tensor in stored:
             for name, change in read(stored_name, config).items():
                 if name in missing:
                     missing.remove(name)
+                    if self.config.tie_word_embeddings and name in _TIED:
+                        tied.append(tensor)
                     yield name, change(tensor).contiguous()
                 elif not self._is_left_out(name):
                     logger.warning("%s is not used", name)
-        if self.config.tie_word_embeddings:
-            missing.discard("lm_head.weight")
+        if len(tied) == 2 and not torch.equal(*tied):  # which transformers would not tie either, without a word
+            raise UserError(f"tie_word_embeddings=True: the checkpoint has a {_TIED[1]} of its own; allowed is False")
+        if tied:
+            missing.discard(_TIED[1])
         if missing:
             raise UserError(f"{self._says} has {min(missing)}, which the checkpoint has not; it is of another pattern")
 

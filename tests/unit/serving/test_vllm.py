@@ -61,6 +61,18 @@ def test_a_checkpoint_of_another_pattern_is_refused(layer_types, reason):
         list(read_served(values(layer_types)).tensors(stored.items()))
 
 
+def test_a_head_that_is_not_the_embeddings_is_refused_where_these_are_tied():
+    model = LCKVLlamaForCausalLM(LCKVLlamaConfig(layer_types="0_0", **SIZES))
+    tied = read_served(values("0_0", tie_word_embeddings=True))
+    stored = model.state_dict()
+    with pytest.raises(UserError, match=r"^tie_word_embeddings=True: the checkpoint has a lm_head.weight of its own"):
+        list(tied.tensors(stored.items()))
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
+    list(tied.tensors(stored.items()))
+    del stored["lm_head.weight"]
+    list(tied.tensors(stored.items()))
+
+
 REFUSED = [
     ({"layer_types": "0_2_2_3"}, "layer_types='0_2_2_3': layer 1 reads layer 2, above it, which vLLM cannot serve"),
     ({"force_nodiag": True}, "force_nodiag=True: vLLM lets tokens see their own keys; allowed is False"),
