@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare study test test-slow test-gpu test-hub check format wheel wheel-smoke bench bench-decode bench-prefill clean
+.PHONY: help setup train compare study test test-slow test-gpu test-hub test-serving check format wheel wheel-smoke bench bench-decode bench-prefill clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -74,6 +74,12 @@ test-hub: $(STAMP) ## load exported models with transformers alone, old and new 
 	    "$(ALONE)/bin/python" -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "transformers$$version" torch; \
 	    LCKV_ALONE_PYTHON="$(ALONE)/bin/python" "$(RUN)" -m pytest -q -n 0 -rs tests/unit/exporting/test_hub_alone.py; \
 	done
+
+SERVING_VENV ?= .venv-vllm
+test-serving: ## run the tests that serve models with vLLM, in an environment of their own (about 4 minutes)
+	VLLM_VENV="$(SERVING_VENV)" PYTHON="$(PYTHON)" scripts/serve_vllm.sh --install-only
+	"$(SERVING_VENV)/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-timeout
+	"$(SERVING_VENV)/bin/python" -m pytest --confcutdir=tests/serving -m serving --timeout=600 --durations=10 tests/serving
 
 check: $(STAMP) ## lint, formatting, types, spelling, notebooks without outputs
 	$(RUN) -m ruff check .

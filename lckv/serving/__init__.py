@@ -1,1 +1,1 @@
-"""What engines that serve models are given: hints which layers may share keys and values."""
+"""What other inference engines need to serve the models of this package, and hints on what they may share."""
