@@ -15,12 +15,13 @@ from transformers.utils import can_return_tuple
 
 from lckv.iteration import Iteration, Passes
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.masks import build_visible_keys, find_documents, has_cached_tokens
+from lckv.models.layer import LCKVDecoderLayer
+from lckv.models.masks import GroupKeys, MaskBuilder, build_visible_keys, find_documents, has_cached_tokens
 from lckv.models.parts import build_embedding, build_head, build_norm
 from lckv.models.positions import PositionEmbeddings, Positions
 from lckv.models.rotary import rotary_embedding
 from lckv.models.sharing_cache import SharingCache
-from lckv.models.stack import LCKVDecoderLayer, Stack, Trace
+from lckv.models.stack import Stack, Trace
 
 
 @dataclass
@@ -285,10 +286,10 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         positions: Positions,
     ) -> torch.Tensor:
         """Runs all tokens together, and returns the hidden states `(batch, num_outputs or q_len, hidden_size)`."""
-        visible_keys = build_visible_keys(
-            self.config, self.layout, inputs_embeds, attention_mask, stack.cache, document_ids, num_outputs, positions
-        )
-        return replace(stack, visible_keys=visible_keys).run(inputs_embeds)
+        builder = MaskBuilder(self.config, self.layout, inputs_embeds, attention_mask, stack.cache, document_ids)
+        visible_keys = build_visible_keys(builder, num_outputs, positions)
+        group_keys = GroupKeys(builder, visible_keys) if stack.passes.has_groups else None
+        return replace(stack, visible_keys=visible_keys, group_keys=group_keys).run(inputs_embeds)
 
     def _run_token_by_token(
         self,
@@ -319,12 +320,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             if isinstance(cache, SharingCache):
                 cache.begin_forward(self.config, mask, 1)
             visible_keys = build_visible_keys(
-                self.config,
-                self.layout,
-                inputs_embeds[:, token],
-                mask,
-                cache,
-                document_ids,
+                MaskBuilder(self.config, self.layout, inputs_embeds[:, token], mask, cache, document_ids),
                 None if is_used else 0,
                 replace(positions, new=positions.new[:, token], has_past=stop > 1),
             )
