@@ -15,6 +15,15 @@ from lckv.errors import UserError
 CONVERGE = "converge"
 """In place of a number of passes: until the KV of a cycle stop changing."""
 
+EXACT = {"forward_passes": CONVERGE, "converge_tolerance": 1e-5}
+"""What answers as decoding token by token would, as arguments of `forward`, or of the configuration."""
+
+
+def exact_unless(forward_passes: int | str | None = None, converge_tolerance: float | None = None) -> dict[str, Any]:
+    """The arguments of [`EXACT`], but for those that are given."""
+    given = {"forward_passes": forward_passes, "converge_tolerance": converge_tolerance}
+    return EXACT | {name: value for name, value in given.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Passes:

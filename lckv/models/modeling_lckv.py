@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from lckv.iteration import Iteration, Passes
+from lckv.iteration import EXACT, Iteration, Passes
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.layer import LCKVDecoderLayer
 from lckv.models.masks import GroupKeys, MaskBuilder, build_visible_keys, find_documents, has_cached_tokens
@@ -357,6 +357,11 @@ class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = build_head(config)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What `generate` calls `forward` with: prompts as decoding would read them, unless a count is asked for."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        return inputs if inputs.get("forward_passes") is not None else inputs | EXACT
 
     @can_return_tuple
     def forward(

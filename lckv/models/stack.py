@@ -125,9 +125,12 @@ class Stack:
                 before = drafts
                 drafts = self._run_pass(cycle, hidden_states, states, before, passes.ungraded_groups, num_passes == 0)
                 num_passes += 1
-                if passes.tolerance is not None and num_passes > 1:
-                    if relative_change(before, drafts, owners) < passes.tolerance:
-                        break
+                if (
+                    passes.tolerance is not None
+                    and num_passes > 1
+                    and has_settled(before, drafts, owners, passes.tolerance)
+                ):
+                    break
         # From here on, `drafts` carry gradient: a loss behind the last pass reaches the projections of the owners
         # through what the graded passes before it have written, and earlier groups of tokens in the same pass.
         turns: list[Turn] = []
@@ -308,6 +311,12 @@ class Stack:
 
 Turn = tuple[torch.Tensor, Trace]
 """What one group of tokens brings to the top layer of a cycle, and what is to be reported of it."""
+
+
+def has_settled(before: States, after: States, owners: Iterable[int], tolerance: float) -> bool:
+    """Whether streams have changed by less than `tolerance`, or by no more than what rounding them does."""
+    rounding = torch.finfo(next(iter(after.values()))[0].dtype).eps
+    return bool(relative_change(before, after, owners) < max(tolerance, rounding))
 
 
 @torch.no_grad()

@@ -170,6 +170,21 @@ def test_packed_documents_are_separate(layer_types, attn_implementation, cyclic_
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("layer_types", ["0_3_3_3_4", "2_1_2_1", "1_2_3_3"])
+def test_generated_text_is_that_of_decoding_unless_passes_are_asked_for(layer_types):
+    differing = 0
+    for seed in range(8):
+        model = tiny_model(layer_types, seed=seed, forward_passes=0, initializer_range=0.4)
+        prompt = token_ids(1, LENGTH, seed)
+        few = model.generate(prompt, max_new_tokens=6, do_sample=False, forward_passes=0)
+        texts = [model.generate(prompt, max_new_tokens=6, do_sample=False)]
+        model.config.use_sequential = True
+        texts.append(model.generate(prompt, max_new_tokens=6, do_sample=False))
+        assert torch.equal(*texts)
+        differing += not torch.equal(few, texts[0])
+    assert differing  # so that the passes do matter
+
+
 def _loss_and_gradients(model, input_ids, **kwargs):
     model.zero_grad()
     loss = model(input_ids, labels=input_ids, **kwargs).loss
