@@ -204,6 +204,7 @@ class MaskBuilder:
             else:
                 self.padding = attention_mask
         self.document_ids = document_ids
+        self.hides_own_token, self.window = config.force_nodiag, config.sliding_window
         self.is_unpadded = self._nothing_is_hidden()
 
     def _nothing_is_hidden(self) -> bool:
@@ -215,18 +216,12 @@ class MaskBuilder:
     def kind_of(self, layer: LayerPlan, num_queries: int) -> MaskKind:
         """The kind of mask that `layer` needs."""
         return MaskKind(
-            hides_own_token=layer.is_upward or self.config.force_nodiag,
-            window=self.config.sliding_window if layer.is_sliding else None,
-            geometry_layer=self._geometry_layer(layer.layer_idx),
+            hides_own_token=layer.is_upward or self.hides_own_token,
+            window=self.window if layer.is_sliding else None,
+            # Some owners drop old keys, and some do not.
+            geometry_layer=0 if self.past_key_values is None else self.layout.keeps_alike[layer.layer_idx],
             num_queries=num_queries,
         )
-
-    def _geometry_layer(self, layer_idx: int) -> int:
-        """The lowest owner with as many cached keys as the layer reads: some owners drop old keys, some do not."""
-        if self.past_key_values is None:
-            return 0
-        window = self.layout.store(self.layout.sources[layer_idx][0].owner).window
-        return next(store.owner for store in self.layout.stores if store.window == window)
 
     def build(self, kind: MaskKind) -> VisibleKeys:
         """What the queries of layers of this kind see."""

@@ -88,6 +88,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         super().__init__(config)
         self.vocab_size = config.vocab_size
         self.sharing_plan, self.layout = config.sharing_plan, config.kv_layout
+        self.iterates = self.sharing_plan.has_cycles
         self.embed_tokens = build_embedding(config)
         self.embed_positions = None
         if config.learned_positions:
@@ -170,7 +171,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             visible_keys=[],
             cache=past_key_values,
             has_past=has_past,
-            passes=self._iteration(forward_passes, converge_tolerance).passes(num_tokens, torch.is_grad_enabled()),
+            passes=self._passes(num_tokens, forward_passes, converge_tolerance),
             kwargs=kwargs,
             trace=trace,
         )
@@ -228,11 +229,13 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             kv_residual=torch.stack(trace.residuals).max() if trace.residuals else None,
         )
 
-    def _iteration(self, forward_passes: int | str | None, converge_tolerance: float | None) -> Iteration:
-        """What the call says of the passes over cycles, and where it says nothing, the configuration."""
+    def _passes(self, num_tokens: int, forward_passes: int | str | None, converge_tolerance: float | None) -> Passes:
+        """How often cycles run: as the call says, and where it says nothing, as the configuration does."""
+        if num_tokens == 1 or not self.iterates:
+            return Passes(num_ungraded=0, num_graded=1)
         given = {"forward_passes": forward_passes, "converge_tolerance": converge_tolerance}
         said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return replace(Iteration.from_config(self.config), **said)
+        return replace(Iteration.from_config(self.config), **said).passes(num_tokens, torch.is_grad_enabled())
 
     def _begin(
         self,
