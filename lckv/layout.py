@@ -89,7 +89,7 @@ class KVLayout:
             them. Streams of several owners may be mixed, such as the keys of one with the values of another.
         owners: the layers that keep something, from the bottom.
         keeps_alike: for every decoder layer, the lowest owner that keeps as many tokens as the layer reads.
-        rotates_keys_late: whether keys are made of some latent, so that their rotations are needed where they are read.
+        rotates_keys_late: whether keys are made of some latent, so that their rotations are needed where read.
     """
 
     stores: tuple[Store, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -80,9 +80,6 @@ class LCKVPreTrainedModel(PreTrainedModel):
 
 class LCKVLlamaModel(LCKVPreTrainedModel):
     """Llama's decoder stack with shared keys and values."""
-
-    stack_class: ClassVar[type[Stack]] = Stack
-    """What runs the layers: the place to try another order of passes."""
 
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
@@ -163,7 +160,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         trace.note(inputs_embeds)
         positions = Positions(position_ids, partial(self._rotate, inputs_embeds), has_past)
-        stack = self.stack_class(
+        stack = Stack(
             self.layers,
             self.sharing_plan,
             self.layout,
