@@ -285,8 +285,8 @@ class _FlopCount:
         passes = iteration.passes(self.context_length)
         if passes.is_single:
             return finished, once, 3 * once
-        groups = [passes.ungraded_groups] * passes.num_ungraded + [passes.graded_groups] * passes.num_graded
-        drafts = [self._draft(layers, num_groups, index == 0) for index, num_groups in enumerate(groups)]
+        num_passes = passes.num_ungraded + passes.num_graded
+        drafts = [self._draft(layers, passes.num_groups, index == 0) for index in range(num_passes)]
         # What nobody reads again is written in the last pass alone, in which the top layer reads, too.
         rest = once - self._draft(layers, 1, is_first=False)
         forward = sum(drafts) + rest

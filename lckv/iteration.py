@@ -33,25 +33,18 @@ class Passes:
         num_ungraded: passes without gradient, or the most of them if they stop at `tolerance`.
         num_graded: passes with gradient after those.
         tolerance: relative change of KV at which the ungraded passes stop early, or `None`.
-        ungraded_groups: groups of tokens that take their turns in a pass without gradient; 1 for all tokens at once.
-        graded_groups: the same in a pass with gradient.
+        num_groups: groups of tokens that take turns in each pass; 1 for all tokens at once.
     """
 
     num_ungraded: int
     num_graded: int
     tolerance: float | None = None
-    ungraded_groups: int = 1
-    graded_groups: int = 1
-
-    @property
-    def has_groups(self) -> bool:
-        """Whether tokens take turns in some pass."""
-        return self.graded_groups > 1 or (self.num_ungraded > 0 and self.ungraded_groups > 1)
+    num_groups: int = 1
 
     @property
     def is_single(self) -> bool:
         """Whether all tokens pass at once, a single time."""
-        return self.num_ungraded + self.num_graded == 1 and not self.has_groups
+        return self.num_ungraded + self.num_graded == self.num_groups == 1
 
 
 @dataclass(frozen=True)
@@ -86,21 +79,17 @@ class Iteration:
     def passes(self, num_tokens: int, needs_gradient: bool = True) -> Passes:
         """Plans the passes over `num_tokens` new tokens, no more than make an exact result.
 
-        A pass makes one more token exact for each group. Where a gradient follows, the passes without one are a first
-        guess: there tokens do not take turns, which is as good then and quicker. Where nobody wants a gradient, a
-        converged iteration needs but one more pass: the one that writes the cache.
+        A pass makes one more token exact for each group. Where nobody wants a gradient, a converged iteration needs
+        but one more pass: the one that writes the cache.
         """
         num_groups = min(self.cyclic_groups, num_tokens)
         most = -(-num_tokens // num_groups)
         num_graded = min(self.backward_passes, most)
-        if self.converges and not needs_gradient:
-            num_graded = 1
-        groups_before = 1 if needs_gradient and not self.converges else num_groups
-        num_before = (most - num_graded) * num_groups // groups_before
         if self.converges:
-            return Passes(num_before, num_graded, self.converge_tolerance, groups_before, num_groups)
+            num_graded = num_graded if needs_gradient else 1
+            return Passes(most - num_graded, num_graded, self.converge_tolerance, num_groups)
         assert isinstance(self.forward_passes, int)
-        return Passes(min(self.forward_passes, num_before), num_graded, None, groups_before, num_groups)
+        return Passes(min(self.forward_passes, most - num_graded), num_graded, None, num_groups)
 
 
 def check_iteration(iteration: Iteration, has_cycles: bool, prefix: str = "") -> None:

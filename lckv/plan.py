@@ -168,8 +168,8 @@ def _describe_groups(num_groups: int) -> list[str]:
     if num_groups == 1:
         return ["Each pass reads the KV of the one before; the first reads none."]
     return [
-        f"With gradient, and in prefill, tokens take turns in {num_groups} groups, which read the KV of",
-        "the groups before them in the same pass, and of the others in the one before.",
+        f"In each pass tokens take turns in {num_groups} groups, which read the KV of the groups",
+        "before them in the same pass, and of the others in the one before.",
     ]
 
 

@@ -230,13 +230,13 @@ def exact_logits(model, input_ids):
 
 
 def plain_schedule_logits(model, input_ids, forward_passes, backward_passes, cyclic_groups=1):
-    """Every layer of a cycle in every pass, with nothing left out.
+    """Every layer of a cycle in every pass, in which groups of tokens take turns, with nothing left out.
 
     Args:
         input_ids: `(length,)`, one document.
 
     Returns:
-        `(length, vocab_size)`, with a gradient through the last `backward_passes` passes, in which groups take turns.
+        `(length, vocab_size)`, with a gradient through the last `backward_passes` passes.
     """
     plan = model.config.sharing_plan
     hidden = list(model.model.embed_tokens(input_ids))
@@ -249,7 +249,7 @@ def plain_schedule_logits(model, input_ids, forward_passes, backward_passes, cyc
         entering = hidden
         for _ in range(forward_passes):
             with torch.no_grad():
-                _run_pass(model, layers, entering, key_values)
+                _run_pass(model, layers, entering, key_values, cyclic_groups)
         for _ in range(backward_passes):
             hidden = _run_pass(model, layers, entering, key_values, cyclic_groups)
     return torch.stack([model.lm_head(model.model.norm(token)) for token in hidden])

@@ -33,9 +33,8 @@ class Group:
         return states.slice_scatter(part, 2, self.index, states.shape[2], self.num_groups)
 
 
-def groups_of(num_tokens: int, num_groups: int) -> list[Group]:
-    """The groups of so many tokens, none of them empty."""
-    num_groups = min(num_groups, num_tokens)
+def groups_of(num_groups: int) -> list[Group]:
+    """All groups, in the order of their turns."""
     return [Group(index, num_groups) for index in range(num_groups)]
 
 

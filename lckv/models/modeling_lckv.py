@@ -288,7 +288,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         """Runs all tokens together, and returns the hidden states `(batch, num_outputs or q_len, hidden_size)`."""
         builder = MaskBuilder(self.config, self.layout, inputs_embeds, attention_mask, stack.cache, document_ids)
         visible_keys = build_visible_keys(builder, num_outputs, positions)
-        group_keys = GroupKeys(builder, visible_keys) if stack.passes.has_groups else None
+        group_keys = GroupKeys(builder, visible_keys) if stack.passes.num_groups > 1 else None
         return replace(stack, visible_keys=visible_keys, group_keys=group_keys).run(inputs_embeds)
 
     def _run_token_by_token(

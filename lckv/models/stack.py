@@ -123,22 +123,16 @@ class Stack:
         with torch.no_grad():
             while num_passes < passes.num_ungraded:
                 before = drafts
-                drafts = self._run_pass(cycle, hidden_states, states, before, passes.ungraded_groups, num_passes == 0)
+                drafts = self._run_pass(cycle, hidden_states.detach(), states, before, num_passes == 0)
                 num_passes += 1
-                if (
-                    passes.tolerance is not None
-                    and num_passes > 1
-                    and has_settled(before, drafts, owners, passes.tolerance)
-                ):
+                if passes.tolerance is not None and has_settled(before, drafts, owners, passes.tolerance):
                     break
         # From here on, `drafts` carry gradient: a loss behind the last pass reaches the projections of the owners
         # through what the graded passes before it have written, and earlier groups of tokens in the same pass.
         turns: list[Turn] = []
         for is_last in [False] * (passes.num_graded - 1) + [True]:
             before = drafts
-            drafts = self._run_pass(
-                cycle, hidden_states, states, before, passes.graded_groups, num_passes == 0, turns if is_last else None
-            )
+            drafts = self._run_pass(cycle, hidden_states, states, before, num_passes == 0, turns if is_last else None)
             num_passes += 1
         self.trace.num_passes = max(self.trace.num_passes, num_passes)
         if self.trace.residuals is not None and num_passes > 1:
@@ -151,7 +145,6 @@ class Stack:
         hidden_states: torch.Tensor,
         states: States,
         before: States,
-        num_groups: int,
         is_first: bool,
         turns: list[Turn] | None = None,
     ) -> States:
@@ -165,7 +158,6 @@ class Stack:
             states: what the readers of layers below the cycle see.
             before: what the owners in the cycle wrote in the pass before for the new tokens alone, each `(batch,
                 num_heads, q_len, head_dim)`; zeros in the first one.
-            num_groups: how many take turns; 1 for all tokens at once.
             is_first: whether it is the first pass.
             turns: takes what enters the top layer, in the last pass. In this all owners write, in others only those
                 that are read in the next one.
@@ -179,7 +171,7 @@ class Stack:
         # New tokens are to read the cached ones from the first turn on. Without any, an owner that has not written is
         # missing, and its readers skip attention instead of attending to zeros.
         seen = states | self._see(before if self.has_past or not is_first else {})
-        for group in groups_of(hidden_states.shape[1], num_groups):
+        for group in groups_of(self.passes.num_groups):
             turn, part = self._for_group(group), group.pick(hidden_states)
             for layer_idx in range(cycle.start, cycle.stop):
                 if layer_idx in writers:
