@@ -239,7 +239,8 @@ def count_flops(
 
     A pass without gradient costs its forward FLOPs, one with gradient three times that. In every pass over a cycle but
     the last, the top layer only computes its keys and values. In the first pass, layers that read upward find no keys
-    yet: they need no query, no attention and no output projection.
+    yet, but for those of groups that had their turn: where there are none, they need no query, no attention and no
+    output projection.
 
     Raises:
         UserError: if the context is empty.
@@ -282,21 +283,26 @@ class _FlopCount:
         if iteration.converges:
             return None, None, None
         passes = iteration.passes(self.context_length)
-        num_unfinished = passes.num_ungraded + passes.num_graded - 1
-        unfinished = [self._unfinished(layers, index == 0) for index in range(num_unfinished)]
-        graded = sum(unfinished[passes.num_ungraded :]) + once
-        forward = sum(unfinished) + once
-        return sum(unfinished) + finished, forward, forward + 2 * graded
+        if passes.is_single:
+            return finished, once, 3 * once
+        num_passes = passes.num_ungraded + passes.num_graded
+        drafts = [self._draft(layers, passes.num_groups, index == 0) for index in range(num_passes)]
+        # What nobody reads again is written in the last pass alone, in which the top layer reads, too.
+        rest = once - self._draft(layers, 1, is_first=False)
+        forward = sum(drafts) + rest
+        return forward - once + finished, forward, forward + 2 * (sum(drafts[passes.num_ungraded :]) + rest)
 
-    def _unfinished(self, layers: tuple[LayerPlan, ...], is_first: bool) -> float:
+    def _draft(self, layers: tuple[LayerPlan, ...], num_groups: int, is_first: bool) -> float:
         """A pass over a cycle that another one follows: it ends at the keys and values of the top layer."""
         total = float(self._written(layers[-1]))
-        # What only the top layer reads is needed in the last pass, where that layer runs, and not before.
         read_again = {layer.kv_source for layer in layers[:-1]}
         for layer in layers[:-1]:
             total += self._mlp + (layer.layer_idx in read_again) * self._written(layer)
-            if not (is_first and layer.is_upward):
-                total += self._attention(layer, self._mean_keys[layer.layer_idx])
+            num_keys = self._mean_keys[layer.layer_idx]
+            if is_first and layer.is_upward:  # all groups but the first find keys, half as many on the average
+                total += (1 - 1 / num_groups) * self._attention(layer, num_keys / 2)
+            else:
+                total += self._attention(layer, num_keys)
         return total
 
     def _layer(self, layer: LayerPlan, num_keys: float, is_alone: bool = False) -> float:

@@ -88,25 +88,30 @@ class KVLayout:
         sources: for every decoder layer, the streams that its queries read, in the order in which its attention takes
             them. Streams of several owners may be mixed, such as the keys of one with the values of another.
         owners: the layers that keep something, from the bottom.
+        keeps_alike: for every decoder layer, the lowest owner that keeps as many tokens as the layer reads.
+        rotates_keys_late: whether keys are made of some latent, so that their rotations are needed where read.
     """
 
     stores: tuple[Store, ...]
     sources: tuple[tuple[StreamSource, ...], ...]
     owners: tuple[int, ...] = field(init=False)
+    keeps_alike: tuple[int, ...] = field(init=False)
+    rotates_keys_late: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        # Plain attributes rather than properties, as every decoding step asks for them.
         object.__setattr__(self, "owners", tuple(store.owner for store in self.stores))
+        lowest = {store.window: store.owner for store in reversed(self.stores)}
+        keeps_alike = tuple(lowest[self.store(read[0].owner).window] for read in self.sources)
+        object.__setattr__(self, "keeps_alike", keeps_alike)
+        streams = [stream for store in self.stores for stream in store.streams]
+        late = any(stream.name in (LATENT, KEY_LATENT) and not stream.is_rotated for stream in streams)
+        object.__setattr__(self, "rotates_keys_late", late)
 
     @property
     def streams(self) -> dict[int, tuple[Stream, ...]]:
         """What every owner keeps of a token."""
         return {store.owner: store.streams for store in self.stores}
-
-    @property
-    def rotates_keys_late(self) -> bool:
-        """Whether keys are made of some latent, so that their rotations are needed where they are read."""
-        streams = (stream for store in self.stores for stream in store.streams)
-        return any(stream.name in (LATENT, KEY_LATENT) and not stream.is_rotated for stream in streams)
 
     def store(self, owner: int) -> Store:
         """What layer `owner` keeps."""

@@ -10,12 +10,15 @@ from lckv.config.names import NO_LATENT, XKV
 from lckv.costs import ModelSizes
 from lckv.errors import UserError
 from lckv.iso import match_llama
+from lckv.iteration import Iteration, check_iteration
 from lckv.latents import group_layers, latent_budget
 from lckv.layout import check_latents
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 DEFAULT_SLIDING_WINDOW = 4096
-ITERATION = ("forward_passes", "backward_passes", "converge_tolerance", "use_sequential", "force_nodiag")
+ITERATION = (
+    *("forward_passes", "backward_passes", "cyclic_groups", "converge_tolerance", "use_sequential", "force_nodiag"),
+)
 """Names of the settings that say how layers which read upward are run."""
 
 
@@ -49,11 +52,7 @@ def resolve_plan(cfg: TrainConfig) -> SharingPlan:
         UserError: for the reasons of `resolve_layer_types`, and for too few passes over a cycle.
     """
     plan = parse_layer_types(resolve_layer_types(cfg))
-    if plan.has_cycles and cfg.model.backward_passes < 2:
-        raise UserError(
-            f"model.backward_passes={cfg.model.backward_passes}: with layers that read upward, 2 or more is needed; "
-            "at 1 the owners' K/V projections would get no gradient through the iteration"
-        )
+    check_iteration(Iteration.from_config(cfg.model), plan.has_cycles, "model.")
     return plan
 
 

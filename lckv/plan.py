@@ -158,8 +158,18 @@ def _describe_iteration(report: PlanReport) -> list[str]:
     return [
         *lines,
         f"A cycle runs {ungraded}, then {_times(iteration.backward_passes)} with gradient.",
-        "Each pass reads the KV of the one before; the first reads zeros. In every pass",
-        "but the last, the top layer of a cycle only computes KV. Decoding never iterates.",
+        *_describe_groups(iteration.cyclic_groups),
+        "In every pass but the last, the top layer of a cycle only computes KV. Decoding",
+        "never iterates.",
+    ]
+
+
+def _describe_groups(num_groups: int) -> list[str]:
+    if num_groups == 1:
+        return ["Each pass reads the KV of the one before; the first reads none."]
+    return [
+        f"In each pass tokens take turns in {num_groups} groups, which read the KV of the groups",
+        "before them in the same pass, and of the others in the one before.",
     ]
 
 

@@ -229,8 +229,8 @@ def exact_logits(model, input_ids):
     return torch.stack(logits)
 
 
-def plain_schedule_logits(model, input_ids, forward_passes, backward_passes):
-    """Every layer of a cycle in every pass, with nothing left out.
+def plain_schedule_logits(model, input_ids, forward_passes, backward_passes, cyclic_groups=1):
+    """Every layer of a cycle in every pass, in which groups of tokens take turns, with nothing left out.
 
     Args:
         input_ids: `(length,)`, one document.
@@ -240,41 +240,44 @@ def plain_schedule_logits(model, input_ids, forward_passes, backward_passes):
     """
     plan = model.config.sharing_plan
     hidden = list(model.model.embed_tokens(input_ids))
-    key_values = {}
+    key_values = {owner: [None] * len(hidden) for owner in plan.kv_owners}
     for segment in plan.segments:
         layers = range(segment.start, segment.stop)
         if not segment.is_cycle:
             hidden = _run_pass(model, layers, hidden, key_values)
             continue
         entering = hidden
-        zeros = torch.zeros(model.config.num_key_value_heads, model.config.head_dim)
-        for owner in layers:
-            key_values[owner] = ([zeros] * len(hidden), [zeros] * len(hidden))
         for _ in range(forward_passes):
             with torch.no_grad():
-                _run_pass(model, layers, entering, key_values)
+                _run_pass(model, layers, entering, key_values, cyclic_groups)
         for _ in range(backward_passes):
-            hidden = _run_pass(model, layers, entering, key_values)
+            hidden = _run_pass(model, layers, entering, key_values, cyclic_groups)
     return torch.stack([model.lm_head(model.model.norm(token)) for token in hidden])
 
 
-def _run_pass(model, layers, hidden, key_values):
-    config, plan = model.config, model.config.sharing_plan
-    inv_freq = model.model.rotary_emb.inv_freq
-    for layer_idx in layers:
-        layer_plan, layer = plan.layers[layer_idx], model.model.layers[layer_idx]
-        if layer_plan.computes_kv:
-            pairs = [_project_kv(layer, token, position, inv_freq) for position, token in enumerate(hidden)]
-            key_values[layer_idx] = ([key for key, _ in pairs], [value for _, value in pairs])
-        keys, values = key_values[layer_plan.kv_source]
-        outputs = []
-        for position, token in enumerate(hidden):
-            seen = _visible(layer_plan, position, config.force_nodiag, config.sliding_window)
-            outputs.append(
-                _run_layer(layer, token, position, inv_freq, [keys[i] for i in seen], [values[i] for i in seen])
-            )
-        hidden = outputs
-    return hidden
+def _run_pass(model, layers, hidden, key_values, num_groups=1):
+    """What leaves the layers; the highest reads when all tokens have had their turn. `None` is what nobody wrote."""
+    config, plan, inv_freq = model.config, model.config.sharing_plan, model.model.rotary_emb.inv_freq
+    hidden = list(hidden)
+
+    def read(layer_idx, position):
+        layer_plan = plan.layers[layer_idx]
+        seen = _visible(layer_plan, position, config.force_nodiag, config.sliding_window)
+        pairs = [key_values[layer_plan.kv_source][i] for i in seen]
+        keys, values = [pair[0] for pair in pairs if pair], [pair[1] for pair in pairs if pair]
+        return _run_layer(model.model.layers[layer_idx], hidden[position], position, inv_freq, keys, values)
+
+    for group in range(num_groups):
+        positions = range(group, len(hidden), num_groups)
+        for layer_idx in layers:
+            for position in positions:
+                if plan.layers[layer_idx].computes_kv:
+                    layer = model.model.layers[layer_idx]
+                    key_values[layer_idx][position] = _project_kv(layer, hidden[position], position, inv_freq)
+            if layer_idx != layers[-1]:
+                for position in positions:
+                    hidden[position] = read(layer_idx, position)
+    return [read(layers[-1], position) for position in range(len(hidden))]
 
 
 def cross_entropy(logits, input_ids):

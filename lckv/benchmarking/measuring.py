@@ -27,7 +27,7 @@ from lckv.console import track
 from lckv.costs import ModelSizes, count_flops, count_kv_bytes
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.prefill import PrefillReport, prefill
-from lckv.iteration import Iteration
+from lckv.iteration import CONVERGE, Iteration
 from lckv.logits import check_logits
 from lckv.models import LCKVLlamaForCausalLM
 
@@ -131,7 +131,7 @@ class Bench:
         self.repeats_are_copies = True
         config, passes = self.model.config, workload.prefill_passes
         plan, sizes = config.sharing_plan, ModelSizes.from_config(config)
-        iteration = Iteration(config.forward_passes if passes is None else passes, config.backward_passes)
+        iteration = replace(Iteration.from_config(config), forward_passes=CONVERGE if passes is None else passes)
         prompt = count_flops(plan, sizes, workload.prompt_length, iteration)  # on the average of its tokens
         self.result = Measurements(
             label=contender.label,

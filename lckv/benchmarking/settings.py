@@ -129,8 +129,7 @@ def check_iteration(passes: Any, tolerance: float | None, configs: Mapping[str, 
                 f"{name}={value}: has no effect on {', '.join(configs)}: none iterates over a prompt, for which "
                 "layers must read upward; leave it out"
             )
-    ways = [each.forward_passes if passes is None else passes for each in iterating]
-    if tolerance is not None and CONVERGE not in ways:
+    if tolerance is not None and passes not in (None, CONVERGE):
         raise UserError(f"prefill_tolerance={tolerance}: has no effect without prefill_passes={CONVERGE}")
 
 

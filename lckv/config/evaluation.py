@@ -21,10 +21,12 @@ from lckv.config.keys import (
     literal,
     once,
     one_of,
+    passes,
     such_that,
 )
 from lckv.config.names import ATTENTIONS, DTYPES, NO_CACHE
 from lckv.errors import UserError, check_whole_number
+from lckv.iteration import CONVERGE
 
 EVALUATIONS = ("perplexity", "harness", "needle", "recall", "speed")
 """Each has a group of settings of its name in [`EvaluationConfig`]."""
@@ -215,6 +217,8 @@ class EvaluationConfig(Group):
         evals: any of "perplexity", "harness", "needle", "recall" and "speed".
         batch_size: sequences per forward pass, in all but "harness" and "speed". Changes no result, but where a
             cache rounds padding and text together.
+        forward_passes: where layers read upward: passes before the last ones, such as the model was trained with;
+            `converge`: until its answers are those of decoding token by token.
     """
 
     evals: list[str] = key([], each(one_of(EVALUATIONS)), once)
@@ -224,6 +228,7 @@ class EvaluationConfig(Group):
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     recall: RecallConfig = field(default_factory=RecallConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+    forward_passes: Any = key(CONVERGE, passes)
 
     def check_lengths(self, limit: int, trained_length: int | None, prefix: str) -> None:
         """Finds texts that are too long for a model, before it is trained.

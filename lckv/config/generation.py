@@ -61,9 +61,10 @@ class GenerateConfig(Group):
             cache=sink; None: "tokens", where one text is printed.
         prefill_chunk: how many tokens of the prompt to run at once, which bounds memory; None: all. With
             `batching=continuous` how many tokens of all texts to run in one step; None: 512.
-        prefill_passes: where layers read upward: passes over the prompt before the last ones, or `converge`; None: the
-            model's, and with `batching=continuous` `converge`, so that no text depends on who runs beside it.
-        prefill_tolerance: with `converge`: the relative change of the KV at which a chunk is done; None: the model's.
+        prefill_passes: where layers read upward: passes over the prompt before the last ones, or `converge`: until the
+            KV is what decoding would make; None: `converge`.
+        prefill_tolerance: with `converge`: the relative change of the KV at which a chunk is done; None: one that
+            changes no greedy text.
         compile: whether decoding is compiled; needs cache=static.
         device: such as "cpu", "cuda" or "cuda:1"; "auto": an accelerator, if there is one.
         dtype: "float32", "bfloat16" or "float16"; "auto": as the model was saved.
@@ -156,9 +157,10 @@ class BenchmarkConfig(Group):
         max_batch_size: the largest batch that the budget may lead to.
         rounds: how often everything is timed.
         prefill_chunk: how many tokens of the prompt to run at once; None: all.
-        prefill_passes: where layers read upward: passes over the prompt before the last ones, or `converge`; None: the
-            model's.
-        prefill_tolerance: with `converge`: the relative change of the KV at which a chunk is done; None: the model's.
+        prefill_passes: where layers read upward: passes over the prompt before the last ones, or `converge`; None:
+            `converge`.
+        prefill_tolerance: with `converge`: the relative change of the KV at which a chunk is done; None: one that
+            changes no greedy text.
         device: such as "cpu", "cuda" or "cuda:1"; "auto": an accelerator, if there is one.
         dtype: of all models: "float32", "bfloat16" or "float16"; "auto": `model.dtype`, and checkpoints as saved.
         num_threads: torch's threads on a CPU; None: torch's own choice.

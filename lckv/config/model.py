@@ -17,6 +17,7 @@ KEPT_WITH_SOURCE = (
     "sliding_window",
     "forward_passes",
     "backward_passes",
+    "cyclic_groups",
     "converge_tolerance",
     "use_sequential",
     "force_nodiag",
@@ -63,6 +64,8 @@ class ModelConfig(Group):
             the pretrained model has.
         forward_passes: passes over a cycle without gradient, or `converge`.
         backward_passes: passes over a cycle with gradient.
+        cyclic_groups: groups of tokens that take turns in such a pass, each reading what those before it have just
+            written, by which one pass does for several; 1: all tokens at once.
         converge_tolerance: with `converge`, the relative change of the KV at which the iteration stops.
         use_sequential: whether cycles run token by token, which is exact and slow.
         force_nodiag: whether every layer hides a token's own key from it, not only those that read upward.
@@ -104,6 +107,7 @@ class ModelConfig(Group):
     sliding_window: int | None = key(None, at_least())
     forward_passes: Any = key(7, passes)
     backward_passes: int = key(2, at_least())
+    cyclic_groups: int = key(1, at_least())
     converge_tolerance: float = key(1e-3, above_zero)
     use_sequential: bool = False
     force_nodiag: bool = False

@@ -24,6 +24,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from lckv.cache.paged import OutOfPagesError, PagedKVCache, extend_hashes
 from lckv.engine.requests import BatchStatistics, OnToken, Request, make_request
 from lckv.errors import UserError, check_whole_number
+from lckv.iteration import exact_unless
 from lckv.logits import NOT_FINITE, are_finite, choose_token
 from lckv.models.padding import pad_left
 
@@ -46,7 +47,8 @@ class ContinuousBatcher:
         max_rows: most requests that run at once.
         tokens_per_step: most tokens of one step, except that each running request always gets its token.
         forward_passes: for prompts, where layers read upward; by default they are iterated until they converge.
-        converge_tolerance: the relative change of KV that ends the iteration; by default the model's.
+        converge_tolerance: the relative change of KV that ends the iteration; by default one that changes no greedy
+            text.
         on_token: called with each request's name and token, unless the request brings a callback.
 
     Raises:
@@ -72,9 +74,7 @@ class ContinuousBatcher:
             check_whole_number(option, value)
         self.model, self.cache, self.generation_config = model, cache, generation_config
         self.max_rows, self.tokens_per_step, self.on_token = max_rows, tokens_per_step, on_token
-        if forward_passes is None and model.config.sharing_plan.has_cycles:
-            forward_passes = "converge"
-        self.forward_passes, self.converge_tolerance = forward_passes, converge_tolerance
+        self.iteration = exact_unless(forward_passes, converge_tolerance)
         self.statistics = BatchStatistics()
         self.outputs: dict[str, GenerationOutput] = {}
         self._waiting: deque[Request] = deque()
@@ -303,8 +303,7 @@ class ContinuousBatcher:
                 position_ids=position_ids.to(device),
                 past_key_values=self.cache,
                 logits_to_keep=1,
-                forward_passes=self.forward_passes if max(sizes) > 1 else None,
-                converge_tolerance=self.converge_tolerance,
+                **self.iteration,
             )
         except BaseException:  # Ctrl-C too: whoever goes on afterwards finds these requests waiting
             for request in reversed(requests):

@@ -111,7 +111,7 @@ def run_evaluations(
         subject.folder.mkdir(parents=True, exist_ok=True)
     for name in config.evals:
         try:
-            with in_eval_mode(subject.model):
+            with in_eval_mode(subject.model, config.forward_passes):
                 figures = find_evaluation(name)(subject, config)
         except UserError as error:
             yield name, error

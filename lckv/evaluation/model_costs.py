@@ -22,12 +22,9 @@ def sharing_plan_of(model: PreTrainedModel) -> SharingPlan:
 def costs_of(model: PreTrainedModel, context_length: int) -> Costs:
     """KV bytes (16-bit), parameters and FLOPs per token of a model."""
     config = model.config
-    iteration = Iteration(
-        forward_passes=getattr(config, "forward_passes", 0),
-        backward_passes=getattr(config, "backward_passes", 1),
-        use_sequential=getattr(config, "use_sequential", False),
+    return count_costs(
+        sharing_plan_of(model), ModelSizes.from_config(config), context_length, iteration=Iteration.from_config(config)
     )
-    return count_costs(sharing_plan_of(model), ModelSizes.from_config(config), context_length, iteration=iteration)
 
 
 def llama_sizes_of(model: PreTrainedModel, config: Mapping[str, Any]) -> ModelSizes | None:

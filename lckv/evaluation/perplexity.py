@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from lckv.data.packing import IGNORE_INDEX
+from lckv.iteration import CONVERGE, EXACT
 
 
 class Blocks(Protocol):
@@ -64,6 +65,7 @@ def evaluate_perplexity(
     world_size: int = 1,
     reduce_sum: Callable[[Tensor], Tensor] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    forward_passes: int | str | None = CONVERGE,
 ) -> Perplexity:
     """Measures how well `model` predicts `blocks`; every predicted token counts the same, whatever the batch size.
 
@@ -78,6 +80,7 @@ def evaluate_perplexity(
         world_size: number of processes; all of them call the model equally often.
         reduce_sum: adds a tensor up over the processes.
         on_batch: told after each forward pass how many of this process's blocks are done, and of how many.
+        forward_passes: see [`in_eval_mode`].
 
     Raises:
         ValueError: if there is nothing to predict.
@@ -85,7 +88,7 @@ def evaluate_perplexity(
     device = next(model.parameters()).device
     num_rounds = -(-len(blocks) // (batch_size * world_size))
     totals = torch.zeros(2, dtype=torch.float64)  # summed loss, predicted tokens
-    with in_eval_mode(model):
+    with in_eval_mode(model, forward_passes):
         for number in range(num_rounds):
             # Processes take turns batch by batch: in the last round, those behind the end have none.
             start = (number * world_size + rank) * batch_size
@@ -116,13 +119,19 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and the random states kept: training goes on as if nothing had been in between."""
+def in_eval_mode(model: nn.Module, forward_passes: int | str | None = CONVERGE) -> Iterator[None]:
+    """Evaluation mode, and the random states kept: training goes on as if nothing had been in between.
+
+    Args:
+        model: a causal language model.
+        forward_passes: in the place of the model's, which are for training; by default as many as make its answers
+            those of decoding token by token. `None` leaves the model's.
+    """
     was_training = model.training
     python_state, numpy_state = random.getstate(), np.random.get_state()
     # Only the GPU in use: asking for the state of the others would take memory on each.
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _iterating(model, forward_passes):
         model.eval()
         try:
             yield
@@ -130,3 +139,20 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             model.train(was_training)
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _iterating(model: nn.Module, forward_passes: int | str | None) -> Iterator[None]:
+    """So many passes over cycles, if `model` has any."""
+    config = getattr(model, "config", None)
+    own = {name: getattr(config, name) for name in EXACT if hasattr(config, name)}
+    if forward_passes is None or not own:
+        yield
+        return
+    try:
+        for name, value in (EXACT | {"forward_passes": forward_passes}).items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(config, name, value)

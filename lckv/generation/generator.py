@@ -259,9 +259,7 @@ class TextGenerator:
             if not plan.has_cycles or config.use_sequential:
                 reason = "its layers run token by token" if plan.has_cycles else "none of its layers reads upward"
                 raise UserError(f"{name}={value}: has no effect on model={cfg.model}: {reason}; leave it out")
-            default = CONVERGE if cfg.chosen_batching() == CONTINUOUS else config.forward_passes
-            passes = default if cfg.prefill_passes is None else cfg.prefill_passes
-            if name == "prefill_tolerance" and passes != CONVERGE:
+            if name == "prefill_tolerance" and cfg.prefill_passes not in (None, CONVERGE):
                 raise UserError(f"{name}={value}: has no effect without prefill_passes={CONVERGE}")
 
     def _check_length(self, prompt_length: int) -> None:

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from lckv.config.keys import passes
 from lckv.errors import UserError, check_positive, check_whole_number
+from lckv.iteration import exact_unless
 from lckv.models.padding import positions
 from lckv.models.sharing_cache import SharingCache
 
@@ -28,7 +29,7 @@ class PrefillOptions:
     @property
     def iteration(self) -> dict[str, Any]:
         """The arguments of the model's `forward` that say how often a cycle runs."""
-        return {"forward_passes": self.forward_passes, "converge_tolerance": self.tolerance}
+        return exact_unless(self.forward_passes, self.tolerance)
 
 
 @dataclass
@@ -79,9 +80,10 @@ def prefill(
         past_key_values: the cache to fill, empty or not.
         attention_mask: `(batch, past + q_len or more)`, zero at padding.
         chunk_size: how many tokens to run at once; all by default.
-        forward_passes: passes before the model's `backward_passes` last ones, or `"converge"`, which adds but one; by
-            default the model's.
-        tolerance: with `"converge"`, the relative change of KV that ends the iteration; by default the model's.
+        forward_passes: passes before the model's `backward_passes` last ones, or `"converge"`, which adds but one and
+            is the default.
+        tolerance: with `"converge"`, the relative change of KV that ends the iteration; by default one that changes no
+            greedy text.
         on_chunk: called after each chunk with the number of its tokens, for a progress bar.
 
     Raises:
@@ -108,8 +110,7 @@ def prefill(
             past_key_values=past_key_values,
             use_cache=True,
             logits_to_keep=1,
-            forward_passes=forward_passes,
-            converge_tolerance=tolerance,
+            **exact_unless(forward_passes, tolerance),
             output_kv_residual=True,
         )
         num_past = stop

@@ -30,6 +30,7 @@ from lckv.data.readers import join_line_ends
 from lckv.errors import UserError, check_whole_number
 from lckv.generation.decoding_options import Sampling
 from lckv.generation.prefill import num_at_once
+from lckv.iteration import EXACT
 from lckv.logits import check_logits, choose_token
 
 
@@ -164,7 +165,7 @@ def stream(
         max_new_tokens: where to stop at the latest; None: nowhere, which takes a cache that does not grow.
         stop_ids: tokens that end the text, and are not returned.
         chunk_size: how many tokens of the prompt to run at once; None: as many as the cache takes.
-        options: for the model, such as `forward_passes`.
+        options: for the model, such as `forward_passes`; by default prompts are read as decoding would.
 
     Returns:
         The new tokens, one at a time.
@@ -190,7 +191,7 @@ def stream(
 
     def tokens(input_ids: torch.Tensor) -> Iterator[int]:  # apart from the checks, which a generator would put off
         for _ in steps:
-            logits = _read(model, input_ids, past_key_values, chunk_size, options)
+            logits = _read(model, input_ids, past_key_values, chunk_size, EXACT | options)
             check_logits(logits, "the model's logits")
             token = choose_token(logits, processors, recent, samples=samples, generator=generator)
             recent.append(token)

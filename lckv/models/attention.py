@@ -44,6 +44,7 @@ class LCKVAttention(nn.Module):
         self.scaling = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.use_qk_norm = config.use_qk_norm
         self.kv_size = config.num_key_value_heads * self.head_dim
         query_size = config.num_attention_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
@@ -78,7 +79,7 @@ class LCKVAttention(nn.Module):
     def project(self, hidden_states: torch.Tensor) -> Streams:
         """What `write` gives, before anything is rotated."""
         key_states = self._split_heads(self.k_proj(hidden_states))
-        if self.config.use_qk_norm:
+        if self.use_qk_norm:
             key_states = self.k_norm(key_states)
         return key_states, self._split_heads(self.v_proj(hidden_states))
 
@@ -113,7 +114,7 @@ class LCKVAttention(nn.Module):
             output = torch.zeros_like(hidden_states)
             return (output if self.o_proj.bias is None else output + self.o_proj.bias), None
         query_states = self._split_heads(self.q_proj(hidden_states))
-        if self.config.use_qk_norm:
+        if self.use_qk_norm:
             query_states = self.q_norm(query_states)
         query_states = self.rotate_queries(query_states, position_embeddings, visible_keys)
         key_states, value_states = self.keys_and_values(streams, visible_keys)
@@ -141,7 +142,9 @@ class LCKVAttention(nn.Module):
         return attn_output
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, num_heads, q_len, head_dim)
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(
+            1, 2
+        )  # (batch, num_heads, q_len, head_dim)
 
 
 def apply_rotary(states: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
@@ -190,14 +193,14 @@ def attend(
         mask: torch.Tensor | BlockMask | None = visible_keys.mask,
         **backend_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            module.config._attn_implementation, eager_attention_forward
-        )
+        implementation = module.config._attn_implementation
         dropout = module.attention_dropout if module.training else 0.0
-        is_latent = value.shape[1::2] != key.shape[1::2]  # other heads, of another width, which few backends take
-        if dropout == 0.0 and not isinstance(mask, BlockMask):
-            if is_latent or _is_compiled_decoding_on_cpu(module, query):
+        if query.shape[2] == 1 and dropout == 0.0 and not isinstance(mask, BlockMask):
+            is_latent = value.shape[1::2] != key.shape[1::2]  # other heads, of another width, which few backends take
+            is_compiled = torch.compiler.is_compiling() and query.device.type == "cpu" and implementation == "sdpa"
+            if is_latent or is_compiled:
                 return attend_with_one_query(query, key, value, mask, module.scaling)
+        interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, **backend_kwargs)
 
     if window is not None:
@@ -221,11 +224,6 @@ def attend(
         if attn_weights is not None:
             attn_weights = attn_weights.masked_fill(sees_nothing.transpose(1, 2), 0.0)
     return attn_output, attn_weights
-
-
-def _is_compiled_decoding_on_cpu(module: LCKVAttention, query: torch.Tensor) -> bool:
-    is_one_query = query.shape[2] == 1 and query.device.type == "cpu"
-    return is_one_query and torch.compiler.is_compiling() and module.config._attn_implementation == "sdpa"
 
 
 def attend_with_one_query(

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, cache_utils
 
 from lckv.errors import UserError, check_choice
+from lckv.iteration import Iteration, check_iteration
 from lckv.layout import PLANES, KVLayout, check_latents, kv_layout
 from lckv.model_values import NORM_TYPES
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
@@ -33,7 +34,9 @@ class LCKVLlamaConfig(LlamaConfig):
         kv_sharing: the same string, where a saved configuration has it; a string in `layer_types` comes first.
         forward_passes: ungraded passes over each cycle of layers before the graded ones, or `"converge"`: pass until
             the cycle's keys and values stop changing.
-        backward_passes: graded passes over each cycle, at least 2 where layers read upward.
+        backward_passes: graded passes over each cycle; where layers read upward at least 2, or 1 with groups.
+        cyclic_groups: groups of tokens that take turns in a pass over a cycle, each reading what those before it have
+            just written; 1 for all tokens at once.
         converge_tolerance: with `"converge"`, the relative change of keys and values (Frobenius norm) that ends it.
         sliding_window: tokens, the query's own among them, that layers with an `s` see.
         use_sequential: run the layers token by token, which is exact for every pattern and slow.
@@ -68,6 +71,7 @@ class LCKVLlamaConfig(LlamaConfig):
     kv_sharing: str | None = None
     forward_passes: int | str = 7
     backward_passes: int = 2
+    cyclic_groups: int = 1
     converge_tolerance: float = 1e-3
     sliding_window: int = 4096
     use_sequential: bool = False
@@ -98,7 +102,10 @@ class LCKVLlamaConfig(LlamaConfig):
         self.layer_types = [
             _transformers_layer_type(plan, layer_idx, self.sliding_window) for layer_idx in range(len(plan.layers))
         ]
-        _check_iteration(self.forward_passes, self.backward_passes, plan)
+        _check_passes(self.forward_passes)
+        if self.cyclic_groups < 1:
+            raise UserError(f"cyclic_groups={self.cyclic_groups}: allowed is 1 or more")
+        check_iteration(Iteration.from_config(self), plan.has_cycles)
         if not self.converge_tolerance > 0:
             raise UserError(f"converge_tolerance={self.converge_tolerance}: allowed is a number above 0")
         if self.sliding_window < 1:
@@ -196,11 +203,6 @@ def _transformers_layer_type(plan: SharingPlan, layer_idx: int, sliding_window: 
     return "sliding_attention" if is_sliding and sliding_window > 1 else "full_attention"
 
 
-def _check_iteration(forward_passes: int | str, backward_passes: int, plan: SharingPlan) -> None:
+def _check_passes(forward_passes: int | str) -> None:
     if forward_passes != "converge" and (not isinstance(forward_passes, int) or forward_passes < 0):
         raise UserError(f"forward_passes={forward_passes!r}: allowed is a whole number, 0 or more, or 'converge'")
-    if plan.has_cycles and backward_passes < 2:
-        raise UserError(
-            f"backward_passes={backward_passes}: must be 2 or more where layers read upward ({plan.layer_types}); "
-            "at 1 the owners' key and value projections would get no gradient from the layers below"
-        )

@@ -79,7 +79,7 @@ class LatentAttention(LCKVAttention):
         key_states = self.k_b_proj(key_latent)
         if not self.planes:
             key_states = self._split_heads(key_states)
-        if self.config.use_qk_norm:
+        if self.use_qk_norm:
             key_states = self.k_norm(key_states)
         return key_states, self._split_heads(self.v_b_proj(value_latent))
 
@@ -102,7 +102,7 @@ class LatentAttention(LCKVAttention):
             key_states = key_latent if absorbs else self.k_b_proj(key_latent[:, 0])
         else:
             key_states = self._split_heads(self.k_b_proj(key_latent[:, 0]))
-            if self.config.use_qk_norm:
+            if self.use_qk_norm:
                 key_states = self.k_norm(key_states)
             assert visible_keys.key_rotation is not None
             key_states = apply_rotary(key_states, visible_keys.key_rotation)

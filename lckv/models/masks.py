@@ -32,6 +32,7 @@ from transformers.masking_utils import (
 
 from lckv.layout import KVLayout
 from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.models.groups import Group
 from lckv.models.positions import PositionEmbeddings, Positions
 from lckv.models.sharing_cache import SharingCache
 from lckv.models.varlen import VarlenBatch, cut_packed, cut_padded
@@ -109,18 +110,68 @@ class VisibleKeys:
 
 
 def build_visible_keys(
-    config: LCKVLlamaConfig,
-    layout: KVLayout,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    document_ids: torch.Tensor | None,
+    builder: MaskBuilder,
     num_outputs: int | None = None,
     positions: Positions | None = None,
 ) -> list[VisibleKeys | None]:
     """Builds what the queries of every layer see in one forward call, before the cache takes the call's tokens.
 
     From the highest owner on, nothing but the outputs of the last tokens leaves a layer, so only these have queries.
+
+    Args:
+        builder: what the call holds.
+        num_outputs: how many of the last tokens' outputs are wanted; `None` for all.
+        positions: of the new tokens, for keys that are rotated when they are read.
+
+    Returns:
+        For every layer what its queries see; `None` for layers from which no output is wanted.
+    """
+    config, layout = builder.config, builder.layout
+    rotates_late = positions is not None and layout.rotates_keys_late
+    rotations: dict[tuple[int, str | None], PositionEmbeddings] = {}  # by the layer that says where the keys lie
+    masks: dict[MaskKind, VisibleKeys | None] = {}
+    visible_keys = []
+    for layer in config.sharing_plan.layers:
+        is_cut = num_outputs is not None and layer.layer_idx >= layout.owners[-1]
+        kind = builder.kind_of(layer, cast(int, num_outputs) if is_cut else builder.num_new_tokens)
+        if kind not in masks:
+            masks[kind] = builder.build(kind) if kind.num_queries else None
+        visible = masks[kind]
+        if visible is not None and positions is not None and rotates_late:
+            place = kind.geometry_layer, config.query_label(layer.layer_idx)
+            if place not in rotations:
+                rotations[place] = positions.embed_keys(builder.past_key_values, place[0], builder.padding, place[1])
+            visible = replace(visible, key_rotation=rotations[place])
+        visible_keys.append(visible)
+    return visible_keys
+
+
+class GroupKeys:
+    """What the queries of each group of tokens see in a pass over a cycle; built when it is first asked for.
+
+    Args:
+        builder: of the masks of the call. It is asked where keys lie now, before the cache takes any of them.
+        of_all_tokens: what every layer sees in a pass over all tokens.
+    """
+
+    def __init__(self, builder: MaskBuilder, of_all_tokens: list[VisibleKeys | None]) -> None:
+        self.builder, self.of_all_tokens = builder, of_all_tokens
+        layers = builder.config.sharing_plan.layers
+        self.kinds = [builder.kind_of(layer, builder.num_new_tokens) for layer in layers]
+        self._geometries = {kind: builder.locate(kind) for kind in self.kinds}
+        self._built: dict[tuple[MaskKind, Group, int | None], VisibleKeys] = {}
+
+    def of(self, layer_idx: int, group: Group, num_written: int | None) -> VisibleKeys:
+        """What layer `layer_idx` sees of the first `num_written` groups, or of all; and of earlier tokens."""
+        kind, at_all = self.kinds[layer_idx], self.of_all_tokens[layer_idx]
+        asked = kind, group, num_written
+        if asked not in self._built:
+            self._built[asked] = self.builder.build_for_group(kind, self._geometries[kind], group, num_written)
+        return replace(self._built[asked], key_rotation=None if at_all is None else at_all.key_rotation)
+
+
+class MaskBuilder:
+    """What one forward call holds, and how a mask follows from it and the kind of layer.
 
     Args:
         config: the model's configuration; its attention implementation decides the form of the masks.
@@ -131,34 +182,7 @@ def build_visible_keys(
             applied on top).
         past_key_values: the cache, before this call's tokens.
         document_ids: `(batch, past + q_len)`, equal for tokens that may see each other; `None` if all may.
-        num_outputs: how many of the last tokens' outputs are wanted; `None` for all.
-        positions: of the new tokens, for keys that are rotated when they are read.
-
-    Returns:
-        For every layer what its queries see; `None` for layers from which no output is wanted.
     """
-    builder = _MaskBuilder(config, layout, inputs_embeds, attention_mask, past_key_values, document_ids)
-    rotates_late = positions is not None and layout.rotates_keys_late
-    rotations: dict[tuple[int, str | None], PositionEmbeddings] = {}  # by the layer that says where the keys lie
-    masks: dict[MaskKind, VisibleKeys | None] = {}
-    visible_keys = []
-    for layer in config.sharing_plan.layers:
-        is_cut = num_outputs is not None and layer.layer_idx >= layout.owners[-1]
-        kind = builder.kind_of(layer, cast(int, num_outputs) if is_cut else inputs_embeds.shape[1])
-        if kind not in masks:
-            masks[kind] = builder.build(kind) if kind.num_queries else None
-        visible = masks[kind]
-        if visible is not None and positions is not None and rotates_late:
-            place = kind.geometry_layer, config.query_label(layer.layer_idx)
-            if place not in rotations:
-                rotations[place] = positions.embed_keys(past_key_values, place[0], builder.padding, place[1])
-            visible = replace(visible, key_rotation=rotations[place])
-        visible_keys.append(visible)
-    return visible_keys
-
-
-class _MaskBuilder:
-    """The arguments of [`build_visible_keys`], and how a mask follows from them and the kind of layer."""
 
     def __init__(
         self,
@@ -180,6 +204,7 @@ class _MaskBuilder:
             else:
                 self.padding = attention_mask
         self.document_ids = document_ids
+        self.hides_own_token, self.window = config.force_nodiag, config.sliding_window
         self.is_unpadded = self._nothing_is_hidden()
 
     def _nothing_is_hidden(self) -> bool:
@@ -191,25 +216,19 @@ class _MaskBuilder:
     def kind_of(self, layer: LayerPlan, num_queries: int) -> MaskKind:
         """The kind of mask that `layer` needs."""
         return MaskKind(
-            hides_own_token=layer.is_upward or self.config.force_nodiag,
-            window=self.config.sliding_window if layer.is_sliding else None,
-            geometry_layer=self._geometry_layer(layer.layer_idx),
+            hides_own_token=layer.is_upward or self.hides_own_token,
+            window=self.window if layer.is_sliding else None,
+            # Some owners drop old keys, and some do not.
+            geometry_layer=0 if self.past_key_values is None else self.layout.keeps_alike[layer.layer_idx],
             num_queries=num_queries,
         )
-
-    def _geometry_layer(self, layer_idx: int) -> int:
-        """The lowest owner with as many cached keys as the layer reads: some owners drop old keys, some do not."""
-        if self.past_key_values is None:
-            return 0
-        window = self.layout.store(self.layout.sources[layer_idx][0].owner).window
-        return next(store.owner for store in self.layout.stores if store.window == window)
 
     def build(self, kind: MaskKind) -> VisibleKeys:
         """What the queries of layers of this kind see."""
         implementation = self.config._attn_implementation
         if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
             return VisibleKeys(kind.num_queries)
-        at = self._geometry(kind)
+        at = self.locate(kind)
         # A window that reaches back to the first token hides nothing, and without one a cheaper form may do. A static
         # cache keeps its offset in a tensor, so that a compiled step serves every position: there the window stays.
         window = kind.window
@@ -222,7 +241,7 @@ class _MaskBuilder:
             return VisibleKeys(at.num_queries, drop_own_token=kind.hides_own_token)
         return self._dense_or_block(kind.hides_own_token, window, at)
 
-    def _geometry(self, kind: MaskKind) -> Geometry:
+    def locate(self, kind: MaskKind) -> Geometry:
         """Where the keys in the cache of a layer of this kind, and its queries, lie."""
         num_tokens_before = self.num_new_tokens - kind.num_queries  # new ones that have no queries
         cache, layer_idx = self.past_key_values, kind.geometry_layer
@@ -279,6 +298,49 @@ class _MaskBuilder:
             return allowed.gather(2, at.key_positions[:, None].clamp(min=0).expand(-1, at.num_queries, -1))
         allowed = allowed[..., at.kv_offset : at.kv_offset + at.kv_length]
         return pad(allowed, (0, at.kv_length - allowed.shape[-1]))
+
+    def build_for_group(self, kind: MaskKind, at: Geometry, group: Group, num_written: int | None) -> VisibleKeys:
+        """What the queries of a group of tokens see of those tokens whose keys are there.
+
+        Args:
+            kind: of the layer.
+            at: where all keys and queries lie.
+            group: of the new tokens.
+            num_written: how many of the groups have keys, from the first; `None` if all have.
+        """
+        padding = prepare_padding_mask(self.padding, at.kv_length, at.kv_offset)
+        allowed = self._allowed_pairs(at)
+        sees = build_rule(at, kind.hides_own_token, kind.window, padding, self._documents_with_room(at), allowed)
+        batch_idx = torch.arange(self.batch_size, device=self.device)[:, None, None]
+        new = torch.arange(self.num_new_tokens, device=self.device)
+        q_idx = group.pick(new[None])[..., None] + at.q_offset
+        kv_idx = torch.arange(at.kv_length, device=self.device)[None, None, :] + at.kv_offset
+        visible = sees(batch_idx, None, q_idx, kv_idx)
+        if num_written is not None:
+            if at.key_positions is not None:
+                kv_idx = at.key_positions[:, None]
+            number = kv_idx - at.q_offset  # of a new token; below 0 for earlier ones
+            visible = visible & ((number < 0) | (number % group.num_groups < num_written))
+        visible = visible.expand(self.batch_size, -1, -1)
+        sees_nothing = ~visible.any(dim=-1)
+        # Who sees nothing gets zero, whatever the mask shows.
+        return VisibleKeys(
+            visible.shape[1], self._from_pairs(visible | sees_nothing[..., None]), sees_nothing=sees_nothing
+        )
+
+    def _from_pairs(self, visible: torch.Tensor) -> torch.Tensor | BlockMask:
+        """What the backend takes for the pairs `(batch, q_len, kv_len)` that see each other."""
+        implementation = self.config._attn_implementation
+        if implementation == "flex_attention":
+
+            def sees(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+                return visible[batch_idx, q_idx, kv_idx]
+
+            return create_block_mask(sees, self.batch_size, None, visible.shape[1], visible.shape[2], self.device)
+        if implementation == "eager":
+            hidden = torch.finfo(self.dtype).min
+            return torch.zeros_like(visible, dtype=self.dtype).masked_fill(~visible, hidden)[:, None]
+        return visible[:, None]
 
     def _mask(self, mask_function: MaskFunction, at: Geometry) -> torch.Tensor | BlockMask:
         """What the backend takes for such a rule: `(batch, 1, q_len, kv_len)`, or blocks of that."""

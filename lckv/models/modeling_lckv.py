@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,14 +13,15 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from lckv.iteration import Iteration, Passes
+from lckv.iteration import EXACT, Iteration, Passes
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.masks import build_visible_keys, find_documents, has_cached_tokens
+from lckv.models.layer import LCKVDecoderLayer
+from lckv.models.masks import GroupKeys, MaskBuilder, build_visible_keys, find_documents, has_cached_tokens
 from lckv.models.parts import build_embedding, build_head, build_norm
 from lckv.models.positions import PositionEmbeddings, Positions
 from lckv.models.rotary import rotary_embedding
 from lckv.models.sharing_cache import SharingCache
-from lckv.models.stack import LCKVDecoderLayer, Stack, Trace
+from lckv.models.stack import Stack, Trace
 
 
 @dataclass
@@ -84,13 +85,11 @@ class LCKVPreTrainedModel(PreTrainedModel):
 class LCKVLlamaModel(LCKVPreTrainedModel):
     """Llama's decoder stack with shared keys and values."""
 
-    stack_class: ClassVar[type[Stack]] = Stack
-    """What runs the layers: the place to try another order of passes."""
-
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
         self.vocab_size = config.vocab_size
         self.sharing_plan, self.layout = config.sharing_plan, config.kv_layout
+        self.iterates = self.sharing_plan.has_cycles
         self.embed_tokens = build_embedding(config)
         self.embed_positions = None
         if config.learned_positions:
@@ -165,7 +164,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         trace.note(inputs_embeds)
         positions = Positions(position_ids, partial(self._rotate, inputs_embeds), has_past)
-        stack = self.stack_class(
+        stack = Stack(
             self.layers,
             self.sharing_plan,
             self.layout,
@@ -173,7 +172,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             visible_keys=[],
             cache=past_key_values,
             has_past=has_past,
-            passes=self._iteration(forward_passes, converge_tolerance).passes(num_tokens, torch.is_grad_enabled()),
+            passes=self._passes(num_tokens, forward_passes, converge_tolerance),
             kwargs=kwargs,
             trace=trace,
         )
@@ -231,11 +230,13 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             kv_residual=torch.stack(trace.residuals).max() if trace.residuals else None,
         )
 
-    def _iteration(self, forward_passes: int | str | None, converge_tolerance: float | None) -> Iteration:
-        """What the call says of the passes over cycles, and where it says nothing, the configuration."""
+    def _passes(self, num_tokens: int, forward_passes: int | str | None, converge_tolerance: float | None) -> Passes:
+        """How often cycles run: as the call says, and where it says nothing, as the configuration does."""
+        if num_tokens == 1 or not self.iterates:
+            return Passes(num_ungraded=0, num_graded=1)
         given = {"forward_passes": forward_passes, "converge_tolerance": converge_tolerance}
         said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return replace(Iteration.from_config(self.config), **said)
+        return replace(Iteration.from_config(self.config), **said).passes(num_tokens, torch.is_grad_enabled())
 
     def _begin(
         self,
@@ -289,10 +290,10 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         positions: Positions,
     ) -> torch.Tensor:
         """Runs all tokens together, and returns the hidden states `(batch, num_outputs or q_len, hidden_size)`."""
-        visible_keys = build_visible_keys(
-            self.config, self.layout, inputs_embeds, attention_mask, stack.cache, document_ids, num_outputs, positions
-        )
-        return replace(stack, visible_keys=visible_keys).run(inputs_embeds)
+        builder = MaskBuilder(self.config, self.layout, inputs_embeds, attention_mask, stack.cache, document_ids)
+        visible_keys = build_visible_keys(builder, num_outputs, positions)
+        group_keys = GroupKeys(builder, visible_keys) if stack.passes.num_groups > 1 else None
+        return replace(stack, visible_keys=visible_keys, group_keys=group_keys).run(inputs_embeds)
 
     def _run_token_by_token(
         self,
@@ -323,12 +324,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             if isinstance(cache, SharingCache):
                 cache.begin_forward(self.config, mask, 1)
             visible_keys = build_visible_keys(
-                self.config,
-                self.layout,
-                inputs_embeds[:, token],
-                mask,
-                cache,
-                document_ids,
+                MaskBuilder(self.config, self.layout, inputs_embeds[:, token], mask, cache, document_ids),
                 None if is_used else 0,
                 replace(positions, new=positions.new[:, token], has_past=stop > 1),
             )
@@ -367,11 +363,11 @@ class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What `generate` gives to `forward`, where a cache has the name that it has had before transformers 5.24."""
+        """What `generate` gives to `forward`: prompts are read as decoding would, unless a count is asked for."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        if "cache" in inputs:
+        if "cache" in inputs:  # as transformers 5.24 calls it
             inputs["past_key_values"] = inputs.pop("cache")
-        return inputs
+        return inputs if inputs.get("forward_passes") is not None else inputs | EXACT
 
     @can_return_tuple
     def forward(

@@ -1,147 +1,25 @@
-"""One layer with its two verbs, and how a stack of them runs: once, or in cycles.
-
-A layer *writes* (hidden states to the streams that others read) and *reads* (hidden states and streams to hidden
-states). Streams are arguments and results of layers: nothing is passed on behind a layer's back, so that
-checkpointing, compilation and sharding see all of it.
-"""
+"""How a stack of layers runs in one forward call: once, or in cycles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lckv.iteration import Passes
 from lckv.layout import KVLayout
-from lckv.models.attention import LCKVAttention, last_positions
-from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.latent_attention import LatentAttention
-from lckv.models.masks import VisibleKeys
-from lckv.models.parts import build_mlp, build_norm
+from lckv.models.groups import Group, groups_of, interleave
+from lckv.models.masks import GroupKeys, VisibleKeys
 from lckv.models.positions import PositionEmbeddings
 from lckv.models.sharing_cache import CachePeeker, CacheWriter, Streams
 from lckv.patterns import Segment, SharingPlan
 
 States = dict[int, Streams]
-"""What each owner's readers see, by layer index. Every pass makes a new dictionary; none is written twice."""
-
-
-class LCKVDecoderLayer(GradientCheckpointingLayer):
-    """One decoder layer, which writes streams, reads streams, or does both."""
-
-    def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        sources = config.kv_layout.sources[layer_idx]
-        # For each stream that the layer reads: which of its own it is, or `None` for another layer's.
-        self.own_indices = tuple(source.index if source.owner == layer_idx else None for source in sources)
-        attention = LCKVAttention if config.latents_of(layer_idx) is None else LatentAttention
-        self.self_attn = attention(config, layer_idx)
-        self.key_label, self.query_label = config.rope_label(layer_idx), config.query_label(layer_idx)
-        self.mlp = build_mlp(config)
-        self.input_layernorm = build_norm(config)
-        self.post_attention_layernorm = build_norm(config)
-        self.residual_multiplier = config.residual_multiplier
-        self.use_output_norms = config.use_output_norms
-        if config.use_output_norms:
-            self.attention_output_layernorm = build_norm(config)
-            self.mlp_output_layernorm = build_norm(config)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *sources: torch.Tensor | None,
-        position_embeddings: PositionEmbeddings,
-        query_embeddings: PositionEmbeddings,
-        visible_keys: VisibleKeys | None,
-        writes: bool = True,
-        cache: CacheWriter | None = None,
-        attentions: dict[int, Any] | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Writes, then reads. One call for both: FSDP gathers weights, and checkpointing recomputes, once per call.
-
-        Args:
-            hidden_states: `(batch, q_len, hidden_size)`.
-            sources: the streams that the layer reads, each `(batch, num_heads, kv_len, head_dim)`; `None` where the
-                layer itself writes them, and where nobody has so far, so that they are zero.
-            position_embeddings: cosines and sines for the new tokens, as the layer rotates its keys.
-            query_embeddings: the same as the keys are rotated that it reads.
-            visible_keys: which keys each query sees, for all tokens or the last ones; `None` if nobody reads.
-            writes: whether the layer writes its streams.
-            cache: takes what is written, and gives what queries see of it and of earlier tokens.
-            attentions: if given, the attention weights go there, under the layer's index.
-            kwargs: passed on to the attention backend.
-
-        Returns:
-            The hidden states that leave the layer, for the tokens that `visible_keys` is about, or `None` if it has
-            not read; behind them the streams that it has written, if it has, with earlier tokens' in front. One flat
-            tuple, as reentrant checkpointing gives gradients to nothing deeper.
-        """
-        normed = self.input_layernorm(hidden_states)
-        written = self.write(normed, position_embeddings, cache) if writes else None
-        if visible_keys is None:
-            return (None, *(written or ()))
-        streams = self._gather(sources, written)
-        output = self.read(hidden_states, normed, streams, visible_keys, query_embeddings, attentions, **kwargs)
-        return (output, *(written or ()))
-
-    def _gather(self, sources: tuple[torch.Tensor | None, ...], written: Streams | None) -> Streams | None:
-        """What the layer reads: its own streams among those of others; `None` if one of them is still zero."""
-        streams = []
-        for index, source in zip(self.own_indices, sources, strict=True):
-            stream = source if index is None or written is None else written[index]
-            if stream is None:
-                return None
-            streams.append(stream)
-        return tuple(streams)
-
-    def write(
-        self, normed: torch.Tensor, position_embeddings: PositionEmbeddings, cache: CacheWriter | None
-    ) -> Streams:
-        """Computes the streams of the new tokens, and adds them to those of earlier ones.
-
-        Args:
-            normed: `(batch, q_len, hidden_size)`, behind the layer's first norm.
-            position_embeddings: cosines and sines for these tokens.
-            cache: where they go; `None` if nothing is kept.
-
-        Returns:
-            The streams, each `(batch, num_heads, kv_len, head_dim)`.
-        """
-        streams = self.self_attn.write(normed, position_embeddings)
-        return streams if cache is None else cache(streams, self.layer_idx)
-
-    def read(
-        self,
-        hidden_states: torch.Tensor,
-        normed: torch.Tensor,
-        streams: Streams | None,
-        visible_keys: VisibleKeys,
-        position_embeddings: PositionEmbeddings,
-        attentions: dict[int, Any] | None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Attends to streams, and computes what leaves the layer, `(batch, num_queries, hidden_size)`."""
-        num_queries = visible_keys.num_queries
-        if num_queries < position_embeddings[0].shape[1]:  # the hidden states may have been cut by a layer below
-            hidden_states, normed = hidden_states[:, -num_queries:], normed[:, -num_queries:]
-            position_embeddings = last_positions(position_embeddings, num_queries)
-        attn_output, attn_weights = self.self_attn(normed, streams, visible_keys, position_embeddings, **kwargs)
-        if attentions is not None:
-            attentions[self.layer_idx] = attn_weights
-        if self.use_output_norms:
-            attn_output = self.attention_output_layernorm(attn_output)
-        hidden_states = torch.add(hidden_states, attn_output, alpha=self.residual_multiplier)
-        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
-        if self.use_output_norms:
-            mlp_output = self.mlp_output_layernorm(mlp_output)
-        return torch.add(hidden_states, mlp_output, alpha=self.residual_multiplier)
+"""Streams by the layer that writes them."""
 
 
 @dataclass
@@ -170,6 +48,20 @@ class Trace:
         if self.hidden_states is not None:
             self.hidden_states.append(hidden_states)
 
+    def of_group(self) -> Trace:
+        """An empty trace for a group of tokens."""
+        return Trace(None if self.hidden_states is None else [], None if self.attentions is None else {})
+
+    def note_groups(self, traces: list[Trace]) -> None:
+        """Notes what the traces of all groups hold."""
+        if self.hidden_states is not None:
+            by_layer = zip(*(trace.hidden_states or [] for trace in traces), strict=True)
+            self.hidden_states += [interleave(parts) for parts in by_layer]
+        if self.attentions is not None:
+            for layer_idx in traces[0].attentions or {}:
+                parts = [(trace.attentions or {})[layer_idx] for trace in traces]
+                self.attentions[layer_idx] = None if parts[0] is None else interleave(parts, dim=2)
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -185,6 +77,7 @@ class Stack:
         has_past: whether the cache holds earlier tokens.
         passes: over each cycle.
         kwargs: for the attention backend.
+        group_keys: the same as `visible_keys` for groups of tokens; `None` where none take turns.
         trace: where to note what is reported.
     """
 
@@ -197,6 +90,7 @@ class Stack:
     has_past: bool
     passes: Passes
     kwargs: dict[str, Any]
+    group_keys: GroupKeys | None = None
     trace: Trace = field(default_factory=Trace)
 
     def run(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -217,57 +111,120 @@ class Stack:
     def _run_cycle(self, cycle: Segment, hidden_states: torch.Tensor, states: States) -> tuple[torch.Tensor, States]:
         """Runs the layers of a cycle until what its upward readers read has settled (Wu and Tu, ACL 2024).
 
-        Every pass starts from the same hidden states and reads, above itself, what the pass before has written; the
-        first one reads zeros. Passes before the last only make KV for the next one. The first of them run without
-        gradient: it flows through the KV of the graded passes alone.
+        Every pass starts from the same hidden states and reads, above itself, what the pass before has written, which
+        for the first one is nothing. Passes before the last only make KV for the next one. The first of them run
+        without gradient: it flows through the KV of the graded passes alone.
         """
-        owners = self._owners_read_upward(cycle)
-        # New tokens are to read the cached ones from the first pass on. Without any, an owner that has not written is
-        # missing from `states`, and its readers skip attention instead of attending to zeros.
-        if self.has_past:
-            states = states | self._past_states(owners, hidden_states)
-        num_ungraded, passes = 0, self.passes
+        passes, owners = self.passes, self._owners_read_upward(cycle)
+        zeros = self._zeros(owners, hidden_states)
+        if passes.is_single:
+            return self._run_layers(cycle, hidden_states, states | self._see(zeros if self.has_past else {}))
+        drafts, num_passes = zeros, 0
         with torch.no_grad():
-            while num_ungraded < passes.num_ungraded:
-                before, states = states, self._run_draft(cycle, hidden_states, states)
-                num_ungraded += 1
-                # The first pass has nothing to be compared with: its upward readers have read zeros.
-                if passes.tolerance is not None and num_ungraded > 1:
-                    if relative_change(before, states, owners) < passes.tolerance:
-                        break
-        # From here on, `states` carry gradient: a loss behind the last pass reaches the projections of the owners
-        # through what the graded pass before it wrote.
-        for _ in range(passes.num_graded - 1):
-            states = self._run_draft(cycle, hidden_states, states)
-        before = states
-        hidden_states, states = self._run_layers(cycle, hidden_states, states)
-        num_passes = num_ungraded + passes.num_graded
+            while num_passes < passes.num_ungraded:
+                before = drafts
+                drafts = self._run_pass(cycle, hidden_states.detach(), states, before, num_passes == 0)
+                num_passes += 1
+                if passes.tolerance is not None and has_settled(before, drafts, owners, passes.tolerance):
+                    break
+        # From here on, `drafts` carry gradient: a loss behind the last pass reaches the projections of the owners
+        # through what the graded passes before it have written, and earlier groups of tokens in the same pass.
+        turns: list[Turn] = []
+        for is_last in [False] * (passes.num_graded - 1) + [True]:
+            before = drafts
+            drafts = self._run_pass(cycle, hidden_states, states, before, num_passes == 0, turns if is_last else None)
+            num_passes += 1
         self.trace.num_passes = max(self.trace.num_passes, num_passes)
         if self.trace.residuals is not None and num_passes > 1:
-            self.trace.residuals.append(relative_change(before, states, owners))
+            self.trace.residuals.append(relative_change(before, drafts, owners))
+        return self._leave(cycle, turns, states, drafts)
+
+    def _run_pass(
+        self,
+        cycle: Segment,
+        hidden_states: torch.Tensor,
+        states: States,
+        before: States,
+        is_first: bool,
+        turns: list[Turn] | None = None,
+    ) -> States:
+        """A pass over a cycle, up to what its top layer writes, in which groups of tokens take turns.
+
+        A group reads what those before it have just written, and of the others what the pass before has.
+
+        Args:
+            cycle: the layers.
+            hidden_states: what enters them, `(batch, q_len, hidden_size)`.
+            states: what the readers of layers below the cycle see.
+            before: what the owners in the cycle wrote in the pass before for the new tokens alone, each `(batch,
+                num_heads, q_len, head_dim)`; zeros in the first one.
+            is_first: whether it is the first pass.
+            turns: takes what enters the top layer, in the last pass. In this all owners write, in others only those
+                that are read in the next one.
+
+        Returns:
+            What the owners have written, like `before`.
+        """
+        top, drafts = cycle.stop - 1, dict(before)
+        read_again = {source.owner for read in self.layout.sources[cycle.start : top] for source in read}
+        writers = read_again if turns is None else set(self.layout.owners)
+        # New tokens are to read the cached ones from the first turn on. Without any, an owner that has not written is
+        # missing, and its readers skip attention instead of attending to zeros.
+        seen = states | self._see(before if self.has_past or not is_first else {})
+        for group in groups_of(self.passes.num_groups):
+            turn, part = self._for_group(group), group.pick(hidden_states)
+            for layer_idx in range(cycle.start, cycle.stop):
+                if layer_idx in writers:
+                    written: States = {}
+                    turn._run_layer(layer_idx, part, written, None, True, None)
+                    new = written[layer_idx]
+                    old = drafts.get(layer_idx) or self._zeros([layer_idx], hidden_states)[layer_idx]
+                    drafts[layer_idx] = tuple(map(group.put, old, new))
+                    seen |= self._see({layer_idx: drafts[layer_idx]})
+                if layer_idx < top:
+                    visible_keys = self._visible_to(group, layer_idx, cycle, is_first)
+                    part = turn._run_layer(layer_idx, part, seen, visible_keys, False, None, turn.trace.attentions)
+                    turn.trace.note(part)
+            if turns is not None:
+                turns.append((part, turn.trace))
+        return drafts
+
+    def _leave(self, cycle: Segment, turns: list[Turn], states: States, drafts: States) -> tuple[torch.Tensor, States]:
+        """Ends the last pass: what was written goes to the cache, and the top layer reads, for all tokens at once."""
+        hidden_states = interleave([part for part, _ in turns])
+        self.trace.note_groups([trace for _, trace in turns])
+        write = None if self.cache is None else CacheWriter(self.cache)
+        for owner in sorted(drafts):
+            states = states | {owner: drafts[owner] if write is None else write(drafts[owner], owner)}
+        top = cycle.stop - 1
+        if self.visible_keys[top] is not None:
+            hidden_states = self._run_layer(
+                top, hidden_states, states, self.visible_keys[top], False, None, self.trace.attentions
+            )
+            self.trace.note(hidden_states)
         return hidden_states, states
 
-    def _run_draft(self, cycle: Segment, hidden_states: torch.Tensor, states: States) -> States:
-        """A pass over a cycle that another one follows: it writes what that one will read, and nothing to the cache.
+    def _for_group(self, group: Group) -> Stack:
+        """The same for the tokens of a group."""
+        position_embeddings = {
+            label: (group.pick(cos), group.pick(sin)) for label, (cos, sin) in self.position_embeddings.items()
+        }
+        return replace(self, position_embeddings=position_embeddings, trace=self.trace.of_group())
 
-        Nobody needs what leaves the top layer, so that layer only writes; an owner that no layer below the top reads
-        does not even do that.
-        """
-        # A copy, in which layers find what owners below them have just written, and of those above what the pass
-        # before wrote. The dictionary before it stays as it was, to be compared with.
-        states, top = dict(states), cycle.stop - 1
-        read_again = {source.owner for read in self.layout.sources[cycle.start : top] for source in read}
-        peek = None if self.cache is None else CachePeeker(self.cache)
-        for layer_idx in range(cycle.start, cycle.stop):
-            visible_keys = None if layer_idx == top else self.visible_keys[layer_idx]
-            writes = layer_idx == top or layer_idx in read_again
-            hidden_states = self._run_layer(layer_idx, hidden_states, states, visible_keys, writes, peek)
-        return states
+    def _visible_to(self, group: Group, layer_idx: int, cycle: Segment, is_first: bool) -> VisibleKeys | None:
+        """What the queries of a group see in a layer: in the first pass, nothing that nobody has written yet."""
+        if group.num_groups == 1:
+            return self.visible_keys[layer_idx]
+        assert self.group_keys is not None
+        source, num_written = self.layout.sources[layer_idx][0].owner, None
+        if is_first and cycle.start <= source < cycle.stop:
+            num_written = group.index + (source <= layer_idx)
+        return self.group_keys.of(layer_idx, group, num_written)
 
     def _run_layers(
         self, segment: Segment, hidden_states: torch.Tensor, states: States
     ) -> tuple[torch.Tensor, States]:
-        """Runs layers for good: all owners write, to the cache if there is one."""
+        """Runs layers once: all owners write, to the cache if there is one."""
         states = dict(states)
         write = None if self.cache is None else CacheWriter(self.cache)
         for layer_idx in range(segment.start, segment.stop):
@@ -294,7 +251,7 @@ class Stack:
         layer: Any = self.layers[layer_idx]
         hidden_states, *written = layer(
             hidden_states,
-            *self._read(layer_idx, states),
+            *self._read(layer_idx, states, writes),
             position_embeddings=self.position_embeddings[layer.key_label],
             query_embeddings=self.position_embeddings[layer.query_label],
             visible_keys=visible_keys,
@@ -307,10 +264,12 @@ class Stack:
             states[layer_idx] = tuple(written)
         return hidden_states
 
-    def _read(self, layer_idx: int, states: States) -> list[torch.Tensor | None]:
-        """The streams that a layer reads of others; `None` for its own, and for those that nobody has written yet."""
+    def _read(self, layer_idx: int, states: States, writes: bool) -> list[torch.Tensor | None]:
+        """The streams that a layer reads; `None` for what it writes itself, and what nobody has written yet."""
         return [
-            None if source.owner == layer_idx or source.owner not in states else states[source.owner][source.index]
+            None
+            if (source.owner == layer_idx and writes) or source.owner not in states
+            else states[source.owner][source.index]
             for source in self.layout.sources[layer_idx]
         ]
 
@@ -320,20 +279,36 @@ class Stack:
         above = {source.owner for reader in readers for source in self.layout.sources[reader] if source.owner > reader}
         return tuple(sorted(above))
 
-    def _past_states(self, owners: Iterable[int], hidden_states: torch.Tensor) -> States:
-        """What the owners have in the cache, followed by zeros for the new tokens, which nobody has written yet."""
+    def _see(self, new: States) -> States:
+        """What is in the cache of some owners, followed by their streams for the new tokens."""
+        if self.cache is None:
+            return new
+        peek = CachePeeker(self.cache)
+        return {owner: peek(streams, owner) for owner, streams in new.items()}
+
+    def _zeros(self, owners: Iterable[int], hidden_states: torch.Tensor) -> States:
+        """Zeros in the place of what the owners will write for the new tokens."""
         dtype = hidden_states.dtype
         if torch.is_autocast_enabled(hidden_states.device.type):
             dtype = torch.get_autocast_dtype(hidden_states.device.type)
         batch_size, q_len = hidden_states.shape[:2]
-        states = {}
-        for owner in owners:
-            zeros = tuple(
+        return {
+            owner: tuple(
                 hidden_states.new_zeros(batch_size, stream.num_heads, q_len, stream.head_dim, dtype=dtype)
                 for stream in self.layout.store(owner).streams
             )
-            states[owner] = zeros if self.cache is None else CachePeeker(self.cache)(zeros, owner)
-        return states
+            for owner in owners
+        }
+
+
+Turn = tuple[torch.Tensor, Trace]
+"""What one group of tokens brings to the top layer of a cycle, and what is to be reported of it."""
+
+
+def has_settled(before: States, after: States, owners: Iterable[int], tolerance: float) -> bool:
+    """Whether streams have changed by less than `tolerance`, or by no more than what rounding them does."""
+    rounding = torch.finfo(next(iter(after.values()))[0].dtype).eps
+    return bool(relative_change(before, after, owners) < max(tolerance, rounding))
 
 
 @torch.no_grad()

@@ -239,7 +239,7 @@ def llama_flops(run: Row) -> float | None:
     plan, own = run.plan, run.train_flops_per_token
     if plan is None or run.context_length is None or own is None:
         return None
-    names = ("forward_passes", "backward_passes", "use_sequential")
+    names = ("forward_passes", "backward_passes", "cyclic_groups", "use_sequential")
     iteration, length = Iteration(**{name: model[name] for name in names if name in model}), int(run.context_length)
     counted = count_flops(plan, sizes, length, iteration).train
     if counted is None or not math.isclose(counted, own, rel_tol=1e-6):

@@ -27,7 +27,7 @@ _CHANGES_NO_RESULT = (
     "evaluation.batch_size",
 )
 _OF_WINDOWS = ("model.sliding_window",)
-_OF_CYCLES = ("forward_passes", "backward_passes", "converge_tolerance", "use_sequential")
+_OF_CYCLES = ("forward_passes", "backward_passes", "cyclic_groups", "converge_tolerance", "use_sequential")
 _OF_PATTERN = (
     *("sharing.", "model.layer_types", "model.num_hidden_layers", "model.default_num_hidden_layers"),
     *(*_OF_WINDOWS, *(f"model.{name}" for name in _OF_CYCLES)),

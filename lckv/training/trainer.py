@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
+from lckv.iteration import CONVERGE
 from lckv.storage import new_file, new_folder
 from lckv.training.checkpoints import CheckpointFolder, saving
 from lckv.training.optim import metrics_of
@@ -173,6 +174,8 @@ class LCKVTrainer(Trainer):
             world_size=self.args.world_size,
             reduce_sum=self._sum_over_processes,
             on_batch=self.on_eval_batch,
+            # Processes that hold parts of one model have to pass equally often.
+            forward_passes=None if self.is_sharded else CONVERGE,
         )
         metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         if result.bits_per_byte is not None:

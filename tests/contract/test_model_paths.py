@@ -7,6 +7,7 @@ from transformers import DynamicCache, StaticCache
 from tests.reference import PATTERNS, SHAPES, cross_entropy, exact_logits, plain_schedule_logits, tiny_model, token_ids
 
 LENGTH = 9
+PASSES = ("forward_passes", "backward_passes", "cyclic_groups")
 
 
 def assert_close(actual, expected, tolerance=1e-4):
@@ -23,10 +24,12 @@ def model(request):
     return tiny_model(request.param)
 
 
+@pytest.mark.parametrize("cyclic_groups", [1, 4])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("layer_types", PATTERNS)
-def test_iterated_to_the_end_is_exact(layer_types, attn_implementation):
-    model = tiny_model(layer_types, attn_implementation=attn_implementation, forward_passes=LENGTH - 2)
+def test_iterated_to_the_end_is_exact(layer_types, attn_implementation, cyclic_groups):
+    passes = {"forward_passes": LENGTH - 2, "cyclic_groups": cyclic_groups}
+    model = tiny_model(layer_types, attn_implementation=attn_implementation, **passes)
     input_ids = token_ids(2, LENGTH)
     expected = exact_batch(model, input_ids)
     for use_cache in (False, True):
@@ -48,22 +51,25 @@ def test_sequential_is_exact(model):
     assert_close(model(input_ids, use_cache=True).logits, expected)
 
 
+@pytest.mark.parametrize("cyclic_groups", [1, 2, LENGTH])
 @torch.no_grad()
-def test_converge_is_exact_with_a_tight_tolerance(model):
+def test_converge_is_exact_with_a_tight_tolerance(model, cyclic_groups):
     model.config.forward_passes, model.config.converge_tolerance = "converge", 1e-7
+    model.config.cyclic_groups = cyclic_groups
     input_ids = token_ids(2, LENGTH)
     assert_close(model(input_ids).logits, exact_batch(model, input_ids))
 
 
+@pytest.mark.parametrize("passes", [(2, 2, 1), (1, 1, 4), (0, 1, 2), (0, 2, 4)])
 @pytest.mark.parametrize("layer_types", PATTERNS)
-def test_fixed_passes_equal_the_plain_schedule_with_gradients(layer_types):
-    model = tiny_model(layer_types).train()
+def test_fixed_passes_equal_the_plain_schedule_with_gradients(layer_types, passes):
+    model = tiny_model(layer_types, **dict(zip(PASSES, passes, strict=True))).train()
     input_ids = token_ids(2, LENGTH)
     outputs = model(input_ids, labels=input_ids, use_cache=False)
     outputs.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
-    expected = torch.stack([plain_schedule_logits(model, row, 2, 2) for row in input_ids])
+    expected = torch.stack([plain_schedule_logits(model, row, *passes) for row in input_ids])
     loss = cross_entropy(expected, input_ids)
     loss.backward()
     assert_close(outputs.logits, expected)
@@ -74,11 +80,13 @@ def test_fixed_passes_equal_the_plain_schedule_with_gradients(layer_types):
 
 
 @pytest.mark.parametrize("force_nodiag", [False, True])
-@pytest.mark.parametrize("chunks", [[1] * LENGTH, [4, 1, 1, 3], [2, 4, 3], [1, 4, 4]])
+@pytest.mark.parametrize(
+    ("chunks", "cyclic_groups"), [([1] * LENGTH, 1), ([4, 1, 1, 3], 1), ([2, 4, 3], 1), ([1, 4, 4], 1), ([2, 6, 1], 2)]
+)
 @pytest.mark.parametrize("layer_types", PATTERNS)
 @torch.no_grad()
-def test_chunked_input_with_a_cache_is_exact(layer_types, chunks, force_nodiag):
-    model = tiny_model(layer_types, force_nodiag=force_nodiag)
+def test_chunked_input_with_a_cache_is_exact(layer_types, chunks, cyclic_groups, force_nodiag):
+    model = tiny_model(layer_types, force_nodiag=force_nodiag, cyclic_groups=cyclic_groups)
     input_ids = token_ids(2, LENGTH)
     expected = exact_batch(model, input_ids)
     caches = [DynamicCache(config=model.config), DynamicCache(), StaticCache(config=model.config, max_cache_len=12)]
@@ -87,12 +95,12 @@ def test_chunked_input_with_a_cache_is_exact(layer_types, chunks, force_nodiag):
         assert_close(torch.cat(logits, dim=1), expected)
 
 
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("attn_implementation", "cyclic_groups"), [("eager", 1), ("sdpa", 1), ("sdpa", 3)])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("layer_types", PATTERNS)
 @torch.no_grad()
-def test_padding_changes_nothing(layer_types, side, attn_implementation):
-    model = tiny_model(layer_types, attn_implementation=attn_implementation)
+def test_padding_changes_nothing(layer_types, side, attn_implementation, cyclic_groups):
+    model = tiny_model(layer_types, attn_implementation=attn_implementation, cyclic_groups=cyclic_groups)
     rows = [token_ids(1, length, seed=length)[0] for length in (LENGTH, 5, 1)]
     input_ids = torch.zeros(3, LENGTH, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -136,10 +144,11 @@ def test_left_padding_with_a_cache_step_by_step(layer_types, attn_implementation
         assert_close(logits[row, -len(tokens) :], exact_logits(model, tokens))
 
 
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("attn_implementation", "cyclic_groups"), [("eager", 1), ("sdpa", 1), ("eager", 2)])
 @pytest.mark.parametrize("layer_types", PATTERNS)
-def test_packed_documents_are_separate(layer_types, attn_implementation):
-    model = tiny_model(layer_types, attn_implementation=attn_implementation, forward_passes=LENGTH)
+def test_packed_documents_are_separate(layer_types, attn_implementation, cyclic_groups):
+    passes = {"forward_passes": LENGTH, "cyclic_groups": cyclic_groups}
+    model = tiny_model(layer_types, attn_implementation=attn_implementation, **passes)
     lengths = [[4, 1, 4], [2, 7]]
     input_ids = token_ids(2, LENGTH)
     position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
@@ -161,6 +170,21 @@ def test_packed_documents_are_separate(layer_types, attn_implementation):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("layer_types", ["0_3_3_3_4", "2_1_2_1", "1_2_3_3"])
+def test_generated_text_is_that_of_decoding_unless_passes_are_asked_for(layer_types):
+    differing = 0
+    for seed in range(8):
+        model = tiny_model(layer_types, seed=seed, forward_passes=0, initializer_range=0.4)
+        prompt = token_ids(1, LENGTH, seed)
+        few = model.generate(prompt, max_new_tokens=6, do_sample=False, forward_passes=0)
+        texts = [model.generate(prompt, max_new_tokens=6, do_sample=False)]
+        model.config.use_sequential = True
+        texts.append(model.generate(prompt, max_new_tokens=6, do_sample=False))
+        assert torch.equal(*texts)
+        differing += not torch.equal(few, texts[0])
+    assert differing  # so that the passes do matter
+
+
 def _loss_and_gradients(model, input_ids, **kwargs):
     model.zero_grad()
     loss = model(input_ids, labels=input_ids, **kwargs).loss
@@ -168,10 +192,10 @@ def _loss_and_gradients(model, input_ids, **kwargs):
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(("use_reentrant", "passes"), [(False, (2, 2, 1)), (True, (2, 2, 1)), (True, (0, 1, 3))])
 @pytest.mark.parametrize("layer_types", PATTERNS)
-def test_gradient_checkpointing_and_cache_change_nothing(layer_types, use_reentrant):
-    model = tiny_model(layer_types).train()
+def test_gradient_checkpointing_and_cache_change_nothing(layer_types, use_reentrant, passes):
+    model = tiny_model(layer_types, **dict(zip(PASSES, passes, strict=True))).train()
     input_ids = token_ids(2, LENGTH)
     loss, gradients = _loss_and_gradients(model, input_ids, use_cache=False)
     with_cache, cached_gradients = _loss_and_gradients(model, input_ids, use_cache=True)

@@ -162,16 +162,18 @@ def test_tinyllama_has_as_many_parameters_as_published():
 
 
 @pytest.mark.parametrize(
-    ("string", "forward_passes", "backward_passes"),
+    ("string", "forward_passes", "backward_passes", "cyclic_groups"),
     [
-        ("0_0_2_2", 7, 2),
-        ("0_3_3_3_4", 7, 2),
-        ("0_3_3_3_4", 0, 2),
-        ("1_1_3_3", 2, 3),
-        ("2_1_2_2", 1, 2),
+        ("0_0_2_2", 7, 2, 1),
+        ("0_3_3_3_4", 7, 2, 1),
+        ("0_3_3_3_4", 0, 2, 1),
+        ("1_1_3_3", 2, 3, 1),
+        ("2_1_2_2", 1, 2, 1),
+        ("0_3_3_3_4", 1, 1, 4),
+        ("2_2_2_3", 0, 1, 3),
     ],
 )
-def test_matrix_products_are_those_that_torch_counts(string, forward_passes, backward_passes):
+def test_matrix_products_are_those_that_torch_counts(string, forward_passes, backward_passes, cyclic_groups):
     """A window of one token without that token leaves no keys, hence no attention: torch would count masked ones."""
     windowed = "_".join(f"{entry}s" for entry in string.split("_"))
     config = tiny_config(
@@ -180,6 +182,7 @@ def test_matrix_products_are_those_that_torch_counts(string, forward_passes, bac
         force_nodiag=True,
         forward_passes=forward_passes,
         backward_passes=backward_passes,
+        cyclic_groups=cyclic_groups,
     )
     model = LCKVLlamaForCausalLM(config)
     input_ids = torch.arange(12)[None]
@@ -191,7 +194,7 @@ def test_matrix_products_are_those_that_torch_counts(string, forward_passes, bac
                 loss.backward()
         products = counter.get_flop_counts()["Global"].items()
         counted.append(sum(flops for name, flops in products if str(name) in ("aten.mm", "aten.addmm")) / 12)
-    iteration = Iteration(forward_passes, backward_passes)
+    iteration = Iteration(forward_passes, backward_passes, cyclic_groups)
     flops = count_flops(config.sharing_plan, ModelSizes.from_config(config), 12, iteration)
     assert [flops.forward, flops.train] == counted
 

@@ -153,6 +153,7 @@ def test_a_window_that_holds_every_document_gives_the_training_s_own_figures(dat
     data.block_size = 128  # longer than all documents together
     Path(data.files).write_text("more " * 40)
     blocks = build_dataset(data, byte_tokenizer())
+    model.config.forward_passes = 128
     result = evaluate_perplexity(model, blocks.validation, batch_size=1, num_bytes=blocks.validation_num_bytes)
     figures = evaluate(model, data)
     assert figures["num_tokens"] == result.num_tokens

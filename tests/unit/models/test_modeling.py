@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from lckv import LCKVLlamaForCausalLM
 from lckv.cache import SinkKVCache
 from lckv.models.attention import attend_with_one_query
-from lckv.models.masks import VarlenBatch, build_visible_keys
+from lckv.models.masks import MaskBuilder, VarlenBatch, build_visible_keys
 from tests.reference import exact_logits, tiny_config, tiny_model, token_ids
 
 LENGTH = 9
@@ -172,7 +172,7 @@ def _flash_like(model, input_ids, **options):
     config._attn_implementation = "flash_attention_2"
     embeds = model.model.embed_tokens(input_ids)
     arguments = {"attention_mask": None, "past_key_values": None, "document_ids": None} | options
-    return build_visible_keys(config, config.kv_layout, embeds, **arguments)
+    return build_visible_keys(MaskBuilder(config, config.kv_layout, embeds, **arguments))
 
 
 def _spans(varlen: VarlenBatch):
