@@ -31,7 +31,7 @@ SCHEDULES = ("7+2", "1+1x8", "1+1x4")
 BASELINE = "transformers' Llama"
 
 
-def passes(schedule: str) -> dict[str, int]:
+def passes(schedule: str) -> dict[str, Any]:
     """Settings of the model, from how a schedule is written."""
     counts, _, groups = schedule.partition("x")
     ungraded, graded = map(int, counts.split("+"))
