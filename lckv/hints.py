@@ -11,7 +11,7 @@ from lckv.config import GroupConfig, HintsConfig, validate
 from lckv.console import new_console
 from lckv.patterns import parse_layer_types
 from lckv.serving.hints import ModelKV, SharingHint, emit_hint, find_model
-from lckv.storage import check_folder, write_json
+from lckv.storage import check_new_file, write_json
 
 
 def main(cfg: HintsConfig) -> None:
@@ -19,9 +19,10 @@ def main(cfg: HintsConfig) -> None:
     validate(cfg)
     out = None if cfg.out is None else Path(cfg.out).expanduser()
     if out is not None:
-        check_folder(out.parent, f"out={cfg.out}")
+        check_new_file(out, ".json")
     values = build_hint(cfg).as_dict()
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, values)
     new_console().print_json(json.dumps(values))
 

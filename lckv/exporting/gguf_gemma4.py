@@ -20,7 +20,6 @@ from lckv.exporting.gguf_plain import (
     Description,
     Rotation,
     Weights,
-    check_no_biases,
     common_settings,
     find_rotation,
     named,
@@ -49,7 +48,6 @@ def describe_gemma4(config: LCKVLlamaConfig, weights: Weights, reuse: Reuse) -> 
     Raises:
         UserError: for what that does not have.
     """
-    check_no_biases(config, "gemma4")
     window, is_sliding = config.sliding_window, reuse.is_sliding
     if not any(is_sliding):  # llama.cpp wants a window somewhere; one as wide as the context hides nothing
         window, is_sliding = config.max_position_embeddings, (True, *is_sliding[1:])

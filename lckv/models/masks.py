@@ -316,17 +316,15 @@ class MaskBuilder:
         q_idx = group.pick(new[None])[..., None] + at.q_offset
         kv_idx = torch.arange(at.kv_length, device=self.device)[None, None, :] + at.kv_offset
         visible = sees(batch_idx, None, q_idx, kv_idx)
+        if at.key_positions is not None:
+            kv_idx = at.key_positions[:, None]
         if num_written is not None:
-            if at.key_positions is not None:
-                kv_idx = at.key_positions[:, None]
             number = kv_idx - at.q_offset  # of a new token; below 0 for earlier ones
             visible = visible & ((number < 0) | (number % group.num_groups < num_written))
         visible = visible.expand(self.batch_size, -1, -1)
-        sees_nothing = ~visible.any(dim=-1)
-        # Who sees nothing gets zero, whatever the mask shows.
-        return VisibleKeys(
-            visible.shape[1], self._from_pairs(visible | sees_nothing[..., None]), sees_nothing=sees_nothing
-        )
+        nothing = ~visible.any(dim=-1)
+        mask = self._from_pairs(visible | (nothing[..., None] & (kv_idx == q_idx)))
+        return VisibleKeys(visible.shape[1], mask, sees_nothing=nothing if kind.hides_own_token else None)
 
     def _from_pairs(self, visible: torch.Tensor) -> torch.Tensor | BlockMask:
         """What the backend takes for the pairs `(batch, q_len, kv_len)` that see each other."""
