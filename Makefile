@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare study test test-slow test-gpu test-hub test-serving check format wheel wheel-smoke bench bench-decode bench-prefill clean
+.PHONY: help setup train compare study test test-slow test-gpu test-hub test-serving check format wheel wheel-smoke bench bench-decode bench-prefill bench-serving clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -107,6 +107,11 @@ bench-decode: $(STAMP) ## measure decoding of five families in one KV budget, in
 
 bench-prefill: $(STAMP) ## measure the prefill of 2,048 tokens, into runs/
 	$(RUN) -m lckv.benchmark suite=prefill
+
+bench-serving: ## measure what shared keys and values are worth in vLLM, into runs/ (about 10 minutes)
+	VLLM_VENV="$(SERVING_VENV)" PYTHON="$(PYTHON)" scripts/serve_vllm.sh --install-only
+	"$(SERVING_VENV)/bin/python" -m pip install --quiet --disable-pip-version-check matplotlib hydra-core
+	"$(SERVING_VENV)/bin/python" scripts/bench_serving.py --output runs/serving.json --picture runs/serving.png
 
 clean: ## remove what is built and cached, not .venv and not runs/
 	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -71,7 +71,7 @@ TORCH_FREE = [
 ]
 
 # What only an engine imports, which is not installed beside the tests: `make test-serving` has an environment for it.
-OF_ENGINES = {"lckv.serving.vllm.attention", "lckv.serving.vllm.model"}
+OF_ENGINES = {"lckv.serving.vllm.attention", "lckv.serving.vllm.model", "lckv.serving.vllm.strict_past"}
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -17,6 +17,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 from lckv.errors import UserError
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.rotary import rotary_embedding
+from lckv.serving.vllm.strict_past import StrictPastAttention
 
 
 class TableRotaryEmbedding(RotaryEmbedding):
@@ -46,12 +47,12 @@ class TableRotaryEmbedding(RotaryEmbedding):
 
 
 class LCKVAttention(nn.Module):
-    """Multi-head attention that reads the keys and values of its own or of a lower layer.
+    """Multi-head attention that reads the keys and values of its own or of another layer.
 
     A layer that computes keys and values has an `attn`, which keeps what its widest reader needs: a window only if all
     of them have one. Where the layer itself reads that, it does so through `attn`. Where it reads another layer's, or
-    less than others do, it has a second attention, `read`, which keeps nothing, as all layers have that compute no
-    keys and values.
+    less than others do, or not the token's own key, it has a second attention, `read`, which keeps nothing, as all
+    layers have that compute no keys and values.
 
     Args:
         config: the model's.
@@ -79,6 +80,7 @@ class LCKVAttention(nn.Module):
         self.num_kv_heads = max(1, config.num_key_value_heads // num_processes)
         self.scaling = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.computes_kv = layer.computes_kv
+        self.is_strict = layer.is_upward or config.force_nodiag
         self.rotate_queries, self.rotate_keys = (
             rotations[config.query_label(layer_idx)],
             rotations[config.rope_label(layer_idx)],
@@ -88,10 +90,11 @@ class LCKVAttention(nn.Module):
         keeps_window = plan.owner_is_sliding(layer_idx)
         if layer.computes_kv:
             self.attn = self._attention(vllm_config, f"{prefix}.attn", windows[keeps_window])
-        self.reads_attn = layer.kv_source == layer_idx and layer.is_sliding == keeps_window
+        self.reads_attn = layer.kv_source == layer_idx and layer.is_sliding == keeps_window and not self.is_strict
         if not self.reads_attn:
             owner = prefix.replace(f"layers.{layer_idx}.", f"layers.{layer.kv_source}.")
-            self.read = self._attention(vllm_config, f"{prefix}.read", windows[layer.is_sliding], f"{owner}.attn")
+            window = windows[layer.is_sliding]
+            self.read = self._attention(vllm_config, f"{prefix}.read", window, f"{owner}.attn", self.is_strict)
 
     def _add_projections(self, config: LCKVLlamaConfig, vllm_config: VllmConfig, prefix: str) -> None:
         sizes = (config.hidden_size, self.head_dim, config.num_attention_heads, config.num_key_value_heads)
@@ -116,12 +119,17 @@ class LCKVAttention(nn.Module):
                 self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def _attention(
-        self, vllm_config: VllmConfig, name: str, window: int | None, owner: str | None = None
+        self,
+        vllm_config: VllmConfig,
+        name: str,
+        window: int | None,
+        owner: str | None = None,
+        is_strict: bool = False,
     ) -> Attention:
         # Else vLLM takes a window that the configuration has for some layers as that of all without their own.
         cache_config = copy.copy(vllm_config.cache_config)
         cache_config.sliding_window = None
-        attention = Attention(
+        attention = (StrictPastAttention if is_strict else Attention)(
             self.num_heads,
             self.head_dim,
             self.scaling,
@@ -152,14 +160,35 @@ class LCKVAttention(nn.Module):
         """
         if not self.computes_kv:
             query = self._rotated_queries(positions, self.q_proj(hidden_states)[0])
-            return self.o_proj(self.read(query, None, None))[0]
-        sizes = [heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        query, key, value = self.qkv_proj(hidden_states)[0].split(sizes, dim=-1)
+            return self.o_proj(self._masked(positions, self.read(query, None, None)))[0]
+        query, key, value = self._project(positions, hidden_states)
         query = self._rotated_queries(positions, query)
-        key = self.rotate_keys(positions, self._normed(key, "k_norm"))[0]
         if self.reads_attn:
             return self.o_proj(self.attn(query, key, value))[0]
-        return self.o_proj(self._write_and_read(query, key, value))[0]
+        return self.o_proj(self._masked(positions, self._write_and_read(query, key, value)))[0]
+
+    def write(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Writes keys and values, as `forward` does, and reads nothing."""
+        _, key, value = self._project(positions, hidden_states)
+        self._write(key, value)
+
+    def write_zeros(self, hidden_states: torch.Tensor) -> None:
+        """Writes zeros where `forward` will write the keys and values of these tokens."""
+        zeros = hidden_states.new_zeros(len(hidden_states), self.num_kv_heads * self.head_dim)
+        self._write(zeros, zeros)
+
+    def _project(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, still to be rotated, keys and values, each `(num_tokens, num_heads * head_dim)`."""
+        sizes = [heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        query, key, value = self.qkv_proj(hidden_states)[0].split(sizes, dim=-1)
+        return query, self.rotate_keys(positions, self._normed(key, "k_norm"))[0], value
+
+    def _masked(self, positions: torch.Tensor, attn_output: torch.Tensor) -> torch.Tensor:
+        """What was read, `(num_tokens, num_heads * head_dim)`, and zero where there was nothing to see."""
+        # What kernels give for a text's first token, if that does not see its own key, may be no number.
+        return attn_output.masked_fill(positions[:, None] == 0, 0.0) if self.is_strict else attn_output
 
     def _rotated_queries(self, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         return self.rotate_queries(positions, self._normed(query, "q_norm"))[0]
@@ -175,9 +204,12 @@ class LCKVAttention(nn.Module):
         By vLLM's operators, as its layers have no verb for each. What the first gives is empty, and tells compilers
         that the second comes after it, without which they would drop the first.
         """
+        written = self._write(key, value)
         query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
-        owner, reader = (_encode_layer_name(layer.layer_name) for layer in (self.attn, self.read))
-        written = torch.ops.vllm.unified_kv_cache_update(key, value, owner)
-        output = query.new_empty(query.shape)
+        output, reader = query.new_empty(query.shape), _encode_layer_name(self.read.layer_name)
         torch.ops.vllm.unified_attention_with_output(query, key, value, output, reader, kv_cache_dummy_dep=written)
         return output.flatten(1)
+
+    def _write(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (key, value))
+        return torch.ops.vllm.unified_kv_cache_update(key, value, _encode_layer_name(self.attn.layer_name))

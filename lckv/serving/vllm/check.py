@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("--host", default="0.0.0.0")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--hf-overrides", default="{}")
+    parser.add_argument("--enforce-eager", action="store_true")
     given, _ = parser.parse_known_args(arguments)
     check_port(given.host, given.port)
     check_model(given.model, key="--model")
@@ -41,25 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> str:
     except ValueError as error:
         raise UserError(f"--hf-overrides {given.hf_overrides}: is no JSON: {error}") from error
     if found.is_folder:
-        check_values(found.stored_values(), overrides)
+        check_values(found.stored_values(), overrides, given.enforce_eager)
     return found.path
 
 
-def check_values(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+def check_values(stored: Mapping[str, Any], overrides: Mapping[str, Any], enforce_eager: bool) -> None:
     """Refuses a model, or a pattern for it, that the plugin cannot serve; what vLLM serves itself is vLLM's.
 
     Args:
         stored: what `config.json` holds.
         overrides: what `--hf-overrides` says.
+        enforce_eager: whether the model is not compiled.
 
     Raises:
         UserError: naming what is wrong.
     """
     values = {**stored, **overrides}
     if values.get("architectures") == [ARCHITECTURE]:
-        from lckv.serving.vllm.settings import read_served  # takes torch along
+        from lckv.serving.vllm.settings import check_eager, read_served  # takes torch along
 
-        read_served(values)
+        check_eager(read_served(values).config, enforce_eager)
     elif asked := [name for name in PATTERN_KEYS if isinstance(overrides.get(name), str)]:
         raise UserError(
             f"--hf-overrides: {asked[0]}={overrides[asked[0]]!r} has no effect on vLLM's own model; give also "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +18,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
+from lckv.iteration import Iteration
 from lckv.models.configuration_lckv import LCKVLlamaConfig
+from lckv.patterns import Segment
 from lckv.serving.vllm.attention import LCKVAttention, TableRotaryEmbedding
-from lckv.serving.vllm.settings import check_engine, first_of_last_readers, read_served
+from lckv.serving.vllm.settings import check_engine, first_of_last_readers, num_passes, read_served
 
 
 def build_norm(config: LCKVLlamaConfig) -> nn.Module:
@@ -88,6 +91,10 @@ class LCKVDecoderLayer(nn.Module):
             mlp_output = self.mlp_output_layernorm(mlp_output)
         return torch.add(hidden_states, mlp_output, alpha=self.residual_multiplier)
 
+    def write(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Writes the layer's keys and values and computes nothing else."""
+        self.self_attn.write(positions, self.input_layernorm(hidden_states))
+
 
 @support_torch_compile(
     # A compiled stack cannot run its last layers for fewer tokens.
@@ -121,7 +128,8 @@ class LCKVLlamaModel(nn.Module):
             for layer_idx in range(config.sharing_plan.num_hidden_layers)
         )
         self.norm = build_norm(config)
-        self.first_reader = first_of_last_readers(config.sharing_plan)
+        self.plan, self.iteration = config.sharing_plan, Iteration.from_config(config)
+        self.first_reader = first_of_last_readers(self.plan)
         self.last_reader = f"{prefix}.layers.{len(self.layers) - 1}.self_attn.read"
         self.is_fast_prefill = vllm_config.cache_config.kv_sharing_fast_prefill
 
@@ -147,8 +155,11 @@ class LCKVLlamaModel(nn.Module):
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(positions)
-        for layer in self.layers[: self.first_reader]:
-            hidden_states = layer(positions, hidden_states)
+        for segment in self.plan.segments:
+            if segment.is_cycle:
+                self._iterate(segment, positions, hidden_states)
+            for layer in self.layers[segment.start : min(segment.stop, self.first_reader)]:
+                hidden_states = layer(positions, hidden_states)
         rows, num_rows = self._wanted_rows()
         if rows is None:
             return self.norm(self._run_readers(positions, hidden_states))
@@ -156,6 +167,30 @@ class LCKVLlamaModel(nn.Module):
         hidden_states = hidden_states.clone()  # nobody looks at the other rows, but vLLM expects as many as it gave
         hidden_states[rows[:num_rows]] = outputs[:num_rows]
         return self.norm(hidden_states)
+
+    def _iterate(self, cycle: Segment, positions: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Writes what the layers of a cycle will read above themselves, pass by pass, up to the last pass.
+
+        As in `lckv.models.stack`: every pass starts from the same hidden states, the first reads zeros, and none of
+        these needs what leaves the top layer. The cache is the place where a pass finds what the one before wrote.
+        Earlier tokens of a request are there already, so one new token needs no pass before the last.
+        """
+        num_drafts = num_passes(self.iteration, self._longest_query()) - 1
+        if num_drafts == 0:
+            return
+        layers: Any = self.layers
+        for owner in {layer.kv_source for layer in self.plan.layers[cycle.start : cycle.stop] if layer.is_upward}:
+            layers[owner].self_attn.write_zeros(hidden_states)
+        for _ in range(num_drafts):
+            draft = hidden_states
+            for layer in layers[cycle.start : cycle.stop - 1]:
+                draft = layer(positions, draft)
+            layers[cycle.stop - 1].write(positions, draft)
+
+    def _longest_query(self) -> int:
+        """The most new tokens of a request in this batch."""
+        metadata = get_forward_context().attn_metadata  # none when memory is measured, before the first request
+        return next(iter(metadata.values())).max_query_len if isinstance(metadata, dict) else 1
 
     def _run_readers(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers[self.first_reader :]:

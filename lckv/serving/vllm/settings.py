@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,12 +13,18 @@ import torch
 from lckv.errors import UserError
 from lckv.families import Reading, read_model
 from lckv.families.tensors import our_tensors
+from lckv.iteration import Iteration
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan
 from lckv.serving.hint_files import HINT, PATTERN_KEYS, read_hint
 
 logger = logging.getLogger(__name__)
 
+EXPERIMENTAL = "experimental"
+"""The key of `--hf-overrides` that lets layers see earlier tokens alone, as those do that read a layer above them."""
+
+_ENABLE = f"--hf-overrides '{{\"{EXPERIMENTAL}\": true}}'"
+_ITERATION_KEYS = tuple(field.name for field in fields(Iteration))
 _KEYS_AND_VALUES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_(proj|norm)\.\w+")
 _TIED = ("model.embed_tokens.weight", "lm_head.weight")
 _ROPE_TYPES_BY_LENGTH = ("dynamic", "longrope")
@@ -95,8 +101,9 @@ def read_served(values: dict[str, Any]) -> Served:
     reading = read_model(values)
     config = reading.config
     if asked_for is not None:
-        config = LCKVLlamaConfig.from_dict({**config.to_dict(), "layer_types": asked_for})
-    check_served(config)
+        passes = {name: values[name] for name in _ITERATION_KEYS if name in values}
+        config = LCKVLlamaConfig.from_dict({**config.to_dict(), **passes, "layer_types": asked_for})
+    check_served(config, values.get(EXPERIMENTAL, False))
     return Served(config, reading, asked_for is not None)
 
 
@@ -109,21 +116,51 @@ def _asked_for(values: dict[str, Any]) -> str | None:
     return next((values[name] for name in names if isinstance(values.get(name), str)), None)
 
 
-def check_served(config: LCKVLlamaConfig) -> None:
+def sees_past_alone(config: LCKVLlamaConfig) -> bool:
+    """Whether some layer sees earlier tokens and not its own, which vLLM itself has no attention for."""
+    return config.sharing_plan.has_cycles or config.force_nodiag
+
+
+def num_passes(iteration: Iteration, num_tokens: int) -> int:
+    """How often each cycle runs for a batch in which no request has more than `num_tokens` new tokens.
+
+    As many passes as tokens are exact. That many are run where a configuration asks for an exact result, or to stop by
+    what has changed: whatever is beside a request in its batch would change that, too.
+    """
+    if iteration.use_sequential or iteration.converges:
+        return num_tokens
+    passes = iteration.passes(num_tokens)
+    return passes.num_ungraded + passes.num_graded
+
+
+def check_served(config: LCKVLlamaConfig, experimental: bool) -> None:
     """Refuses what the layers for vLLM do not compute.
+
+    Args:
+        config: the model's, with the pattern that it is served with.
+        experimental: whether layers may see earlier tokens alone.
 
     Raises:
         UserError: naming the setting.
     """
     plan = config.sharing_plan
+    if experimental not in (True, False):
+        raise UserError(f"{EXPERIMENTAL}={experimental!r}: allowed are true and false")
+    if experimental and not sees_past_alone(config):
+        raise UserError(
+            f"{EXPERIMENTAL}=True: has no effect, as no layer of {plan.layer_types!r} reads a layer above it"
+        )
     upward = next((layer for layer in plan.layers if layer.is_upward), None)
-    if upward is not None:
+    if upward is not None and not experimental:
         raise UserError(
             f"layer_types={plan.layer_types!r}: layer {upward.layer_idx} reads layer {upward.kv_source}, above it, "
-            "which vLLM cannot serve; allowed are layers that read themselves or layers below"
+            f"which vLLM serves only with {_ENABLE}; without it, allowed are layers that read themselves or layers "
+            "below"
         )
-    if config.force_nodiag:
-        raise UserError("force_nodiag=True: vLLM lets tokens see their own keys; allowed is False")
+    if config.force_nodiag and not experimental:
+        raise UserError(f"force_nodiag=True: vLLM lets tokens see their own keys without {_ENABLE}; allowed is False")
+    if sees_past_alone(config) and config.sliding_window == 1 and any(layer.is_sliding for layer in plan.layers):
+        raise UserError("sliding_window=1: is the token itself, which not all layers see; allowed is 2 or more")
     if config.kv_latents is not None:
         owner = next(layer_idx for layer_idx, latents in enumerate(config.kv_latents) if latents is not None)
         raise UserError(
@@ -160,9 +197,18 @@ def check_engine(vllm_config: Any, config: LCKVLlamaConfig) -> None:
             "VLLM_USE_V2_MODEL_RUNNER: layers that share keys and values were only seen to be right under the first "
             "model runner, and wrong without an error under the second (vLLM #43185); set it to 0"
         )
+    option, plan = "--kv-sharing-fast-prefill", config.sharing_plan
+    if sees_past_alone(config):
+        check_eager(config, vllm_config.model_config.enforce_eager)
+        untried = {
+            option: vllm_config.cache_config.kv_sharing_fast_prefill,
+            "--speculative-config": vllm_config.speculative_config is not None,
+        }
+        if any(untried.values()):
+            name = next(filter(untried.get, untried))
+            raise UserError(f"{name}: was not seen to be right with {EXPERIMENTAL}=True; allowed is one of the two")
     if not vllm_config.cache_config.kv_sharing_fast_prefill:
         return
-    option, plan = "--kv-sharing-fast-prefill", config.sharing_plan
     if vllm_config.speculative_config is not None:
         raise UserError(f"{option}: is wrong with speculative decoding; allowed is one of the two")
     last = plan.layers[-1]
@@ -176,4 +222,17 @@ def check_engine(vllm_config: Any, config: LCKVLlamaConfig) -> None:
         raise UserError(
             f"{option}: layer {owner.layer_idx} of {plan.layer_types!r} reads less than it keeps, or another layer, "
             "so that vLLM takes it for a reader; allowed are patterns whose last owner reads what it keeps"
+        )
+
+
+def check_eager(config: LCKVLlamaConfig, enforce_eager: bool) -> None:
+    """Refuses compilation where layers run again and again.
+
+    Raises:
+        UserError: saying what to add.
+    """
+    if sees_past_alone(config) and not enforce_eager:
+        raise UserError(
+            f"{EXPERIMENTAL}=True: how often layers run depends on the batch, which no compiled graph can follow; add "
+            "--enforce-eager"
         )

@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.errors import UserError
+from lckv.iteration import Iteration
 from lckv.serving.vllm import check
-from lckv.serving.vllm.settings import check_engine, read_served
+from lckv.serving.vllm.settings import check_engine, num_passes, read_served
 from tests.tiny import byte_tokenizer
 
 SIZES = dict(
@@ -74,8 +75,17 @@ def test_a_head_that_is_not_the_embeddings_is_refused_where_these_are_tied():
 
 
 REFUSED = [
-    ({"layer_types": "0_2_2_3"}, "layer_types='0_2_2_3': layer 1 reads layer 2, above it, which vLLM cannot serve"),
-    ({"force_nodiag": True}, "force_nodiag=True: vLLM lets tokens see their own keys; allowed is False"),
+    (
+        {"layer_types": "0_2_2_3"},
+        "layer_types='0_2_2_3': layer 1 reads layer 2, above it, which vLLM serves only with --hf-overrides '{\"exp",
+    ),
+    ({"force_nodiag": True}, "force_nodiag=True: vLLM lets tokens see their own keys without --hf-overrides '{\"exp"),
+    ({"experimental": True}, "experimental=True: has no effect, as no layer of '0_0_2_2' reads a layer above it"),
+    ({"experimental": "yes"}, "experimental='yes': allowed are true and false"),
+    (
+        {"layer_types": "0_2s_2_3", "sliding_window": 1, "experimental": True},
+        "sliding_window=1: is the token itself, which not all layers see",
+    ),
     (
         {"kv_latents": [{"latent": 8}, None, {"latent": 8}, None]},
         "kv_latents: layer 0 keeps {'latent': 8}, but vLLM's",
@@ -87,16 +97,23 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "reason"), REFUSED, ids=[next(iter(settings)) for settings, _ in REFUSED])
+@pytest.mark.parametrize(("settings", "reason"), REFUSED, ids=[reason.split(":")[0] for _, reason in REFUSED])
 def test_what_cannot_be_served_exactly_is_refused_by_name(settings, reason):
     with pytest.raises(UserError) as refused:
         read_served(values(**settings))
     assert str(refused.value).startswith(reason) and "\n" not in str(refused.value)
 
 
-def engine(*, fast_prefill: bool = True, speculative: object = None, second_runner: bool = False) -> SimpleNamespace:
+def engine(
+    *,
+    fast_prefill: bool = True,
+    speculative: object = None,
+    second_runner: bool = False,
+    enforce_eager: bool = True,
+) -> SimpleNamespace:
     """What is asked of vLLM's configuration."""
     return SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=enforce_eager),
         use_v2_model_runner=second_runner,
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=fast_prefill),
         speculative_config=speculative,
@@ -110,6 +127,17 @@ def engine(*, fast_prefill: bool = True, speculative: object = None, second_runn
         ("0_0_2_2", {"speculative": object()}, "--kv-sharing-fast-prefill: is wrong with speculative decoding"),
         ("0_0_2_3", {}, "--kv-sharing-fast-prefill: has no effect, as the last layer of '0_0_2_3' computes"),
         ("0_1s_1_1", {}, "--kv-sharing-fast-prefill: layer 1 of '0_1s_1_1' reads less than it keeps"),
+        (
+            "0_2_2_2",
+            {"fast_prefill": False, "enforce_eager": False},
+            "experimental=True: how often layers run depends",
+        ),
+        ("0_2_2_2", {}, "--kv-sharing-fast-prefill: was not seen to be right with experimental=True"),
+        (
+            "0_2_2_2",
+            {"fast_prefill": False, "speculative": object()},
+            "--speculative-config: was not seen to be right",
+        ),
         ("0_1_0_2", {}, "--kv-sharing-fast-prefill: layer 2 of '0_1_0_2' reads less than it keeps, or another layer"),
     ],
 )
@@ -125,6 +153,23 @@ def test_other_options_are_not():
     check_engine(engine(fast_prefill=False, speculative=object()), config)
 
 
+def test_layers_that_read_upward_are_served_as_an_experiment():
+    upward = {"layer_types": "0_2_2_3", "experimental": True, "forward_passes": 30}
+    for given in (values(**upward), LlamaConfig(num_hidden_layers=4, **SIZES).to_dict() | upward):
+        config = read_served(given).config
+        assert (config.sharing_plan.layer_types, config.forward_passes) == ("0_2_2_3", 30)
+        check_engine(engine(fast_prefill=False), config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, [1, 2, 9, 9]), ({"forward_passes": "converge"}, [1, 2, 9, 50]), ({"use_sequential": True}, [1, 2, 9, 50])],
+)
+def test_no_more_passes_run_than_make_an_exact_result(settings, expected):
+    iteration = Iteration(**settings)
+    assert [num_passes(iteration, num_tokens) for num_tokens in (1, 2, 9, 50)] == expected
+
+
 def save(model, folder) -> str:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -134,6 +179,7 @@ def save(model, folder) -> str:
 def test_what_would_keep_a_server_from_starting_is_said_first(tmp_path):
     torch.manual_seed(0)
     ours = save(LCKVLlamaForCausalLM(LCKVLlamaConfig(layer_types="0_0_2_2", **SIZES)), tmp_path / "ours")
+    upward = save(LCKVLlamaForCausalLM(LCKVLlamaConfig(layer_types="0_2_2_2", **SIZES)), tmp_path / "upward")
     plain = save(LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **SIZES)), tmp_path / "plain")
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
@@ -143,6 +189,14 @@ def test_what_would_keep_a_server_from_starting_is_said_first(tmp_path):
             (["--model", ours, "--port", port], f"--port {port}: cannot be had (Address already in use)"),
             (["--model", str(tmp_path / "our")], f"--model={tmp_path / 'our'}: there is no such folder"),
             (["--model", ours, "--hf-overrides", '{"layer_types": "0_0"}'], "layer_types='0_0': has 2 entries"),
+            (
+                ["--model", upward],
+                "layer_types='0_2_2_2': layer 1 reads layer 2, above it, which vLLM serves only with",
+            ),
+            (
+                ["--model", upward, "--hf-overrides", '{"experimental": true}'],
+                "experimental=True: how often layers run",
+            ),
             (["--model", plain, "--hf-overrides", "{"], "--hf-overrides {: is no JSON"),
             (
                 ["--model", plain, "--hf-overrides", '{"layer_types": "0_0_2_2"}'],
