@@ -76,7 +76,7 @@ test-hub: $(STAMP) ## load exported models with transformers alone, old and new 
 	done
 
 SERVING_VENV ?= .venv-vllm
-test-serving: ## run the tests that serve models with vLLM, in an environment of their own (about 4 minutes, the first time 9)
+test-serving: ## run the tests that serve models with vLLM, in an environment of their own (about 6 minutes, the first time 11)
 	VLLM_VENV="$(SERVING_VENV)" PYTHON="$(PYTHON)" scripts/serve_vllm.sh --install-only
 	"$(SERVING_VENV)/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-timeout
 	"$(SERVING_VENV)/bin/python" -m pytest --confcutdir=tests/serving -m serving --timeout=600 --durations=10 tests/serving

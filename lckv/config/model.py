@@ -105,9 +105,9 @@ class ModelConfig(Group):
     attention_dropout: float = key(0.0, fraction)
     initializer_range: float = 0.02
     sliding_window: int | None = key(None, at_least())
-    forward_passes: Any = key(7, passes)
-    backward_passes: int = key(2, at_least())
-    cyclic_groups: int = key(1, at_least())
+    forward_passes: Any = key(1, passes)
+    backward_passes: int = key(1, at_least())
+    cyclic_groups: int = key(8, at_least())
     converge_tolerance: float = key(1e-3, above_zero)
     use_sequential: bool = False
     force_nodiag: bool = False

@@ -17,7 +17,7 @@ from lckv.reporting.metrics import scalar
 from lckv.reporting.runs import FIGURES, first_known
 from lckv.training.run_folder import flatten
 
-_DEFAULTS = dict(flatten(asdict(TrainConfig())))
+_DEFAULTS = dict(flatten(asdict(TrainConfig()))) | {"model.cyclic_groups": 1}
 """What a run of an earlier version, which did not know a setting, did."""
 
 _CHANGES_NO_RESULT = (

@@ -8,10 +8,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lckv import LCKVLlamaForCausalLM
+from lckv.config.hints import GroupConfig
 from lckv.costs import ModelSizes, count_costs
 from lckv.errors import UserError
 from lckv.families import read_model
 from lckv.patterns import parse_layer_types
+from lckv.serving.hints import emit_hint
 from tests.serving.models import SIZES, answer, assert_served_alike, engine, kv_tokens, prompts, save, tiny_model
 
 pytest.importorskip("vllm")
@@ -114,9 +116,13 @@ def test_a_model_of_another_family_is_served_with_a_pattern(family, key, tmp_pat
     overrides = {"architectures": ["LCKVLlamaForCausalLM"], "layer_types": "0_0_2s_2"}
     if key == "hint":
         hint = tmp_path / "hint.json"
-        hint.write_text(json.dumps({"kv_source": [0, 0, 2, 2], "layer_types": "0_0_2s_2"}), encoding="utf-8")
+        group = GroupConfig(layer_types="0_0_2s_2")
+        asked = emit_hint("router", 4, group, sliding_window=16, context_length=64)
+        hint.write_text(json.dumps(asked.as_dict()), encoding="utf-8")
         overrides = {"architectures": ["LCKVLlamaForCausalLM"], "sharing_hint": str(hint)}
     config = read_model(plain.config).config.to_dict() | {"layer_types": "0_0_2s_2"}
+    if key == "hint":
+        config["sliding_window"] = 16
     shared = LCKVLlamaForCausalLM(type(read_model(plain.config).config).from_dict(config)).eval()
     shared.load_state_dict(plain.state_dict(), strict=False)  # without what readers do not need
     assert answer(shared, prompts()[2]) != answer(plain, prompts()[2])

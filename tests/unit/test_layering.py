@@ -42,7 +42,6 @@ STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "cache": {"data",
 TORCH_FREE = [
     "lckv",
     "lckv.serving",
-    "lckv.serving.hint_files",
     "lckv.serving.vllm",
     "lckv.errors",
     "lckv.registry",

@@ -34,13 +34,14 @@ def test_figures_are_those_of_the_configuration():
         "model.layer_types=0_2s_2_3s",
         "model.sliding_window=10",
         "model.forward_passes=3",
+        "model.cyclic_groups=4",
         "model.vocab_size=500",
         "context_length=100",
         "kv_dtype=float32",
     )
     sizes = ModelSizes(500, 192, 512, 3, 3, 64, 10, tie_word_embeddings=True, max_position_embeddings=1024)
     assert report.sizes == sizes
-    expected = count_costs(parse_layer_types("0_2s_2_3s"), sizes, 100, iteration=Iteration(3, 2), dtype="float32")
+    expected = count_costs(parse_layer_types("0_2s_2_3s"), sizes, 100, iteration=Iteration(3, 1, 4), dtype="float32")
     assert report.costs == expected
     assert report.llama_costs == count_costs(parse_layer_types("0_1_2_3"), sizes, 100, dtype="float32")
     assert json.loads(json.dumps(as_dict(report)))["costs"]["kv_bytes"]["written"] == expected.kv_bytes.written
@@ -51,7 +52,8 @@ def test_the_report_says_it_all():
     assert text.startswith("0_4_4_4_4_4_4_7\n")
     assert "╭──  4  KV ──╯  reads itself" in text
     assert "layers 1 to 4: a cycle" in text
-    assert "A cycle runs 7 times without gradient, then 2 times with gradient" in text
+    assert "A cycle runs once without gradient, then once with gradient" in text
+    assert "In each pass tokens take turns in 8 groups" in text
     assert row(text, "3 ") == ["3", "4 above", "-", "-", "yes", "1 to 4"]
     assert row(text, "7 ") == ["7", "itself", "yes", "-", "-", "-"]
     one = 2 * 4 * 64 * 2  # keys and values, 4 heads of 64, in 2 bytes
@@ -80,10 +82,16 @@ def test_a_lowest_layer_that_looks_up_is_advised_against():
 
 def test_passes_that_depend_on_the_data():
     text = printed(report_on("sharing=lckv", "model.forward_passes=converge"))
-    assert "A cycle runs until the KV stops changing, then 2 times with gradient" in text
+    assert "A cycle runs until the KV stops changing, then once with gradient" in text
     assert row(text, "FLOPs per token, training")[1] == "depends on the data"
     counted = report_on("sharing=lckv", "model.forward_passes=converge", "converge_passes=7")
-    assert counted.costs == report_on("sharing=lckv").costs
+    assert counted.costs == report_on("sharing=lckv", "model.forward_passes=7").costs
+
+
+def test_the_published_passes_are_one_override_away():
+    text = printed(report_on("sharing=lckv", "passes=published"))
+    assert "A cycle runs 7 times without gradient, then 2 times with gradient" in text
+    assert "Each pass reads the KV of the one before; the first reads none" in text
 
 
 def test_defaults_come_from_the_rest_of_the_configuration():

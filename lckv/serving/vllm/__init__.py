@@ -10,6 +10,13 @@ ARCHITECTURE = "LCKVLlamaForCausalLM"
 """The class that `config.json` names, and `--hf-overrides` for other models."""
 
 
+HINT = "sharing_hint"
+"""The key of `--hf-overrides` for a sharing hint, or the file with it."""
+
+PATTERN_KEYS = ("layer_types", "kv_sharing", HINT)
+"""The keys under which a pattern may be given. Some families have a list of their own under the first."""
+
+
 def register() -> None:
     """Tells vLLM of the models, and transformers of their configuration. Each of its processes calls this once."""
     from vllm import ModelRegistry

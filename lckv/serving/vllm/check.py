@@ -15,8 +15,7 @@ from typing import Any
 
 from lckv.errors import UserError
 from lckv.model_files import check_model, find_files
-from lckv.serving.hint_files import PATTERN_KEYS
-from lckv.serving.vllm import ARCHITECTURE
+from lckv.serving.vllm import ARCHITECTURE, PATTERN_KEYS
 
 
 def main(arguments: Sequence[str] | None = None) -> str:

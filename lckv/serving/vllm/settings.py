@@ -16,7 +16,8 @@ from lckv.families.tensors import our_tensors
 from lckv.iteration import Iteration
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import SharingPlan
-from lckv.serving.hint_files import HINT, PATTERN_KEYS, read_hint
+from lckv.serving.hints import hinted_layer_types, read_hint
+from lckv.serving.vllm import HINT, PATTERN_KEYS
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,9 @@ EXPERIMENTAL = "experimental"
 
 _ENABLE = f"--hf-overrides '{{\"{EXPERIMENTAL}\": true}}'"
 _ITERATION_KEYS = tuple(field.name for field in fields(Iteration))
+_PASSES_OF_GROUPS = 4
+"""Here no tokens take turns: so many passes over all at once bring about what one in groups does."""
+
 _KEYS_AND_VALUES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_(proj|norm)\.\w+")
 _TIED = ("model.embed_tokens.weight", "lm_head.weight")
 _ROPE_TYPES_BY_LENGTH = ("dynamic", "longrope")
@@ -96,24 +100,26 @@ def read_served(values: dict[str, Any]) -> Served:
     Raises:
         UserError: for a model, a pattern or a hint that cannot be served, in one line.
     """
-    asked_for = _asked_for(values)
-    values = {name: value for name, value in values.items() if name != "layer_types" or not isinstance(value, str)}
-    reading = read_model(values)
+    own = {name: value for name, value in values.items() if name != "layer_types" or not isinstance(value, str)}
+    reading = read_model(own)
     config = reading.config
-    if asked_for is not None:
+    asked_for = _asked_for(values, config)
+    if asked_for:
         passes = {name: values[name] for name in _ITERATION_KEYS if name in values}
-        config = LCKVLlamaConfig.from_dict({**config.to_dict(), **passes, "layer_types": asked_for})
+        config = LCKVLlamaConfig.from_dict({**config.to_dict(), **passes, **asked_for})
     check_served(config, values.get(EXPERIMENTAL, False))
-    return Served(config, reading, asked_for is not None)
+    return Served(config, reading, bool(asked_for))
 
 
-def _asked_for(values: dict[str, Any]) -> str | None:
-    """The pattern that the overrides ask for; `None` for the model's own."""
+def _asked_for(values: dict[str, Any], config: LCKVLlamaConfig) -> dict[str, Any]:
+    """The settings of `config` that the overrides ask for; none for the model's own pattern."""
     if values.get(HINT) is not None:
-        return read_hint(values[HINT], values.get("num_hidden_layers"))
+        layer_types = hinted_layer_types(values[HINT], len(config.sharing_plan.layers), key=HINT)
+        window = read_hint(values[HINT], HINT).sliding_window
+        return {"layer_types": layer_types} | ({} if window is None else {"sliding_window": window})
     is_ours = values.get("model_type") == LCKVLlamaConfig.model_type
     names = [name for name in PATTERN_KEYS if not is_ours or name != "kv_sharing"]  # where ours have their own
-    return next((values[name] for name in names if isinstance(values.get(name), str)), None)
+    return next(({"layer_types": values[name]} for name in names if isinstance(values.get(name), str)), {})
 
 
 def sees_past_alone(config: LCKVLlamaConfig) -> bool:
@@ -127,10 +133,10 @@ def num_passes(iteration: Iteration, num_tokens: int) -> int:
     As many passes as tokens are exact. That many are run where a configuration asks for an exact result, or to stop by
     what has changed: whatever is beside a request in its batch would change that, too.
     """
-    if iteration.use_sequential or iteration.converges:
+    if iteration.use_sequential or not isinstance(iteration.forward_passes, int):
         return num_tokens
-    passes = iteration.passes(num_tokens)
-    return passes.num_ungraded + passes.num_graded
+    passes = iteration.forward_passes + iteration.backward_passes
+    return min(num_tokens, passes * (_PASSES_OF_GROUPS if iteration.cyclic_groups > 1 else 1))
 
 
 def check_served(config: LCKVLlamaConfig, experimental: bool) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from lckv.config import ModelConfig, TrainConfig
 from lckv.costs import ModelSizes, count_costs, llama_plan
+from lckv.iteration import Iteration
 from lckv.model_arguments import model_arguments, resolve_layer_types
 from lckv.patterns import parse_layer_types
 from lckv.run_names import default_run_name
@@ -52,7 +53,9 @@ def write_run(
     cfg = write_config(folder, sharing, {"seed": seed, "trainer.max_steps": steps} | (settings or {}))
     plan = parse_layer_types(resolve_layer_types(cfg))
     sizes = ModelSizes.from_config(model_arguments(cfg, cfg.tokenizer.vocab_size))
-    costs, llama = (count_costs(each, sizes, cfg.data.block_size) for each in (plan, llama_plan(plan)))
+    iteration = Iteration.from_config(cfg.model)
+    both = (count_costs(each, sizes, cfg.data.block_size, iteration=iteration) for each in (plan, llama_plan(plan)))
+    costs, llama = both
     ratio = costs.flops_per_token.train / llama.flops_per_token.train
     lines = list(_lines(sharing, seed, steps, 9000 / ratio**0.8))
     written = [line for line in lines if stop_at is None or line["step"] <= stop_at]

@@ -42,7 +42,7 @@ def test_passes_matter_only_to_cycles_and_windows_only_to_windows(tmp_path):
             write_run(tmp_path / f"{sharing}{seed}", sharing, seed, settings=settings)
     assert labels(tmp_path) == [
         *("llama", "yoco sliding_window=4096", "yoco sliding_window=64"),
-        *("lckv forward_passes=7", "lckv forward_passes=3"),
+        *("lckv forward_passes=1", "lckv forward_passes=3"),
     ]
 
 

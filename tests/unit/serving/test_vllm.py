@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.errors import UserError
 from lckv.iteration import Iteration
+from lckv.serving.hints import emit_hint
 from lckv.serving.vllm import check
 from lckv.serving.vllm.settings import check_engine, num_passes, read_served
 from tests.tiny import byte_tokenizer
@@ -35,7 +36,7 @@ def test_our_own_configuration_is_served_as_it_is():
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
 def test_other_families_take_a_pattern(kind, key, tmp_path):
     hint = tmp_path / "hint.json"
-    hint.write_text(json.dumps({"kv_source": [0, 0, 2, 2]}), encoding="utf-8")
+    hint.write_text(json.dumps(emit_hint("router", 4).as_dict()), encoding="utf-8")
     given = kind(num_hidden_layers=4, **SIZES).to_dict() | {key: str(hint) if key == "sharing_hint" else "0_0_2_2"}
     served = read_served(given)
     assert (served.config.sharing_plan.layer_types, served.is_asked_for) == ("0_0_2_2", True)
@@ -163,7 +164,12 @@ def test_layers_that_read_upward_are_served_as_an_experiment():
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
-    [({}, [1, 2, 9, 9]), ({"forward_passes": "converge"}, [1, 2, 9, 50]), ({"use_sequential": True}, [1, 2, 9, 50])],
+    [
+        ({}, [1, 2, 9, 9]),
+        ({"forward_passes": 1, "backward_passes": 1, "cyclic_groups": 8}, [1, 2, 8, 8]),
+        ({"forward_passes": "converge"}, [1, 2, 9, 50]),
+        ({"use_sequential": True}, [1, 2, 9, 50]),
+    ],
 )
 def test_no_more_passes_run_than_make_an_exact_result(settings, expected):
     iteration = Iteration(**settings)
