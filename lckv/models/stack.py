@@ -52,15 +52,18 @@ class Trace:
         """An empty trace for a group of tokens."""
         return Trace(None if self.hidden_states is None else [], None if self.attentions is None else {})
 
-    def note_groups(self, traces: list[Trace]) -> None:
-        """Notes what the traces of all groups hold."""
+    def note_turns(self, turns: list[Turn]) -> None:
+        """Notes what all groups of tokens have brought to the top of a cycle."""
+        traces = [trace for _, trace in turns]
         if self.hidden_states is not None:
             by_layer = zip(*(trace.hidden_states or [] for trace in traces), strict=True)
             self.hidden_states += [interleave(parts) for parts in by_layer]
-        if self.attentions is not None:
-            for layer_idx in traces[0].attentions or {}:
-                parts = [(trace.attentions or {})[layer_idx] for trace in traces]
-                self.attentions[layer_idx] = None if parts[0] is None else interleave(parts, dim=2)
+        for layer_idx in (traces[-1].attentions or {}) if self.attentions is not None else ():
+            parts = [(trace.attentions or {})[layer_idx] for trace in traces]
+            if parts[-1] is not None and parts[0] is None:  # nobody has written yet when the first group reads
+                batch_size, num_heads, _, kv_len = parts[-1].shape
+                parts[0] = parts[-1].new_zeros(batch_size, num_heads, turns[0][0].shape[1], kv_len)
+            self.attentions[layer_idx] = None if parts[0] is None else interleave(parts, dim=2)
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class Stack:
     def _leave(self, cycle: Segment, turns: list[Turn], states: States, drafts: States) -> tuple[torch.Tensor, States]:
         """Ends the last pass: what was written goes to the cache, and the top layer reads, for all tokens at once."""
         hidden_states = interleave([part for part, _ in turns])
-        self.trace.note_groups([trace for _, trace in turns])
+        self.trace.note_turns(turns)
         write = None if self.cache is None else CacheWriter(self.cache)
         for owner in sorted(drafts):
             states = states | {owner: drafts[owner] if write is None else write(drafts[owner], owner)}
