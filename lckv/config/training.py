@@ -326,6 +326,11 @@ class TrainConfig(Group):
             UserError: naming the keys.
         """
         model = self.model
+        if model.cyclic_groups > self.data.block_size:
+            raise UserError(
+                f"model.cyclic_groups={model.cyclic_groups}: more groups than the {self.data.block_size} tokens of a "
+                "block (data.block_size); lower it"
+            )
         if self.data.block_size > model.max_position_embeddings:
             raise UserError(
                 f"data.block_size={self.data.block_size}: longer than model.max_position_embeddings="

@@ -49,6 +49,7 @@ class GGUFFile(ExportFormat):
 
         model, tokenizer = load_model(self.model, revision=self.cfg.revision, device="cpu")
         dtype = model.dtype if self.cfg.dtype == "auto" else getattr(torch, self.cfg.dtype)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         model.float()  # nothing is rounded but what the file holds in the end
         with self._naming_the_model(), new_file(self.out) as path:
             described = describe(model, approximates_silu=self.cfg.approximate_silu)

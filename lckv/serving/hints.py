@@ -285,7 +285,7 @@ def emit_hint(
         sliding_window=window,
         saved_fraction=kv_bytes.saved / kv_bytes.model,
         kv_bytes=None if kv.sizes is None else kv_bytes,
-        not_served=_not_served(plan, experimental),
+        not_served=_not_served(kv, plan, experimental),
     )
 
 
@@ -304,20 +304,26 @@ def _count_bytes(
     return SavedBytes(context_length, dtype, before, after, before - after)
 
 
-def _not_served(plan: SharingPlan, experimental: bool) -> dict[str, str]:
-    """By engine, why it cannot serve a pattern."""
+def _not_served(kv: ModelKV, plan: SharingPlan, experimental: bool) -> dict[str, str]:
+    """By engine, why it cannot serve a model with a pattern."""
+    if kv.sizes is not None and kv.sizes.kv_latents is not None:
+        return {VLLM: "the model keeps latents, which the plugin does not serve"}
     upward = [str(layer.layer_idx) for layer in plan.layers if layer.is_upward]
-    if not upward or experimental:
+    hides_own_token = kv.sizes is not None and kv.sizes.force_nodiag
+    if experimental or not (upward or hides_own_token):
         return {}
-    verb = "layers {} read layers" if len(upward) > 1 else "layer {} reads a layer"
-    return {VLLM: f"{verb.format(', '.join(upward))} above, which the plugin serves only with experimental=true"}
+    reason = "the model has force_nodiag=true"
+    if upward:
+        verb = "layers {} read layers" if len(upward) > 1 else "layer {} reads a layer"
+        reason = f"{verb.format(', '.join(upward))} above"
+    return {VLLM: f"{reason}, which the plugin serves only with experimental=true"}
 
 
 def read_hint(given: Mapping[str, Any] | str | Path, key: str = "hint") -> SharingHint:
     """Reads a hint.
 
     Args:
-        given: its JSON, or the file with it.
+        given: its JSON, as text or read already, or the file with it.
         key: what the user gave it under, for error messages.
 
     Raises:
@@ -326,7 +332,8 @@ def read_hint(given: Mapping[str, Any] | str | Path, key: str = "hint") -> Shari
     values: Any = given
     if isinstance(given, str | Path):
         try:
-            values = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+            is_json = isinstance(given, str) and given.lstrip().startswith("{")
+            values = json.loads(given if is_json else Path(given).expanduser().read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{key}={given}: cannot be read: {type(error).__name__}: {error}") from error
     try:

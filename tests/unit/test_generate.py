@@ -73,7 +73,7 @@ def test_text_goes_to_stdout_and_figures_to_stderr(run):
     assert out == continuation("Hello, {world}: a=b", 12) + "\n"
     assert re.fullmatch(
         r"12 tokens · [\d,.]+ tok/s · first after [\d.]+ s · cache [\d,]+ bytes, 384 per token · "
-        r"\d+ passes over the prompt\n",
+        r"\d+ passes over the prompt( · KV residual [\d.e-]+)?\n",
         err,
     )
     assert run("prompt=Hello, {world}: a=b", "max_new_tokens=12", "stream=off")[0] == out
