@@ -87,7 +87,12 @@ class ModelKV:
         """
         if group.layer_types is None:
             return share_groups(self.plan, group)
-        plan = parse_layer_types(group.layer_types, self.plan.num_hidden_layers)
+        plan, num_layers = parse_layer_types(group.layer_types), self.plan.num_hidden_layers
+        if plan.num_hidden_layers != num_layers:
+            raise UserError(
+                f"layer_types={group.layer_types!r}: has {plan.num_hidden_layers} entries, but the model has "
+                f"{num_layers} layers; give one entry per layer"
+            )
         check_owners(plan, self.plan, f"layer_types={group.layer_types}", "the model")
         return plan
 
