@@ -41,7 +41,7 @@ MISTAKES = [
     (["model.layer_types=0_0_3"], "there is no layer 3"),
     (["device=gpu"], "device='gpu': there is no such device here"),
     (["revision=main"], "revision='main': has no effect on source="),
-    (["model.layer_types=2_2_2", "model.backward_passes=1"], "model.backward_passes=1: with layers that read upward"),
+    (["model.layer_types=2_2_2", "model.cyclic_groups=1"], "model.backward_passes=1: with layers that read upward"),
     (["method=activation", "sharing=cla", "data.block_size=4096"], "data.block_size=4096: allowed is "),
 ]
 

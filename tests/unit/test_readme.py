@@ -11,10 +11,12 @@ from omegaconf import OmegaConf
 
 from lckv import cli
 from lckv.config import TrainConfig
+from lckv.config.model import ModelConfig
 from lckv.costs import ModelSizes, count_costs
 from lckv.hydra_store import SCHEMAS, config_dir, register_schema
 from lckv.model_arguments import resolve_layer_types
 from lckv.overrides import name_the_first, quote_overrides
+from lckv.iteration import Iteration
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
 
 ROOT = Path(__file__).parents[2]
@@ -47,9 +49,9 @@ def test_table_agrees_with_the_counted_costs(name: str) -> None:
     )
     layer_types, _, *figures = ROWS[name]
     assert layer_types == f"`{build_layer_types(name, 8)}`"
-    costs, llama = (
-        count_costs(parse_layer_types(build_layer_types(pattern, 8)), sizes, 8192) for pattern in (name, "llama")
-    )
+    plans = (parse_layer_types(build_layer_types(pattern, 8)) for pattern in (name, "llama"))
+    iteration = Iteration.from_config(ModelConfig())
+    costs, llama = (count_costs(plan, sizes, 8192, iteration=iteration) for plan in plans)
     kv, llama_kv = costs.kv_bytes, llama.kv_bytes
     flops, llama_flops = costs.flops_per_token, llama.flops_per_token
     assert flops.train is not None and llama_flops.train is not None

@@ -248,7 +248,7 @@ def test_a_report_and_configurations_that_train(folder, tmp_path, monkeypatch):
         assert cfg.optim == cli.compose(["optim=uptrain"]).optim
         assert cfg.trainer == cli.compose(["trainer=uptrain"]).trainer
         has_cycles = parse_layer_types(point["layer_types"]).has_cycles
-        assert cfg.model.forward_passes == ("converge" if has_cycles else 7)
+        assert cfg.model.forward_passes == ("converge" if has_cycles else 1)
 
 
 def test_configurations_keep_that_a_source_hides_a_tokens_own_key(folder, tmp_path):
