@@ -14,9 +14,9 @@ from lckv.config import TrainConfig
 from lckv.config.model import ModelConfig
 from lckv.costs import ModelSizes, count_costs
 from lckv.hydra_store import SCHEMAS, config_dir, register_schema
+from lckv.iteration import Iteration
 from lckv.model_arguments import resolve_layer_types
 from lckv.overrides import name_the_first, quote_overrides
-from lckv.iteration import Iteration
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
 
 ROOT = Path(__file__).parents[2]
