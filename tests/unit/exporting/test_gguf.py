@@ -99,10 +99,20 @@ def test_a_model_that_shares_nothing_is_read_back(tmp_path, settings):
 
 @pytest.mark.parametrize(("layer_types", "settings"), GEMMAS.values(), ids=GEMMAS)
 def test_a_gemma_4_of_transformers_computes_the_same(layer_types, settings):
-    model = lively_model(layer_types, hidden_act=GELU, **settings)
-    config = model.config
+    compare_with_gemma_4(lively_model(layer_types, hidden_act=GELU, **settings))
+
+
+def test_matrices_of_zeros_are_matrices_of_a_gemma_4():
+    model = lively_model("0s_1s_2_2", hidden_act=GELU)
+    layer = model.model.layers[1]  # which then does nothing, as at the beginning of some trainings
+    for part in (layer.self_attn.v_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
+        part.weight.data.zero_()
+    compare_with_gemma_4(model)
+
+
+def compare_with_gemma_4(model):
     gemma = _gemma(model, describe(model))
-    tensors = Inflated(config, plain_weights(model)).tensors()
+    tensors = Inflated(model.config, plain_weights(model)).tensors()
     missing, unexpected = gemma.load_state_dict(tensors, strict=False)
     assert not unexpected and all("layer_scalar" in name or name == "lm_head.weight" for name in missing)
     ids = token_ids(2, 20)
@@ -147,6 +157,9 @@ def test_patterns_that_llama_cpp_cannot_say_are_refused_by_layer(layer_types, wi
     [
         (tiny_config("0s_1_1"), "layer 0 has a window, which llama.cpp has only with hidden_act=gelu_pytorch_tanh"),
         (tiny_config("0_1_1"), "layer 2 reads layer 1, which llama.cpp has only with hidden_act=gelu_pytorch_tanh"),
+        (tiny_config("0", hidden_act=GELU), "num_hidden_layers=1: llama.cpp has windows and GELU only in"),
+        (tiny_config("0s"), "num_hidden_layers=1: llama.cpp has windows and GELU only in"),
+        (tiny_config("0s_1_1", hidden_act=GELU, rms_norm_eps=0.0), "rms_norm_eps=0.0: llama.cpp's gemma4 needs"),
         (tiny_config("0_1", hidden_act="relu"), "hidden_act=relu: llama.cpp has no such MLP here"),
         (tiny_config("0_1", force_nodiag=True), "force_nodiag=True: no architecture"),
         (tiny_config("0_1", **SHAPES["gpt2"]), "learned_positions=True: no architecture"),
@@ -246,6 +259,7 @@ SMOLLM_CUT = pre_tokenizers.Sequence(
         ("0s_1s_2_2", "float32", merging_tokenizer(), {"hidden_act": GELU}),
         ("0_1s_2_2_1s_2", "float16", merging_tokenizer(), {"hidden_act": GELU, "tie_word_embeddings": True}),
         ("0_1_1_1", "float32", merging_tokenizer(), {}),
+        ("0s_1s", "float32", merging_tokenizer(), {"hidden_act": GELU}),
     ],
 )
 def test_llama_cpp_computes_the_same(tmp_path, layer_types, dtype, tokenizer, settings):
