@@ -130,5 +130,6 @@ def _read_logits(completion: dict[str, Any], vocab_size: int) -> torch.Tensor:
     """The log probabilities `(vocab_size,)` of a completion's token."""
     logits = torch.full((vocab_size,), torch.nan)
     for entry in completion["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-        logits[entry["id"]] = entry["logprob"]
+        if entry["logprob"] is not None:  # JSON's word for what is no number, such as where a float16 cache overflows
+            logits[entry["id"]] = entry["logprob"]
     return logits

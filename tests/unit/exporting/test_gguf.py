@@ -1,6 +1,7 @@
 """Files for llama.cpp, against transformers' Gemma 4, our reader and llama.cpp itself, and what is refused."""
 
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,30 @@ def test_models_that_llama_cpp_does_not_compute_are_refused_by_setting(config, r
     with pytest.raises(UserError) as error:
         describe(LCKVLlamaForCausalLM(config))
     assert str(error.value).startswith(reason)
+
+
+def test_numbers_that_are_none_are_refused_by_tensor(tmp_path):
+    model, reason = lively_model("0s_1s_2_2", hidden_act=GELU, use_qk_norm=True), "has numbers that are not finite"
+    model.model.layers[0].self_attn.q_proj.weight.data *= 10  # and far more in the file, whose norms have a larger eps
+    folder = saved(tmp_path / "model", model)
+    with pytest.raises(UserError, match=rf"blk.0.attn_q.weight: {reason} as dtype=float16; bfloat16"):
+        export(folder, tmp_path / "a.gguf", dtype="float16", verify=False)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    with pytest.raises(UserError, match=rf"^model.layers.1.mlp.up_proj.weight: {reason} in the model$"):
+        describe(model)
+
+
+def test_a_full_disk_is_answered_in_one_line(tmp_path):
+    folder, out = saved(tmp_path / "model", lively_model("0_1")), tmp_path / "a.gguf"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for largest in (1_000, 40_000):  # the settings, and the tensors
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+        try:
+            with pytest.raises(UserError, match=f"cannot be written to out={out}: "):
+                export(folder, out, verify=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_tokenizers_that_llama_cpp_would_not_follow_are_refused():
