@@ -52,7 +52,7 @@ class GGUFFile(ExportFormat):
         model.float()  # nothing is rounded but what the file holds in the end
         with self._naming_the_model(), new_file(self.out) as path:
             described = describe(model, approximates_silu=self.cfg.approximate_silu)
-            settings = tokenizer_settings(tokenizer, model.config.vocab_size)
+            settings = tokenizer_settings(tokenizer, model.config.vocab_size, model.generation_config.eos_token_id)
             try:
                 write_gguf(path, described, settings, dtype, self.out.stem)
             except OSError as error:

@@ -107,7 +107,8 @@ def run_llama_cpp(
         "completions": completions,
     }
     command = [sys.executable, "-m", "lckv.exporting.run_llama_cpp"]
-    ended = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    # llama.cpp reports tokens as they are, and one may be a part of a character.
+    ended = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, errors="replace")
     if ended.returncode:
         errors = [line for line in ended.stderr.splitlines() if " E " in line or "GGML_ASSERT" in line]
         reason = (errors or ended.stderr.splitlines() or ["no reason"])[0]

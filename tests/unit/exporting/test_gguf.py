@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import AddedToken, Gemma4ForCausalLM, Gemma4TextConfig
 
 from lckv.config import ExportConfig
 from lckv.errors import UserError
@@ -227,13 +227,25 @@ def test_tokenizers_that_llama_cpp_would_not_follow_are_refused():
         (merging_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)), "cuts text by ByteLevel in a way"),
         (merging_tokenizer(ignore_merges=True), "cuts text by ByteLevel in a way"),
         (byte_tokenizer(), "has no merges"),
+        *[
+            (with_token("sword", **{flag: True}), f"token 'sword' has {flag}=True, which llama.cpp would not heed")
+            for flag in ("lstrip", "rstrip", "single_word")
+        ],
     ]:
         with pytest.raises(UserError, match=reason):
-            tokenizer_settings(tokenizer, 304)
+            tokenizer_settings(tokenizer, 304, 1)
+    with pytest.raises(UserError, match=r"eos_token_id=\[1, 2, 3, 4\]: a GGUF file has room for 3 tokens that end"):
+        tokenizer_settings(merging_tokenizer(), 304, [1, 2, 3, 4])
     composing = merging_tokenizer()
     composing.backend_tokenizer.normalizer = normalizers.NFC()
     with pytest.raises(UserError, match="is of type BPE with normalizer NFC"):
-        tokenizer_settings(composing, 304)
+        tokenizer_settings(composing, 304, 1)
+
+
+def with_token(text: str, **flags):
+    tokenizer = merging_tokenizer()
+    tokenizer.add_tokens(AddedToken(text, **flags))
+    return tokenizer
 
 
 def _gemma(model, described) -> Gemma4ForCausalLM:
@@ -308,6 +320,29 @@ def test_greedy_text_and_caches_of_llama_cpp(tmp_path):
     assert answer["completions"][0]["choices"][0]["text"] == tokenizer.decode(expected)
     kept = re.findall(r"(\d+) layers", "".join(line for line in log.splitlines() if "llama_kv_cache: size" in line))
     assert kept == ["1", "2"]  # without a window, and with one
+
+
+@pytest.mark.parametrize("others", [[], [1], [260, 1]])
+def test_llama_cpp_stops_behind_the_same_tokens(tmp_path, others):
+    pytest.importorskip("xllamacpp")
+    model, prompt = lively_model("0s_1s_2_2", hidden_act=GELU), token_ids(1, 9)
+    end = int(model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, -1])
+    model.generation_config.eos_token_id = [end, *others]
+    expected = model.generate(prompt, max_new_tokens=30, do_sample=False)[0, 9:]
+    assert len(expected) <= 6
+    out = tmp_path / "a.gguf"
+    export(saved(tmp_path / "model", model), out, verify=False)
+    request = {"prompt": prompt[0].tolist(), "n_predict": 30, "temperature": 0}
+    answer, _ = run_llama_cpp(out, "", [request], 64, float32_cache=True)
+    assert answer["completions"][0]["choices"][0]["text"] == merging_tokenizer().decode(expected)
+
+
+def test_logits_that_are_no_numbers_are_something_else(tmp_path):
+    pytest.importorskip("xllamacpp")
+    model = lively_model("0_1")
+    model.model.layers[0].self_attn.v_proj.weight.data *= 3e4  # float16 holds it, but not the values that it makes
+    with pytest.raises(UserError, match="llama.cpp computes something else: its logits differ by an NMSE of nan"):
+        export(saved(tmp_path / "model", model), tmp_path / "a.gguf", dtype="float16")
 
 
 @pytest.mark.parametrize("verify", [None, False])
