@@ -227,12 +227,15 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """
     from safetensors.torch import save_file  # brings torch along, which nothing else here needs
 
+    path.touch()
+    mode = path.stat().st_mode  # safetensors puts a file in its place that nobody else may read
     try:
         save_file(dict(tensors), path, metadata=dict(metadata))
     except SafetensorError as error:
         if found := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise
+    path.chmod(mode)
 
 
 def why_not_written(error: BaseException) -> str | None:

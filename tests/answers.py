@@ -147,6 +147,13 @@ def make_files(folder: Path) -> None:
             "sliding_window": 64,
             "max_position_embeddings": 64,
         },
+        "single": {
+            "model_type": "lckv-llama",
+            "layer_types": "0s",
+            **sizes,
+            "num_hidden_layers": 1,
+            "hidden_act": "silu",
+        },
         "latent": {"model_type": "lckv-llama", "layer_types": None, **sizes, "kv_latents": [{"latent": 8}] * 4},
         "wrong": {"model_type": "lckv-llama", "layer_types": "0_0_9", **sizes, "num_hidden_layers": 3},
         "odd": {"model_type": "llama", **sizes, "num_attention_heads": 4, "num_key_value_heads": 3},

@@ -13,7 +13,7 @@ from lckv.exporting.gguf_reuse import find_reuse, is_llama
 from lckv.model_files import find_files
 from lckv.model_values import OURS
 from lckv.patterns import SharingPlan
-from lckv.storage import check_new_file, new_file
+from lckv.storage import check_new_file, new_file, why_not_written
 
 _INSTALL = "pip install 'lckv[llamacpp]'"
 _SIZES = {"sliding_window", "max_position_embeddings", "hidden_act"}
@@ -53,8 +53,11 @@ class GGUFFile(ExportFormat):
         model.float()  # nothing is rounded but what the file holds in the end
         with self._naming_the_model(), new_file(self.out) as path:
             described = describe(model, approximates_silu=self.cfg.approximate_silu)
-            settings = tokenizer_settings(tokenizer, model.config.vocab_size)
-            write_gguf(path, described, settings, dtype, self.out.stem)
+            settings = tokenizer_settings(tokenizer, model.config.vocab_size, model.generation_config.eos_token_id)
+            try:
+                write_gguf(path, described, settings, dtype, self.out.stem)
+            except OSError as error:
+                raise UserError(f"cannot be written to out={self.out}: {why_not_written(error)}") from error
             compared = "not compared with llama.cpp"
             if self.cfg.verify is not False and _is_installed(_LLAMA_CPP):
                 nmse = verify(path, model, tokenizer, float32_cache=dtype == torch.float32)

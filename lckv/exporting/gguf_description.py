@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lckv.exporting.gguf_gemma4 import describe_gemma4
 from lckv.exporting.gguf_llama import describe_llama
-from lckv.exporting.gguf_plain import Description, check_no_biases, check_parts, plain_weights
+from lckv.exporting.gguf_plain import Description, check_finite, check_no_biases, check_parts, plain_weights
 from lckv.exporting.gguf_reuse import find_reuse, is_llama
 from lckv.exporting.gguf_silu import approximate_silu
 from lckv.models import LCKVLlamaForCausalLM
@@ -24,6 +24,7 @@ def describe(model: LCKVLlamaForCausalLM, *, approximates_silu: bool = False) ->
     check_parts(config)
     reuse = find_reuse(plan, config.sliding_window, config.max_position_embeddings)
     weights = plain_weights(model)
+    check_finite(weights, "in the model")
     if is_llama(plan, reuse, config.hidden_act, approximates_silu=approximates_silu):
         return describe_llama(config, weights)
     check_no_biases(config, "gemma4")

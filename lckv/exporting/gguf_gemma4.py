@@ -54,6 +54,8 @@ def describe_gemma4(config: LCKVLlamaConfig, weights: Weights, reuse: Reuse) -> 
     full, sliding = (_find_rotation(config, is_sliding, slides) for slides in (False, True))
     if not sliding.is_plain:
         raise UserError("rope_parameters: llama.cpp's gemma4 scales no frequencies in layers with a window")
+    if not config.rms_norm_eps:
+        raise UserError("rms_norm_eps=0.0: llama.cpp's gemma4 needs a number above 0")
     inflated = Inflated(config, weights)
     settings = common_settings(config) | {
         "attention.layer_norm_rms_epsilon": inflated.constant,
@@ -68,8 +70,8 @@ def describe_gemma4(config: LCKVLlamaConfig, weights: Weights, reuse: Reuse) -> 
         "embedding_length_per_layer_input": 0,
         "final_logit_softcapping": config.final_logit_softcapping or 0.0,
     }
-    tensors = named("gemma4", inflated.tensors())
-    return Description("gemma4", settings, tensors | {ROPE_DIVISORS: full.divisors})
+    divisors = {} if all(is_sliding) else {ROPE_DIVISORS: full.divisors}  # of layers without a window only
+    return Description("gemma4", settings, named("gemma4", inflated.tensors()) | divisors)
 
 
 def _find_rotation(config: LCKVLlamaConfig, is_sliding: Sequence[bool], slides: bool) -> Rotation:
@@ -98,7 +100,7 @@ class Inflated:
 
     def __init__(self, config: LCKVLlamaConfig, weights: Weights) -> None:
         self.config, self.weights = config, weights
-        self.factor = min(_EMBEDDING_FACTOR, _power_of_two(_LARGEST / float(weights[_EMBEDDING].abs().max())))
+        self.factor = min(_EMBEDDING_FACTOR, _power_of_two(_LARGEST, float(weights[_EMBEDDING].abs().max())))
         self.growth = self.factor * math.sqrt(config.hidden_size)
         self.constant = self.growth**2 * config.rms_norm_eps
         self.root = math.sqrt(self.constant)
@@ -177,7 +179,7 @@ class Inflated:
         return matrix * scale, gain * self.root / scale
 
     def _scale(self, largest: float) -> float:
-        return _power_of_two(_LINEAR * self.root / largest)
+        return _power_of_two(_LINEAR * self.root, largest)
 
 
 def _spectral_norm(matrices: torch.Tensor) -> float:
@@ -188,6 +190,6 @@ def _spectral_norm(matrices: torch.Tensor) -> float:
     return float(torch.linalg.eigvalsh(matrices @ matrices.mT).amax().clamp(min=0).sqrt())
 
 
-def _power_of_two(bound: float) -> float:
-    """The largest power of two that is no larger: a factor that rounds nothing."""
-    return 2.0 ** math.floor(math.log2(bound))
+def _power_of_two(bound: float, size: float) -> float:
+    """The largest power of two that takes `size` no further than `bound`: a factor that rounds nothing. 1 for zero."""
+    return 2.0 ** math.floor(math.log2(bound / size)) if size else 1.0

@@ -123,6 +123,12 @@ def plain_weights(model: LCKVLlamaForCausalLM) -> Weights:
     return weights
 
 
+def check_finite(tensors: Weights, where: str) -> None:
+    """Refuses numbers that are none, as training may leave them or a narrow type makes them; `where` they are."""
+    if found := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        raise UserError(f"{found}: has numbers that are not finite {where}")
+
+
 def check_no_biases(config: LCKVLlamaConfig, architecture: str) -> None:
     """Refuses biases for an architecture that has none."""
     biases = {

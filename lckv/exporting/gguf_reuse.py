@@ -85,6 +85,8 @@ def is_llama(plan: SharingPlan, reuse: Reuse, hidden_act: str, *, approximates_s
             f"hidden_act={hidden_act}: llama.cpp has no such MLP here; allowed are {', '.join(SILU + GELU)}"
         )
     has_silu = hidden_act in SILU
+    if len(reuse.is_sliding) == 1 and not (has_silu and reuse.is_plain):
+        raise UserError("num_hidden_layers=1: llama.cpp has windows and GELU only in models of two layers or more")
     if approximates_silu and not (has_silu and not reuse.is_plain):
         raise UserError("approximate_silu=true: has no effect: llama.cpp computes this model as it is")
     if has_silu and not reuse.is_plain and not approximates_silu:

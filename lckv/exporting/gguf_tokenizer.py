@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lckv.errors import UserError
 
@@ -27,15 +28,24 @@ _CUTS: dict[str, list[dict[str, Any]]] = {
 _TAKES_WHOLE_WORDS = ("llama-bpe",)
 """The rules with which llama.cpp takes a word that is a token as it is, whether or not merges lead there."""
 
+_BY_SURROUNDINGS = ("lstrip", "rstrip", "single_word")  # of `AddedToken`
+
 _OFFSETS = "trim_offsets"  # about the places of tokens in the text
 
 
-def tokenizer_settings(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Any]:
+_ENDS = ("eos", "eot", "eom")
+"""GGUF's names for tokens that end a text, a turn and a message: llama.cpp stops behind any of them."""
+
+
+def tokenizer_settings(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_id: int | list[int] | None
+) -> dict[str, Any]:
     """What a GGUF file says of a tokenizer, by GGUF's names.
 
     Args:
         tokenizer: one over bytes.
         vocab_size: rows of the embedding; those without a token are filled with tokens that no text has.
+        eos_token_id: what ends a text for the model; the tokenizer may know only one of several.
 
     Raises:
         UserError: for a tokenizer that llama.cpp would not follow token by token.
@@ -48,6 +58,7 @@ def tokenizer_settings(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> d
 
     texts = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
+    _check_added(added.values())
     types = []
     for index in range(vocab_size):
         kind = TokenType.NORMAL if index in texts else TokenType.UNUSED
@@ -56,7 +67,7 @@ def tokenizer_settings(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> d
         types.append(int(kind))
     if not (merges := backend["model"]["merges"]):
         raise UserError("the tokenizer has no merges, without which llama.cpp does not begin")
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+    ids = {"bos": tokenizer.bos_token_id, **_find_ends(tokenizer, eos_token_id)}
     settings = {
         "model": "gpt2",
         "pre": cut,
@@ -72,6 +83,24 @@ def tokenizer_settings(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> d
     }
     kept = {name: value for name, value in settings.items() if value is not None and value != []}
     return {f"tokenizer.{'' if name == 'chat_template' else 'ggml.'}{name}": kept[name] for name in kept}
+
+
+def _check_added(tokens: Iterable[AddedToken]) -> None:
+    """Refuses tokens that are found by what stands around them."""
+    for token in tokens:
+        if found := next((name for name in _BY_SURROUNDINGS if getattr(token, name)), None):
+            raise UserError(
+                f"the tokenizer's token {token.content!r} has {found}=True, which llama.cpp would not heed"
+            )
+
+
+def _find_ends(tokenizer: PreTrainedTokenizerBase, eos_token_id: int | list[int] | None) -> dict[str, int]:
+    """The tokens that end a text, by GGUF's names; the tokenizer's own is the first."""
+    given = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
+    ends = sorted(dict.fromkeys(given), key=lambda index: index != tokenizer.eos_token_id)
+    if len(ends) > len(_ENDS):
+        raise UserError(f"eos_token_id={given}: a GGUF file has room for {len(_ENDS)} tokens that end a text")
+    return dict(zip(_ENDS, ends, strict=False))
 
 
 def _find_cut(backend: dict[str, Any]) -> str:

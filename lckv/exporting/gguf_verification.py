@@ -107,7 +107,8 @@ def run_llama_cpp(
         "completions": completions,
     }
     command = [sys.executable, "-m", "lckv.exporting.run_llama_cpp"]
-    ended = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    # llama.cpp reports tokens as they are, and one may be a part of a character.
+    ended = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, errors="replace")
     if ended.returncode:
         errors = [line for line in ended.stderr.splitlines() if " E " in line or "GGML_ASSERT" in line]
         reason = (errors or ended.stderr.splitlines() or ["no reason"])[0]
@@ -130,5 +131,6 @@ def _read_logits(completion: dict[str, Any], vocab_size: int) -> torch.Tensor:
     """The log probabilities `(vocab_size,)` of a completion's token."""
     logits = torch.full((vocab_size,), torch.nan)
     for entry in completion["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-        logits[entry["id"]] = entry["logprob"]
+        if entry["logprob"] is not None:  # JSON's word for what is no number, such as where a float16 cache overflows
+            logits[entry["id"]] = entry["logprob"]
     return logits

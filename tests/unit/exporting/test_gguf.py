@@ -1,12 +1,13 @@
 """Files for llama.cpp, against transformers' Gemma 4, our reader and llama.cpp itself, and what is refused."""
 
 import re
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import AddedToken, Gemma4ForCausalLM, Gemma4TextConfig
 
 from lckv.config import ExportConfig
 from lckv.errors import UserError
@@ -99,10 +100,20 @@ def test_a_model_that_shares_nothing_is_read_back(tmp_path, settings):
 
 @pytest.mark.parametrize(("layer_types", "settings"), GEMMAS.values(), ids=GEMMAS)
 def test_a_gemma_4_of_transformers_computes_the_same(layer_types, settings):
-    model = lively_model(layer_types, hidden_act=GELU, **settings)
-    config = model.config
+    compare_with_gemma_4(lively_model(layer_types, hidden_act=GELU, **settings))
+
+
+def test_matrices_of_zeros_are_matrices_of_a_gemma_4():
+    model = lively_model("0s_1s_2_2", hidden_act=GELU)
+    layer = model.model.layers[1]  # which then does nothing, as at the beginning of some trainings
+    for part in (layer.self_attn.v_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
+        part.weight.data.zero_()
+    compare_with_gemma_4(model)
+
+
+def compare_with_gemma_4(model):
     gemma = _gemma(model, describe(model))
-    tensors = Inflated(config, plain_weights(model)).tensors()
+    tensors = Inflated(model.config, plain_weights(model)).tensors()
     missing, unexpected = gemma.load_state_dict(tensors, strict=False)
     assert not unexpected and all("layer_scalar" in name or name == "lm_head.weight" for name in missing)
     ids = token_ids(2, 20)
@@ -147,6 +158,9 @@ def test_patterns_that_llama_cpp_cannot_say_are_refused_by_layer(layer_types, wi
     [
         (tiny_config("0s_1_1"), "layer 0 has a window, which llama.cpp has only with hidden_act=gelu_pytorch_tanh"),
         (tiny_config("0_1_1"), "layer 2 reads layer 1, which llama.cpp has only with hidden_act=gelu_pytorch_tanh"),
+        (tiny_config("0", hidden_act=GELU), "num_hidden_layers=1: llama.cpp has windows and GELU only in"),
+        (tiny_config("0s"), "num_hidden_layers=1: llama.cpp has windows and GELU only in"),
+        (tiny_config("0s_1_1", hidden_act=GELU, rms_norm_eps=0.0), "rms_norm_eps=0.0: llama.cpp's gemma4 needs"),
         (tiny_config("0_1", hidden_act="relu"), "hidden_act=relu: llama.cpp has no such MLP here"),
         (tiny_config("0_1", force_nodiag=True), "force_nodiag=True: no architecture"),
         (tiny_config("0_1", **SHAPES["gpt2"]), "learned_positions=True: no architecture"),
@@ -182,6 +196,30 @@ def test_models_that_llama_cpp_does_not_compute_are_refused_by_setting(config, r
     assert str(error.value).startswith(reason)
 
 
+def test_numbers_that_are_none_are_refused_by_tensor(tmp_path):
+    model, reason = lively_model("0s_1s_2_2", hidden_act=GELU, use_qk_norm=True), "has numbers that are not finite"
+    model.model.layers[0].self_attn.q_proj.weight.data *= 10  # and far more in the file, whose norms have a larger eps
+    folder = saved(tmp_path / "model", model)
+    with pytest.raises(UserError, match=rf"blk.0.attn_q.weight: {reason} as dtype=float16; bfloat16"):
+        export(folder, tmp_path / "a.gguf", dtype="float16", verify=False)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    with pytest.raises(UserError, match=rf"^model.layers.1.mlp.up_proj.weight: {reason} in the model$"):
+        describe(model)
+
+
+def test_a_full_disk_is_answered_in_one_line(tmp_path):
+    folder, out = saved(tmp_path / "model", lively_model("0_1")), tmp_path / "a.gguf"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for largest in (1_000, 40_000):  # the settings, and the tensors
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+        try:
+            with pytest.raises(UserError, match=f"cannot be written to out={out}: "):
+                export(folder, out, verify=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_tokenizers_that_llama_cpp_would_not_follow_are_refused():
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\s"), "isolated"), pre_tokenizers.ByteLevel(False)])
     for tokenizer, reason in [
@@ -189,13 +227,25 @@ def test_tokenizers_that_llama_cpp_would_not_follow_are_refused():
         (merging_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)), "cuts text by ByteLevel in a way"),
         (merging_tokenizer(ignore_merges=True), "cuts text by ByteLevel in a way"),
         (byte_tokenizer(), "has no merges"),
+        *[
+            (with_token("sword", **{flag: True}), f"token 'sword' has {flag}=True, which llama.cpp would not heed")
+            for flag in ("lstrip", "rstrip", "single_word")
+        ],
     ]:
         with pytest.raises(UserError, match=reason):
-            tokenizer_settings(tokenizer, 304)
+            tokenizer_settings(tokenizer, 304, 1)
+    with pytest.raises(UserError, match=r"eos_token_id=\[1, 2, 3, 4\]: a GGUF file has room for 3 tokens that end"):
+        tokenizer_settings(merging_tokenizer(), 304, [1, 2, 3, 4])
     composing = merging_tokenizer()
     composing.backend_tokenizer.normalizer = normalizers.NFC()
     with pytest.raises(UserError, match="is of type BPE with normalizer NFC"):
-        tokenizer_settings(composing, 304)
+        tokenizer_settings(composing, 304, 1)
+
+
+def with_token(text: str, **flags):
+    tokenizer = merging_tokenizer()
+    tokenizer.add_tokens(AddedToken(text, **flags))
+    return tokenizer
 
 
 def _gemma(model, described) -> Gemma4ForCausalLM:
@@ -246,6 +296,7 @@ SMOLLM_CUT = pre_tokenizers.Sequence(
         ("0s_1s_2_2", "float32", merging_tokenizer(), {"hidden_act": GELU}),
         ("0_1s_2_2_1s_2", "float16", merging_tokenizer(), {"hidden_act": GELU, "tie_word_embeddings": True}),
         ("0_1_1_1", "float32", merging_tokenizer(), {}),
+        ("0s_1s", "float32", merging_tokenizer(), {"hidden_act": GELU}),
     ],
 )
 def test_llama_cpp_computes_the_same(tmp_path, layer_types, dtype, tokenizer, settings):
@@ -269,6 +320,29 @@ def test_greedy_text_and_caches_of_llama_cpp(tmp_path):
     assert answer["completions"][0]["choices"][0]["text"] == tokenizer.decode(expected)
     kept = re.findall(r"(\d+) layers", "".join(line for line in log.splitlines() if "llama_kv_cache: size" in line))
     assert kept == ["1", "2"]  # without a window, and with one
+
+
+@pytest.mark.parametrize("others", [[], [1], [260, 1]])
+def test_llama_cpp_stops_behind_the_same_tokens(tmp_path, others):
+    pytest.importorskip("xllamacpp")
+    model, prompt = lively_model("0s_1s_2_2", hidden_act=GELU), token_ids(1, 9)
+    end = int(model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, -1])
+    model.generation_config.eos_token_id = [end, *others]
+    expected = model.generate(prompt, max_new_tokens=30, do_sample=False)[0, 9:]
+    assert len(expected) <= 6
+    out = tmp_path / "a.gguf"
+    export(saved(tmp_path / "model", model), out, verify=False)
+    request = {"prompt": prompt[0].tolist(), "n_predict": 30, "temperature": 0}
+    answer, _ = run_llama_cpp(out, "", [request], 64, float32_cache=True)
+    assert answer["completions"][0]["choices"][0]["text"] == merging_tokenizer().decode(expected)
+
+
+def test_logits_that_are_no_numbers_are_something_else(tmp_path):
+    pytest.importorskip("xllamacpp")
+    model = lively_model("0_1")
+    model.model.layers[0].self_attn.v_proj.weight.data *= 3e4  # float16 holds it, but not the values that it makes
+    with pytest.raises(UserError, match="llama.cpp computes something else: its logits differ by an NMSE of nan"):
+        export(saved(tmp_path / "model", model), tmp_path / "a.gguf", dtype="float16")
 
 
 @pytest.mark.parametrize("verify", [None, False])

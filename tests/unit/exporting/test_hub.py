@@ -60,6 +60,7 @@ def test_folder_holds_all_that_is_needed(given: Path, tmp_path: Path) -> None:
     assert {"config.json", "generation_config.json", "modeling_lckv.py", "README.md", "pattern.png"} <= names
     assert {"tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"} <= names
     assert not [name for name in names if name.endswith(".bin")]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # who may read one file may read all
     config = json.loads((out / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_lckv.LCKVLlamaForCausalLM"
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.7
