@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import lckv
+from lckv.processes import SPIN_COUNT
 
 # Dense tensor-core FLOP/s with 16-bit inputs, from the makers' data sheets; the first name found in the device's wins.
 _PEAK_FLOPS_16_BIT = {
@@ -56,10 +57,11 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
 
     Returns:
         `device`: the name of the accelerator, or of the processor; `num_cores`: of the machine; `num_threads`: of this
-        process.
+        process; `spin_count`: for how many turns they wait before they sleep, if that was said.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
-    return {"device": name, "num_cores": os.cpu_count(), "num_threads": torch.get_num_threads()}
+    threads = {"num_threads": torch.get_num_threads(), "spin_count": os.environ.get(SPIN_COUNT)}
+    return {"device": name, "num_cores": os.cpu_count(), **threads}
 
 
 def _processor_name() -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import psutil  # type: ignore[import-untyped]
 
@@ -15,6 +15,20 @@ from lckv.errors import UserError
 
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """What launchers say how many processes there are in: torchrun's and accelerate's, and those of MPI."""
+
+
+SPIN_COUNT = "GOMP_SPINCOUNT"
+"""What GNU's OpenMP, which torch's Linux builds bring, calls the turns for which a waiting thread spins."""
+
+
+def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Has threads that wait for others go to sleep soon, unless the user has said how they shall wait.
+
+    They spin for some milliseconds else, on cores on which the others could run: beside a single busy process, two
+    threads of two cores do a third of their work. It counts if it is said before torch is loaded.
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault(SPIN_COUNT, "1000")
 
 
 def check_launch(module: str, environment: Mapping[str, str] = os.environ) -> None:

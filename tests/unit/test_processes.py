@@ -1,11 +1,11 @@
-"""What accelerate's own launcher tells a process that it starts alone."""
+"""What processes are told by launchers, and tell the libraries that they load."""
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from lckv.errors import UserError
-from lckv.processes import check_launch
+from lckv.processes import check_launch, share_cores
 
 
 def told(*arguments: str) -> dict[str, str]:
@@ -29,3 +29,16 @@ def test_one_process_is_what_was_asked_for() -> None:
     check_launch("lckv.train", told("--cpu", "--num_processes", "1"))
     check_launch("lckv.train", {"MASTER_ADDR": "127.0.0.1"})
     check_launch("lckv.train")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_wait_briefly_unless_the_user_says_how(given: dict[str, str], told: dict[str, str]) -> None:
+    share_cores(given)
+    assert given == told
