@@ -58,12 +58,13 @@ class Trace:
         if self.hidden_states is not None:
             by_layer = zip(*(trace.hidden_states or [] for trace in traces), strict=True)
             self.hidden_states += [interleave(parts) for parts in by_layer]
-        for layer_idx in (traces[-1].attentions or {}) if self.attentions is not None else ():
-            parts = [(trace.attentions or {})[layer_idx] for trace in traces]
-            if parts[-1] is not None and parts[0] is None:  # nobody has written yet when the first group reads
-                batch_size, num_heads, _, kv_len = parts[-1].shape
-                parts[0] = parts[-1].new_zeros(batch_size, num_heads, turns[0][0].shape[1], kv_len)
-            self.attentions[layer_idx] = None if parts[0] is None else interleave(parts, dim=2)
+        if self.attentions is not None:
+            for layer_idx in traces[-1].attentions or {}:
+                parts = [(trace.attentions or {})[layer_idx] for trace in traces]
+                if parts[-1] is not None and parts[0] is None:  # nobody has written yet when the first group reads
+                    batch_size, num_heads, _, kv_len = parts[-1].shape
+                    parts[0] = parts[-1].new_zeros(batch_size, num_heads, turns[0][0].shape[1], kv_len)
+                self.attentions[layer_idx] = None if parts[0] is None else interleave(parts, dim=2)
 
 
 @dataclass(frozen=True)

@@ -337,8 +337,10 @@ def read_hint(given: Mapping[str, Any] | str | Path, key: str = "hint") -> Shari
     values: Any = given
     if isinstance(given, str | Path):
         try:
-            is_json = isinstance(given, str) and given.lstrip().startswith("{")
-            values = json.loads(given if is_json else Path(given).expanduser().read_text(encoding="utf-8"))
+            text = str(given)
+            if not text.lstrip().startswith("{"):
+                text = Path(given).expanduser().read_text(encoding="utf-8")
+            values = json.loads(text)
         except (OSError, ValueError) as error:
             raise UserError(f"{key}={given}: cannot be read: {type(error).__name__}: {error}") from error
     try:
