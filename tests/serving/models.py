@@ -55,7 +55,9 @@ def prompts() -> list[list[int]]:
 
 
 @torch.no_grad()
-def answer(model: Any, prompt: list[int], num_tokens: int = NUM_NEW_TOKENS) -> tuple[list[int], list[float]]:
+def answer(
+    model: Any, prompt: list[int], num_tokens: int = NUM_NEW_TOKENS, **options: Any
+) -> tuple[list[int], list[float]]:
     """What our own `generate` says after a prompt, and how likely it finds each of these tokens (log)."""
     output = model.generate(
         torch.tensor([prompt]),
@@ -64,6 +66,7 @@ def answer(model: Any, prompt: list[int], num_tokens: int = NUM_NEW_TOKENS) -> t
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
     tokens = output.sequences[0, len(prompt) :]
     logprobs = torch.stack(output.logits)[:, 0].float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -102,10 +105,10 @@ def served_answers(llm: Any, given: list[list[int]], num_tokens: int = NUM_NEW_T
         yield tokens, [step[token].logprob for step, token in zip(logprobs, tokens, strict=True)]
 
 
-def assert_served_alike(llm: Any, model: Any, given: list[list[int]]) -> None:
-    """Whether an engine answers as our own `generate` does."""
+def assert_served_alike(llm: Any, model: Any, given: list[list[int]], **options: Any) -> None:
+    """Whether an engine answers as our own `generate` does with such options."""
     for prompt, (tokens, logprobs) in zip(given, served_answers(llm, given), strict=True):
-        expected_tokens, expected_logprobs = answer(model, prompt)
+        expected_tokens, expected_logprobs = answer(model, prompt, **options)
         assert tokens == expected_tokens
         torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected_logprobs), atol=1e-4, rtol=0)
 
