@@ -107,7 +107,7 @@ class ModelConfig(Group):
     sliding_window: int | None = key(None, at_least())
     forward_passes: Any = key(1, passes)
     backward_passes: int = key(1, at_least())
-    cyclic_groups: int = key(8, at_least(), only_with={"use_sequential": (False,)})
+    cyclic_groups: int = key(4, at_least(), only_with={"use_sequential": (False,)})
     converge_tolerance: float = key(1e-3, above_zero)
     use_sequential: bool = False
     force_nodiag: bool = False

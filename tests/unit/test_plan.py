@@ -53,7 +53,7 @@ def test_the_report_says_it_all():
     assert "╭──  4  KV ──╯  reads itself" in text
     assert "layers 1 to 4: a cycle" in text
     assert "A cycle runs once without gradient, then once with gradient" in text
-    assert "In each pass tokens take turns in 8 groups" in text
+    assert "In each pass tokens take turns in 4 groups" in text
     assert row(text, "3 ") == ["3", "4 above", "-", "-", "yes", "1 to 4"]
     assert row(text, "7 ") == ["7", "itself", "yes", "-", "-", "-"]
     one = 2 * 4 * 64 * 2  # keys and values, 4 heads of 64, in 2 bytes
