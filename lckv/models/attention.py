@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, rotate_half
 
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.masks import VisibleKeys
+from lckv.models.masks import FLASH_ATTENTION, VisibleKeys
 from lckv.models.positions import PositionEmbeddings
 from lckv.models.sharing_cache import Streams
 
@@ -194,6 +194,8 @@ def attend(
         **backend_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         implementation = module.config._attn_implementation
+        if implementation in FLASH_ATTENTION and isinstance(mask, torch.Tensor):
+            implementation = "sdpa"  # every fourth token's query, say, is nothing that flash attention has a word for
         dropout = module.attention_dropout if module.training else 0.0
         if query.shape[2] == 1 and dropout == 0.0 and not isinstance(mask, BlockMask):
             is_latent = value.shape[1::2] != key.shape[1::2]  # other heads, of another width, which few backends take

@@ -32,7 +32,6 @@ from transformers.masking_utils import (
 
 from lckv.layout import KVLayout
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.groups import Group
 from lckv.models.positions import PositionEmbeddings, Positions
 from lckv.models.sharing_cache import SharingCache
 from lckv.models.varlen import VarlenBatch, cut_packed, cut_padded
@@ -146,30 +145,6 @@ def build_visible_keys(
     return visible_keys
 
 
-class GroupKeys:
-    """What the queries of each group of tokens see in a pass over a cycle; built when it is first asked for.
-
-    Args:
-        builder: of the masks of the call. It is asked where keys lie now, before the cache takes any of them.
-        of_all_tokens: what every layer sees in a pass over all tokens.
-    """
-
-    def __init__(self, builder: MaskBuilder, of_all_tokens: list[VisibleKeys | None]) -> None:
-        self.builder, self.of_all_tokens = builder, of_all_tokens
-        layers = builder.config.sharing_plan.layers
-        self.kinds = [builder.kind_of(layer, builder.num_new_tokens) for layer in layers]
-        self._geometries = {kind: builder.locate(kind) for kind in self.kinds}
-        self._built: dict[tuple[MaskKind, Group, int | None], VisibleKeys] = {}
-
-    def of(self, layer_idx: int, group: Group, num_written: int | None) -> VisibleKeys:
-        """What layer `layer_idx` sees of the first `num_written` groups, or of all; and of earlier tokens."""
-        kind, at_all = self.kinds[layer_idx], self.of_all_tokens[layer_idx]
-        asked = kind, group, num_written
-        if asked not in self._built:
-            self._built[asked] = self.builder.build_for_group(kind, self._geometries[kind], group, num_written)
-        return replace(self._built[asked], key_rotation=None if at_all is None else at_all.key_rotation)
-
-
 class MaskBuilder:
     """What one forward call holds, and how a mask follows from it and the kind of layer.
 
@@ -264,9 +239,9 @@ class MaskBuilder:
 
     def _dense_or_block(self, hides_own_token: bool, window: int | None, at: Geometry) -> VisibleKeys:
         """A mask from transformers' own function for the backend, with our rule for who sees whom."""
-        allowed = self._allowed_pairs(at)
+        allowed = self.allowed_pairs(at)
         padding = prepare_padding_mask(self.padding, at.kv_length, at.kv_offset)
-        sees = build_rule(at, hides_own_token, window, padding, self._documents_with_room(at), allowed)
+        sees = build_rule(at, hides_own_token, window, padding, self.documents_with_room(at), allowed)
         sees_nothing, mask_function = None, sees
         # Plain causality always leaves a query its own token; only what takes that away can leave it nothing.
         if hides_own_token or padding is not None or allowed is not None:
@@ -282,14 +257,14 @@ class MaskBuilder:
         reach = window if has_reach and not is_compileable(self.past_key_values) else None
         return VisibleKeys(at.num_queries, self._mask(mask_function, at), sees_nothing=sees_nothing, reach=reach)
 
-    def _documents_with_room(self, at: Geometry) -> torch.Tensor | None:
+    def documents_with_room(self, at: Geometry) -> torch.Tensor | None:
         """The tokens' documents, `(batch, kv_offset + kv_len)`: a static cache has room behind them."""
         if self.document_ids is None:
             return None
         room = max(0, at.kv_length + at.kv_offset - self.document_ids.shape[1])
         return pad(self.document_ids, (0, room), value=-1)
 
-    def _allowed_pairs(self, at: Geometry) -> torch.Tensor | None:
+    def allowed_pairs(self, at: Geometry) -> torch.Tensor | None:
         """The part `(batch, q_len, kv_len)` of a 4D mask for the keys that there are, false where it has none."""
         if self.allowed is None:
             return None
@@ -298,47 +273,6 @@ class MaskBuilder:
             return allowed.gather(2, at.key_positions[:, None].clamp(min=0).expand(-1, at.num_queries, -1))
         allowed = allowed[..., at.kv_offset : at.kv_offset + at.kv_length]
         return pad(allowed, (0, at.kv_length - allowed.shape[-1]))
-
-    def build_for_group(self, kind: MaskKind, at: Geometry, group: Group, num_written: int | None) -> VisibleKeys:
-        """What the queries of a group of tokens see of those tokens whose keys are there.
-
-        Args:
-            kind: of the layer.
-            at: where all keys and queries lie.
-            group: of the new tokens.
-            num_written: how many of the groups have keys, from the first; `None` if all have.
-        """
-        padding = prepare_padding_mask(self.padding, at.kv_length, at.kv_offset)
-        allowed = self._allowed_pairs(at)
-        sees = build_rule(at, kind.hides_own_token, kind.window, padding, self._documents_with_room(at), allowed)
-        batch_idx = torch.arange(self.batch_size, device=self.device)[:, None, None]
-        new = torch.arange(self.num_new_tokens, device=self.device)
-        q_idx = group.pick(new[None])[..., None] + at.q_offset
-        kv_idx = torch.arange(at.kv_length, device=self.device)[None, None, :] + at.kv_offset
-        visible = sees(batch_idx, None, q_idx, kv_idx)
-        if at.key_positions is not None:
-            kv_idx = at.key_positions[:, None]
-        if num_written is not None:
-            number = kv_idx - at.q_offset  # of a new token; below 0 for earlier ones
-            visible = visible & ((number < 0) | (number % group.num_groups < num_written))
-        visible = visible.expand(self.batch_size, -1, -1)
-        nothing = ~visible.any(dim=-1)
-        mask = self._from_pairs(visible | (nothing[..., None] & (kv_idx == q_idx)))
-        return VisibleKeys(visible.shape[1], mask, sees_nothing=nothing if kind.hides_own_token else None)
-
-    def _from_pairs(self, visible: torch.Tensor) -> torch.Tensor | BlockMask:
-        """What the backend takes for the pairs `(batch, q_len, kv_len)` that see each other."""
-        implementation = self.config._attn_implementation
-        if implementation == "flex_attention":
-
-            def sees(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
-                return visible[batch_idx, q_idx, kv_idx]
-
-            return create_block_mask(sees, self.batch_size, None, visible.shape[1], visible.shape[2], self.device)
-        if implementation == "eager":
-            hidden = torch.finfo(self.dtype).min
-            return torch.zeros_like(visible, dtype=self.dtype).masked_fill(~visible, hidden)[:, None]
-        return visible[:, None]
 
     def _mask(self, mask_function: MaskFunction, at: Geometry) -> torch.Tensor | BlockMask:
         """What the backend takes for such a rule: `(batch, 1, q_len, kv_len)`, or blocks of that."""

@@ -12,8 +12,9 @@ from transformers import Cache
 
 from lckv.iteration import Passes
 from lckv.layout import KVLayout
+from lckv.models.group_keys import GroupKeys
 from lckv.models.groups import Group, groups_of, interleave
-from lckv.models.masks import GroupKeys, VisibleKeys
+from lckv.models.masks import VisibleKeys
 from lckv.models.positions import PositionEmbeddings
 from lckv.models.sharing_cache import CachePeeker, CacheWriter, Streams
 from lckv.patterns import Segment, SharingPlan

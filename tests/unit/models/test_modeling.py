@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from lckv import LCKVLlamaForCausalLM
 from lckv.cache import SinkKVCache
-from lckv.models.attention import attend_with_one_query
-from lckv.models.masks import MaskBuilder, VarlenBatch, build_visible_keys
+from lckv.models.attention import attend, attend_with_one_query
+from lckv.models.masks import MaskBuilder, VarlenBatch, VisibleKeys, build_visible_keys
 from tests.reference import exact_logits, tiny_config, tiny_model, token_ids
 
 LENGTH = 9
@@ -419,3 +419,16 @@ def test_generation_takes_a_cache_under_the_name_that_transformers_5_24_gives_it
     since = model.create_masks_for_generate(attention_mask=mask, cache=cache)
     assert before.shape == (1, 12) and torch.equal(before, since)
     assert model.prepare_inputs_for_generation(token_ids(1, 3), cache=cache)["past_key_values"] is cache
+
+
+@torch.no_grad()
+def test_groups_of_tokens_take_masks_where_all_take_flash_attention():
+    attention = tiny_model("0_1").model.layers[0].self_attn
+    heads = attention.config.num_attention_heads
+    states = [torch.randn(2, count, length, 8) for count, length in ((heads, 3), (2, 7), (2, 7))]
+    visible = VisibleKeys(3, mask=torch.rand(2, 1, 3, 7) < 0.7)
+    outputs = []
+    for implementation in ("sdpa", "flash_attention_2"):
+        attention.config._attn_implementation_internal = implementation
+        outputs.append(attend(attention, *states, visible)[0])
+    torch.testing.assert_close(*outputs)
