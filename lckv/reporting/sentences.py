@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import NamedTuple
 
+from lckv.iteration import CONVERGE
 from lckv.reporting.analysis import Budget, Cohort, Report, show_fraction
 from lckv.reporting.metrics import SIGNIFICANT, Comparison, Metric
 
@@ -107,6 +108,7 @@ def method_notes(report: Report) -> list[str]:
         "hardware, number of threads and way of training are the same, as far as runs note them; what else the "
         "machine did falls into it. "
         f"{_hardware(report)}",
+        *_passes(report),
         _versions(report),
     ]
 
@@ -128,6 +130,23 @@ def _hardware(report: Report) -> str:
         else:
             found.add("not noted")
     return f"Hardware: {'; '.join(sorted(found)) or 'unknown'}."
+
+
+def _passes(report: Report) -> Iterator[str]:
+    """By how many passes over cycles the losses of patterns with cycles were measured."""
+    iterating = [run for run in report.finished if run.plan is not None and run.plan.has_cycles]
+    # Earlier versions evaluated as they trained, and said nothing.
+    exact = [run.results.get("eval_forward_passes") == CONVERGE for run in iterating]
+    if not iterating:
+        return
+    if all(exact):
+        yield "Where layers read upward, losses are exact: of as many passes as decoding token by token is worth."
+        return
+    names = ", ".join(run.name for run, is_exact in zip(iterating, exact, strict=True) if not is_exact)
+    yield (
+        f"Where layers read upward, losses are exact, but for those of {names}, which are of the passes of their "
+        "training: decoding may do better or worse."
+    )
 
 
 def _versions(report: Report) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median_high
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -18,9 +18,11 @@ from lckv.data.dataset import TokenizedData
 from lckv.environment import describe_hardware, versions
 from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
 from lckv.evaluation.results_file import scalar_figures
+from lckv.iteration import CONVERGE
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.training.callbacks import SAMPLING, SAMPLING_SEED, describe_loss_parts, format_duration
 from lckv.training.run_folder import RunFolder
+from lckv.training.trainer import LCKVTrainer
 
 _OF_CONVERT = {"source": "init.source", "revision": "init.revision", "method": "init.method"}
 """Settings of `lckv.convert` by what `lckv.train` calls them."""
@@ -39,10 +41,9 @@ def median_speed(lines: Sequence[dict[str, Any]]) -> float | None:
     return median_high(speeds) if speeds else None
 
 
-def build_results(
-    cfg: TrainConfig, model: PreTrainedModel, data: TokenizedData, folder: RunFolder, num_processes: int
-) -> dict[str, Any]:
+def build_results(cfg: TrainConfig, trainer: LCKVTrainer, data: TokenizedData, folder: RunFolder) -> dict[str, Any]:
     """Gathers the results of a run from the last lines of its metrics."""
+    model = cast(PreTrainedModel, trainer.model)
     lines = folder.read_metrics()
     train = [line for line in lines if "loss" in line]
     evaluation = [line for line in lines if "eval_loss" in line][-1]
@@ -67,10 +68,12 @@ def build_results(
         "sample_prompt": cfg.trainer.sample_prompt,
         "sample": samples[-1] if samples else None,
         "data_fingerprint": data.fingerprint,
-        "num_processes": num_processes,
+        "num_processes": trainer.args.world_size,
         "hardware": describe_hardware(model.device),
         "versions": versions(),
     }
+    if sharing_plan_of(model).has_cycles:
+        results["eval_forward_passes"] = trainer.eval_forward_passes
     where_measured = ("mfu", "kv_residual", "stiefel_deviation", *(f"loss_{name}" for name in LOSS_PARTS))
     return results | {name: train[-1][name] for name in where_measured if name in train[-1]}
 
@@ -115,13 +118,18 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     num_parameters = results["num_parameters"]
     num_trained = results.get("num_trained_parameters", num_parameters)
     trained = f", {num_trained:,} of them trained" if num_trained != num_parameters else ""
+    eval_passes = results.get("eval_forward_passes", CONVERGE)
+    passes = "" if eval_passes == CONVERGE else f"; after {eval_passes} passes and the model's last"
     mfu = f", MFU {results['mfu']:.1%}" if "mfu" in results else ""
     rows = [
         (
             "validation perplexity",
             f"{results['eval_perplexity']:,.2f}  (unigram {results['unigram_perplexity']:,.2f})",
         ),
-        ("validation loss", f"{results['eval_loss']:.4f}  (unigram {results['unigram_loss']:.4f}; nats per token)"),
+        (
+            "validation loss",
+            f"{results['eval_loss']:.4f}  (unigram {results['unigram_loss']:.4f}; nats per token{passes})",
+        ),
         ("bits per byte", "unknown" if bits is None else f"{bits:.4f}"),
         ("parameters", f"{num_parameters:,}{trained}"),
         (

@@ -180,7 +180,7 @@ class Session:
             )
 
     def _write_results(self) -> dict[str, Any]:
-        results = build_results(self.cfg, self.model, self.data, self.folder, self.args.world_size)
+        results = build_results(self.cfg, self.trainer, self.data, self.folder)
         if self.evaluations is not None:
             # A run that goes on from its last step has evaluated in an earlier session.
             figures = self.evaluations.figures or self.evaluations.run()

@@ -98,6 +98,7 @@ class LCKVTrainer(Trainer):
         self._optimizer_metrics: Callable[[], dict[str, float]] = dict
         self._residuals: list[Tensor] = []
         self._window: list[tuple[dict[str, Any], Tensor]] = []  # micro batches of this step and their losses
+        self._config = model.config
         plan = getattr(model.config, "sharing_plan", None)  # models of other families have none
         self._has_residual = plan is not None and plan.has_cycles
 
@@ -105,6 +106,11 @@ class LCKVTrainer(Trainer):
     def is_sharded(self) -> bool:
         """Whether no process has the whole model."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    @property
+    def eval_forward_passes(self) -> int | str | None:
+        """Passes over cycles in evaluation: as many as make it exact, where processes need not pass equally often."""
+        return getattr(self._config, "forward_passes", None) if self.is_sharded else CONVERGE
 
     # What transformers' loop asks for.
 
@@ -174,8 +180,7 @@ class LCKVTrainer(Trainer):
             world_size=self.args.world_size,
             reduce_sum=self._sum_over_processes,
             on_batch=self.on_eval_batch,
-            # Processes that hold parts of one model have to pass equally often.
-            forward_passes=None if self.is_sharded else CONVERGE,
+            forward_passes=self.eval_forward_passes,
         )
         metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         if result.bits_per_byte is not None:

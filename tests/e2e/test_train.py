@@ -31,6 +31,7 @@ def test_model_learns_and_the_results_say_so(finished_run: FinishedRun) -> None:
     assert results["eval_perplexity"] < results["unigram_perplexity"]
     assert 0 < results["eval_bits_per_byte"] < 8
     assert results["kv_residual"] >= 0
+    assert results["eval_forward_passes"] == "converge"
     assert results["steps"] == 60
 
 

@@ -337,3 +337,12 @@ def test_mistakes_are_one_line(sweep, tmp_path):
         done = run(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_notes_say_by_which_passes_losses_were_measured(tmp_path):
+    write_run(tmp_path / "sweep" / "plain", "cla")
+    write_run(tmp_path / "sweep" / "exact", "lckv", eval_forward_passes="converge")
+    assert "losses are exact: of as many passes" in texts_of(tmp_path / "sweep")[1]
+    write_run(tmp_path / "sweep" / "sharded", "lckv", seed=1, eval_forward_passes=7)
+    write_run(tmp_path / "sweep" / "older", "lckv", seed=2)
+    assert "losses are exact, but for those of older, sharded, which" in texts_of(tmp_path / "sweep")[1]
