@@ -42,8 +42,18 @@ _STEPS = (8, 4, 2)
 def sources_of(plan: SharingPlan, own: SharingPlan, owners: Iterable[int]) -> dict[int, tuple[int, ...]]:
     """For each of these owners, the layers whose keys and values its readers read in the source, in order."""
     return {
-        owner: tuple(sorted({own.kv_source[layer.layer_idx] for layer in plan.readers(owner)})) for owner in owners
+        owner: tuple(
+            sorted({layer for name in (KEYS, VALUES) for layer in _sources_of(plan, own, owner, name).values()})
+        )
+        for owner in owners
     }
+
+
+def _sources_of(plan: SharingPlan, own: SharingPlan, owner: int, name: str) -> dict[int, int]:
+    """For each layer that reads an owner's keys, or values, the one whose it reads in the source."""
+    index = (KEYS, VALUES).index(name)
+    readers = (layer.layer_idx for layer in plan.layers if layer.sources[index] == owner)
+    return {reader: own.sources[reader][index] for reader in readers}
 
 
 @dataclass(frozen=True)
@@ -143,10 +153,10 @@ class LatentFit:
         self.factors: dict[Place, Factors | Pairs] = {}
         known = {} if known is None else known
         for owner, sources in groups.items():
-            for stream, fit in FITS[budget.kind].items():
+            for stream in budget.streams(owner):
                 key = owner, tuple(sources), stream
                 if key not in known:
-                    known[key] = fit(self, owner)
+                    known[key] = FITS[budget.kind][stream](self, owner)
                 self.factors[owner, stream] = known[key]
 
     def sizes(self) -> list[dict[str, Any] | None]:
@@ -169,7 +179,8 @@ class LatentFit:
         Raises:
             UserError: if a weight is not finite.
         """
-        places = [(layer, name) for layer in self.groups[owner] for name in names]
+        sources = {name: {*_sources_of(self.plan, self.own, owner, name).values()} for name in names}
+        places = [(layer, name) for layer in self.groups[owner] for name in names if layer in sources[name]]
         maps, grams = [], []
         for layer, name in places:
             weight, gradients = self._map(owner, layer, name), self.sensitivity.gradients[layer, name]
@@ -229,18 +240,21 @@ class LatentFit:
                 zeros = torch.zeros(latents[LATENT], dtype=torch.float64)
                 made[f"{prefix}kv_a_proj.bias"] = torch.cat([zeros, as_rows(pairs.bias[:count])])
         made[f"{prefix}kv_a_proj.weight"] = torch.cat(down)
-        for reader in (layer.layer_idx for layer in self.plan.readers(owner)):
-            source, prefix = self.own.kv_source[reader], layer_prefix(reader)
-            for factors in cut.values():
-                for (layer, name), up in factors.up.items():
+        of_keys, of_values = (_sources_of(self.plan, self.own, owner, name) for name in (KEYS, VALUES))
+        beside = ("k_proj.bias", of_keys), ("v_proj.bias", of_values), ("k_norm.weight", of_keys)
+        for factors in cut.values():
+            for (layer, name), up in factors.up.items():
+                for reader, source in (of_keys if name == KEYS else of_values).items():
                     if layer == source:
-                        made[f"{prefix}{name.replace('_', '_b_')}.weight"] = up
-            for name in ("k_proj.bias", "v_proj.bias", "k_norm.weight"):
+                        made[f"{layer_prefix(reader)}{name.replace('_', '_b_')}.weight"] = up
+        for name, sources in beside:
+            for reader, source in sources.items():
                 if (of_source := layer_prefix(source) + name) in self.tensors:
-                    made[prefix + name.replace("_proj", "_b_proj")] = self.tensors[of_source]
-            if isinstance(pairs, Pairs):
-                made |= self._beside_pairs(made, prefix, pairs, count, source)
-        dtype = self.tensors[f"{layer_prefix(owner)}{KEYS}.weight"].dtype
+                    made[layer_prefix(reader) + name.replace("_proj", "_b_proj")] = self.tensors[of_source]
+        if isinstance(pairs, Pairs):
+            for reader, source in of_keys.items():
+                made |= self._beside_pairs(made, layer_prefix(reader), pairs, count, source)
+        dtype = self.tensors[f"{layer_prefix(owner)}q_proj.weight"].dtype
         return {name: tensor.to(dtype).contiguous() for name, tensor in made.items()}
 
     def _beside_pairs(

@@ -105,8 +105,8 @@ def test_a_search_merges_what_layers_share(layer_types):
     for candidate in trace.candidates:
         found = parse_layer_types(candidate.layer_types)
         assert {*found.kv_owners} <= {*plan.kv_owners}
-        instead = dict(zip(plan.kv_source, found.kv_source, strict=True))
-        assert [instead[source] for source in plan.kv_source] == [*found.kv_source]
+        instead = dict(zip(plan.sources, found.sources, strict=True))
+        assert [instead[source] for source in plan.sources] == [*found.sources]
         made = Converter(model, "average", settings=settings).build(found)
         assert candidate.loss == pytest.approx(Scorer(model, batch).score(made).loss, abs=1e-5)
 
