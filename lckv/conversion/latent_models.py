@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lckv.config.model import LatentConfig
 from lckv.config.names import AUTO_LATENT, LATENTS, XKV
 from lckv.conversion.heads import Tensors
-from lckv.conversion.latents import LatentFit, sources_of
+from lckv.conversion.latents import LatentFit, sources_of, stream_sources
 from lckv.conversion.methods import Group, make_tensors, refuse_not_finite
 from lckv.conversion.sensitivity import Sensitivity, assume_sensitivity, measure_sensitivity
 from lckv.conversion.source import HEAD, expected_shapes
@@ -90,7 +90,7 @@ def fit_latents(
         ridge: a penalty on large weights where a layer's input is predicted from another's.
         known: see [`LatentFit`].
     """
-    groups = sources_of(budget.plan, source.sharing_plan, budget.owners)
+    groups = stream_sources(budget.plan, source.sharing_plan, budget.owners)
     num_unturned = num_unturned_planes(budget, sensitivity, source)
     fit = LatentFit(budget, tensors, source, groups, sensitivity, ridge, num_unturned, known)
     kv_latents = fit.sizes()

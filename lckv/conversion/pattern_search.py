@@ -38,9 +38,16 @@ def own_spans(num_layers: int) -> Spans:
     return tuple(Span(layer_idx, layer_idx, layer_idx + 1) for layer_idx in range(num_layers))
 
 
-def plan_of(owners: Sequence[int], source: SharingPlan) -> SharingPlan:
-    """The pattern in which layers read the source's owner number `owners[i]` that read its `i`-th one before."""
-    instead = {before: source.kv_owners[now] for before, now in zip(source.kv_owners, owners, strict=True)}
+def plan_of(owners: Sequence[int | tuple[int, int]], source: SharingPlan) -> SharingPlan:
+    """The pattern in which layers read the source's owner number `owners[i]` that read its `i`-th one before.
+
+    Of two, they read the keys of the first and the values of the second.
+    """
+    pairs = [(now, now) if isinstance(now, int) else now for now in owners]
+    instead = {
+        before: (source.kv_owners[key], source.kv_owners[value])
+        for before, (key, value) in zip(source.kv_owners, pairs, strict=True)
+    }
     sources = [instead[layer.key_source] for layer in source.layers]
     return parse_layer_types(join_layer_types(sources, [layer.is_sliding for layer in source.layers]))
 

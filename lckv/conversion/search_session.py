@@ -35,6 +35,7 @@ from lckv.conversion.search_report import KVCount, SearchReport
 from lckv.conversion.sensitivity import measure_sensitivity
 from lckv.conversion.settings import check_block_size
 from lckv.conversion.source import Source
+from lckv.conversion.split_search import SplitSearch
 from lckv.data.dataset import BlockDataset, build_dataset, collate
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
@@ -171,6 +172,15 @@ class SharingSearch(SearchSession):
         with Bar(self._console, "searching", "patterns", total) as bar:
             for best in PatternSearch(scorer, self._converter, self._limits).run(self._trace, bar.advance):
                 self._console.print(f"{best.num_owners} of {num_before}: loss {best.loss:.4f}: {best.layer_types}")
+        if self._cfg.split_sources:
+            self._split(scorer)
+
+    def _split(self, scorer: Scorer) -> None:
+        """Goes on from the last pattern to keys and values of two owners."""
+        search, last = SplitSearch(scorer, self._converter, self._limits.reach), self._trace.frontier[-1]
+        with Bar(self._console, "splitting", "patterns", search.num_scored(last)) as bar:
+            best = search.run(last, self._trace, bar.advance)
+        self._console.print(f"keys and values apart: loss {best.loss:.4f}: {best.layer_types}")
 
     def _build(self, pattern: ScoredPattern) -> LCKVLlamaForCausalLM:
         return self._converter.build(parse_layer_types(pattern.layer_types))

@@ -20,6 +20,7 @@ from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.search_report import KVCount, SearchReport, write_report
 from lckv.conversion.search_session import SharingSearch
 from lckv.conversion.source import Source
+from lckv.conversion.split_search import SplitSearch
 from lckv.conversion.target import converted_config, write_converted
 from lckv.data.readers import find_files
 from lckv.errors import UserError
@@ -182,6 +183,28 @@ def test_a_search_ends_at_the_budget_and_gets_there_the_same_way_again():
     assert kv_bytes[-1] == 2 * kv.bytes_of("0") == 2 * 2 * 16 * 4
 
 
+def test_keys_and_values_are_looked_for_apart_where_that_loses_less():
+    """Layers 1 to 4 have one input; layer 4 makes the keys of layer 3 with the values of layer 1."""
+    model = random_source(5)
+    layers = model.model.layers
+    for layer in layers[1:4]:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    for layer in layers[2:5]:
+        layer.input_layernorm.load_state_dict(layers[1].input_layernorm.state_dict())
+    layers[4].self_attn.k_proj.load_state_dict(layers[3].self_attn.k_proj.state_dict())
+    layers[4].self_attn.v_proj.load_state_dict(layers[1].self_attn.v_proj.state_dict())
+    converter, batch = converter_for(model, "inherit"), text(2, 2)
+    scorer, trace = Scorer(converter.model, batch), SearchTrace()
+    found = SplitSearch(scorer, converter, Reach.of("down", 3))
+    begin = ScoredPattern("0_1_2_3_3", 4, scorer.score(converter.build(parse_layer_types("0_1_2_3_3"))).loss)
+    best = found.run(begin, trace)
+    assert best.layer_types == "0_1_2_3_3:1" and best.loss < 1e-6 < begin.loss and trace.frontier == [best]
+    assert len(trace.candidates) == found.num_scored(begin) == 4  # layers 1 and 2 for keys, and for values
+    nearer = SplitSearch(scorer, converter, Reach.of("down", 2))
+    assert [each.layer_types for each in [nearer.run(begin, SearchTrace())]] != ["0_1_2_3_3:1"]
+
+
 def test_what_is_made_is_forgotten():
     converter = converter_for(random_source(6))
     search(converter, 2)
@@ -217,7 +240,9 @@ def run(cfg) -> SearchReport:
 
 def test_a_report_and_configurations_that_train(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    report = run(config(folder, directions="both", budget="384"))  # three layers of 128 bytes in float32
+    report = run(
+        config(folder, directions="both", budget="384", split_sources=True)
+    )  # three layers of 128 bytes in float32
     first = write_report(report, None)
     assert first == Path("runs/search/mine-activation-384")
     assert write_report(report, None) == first.with_name("mine-activation-384-2")
