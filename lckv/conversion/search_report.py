@@ -37,8 +37,8 @@ class Point:
     """A pattern with what it needs and what it costs, as it goes into `search.json`.
 
     Attributes:
-        name: what it is called: "15 of 30" owners, "15 of 30 apart" where layers read the keys of one and the values of
-            another, or "25 percent" of the source's bytes in latents.
+        name: what it is called: "15 of 30" owners, "15 of 30 apart" where layers read the keys of one and the values
+            of another, or "25 percent" of the source's bytes in latents.
         layer_types: the pattern.
         num_owners: layers that compute keys and values.
         kv_bytes_per_token: bytes of keys and values that each token adds, in the source's own type.

@@ -29,7 +29,8 @@ class LCKVLlamaConfig(LlamaConfig):
     Both are saved. A file that has the string under `layer_types`, as the LCKV authors' checkpoints do, loads too.
 
     Args:
-        layer_types: whose keys and values each layer reads, e.g. `"0_6_6_6_6_6_6_7"`; `None` for Llama.
+        layer_types: whose keys and values each layer reads, e.g. `"0_6_6_6_6_6_6_7"`, or `"0_1_1:0"` for keys of one
+            layer with values of another; `None` for Llama.
             `num_hidden_layers` follows it.
         kv_sharing: the same string, where a saved configuration has it; a string in `layer_types` comes first.
         forward_passes: ungraded passes over each cycle of layers before the graded ones, or `"converge"`: pass until

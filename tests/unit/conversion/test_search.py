@@ -183,6 +183,16 @@ def test_a_search_ends_at_the_budget_and_gets_there_the_same_way_again():
     assert kv_bytes[-1] == 2 * kv.bytes_of("0") == 2 * 2 * 16 * 4
 
 
+def test_a_search_goes_on_to_keys_and_values_of_two_layers(folder, tmp_path):
+    report = run(config(folder, budget="384", split_sources=True, baselines=False))
+    plain, apart = report.frontier[3:]
+    assert plain.kv_bytes_per_token == apart.kv_bytes_per_token == 384 and apart.loss < plain.loss
+    assert (plain.name, apart.name) == ("3 of 6", "3 of 6 apart") and ":" in apart.layer_types
+    out = write_report(report, tmp_path / "found")
+    experiment = f"hydra.searchpath=[file://{out.resolve()}]"
+    assert cli.compose(["experiment=kv_3_of_6_apart", experiment]).model.layer_types == apart.layer_types
+
+
 def test_keys_and_values_are_looked_for_apart_where_that_loses_less():
     """Layers 1 to 4 have one input; layer 4 makes the keys of layer 3 with the values of layer 1."""
     model = random_source(5)
@@ -202,7 +212,7 @@ def test_keys_and_values_are_looked_for_apart_where_that_loses_less():
     assert best.layer_types == "0_1_2_3_3:1" and best.loss < 1e-6 < begin.loss and trace.frontier == [best]
     assert len(trace.candidates) == found.num_scored(begin) == 4  # layers 1 and 2 for keys, and for values
     nearer = SplitSearch(scorer, converter, Reach.of("down", 2))
-    assert [each.layer_types for each in [nearer.run(begin, SearchTrace())]] != ["0_1_2_3_3:1"]
+    assert nearer.run(begin, SearchTrace()).layer_types != "0_1_2_3_3:1"
 
 
 def test_what_is_made_is_forgotten():
@@ -240,9 +250,7 @@ def run(cfg) -> SearchReport:
 
 def test_a_report_and_configurations_that_train(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    report = run(
-        config(folder, directions="both", budget="384", split_sources=True)
-    )  # three layers of 128 bytes in float32
+    report = run(config(folder, directions="both", budget="384"))  # three layers of 128 bytes in float32
     first = write_report(report, None)
     assert first == Path("runs/search/mine-activation-384")
     assert write_report(report, None) == first.with_name("mine-activation-384-2")
