@@ -79,7 +79,7 @@ def _describe(cfg: TrainConfig, out: Path, source: LCKVLlamaConfig) -> str:
         return f"{cfg.latent.name} latents from {cfg.init.source}: {kept} numbers of a token for {before}"
     if source.kv_latents is not None:
         return f"{made}; latents as before"
-    if len(plan.kv_owners) == plan.num_hidden_layers:
+    if all(layer.reads_itself for layer in plan.layers):
         return f"{made}; nothing is shared: give model.layer_types or sharing"
     same = plan == source.sharing_plan
     return f"{made}; shared as before: give model.layer_types or sharing" if same else made

@@ -14,7 +14,7 @@ from typing import Any
 
 from lckv.errors import check_choice, check_whole_number
 from lckv.iteration import Iteration
-from lckv.layout import PLANES, KVLayout, Latents, kv_layout
+from lckv.layout import PLANES, KVLayout, Latents, kv_layout, latents_read
 from lckv.patterns import LayerPlan, Segment, SharingPlan, build_layer_types, parse_layer_types
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
@@ -85,7 +85,7 @@ class ModelSizes:
 
     def latents_of(self, layer: LayerPlan) -> Latents | None:
         """The latents that a layer reads; `None` if it reads keys and values."""
-        return self.kv_latents[layer.kv_source] if self.kv_latents else None
+        return latents_read(self.kv_latents, layer)
 
     @property
     def kv_size(self) -> int:
@@ -111,7 +111,7 @@ class ModelSizes:
 
     def num_unrotated(self, layer: LayerPlan) -> int:
         """How many numbers of a token's keys are made of what was not rotated when it was written, or are kept."""
-        return self.kv_size - 2 * self.num_key_value_heads * len(set(self.planes_of(layer.kv_source)))
+        return self.kv_size - 2 * self.num_key_value_heads * len(set(self.planes_of(layer.key_source)))
 
     def planes_of(self, owner: int) -> Sequence[int]:
         """The rotary planes of what an owner rotates beside a latent."""
@@ -213,7 +213,7 @@ def count_kv_bytes(plan: SharingPlan, sizes: ModelSizes, context_length: int, dt
 
 
 def count_parameters(plan: SharingPlan, sizes: ModelSizes) -> int:
-    """Counts the parameters; a layer that computes no KV has no key and value projections."""
+    """Counts the parameters; a layer has no projections to keys or values that no layer reads."""
     num_embeddings = 1 if sizes.tie_word_embeddings else 2
     num_rows = num_embeddings * sizes.vocab_size + sizes.learned_positions * sizes.max_position_embeddings
     total = num_rows * sizes.hidden_size + sizes.norm_size
@@ -225,9 +225,10 @@ def count_parameters(plan: SharingPlan, sizes: ModelSizes) -> int:
         total += sizes.mlp_bias * (sizes.mlp_width + sizes.hidden_size)
         total += written.get(layer.layer_idx, 0) * sizes.hidden_size + sizes.latent_parameters(layer)
         # Norms and biases of keys and values are where these are made: by readers, if owners keep latents.
-        makes_kv = layer.computes_kv if sizes.latents_of(layer) is None else True
-        total += sizes.use_qk_norm * (1 + makes_kv) * sizes.head_dim
-        total += makes_kv * sizes.attention_bias * (sizes.kv_size + sizes.num_unrotated(layer))
+        makes_both = sizes.latents_of(layer) is not None
+        makes_keys, makes_values = makes_both or layer.computes_keys, makes_both or layer.computes_values
+        total += sizes.use_qk_norm * (1 + makes_keys) * sizes.head_dim
+        total += sizes.attention_bias * (makes_keys * sizes.num_unrotated(layer) + makes_values * sizes.kv_size)
         total += sizes.attention_bias * bool(sizes.planes_of(layer.layer_idx)) * written.get(layer.layer_idx, 0)
     return total
 
@@ -295,7 +296,7 @@ class _FlopCount:
     def _draft(self, layers: tuple[LayerPlan, ...], num_groups: int, is_first: bool) -> float:
         """A pass over a cycle that another one follows: it ends at the keys and values of the top layer."""
         total = float(self._written(layers[-1]))
-        read_again = {layer.kv_source for layer in layers[:-1]}
+        read_again = {source for layer in layers[:-1] for source in layer.sources}
         for layer in layers[:-1]:
             total += self._mlp + (layer.layer_idx in read_again) * self._written(layer)
             num_keys = self._mean_keys[layer.layer_idx]

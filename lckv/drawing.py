@@ -43,21 +43,33 @@ def draw_in_terminal(plan: SharingPlan) -> Text:
         _append_lanes(text, plan, left, layer, is_left=True)
         text.append(f" {layer.layer_idx:>2} ")
         if layer.computes_kv:
-            text.append(" KV ", style=f"bold reverse {_color(plan, layer.layer_idx, _TERMINAL_COLORS)}")
+            text.append(f" {_kept(layer):<3}", style=f"bold reverse {_color(plan, layer.layer_idx, _TERMINAL_COLORS)}")
         else:
-            text.append("▕  ▏", style=_color(plan, layer.kv_source, _TERMINAL_COLORS))
+            text.append("▕  ▏", style=_color(plan, layer.key_source, _TERMINAL_COLORS))
         _append_lanes(text, plan, right, layer, is_left=False)
-        text.append(f"  {describe_layer(layer):<24}{_cycle_mark(plan, layer)}".rstrip() + "\n")
+        text.append(f"  {describe_layer(layer) + ' ':<24}{_cycle_mark(plan, layer)}".rstrip() + "\n")
     return text
 
 
 def describe_layer(layer: LayerPlan) -> str:
     """What a layer reads, in a few words."""
-    if layer.kv_source == layer.layer_idx:
+    if layer.reads_itself:
         words = "reads itself"
+    elif layer.is_split:
+        words = f"keys {layer.key_source}, values {layer.value_source}"
     else:
-        words = f"reads {layer.kv_source} {'above' if layer.is_upward else 'below'}"
+        words = f"reads {layer.key_source} {'above' if layer.is_upward else 'below'}"
     return f"{words}, window" if layer.is_sliding else words
+
+
+def _kept(layer: LayerPlan) -> str:
+    """What a layer computes for its readers: keys, values, or both."""
+    return "K" * layer.computes_keys + "V" * layer.computes_values
+
+
+def _others(layer: LayerPlan) -> list[int]:
+    """The other layers that a layer reads, that of its keys first."""
+    return [source for source in dict.fromkeys(layer.sources) if source != layer.layer_idx]
 
 
 def _cycle_mark(plan: SharingPlan, layer: LayerPlan) -> str:
@@ -82,7 +94,7 @@ class _Lane(NamedTuple):
 def _lanes(plan: SharingPlan, *, upward: bool) -> list[_Lane]:
     """The lanes of one side; short ones get the columns next to the layers, and none overlap."""
     joined = {
-        owner: sorted({owner, *(each.layer_idx for each in plan.readers(owner) if each.is_upward == upward)})
+        owner: sorted({owner, *(each.layer_idx for each in plan.readers(owner) if (owner > each.layer_idx) == upward)})
         for owner in plan.kv_owners
     }
     lanes: list[_Lane] = []
@@ -139,8 +151,8 @@ def _list_in_terminal(plan: SharingPlan) -> Text:
         if others:
             name += f" to {others[-1].layer_idx}"
             words = words.replace("reads", "read", 1).replace("itself", "themselves")
-        color = _color(plan, first.kv_source, _TERMINAL_COLORS)
-        mark = (" KV ", f"bold reverse {color}") if first.computes_kv else ("    ", "")
+        color = _color(plan, first.key_source, _TERMINAL_COLORS)
+        mark = (f" {_kept(first):<3}", f"bold reverse {color}") if first.computes_kv else ("    ", "")
         text.append(f"{name:>12} ").append(*mark)
         text.append(f"  {words}\n", style=color)
     for segment in plan.segments:
@@ -150,8 +162,7 @@ def _list_in_terminal(plan: SharingPlan) -> Text:
 
 
 def _alike(layer: LayerPlan) -> tuple[Any, ...]:
-    own = layer.kv_source == layer.layer_idx
-    return (layer.computes_kv, layer.is_sliding, layer.is_upward, "own" if own else layer.kv_source)
+    return _kept(layer), layer.is_sliding, layer.is_upward, "own" if layer.reads_itself else layer.sources
 
 
 def save_drawing(plan: SharingPlan, file: str | Path) -> None:
@@ -197,12 +208,13 @@ class _Drawing:
     def __init__(self, plan: SharingPlan) -> None:
         self.plan = plan
         self.cycles = [segment for segment in plan.segments if segment.is_cycle]
-        left = [_bulge(layer) for layer in plan.layers if layer.is_upward]
-        right = [_bulge(layer) for layer in plan.layers if layer.kv_source < layer.layer_idx]
+        self.arcs = [(layer, source) for layer in plan.layers for source in _others(layer)]
+        left = [_bulge(layer, source) for layer, source in self.arcs if source > layer.layer_idx]
+        right = [_bulge(layer, source) for layer, source in self.arcs if source < layer.layer_idx]
         self.left = self.box_width / 2 + max(left, default=0.0) + 0.15
         self.right = self.box_width / 2 + max(right, default=0.0) + 0.15 + (1.0 if self.cycles else 0.0)
         string = plan.layer_types if len(plan.layer_types) <= 48 else f"{plan.layer_types[:44]}…"
-        share = 100 * len(plan.kv_owners) / plan.num_hidden_layers
+        share = 100 * sum(len(_kept(layer)) for layer in plan.layers) / (2 * plan.num_hidden_layers)
         self.title = string, f"{len(plan.kv_owners)} of {plan.num_hidden_layers} layers write KV: {share:.3g} %"
 
     def inches(self, unit: float) -> float:
@@ -218,9 +230,8 @@ class _Drawing:
         font_size = min(9.5, unit * 72 * 0.36)
         for segment in self.cycles:
             self._draw_cycle(axes, segment, font_size)
-        for layer in self.plan.layers:
-            if layer.kv_source != layer.layer_idx:
-                self._draw_arc(axes, layer)
+        for layer, source in self.arcs:
+            self._draw_arc(axes, layer, source)
         for layer in self.plan.layers:
             self._draw_box(axes, layer, font_size)
         styles = ("black", "DejaVu Sans Mono", 21), ("#555555", "DejaVu Sans", 7)
@@ -233,10 +244,10 @@ class _Drawing:
     def _draw_box(self, axes: Axes, layer: LayerPlan, font_size: float) -> None:
         from matplotlib.patches import FancyBboxPatch
 
-        edge = _color(self.plan, layer.kv_source, _COLORS)
+        edge = _color(self.plan, layer.key_source, _COLORS)
         fill = _color(self.plan, layer.layer_idx, _COLORS) if layer.computes_kv else "white"
         ink = "white" if layer.computes_kv else "#222222"
-        reads = f"reads {layer.kv_source}" if layer.kv_source != layer.layer_idx else ""
+        reads = "" if layer.reads_itself else "reads " + ":".join(map(str, dict.fromkeys(layer.sources)))
         pad = 0.12
         width, height = self.box_width - 2 * pad, self.box_height - 2 * pad
         axes.add_patch(
@@ -248,26 +259,28 @@ class _Drawing:
         )  # fmt: skip
         labels = [
             (-width / 2 + 0.05, "left", str(layer.layer_idx)),
-            (-0.75, "center", "KV" * layer.computes_kv),
+            (-0.75, "center", _kept(layer)),
             (0.25, "center", reads),
             (width / 2 - 0.02, "right", "window" * layer.is_sliding),
         ]
         for x, align, label in labels:
             axes.text(
                 x, layer.layer_idx - 0.02, label, ha=align, va="center_baseline", color=ink, zorder=4,
-                fontsize=font_size * (1.0 if label in ("KV", str(layer.layer_idx)) else 0.8),
-                fontweight="bold" if label == "KV" else "normal",
+                fontsize=font_size * (1.0 if label in (_kept(layer), str(layer.layer_idx)) else 0.8),
+                fontweight="bold" if label == _kept(layer) else "normal",
             )  # fmt: skip
 
-    def _draw_arc(self, axes: Axes, layer: LayerPlan) -> None:
+    def _draw_arc(self, axes: Axes, layer: LayerPlan, source: int) -> None:
         """An arrow from the box of the owner to the box of the reader, on the side of its direction."""
         from matplotlib.patches import FancyArrowPatch
         from matplotlib.path import Path as Curve
 
-        side = -1 if layer.is_upward else 1
+        side = -1 if source > layer.layer_idx else 1
         edge = side * self.box_width / 2
-        reach = edge + side * _bulge(layer) / 0.75  # a cubic curve gets three quarters of the way to its handles
-        start, end = self._ends(layer)
+        reach = (
+            edge + side * _bulge(layer, source) / 0.75
+        )  # a cubic curve gets three quarters of the way to its handles
+        start, end = self._ends(layer, source)
         curve = Curve(
             [(edge, start), (reach, start), (reach, end), (edge, end)],
             [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4],
@@ -275,18 +288,19 @@ class _Drawing:
         axes.add_patch(
             FancyArrowPatch(
                 path=curve, arrowstyle="-|>,head_length=3.6,head_width=2.0", shrinkA=0, shrinkB=0,
-                color=_color(self.plan, layer.kv_source, _COLORS), linewidth=1.3,
+                color=_color(self.plan, source, _COLORS), linewidth=1.3,
                 linestyle=(0, (3, 1.6)) if layer.is_sliding else "-", zorder=2, clip_on=False,
             )
         )  # fmt: skip
 
-    def _ends(self, layer: LayerPlan) -> tuple[float, float]:
+    def _ends(self, layer: LayerPlan, source: int) -> tuple[float, float]:
         """Where the line to a reader starts and ends: off the middle of a box that both reads and is read there."""
-        owner, shift = self.plan.layers[layer.kv_source], 0.18 if layer.is_upward else -0.18
-        readers = [other for other in self.plan.readers(layer.layer_idx) if other is not layer]
-        owner_reads = owner.kv_source != owner.layer_idx and owner.is_upward == layer.is_upward
-        is_read = any(other.is_upward == layer.is_upward for other in readers)
-        return owner.layer_idx - shift * owner_reads, layer.layer_idx + shift * is_read
+        is_upward = source > layer.layer_idx
+        shift = 0.18 if is_upward else -0.18
+        alike = [(reader.layer_idx, owner) for reader, owner in self.arcs if (owner > reader.layer_idx) == is_upward]
+        owner_reads = any(reader == source for reader, _ in alike)
+        is_read = any(owner == layer.layer_idx for _, owner in alike)
+        return source - shift * owner_reads, layer.layer_idx + shift * is_read
 
     def _draw_cycle(self, axes: Axes, segment: Segment, font_size: float) -> None:
         bottom, top = segment.start - 0.4, segment.stop - 0.6
@@ -301,9 +315,9 @@ class _Drawing:
         )  # fmt: skip
 
 
-def _bulge(layer: LayerPlan) -> float:
+def _bulge(layer: LayerPlan, source: int) -> float:
     """How far the line to a reader leaves the boxes, in rows."""
-    return 0.35 + 0.5 * math.pow(abs(layer.kv_source - layer.layer_idx), 0.6)
+    return 0.35 + 0.5 * math.pow(abs(source - layer.layer_idx), 0.6)
 
 
 def _draw_legend(figure: Figure, plan: SharingPlan, y: float) -> None:
@@ -315,7 +329,7 @@ def _draw_legend(figure: Figure, plan: SharingPlan, y: float) -> None:
     entries: list[tuple[Any, str]] = [(Patch(facecolor=grey, edgecolor=grey), "computes KV")]
     if any(not layer.computes_kv for layer in layers):
         entries.append((Patch(facecolor="white", edgecolor=grey), "computes none"))
-    if any(layer.kv_source != layer.layer_idx for layer in layers):
+    if not all(layer.reads_itself for layer in layers):
         entries.append((Line2D([], [], color=grey, marker=">", markersize=4), "KV to its reader"))
     if any(layer.is_sliding for layer in layers):
         entries.append((Line2D([], [], color=grey, linestyle=(0, (3, 1.6))), "sliding window"))

@@ -12,7 +12,7 @@ from lckv.config.model import LatentConfig
 from lckv.config.names import AUTO_LATENT, XKV
 from lckv.errors import UserError
 from lckv.layout import KEY_LATENT, LATENT, PLANES, VALUE_LATENT
-from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
+from lckv.patterns import LayerPlan, SharingPlan, describe_split, join_layer_types, parse_layer_types
 
 STREAMS = {
     "joint": (LATENT,),
@@ -50,18 +50,32 @@ class LatentBudget:
     dims: tuple[int, ...] | None
     num_planes: int
 
+    def streams(self, owner: int) -> tuple[str, ...]:
+        """What an owner keeps: of separate latents, those of what layers read of it."""
+        return kept_streams(self.kind, self.plan.layers[owner])
+
     @property
     def uniform(self) -> list[dict[str, Any] | None]:
         """The same sizes for every owner, one entry per decoder layer: `kv_latents` of a configuration."""
         streams = STREAMS[self.kind]
         size = self.total // len(self.owners)
-        dims = self.dims or (max(1, size // len(streams)),) * len(streams)
+        num_places = sum(len(self.streams(owner)) for owner in self.owners)
+        dims = self.dims or (max(1, self.total // num_places),) * len(streams)
         latents: dict[str, Any] = dict(zip(streams, dims, strict=True))
         if PLANES in latents:
             num_pairs = latents[PLANES] // 2 if self.dims else max(1, size // 8)  # a quarter of all
             latents[PLANES] = [index * self.num_planes // num_pairs for index in range(num_pairs)]
             latents[LATENT] = self.dims[0] if self.dims else max(1, size - 2 * num_pairs)
-        return [dict(latents) if layer in self.owners else None for layer in range(self.plan.num_hidden_layers)]
+        return [
+            {stream: latents[stream] for stream in self.streams(layer)} if layer in self.owners else None
+            for layer in range(self.plan.num_hidden_layers)
+        ]
+
+
+def kept_streams(kind: str, owner: LayerPlan) -> tuple[str, ...]:
+    """What an owner keeps of the streams of a kind."""
+    is_read = {KEY_LATENT: owner.computes_keys, VALUE_LATENT: owner.computes_values}
+    return tuple(stream for stream in STREAMS[kind] if is_read.get(stream, True))
 
 
 def refuse_latents(latent: LatentConfig, source: Any) -> None:
@@ -84,7 +98,7 @@ def group_layers(latent: LatentConfig, own: SharingPlan) -> SharingPlan:
         UserError: if the source shares keys and values already, and if no whole groups are left.
     """
     num_layers = own.num_hidden_layers
-    if list(own.kv_source) != list(range(num_layers)):
+    if not all(layer.reads_itself for layer in own.layers):
         raise UserError(
             f"latent={latent.name}: makes groups of layers that compute their own keys and values; the source has "
             f"{own.layer_types}; latent=joint keeps its pattern"
@@ -122,7 +136,7 @@ def suit_source(latent: LatentConfig, own: SharingPlan, sizes: Any, *, may_group
     kept_before = 2 * sizes.num_key_value_heads * sizes.head_dim
     left = kept_before / latent.ratio / min(kept_before, sizes.hidden_size)
     num_layers = own.num_hidden_layers - latent.skip_layers
-    is_plain = own.kv_owners == tuple(range(own.num_hidden_layers)) and not any(each.is_sliding for each in own.layers)
+    is_plain = all(each.reads_itself and not each.is_sliding for each in own.layers)
     if left >= _LITTLE or not is_plain or not may_group or num_layers < 2:
         return replace(latent, name="joint")
     warmup_layers = num_layers // 8
@@ -139,10 +153,12 @@ def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> Latent
             `learned_positions`.
 
     Raises:
-        UserError: for sizes that are none or too large, if no owner is left, and for pairs of keys that are normalised
-            or not rotated.
+        UserError: for sizes that are none or too large, if no owner is left, for pairs of keys that are normalised or
+            not rotated, and for one latent where layers read the keys of one layer and the values of another.
     """
     streams = STREAMS[latent.name]
+    if plan.first_split is not None:
+        _check_split(latent, plan)
     if PLANES in streams and (sizes.use_qk_norm or sizes.learned_positions):
         reason = "the model's positions are learned (learned_positions), and no key is rotated"
         if sizes.use_qk_norm:
@@ -156,12 +172,19 @@ def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> Latent
         )
     kv_size = sizes.num_key_value_heads * sizes.head_dim
     in_group = [len(plan.readers(owner)) if latent.name == XKV else 1 for owner in owners]  # that kept some before
+    layers = [plan.layers[owner] for owner in owners]
     # Of one input no more can be said than it has numbers, unless rotations have parted them.
     latent_most = min(sizes.hidden_size, kv_size if VALUE_LATENT in streams else 2 * kv_size * max(in_group))
     most = tuple(kv_size if stream == PLANES else latent_most for stream in streams)
     dims = None if latent.dim is None else _check_dims(latent, most)
-    kept_before = 2 * kv_size * sum(in_group) / len(owners)
-    per_owner = sum(dims) if dims else min(kept_before / latent.ratio, sum(most))
+    before = [
+        size * kv_size * (each.computes_keys + each.computes_values)
+        for size, each in zip(in_group, layers, strict=True)
+    ]
+    kept_before = sum(before) / len(owners)
+    sizes_of = dict(zip(streams, dims or most, strict=True))
+    largest = sum(sizes_of[stream] for each in layers for stream in kept_streams(latent.name, each)) / len(owners)
+    per_owner = largest if dims else min(kept_before / latent.ratio, largest)
     least = num_least(latent.name)
     if per_owner < least:
         raise UserError(
@@ -171,6 +194,22 @@ def latent_budget(latent: LatentConfig, plan: SharingPlan, sizes: Any) -> Latent
     return LatentBudget(
         plan, latent.name, owners, int(per_owner * len(owners) + _ROUNDING), latent.ratio, dims, sizes.head_dim // 2
     )
+
+
+def _check_split(latent: LatentConfig, plan: SharingPlan) -> None:
+    """Refuses latents that make both keys and values, or only one of them, for layers that read two others."""
+    if VALUE_LATENT not in STREAMS[latent.name]:
+        assert plan.first_split is not None
+        raise UserError(
+            f"latent={latent.name}: {describe_split(plan.first_split)}, but makes both of one latent; allowed is "
+            "separate"
+        )
+    for layer in plan.layers:
+        if len({source < latent.skip_layers for source in layer.sources}) == 2:
+            raise UserError(
+                f"latent.skip_layers={latent.skip_layers}: {describe_split(layer)}, which have to be latents both, or "
+                f"neither; allowed are up to {min(layer.sources)}, or above {max(layer.sources)}"
+            )
 
 
 def num_least(kind: str) -> int:

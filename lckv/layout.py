@@ -1,7 +1,7 @@
 """What the layers of a pattern keep for their readers. By arithmetic alone: no torch, no model.
 
-An owner keeps one or more *streams*: for each token, so many heads of so many numbers. A plain owner keeps two,
-`keys` and `values`; one could as well keep a single latent, or a latent and a small rotated key. Everything that has
+An owner keeps one or more *streams*: for each token, so many heads of so many numbers. A plain owner keeps `keys`,
+`values` or both; one could as well keep a single latent, or a latent and a small rotated key. Everything that has
 to know what lies in a cache asks the [`KVLayout`]: costs and the plan's table, the states that an iteration starts
 from, how many bytes a cache will take, the pools of its pages, what a saved cache holds, which streams a layer reads.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lckv.errors import UserError
-from lckv.patterns import SharingPlan
+from lckv.patterns import LayerPlan, SharingPlan, describe_split, owners_kept_in_full
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,7 @@ def build_layout(
     is_sliding: Sequence[bool],
     sliding_window: int,
 ) -> KVLayout:
-    """Builds a layout, in which owners forget what no reader needs.
-
-    Owners that one layer reads together forget alike, since it sees the same tokens of each: such owners keep what the
-    widest reader of any of them needs.
+    """Builds a layout, in which owners forget what no reader needs: see [`owners_kept_in_full`].
 
     Args:
         streams: what each owner keeps for a token.
@@ -151,21 +148,21 @@ def build_layout(
         is_sliding: for every decoder layer, whether it has a window.
         sliding_window: tokens in a window, the query's own among them.
     """
-    keeps_all = {
-        source.owner for read, slides in zip(sources, is_sliding, strict=True) if not slides for source in read
-    }
-    read_together = [{source.owner for source in read} for read in sources]
-    for _ in streams:  # as far as one owner can pass it on to the others
-        keeps_all = keeps_all.union(*(owners for owners in read_together if owners & keeps_all))
+    kept_in_full = owners_kept_in_full([[source.owner for source in read] for read in sources], is_sliding)
     stores = (
-        Store(owner, tuple(streams[owner]), None if owner in keeps_all else sliding_window)
+        Store(owner, tuple(streams[owner]), None if owner in kept_in_full else sliding_window)
         for owner in sorted(streams)
     )
     return KVLayout(tuple(stores), tuple(map(tuple, sources)))
 
 
+KEYS, VALUES = "keys", "values"
+"""Streams that readers attend to as they are."""
+
 LATENT, KEY_LATENT, VALUE_LATENT = "latent", "key_latent", "value_latent"
 """Streams of which readers make their keys and values: one for both, or one for each."""
+
+_OF_KEYS, _OF_VALUES = (LATENT, KEYS, KEY_LATENT), (LATENT, VALUES, VALUE_LATENT)
 
 PLANES = "rotated_planes"
 """Beside a latent for both: the rotary plane of each rotated pair of numbers that the same stream ends with."""
@@ -183,6 +180,14 @@ def latent_streams(latents: Latents) -> tuple[Stream, ...]:
     )
 
 
+def latents_read(kv_latents: Sequence[Latents | None] | None, layer: LayerPlan) -> Latents | None:
+    """The latents that a layer reads, in the order in which its attention takes them; `None` for keys and values."""
+    of_keys, of_values = (kv_latents[source] for source in layer.sources) if kv_latents else (None, None)
+    if of_keys is None or of_values is None or LATENT in of_keys:
+        return of_keys
+    return {KEY_LATENT: of_keys[KEY_LATENT], VALUE_LATENT: of_values[VALUE_LATENT]}
+
+
 def check_latents(kv_latents: Sequence[Latents | None], plan: SharingPlan) -> None:
     """Refuses latents that a model cannot have.
 
@@ -193,25 +198,40 @@ def check_latents(kv_latents: Sequence[Latents | None], plan: SharingPlan) -> No
         raise UserError(
             f"kv_latents: has {len(kv_latents)} entries for {plan.num_hidden_layers} layers; give one each"
         )
-    for layer_idx, latents in enumerate(kv_latents):
-        if latents is None:
-            continue
-        given = f"kv_latents[{layer_idx}]={dict(latents)}"
-        if layer_idx not in plan.kv_owners:
-            raise UserError(f"{given}: layer {layer_idx} keeps nothing ({plan.layer_types}); allowed is null")
-        if tuple(latents) not in ((LATENT,), (LATENT, PLANES), (KEY_LATENT, VALUE_LATENT)):
-            raise UserError(
-                f"{given}: allowed are {LATENT}, perhaps with {PLANES}, or {KEY_LATENT} and {VALUE_LATENT}"
-            )
-        if min(size for name, size in latents.items() if name != PLANES) < 1:
-            raise UserError(f"{given}: allowed are sizes of 1 or more")
+    for layer, latents in zip(plan.layers, kv_latents, strict=True):
+        if latents is not None:
+            _check_kept(layer, latents, plan)
     for layer in plan.layers:
-        keeps, reads = layer.layer_idx, layer.kv_source
-        if layer.computes_kv and (kv_latents[keeps] is None) != (kv_latents[reads] is None):
+        keeps = layer.layer_idx
+        for reads in layer.sources:
+            if layer.computes_kv and (kv_latents[keeps] is None) != (kv_latents[reads] is None):
+                raise UserError(
+                    f"kv_latents[{keeps}]={kv_latents[keeps]}: layer {keeps} reads layer {reads}, which keeps "
+                    f"{kv_latents[reads]}; allowed are latents in both, or keys and values in both"
+                )
+        if len({kv_latents[source] is None for source in layer.sources}) == 2:
+            of_keys, of_values = layer.sources
             raise UserError(
-                f"kv_latents[{keeps}]={kv_latents[keeps]}: layer {keeps} reads layer {reads}, which keeps "
-                f"{kv_latents[reads]}; allowed are latents in both, or keys and values in both"
+                f"kv_latents[{of_keys}]={kv_latents[of_keys]}: layer {keeps} reads the values of layer {of_values}, "
+                f"which keeps {kv_latents[of_values]}, beside; allowed are latents in both, or in none"
             )
+
+
+def _check_kept(layer: LayerPlan, latents: Latents, plan: SharingPlan) -> None:
+    """Refuses latents that are not such as the readers of an owner need."""
+    given = f"kv_latents[{layer.layer_idx}]={dict(latents)}"
+    if not layer.computes_kv:
+        raise UserError(f"{given}: layer {layer.layer_idx} keeps nothing ({plan.layer_types}); allowed is null")
+    each = {KEY_LATENT: layer.computes_keys, VALUE_LATENT: layer.computes_values}
+    needed = tuple(name for name, is_read in each.items() if is_read)
+    split = next((reader for reader in plan.readers(layer.layer_idx) if reader.is_split), None)
+    if split is not None:
+        if tuple(latents) != needed:
+            raise UserError(f"{given}: {describe_split(split)}; allowed is {' and '.join(needed)}")
+    elif tuple(latents) not in ((LATENT,), (LATENT, PLANES), needed):
+        raise UserError(f"{given}: allowed are {LATENT}, perhaps with {PLANES}, or {KEY_LATENT} and {VALUE_LATENT}")
+    if min(size for name, size in latents.items() if name != PLANES) < 1:
+        raise UserError(f"{given}: allowed are sizes of 1 or more")
 
 
 def kv_layout(
@@ -230,15 +250,21 @@ def kv_layout(
         sliding_window: tokens in a window, the query's own among them.
         kv_latents: for every decoder layer, its latents; `None` for keys and values, in a layer or in all.
     """
-    keys = Stream("keys", num_key_value_heads, head_dim, is_rotated=True)
-    values = Stream("values", num_key_value_heads, head_dim)
+    keys = Stream(KEYS, num_key_value_heads, head_dim, is_rotated=True)
+    values = Stream(VALUES, num_key_value_heads, head_dim)
     streams: dict[int, Sequence[Stream]] = {}
     for owner in plan.kv_owners:
-        latents = kv_latents[owner] if kv_latents else None
-        streams[owner] = latent_streams(latents) if latents else (keys, values)
-    return build_layout(
-        streams,
-        [[StreamSource(source, index) for index in range(len(streams[source]))] for source in plan.kv_source],
-        [layer.is_sliding for layer in plan.layers],
-        sliding_window,
-    )
+        latents, layer = kv_latents[owner] if kv_latents else None, plan.layers[owner]
+        plain = (keys,) * layer.computes_keys + (values,) * layer.computes_values
+        streams[owner] = latent_streams(latents) if latents else plain
+    is_sliding = [layer.is_sliding for layer in plan.layers]
+    return build_layout(streams, [_sources(layer, streams) for layer in plan.layers], is_sliding, sliding_window)
+
+
+def _sources(layer: LayerPlan, streams: Mapping[int, Sequence[Stream]]) -> list[StreamSource]:
+    """The streams that a layer reads: that of its keys, then that of its values; once if it is the same."""
+    found = [
+        StreamSource(owner, next(index for index, stream in enumerate(streams[owner]) if stream.name in names))
+        for owner, names in zip(layer.sources, (_OF_KEYS, _OF_VALUES), strict=True)
+    ]
+    return list(dict.fromkeys(found))

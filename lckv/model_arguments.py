@@ -91,11 +91,13 @@ def check_owners(plan: SharingPlan, own: SharingPlan, given: str, model: str) ->
     Raises:
         UserError: naming the first of these layers.
     """
-    if added := [owner for owner in plan.kv_owners if owner not in own.kv_owners]:
-        raise UserError(
-            f"{given}: lets layers read layer {added[0]}, which computes no keys and values in {model} "
-            f"({own.layer_types}); allowed are {', '.join(map(str, own.kv_owners))}"
-        )
+    for stream, now, before in zip(("keys", "values"), plan.owners_by_stream, own.owners_by_stream, strict=True):
+        if added := [owner for owner in now if owner not in before]:
+            what = stream if added[0] in own.kv_owners else "keys and values"
+            raise UserError(
+                f"{given}: lets layers read layer {added[0]}, which computes no {what} in {model} "
+                f"({own.layer_types}); allowed are {', '.join(map(str, before))}"
+            )
 
 
 def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _OPTION_LIKE_A_NUMBER = re.compile(r"(?P<key>(?:experiment|debug)=)(?P<text>\d+|
 _TEXT_WITH_EQUALS = re.compile(r"""(?P<key>[^=]+=)(?P<text>[^\s'"\\(\[{$][^'"\\(\[{$]*=[^'"\\(\[{$]*)""")
 _CHOICE = re.compile(r"choice\s*\((.*)\)\s*", re.DOTALL)
 _QUOTED = r"""(?P<kept>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\$\{[^}]*\})"""
-_NUMBER = r"(?P<number>[+-]?\d[\w.+-]*)(?![^\s,\])}])"
+_NUMBER = r"(?P<number>[+-]?\d[\w.:+-]*)(?![^\s,\])}])"
 _ELEMENT = re.compile(rf"{_QUOTED}|(?<![^\s,\[(=]){_NUMBER}", re.ASCII)
 _DICT_ITEM = re.compile(rf"{_QUOTED}|(?P<key>\blayer_types\s*:\s*){_NUMBER}", re.ASCII)
 
@@ -178,7 +178,7 @@ def check_is_text(value: Any, key: str, files: Iterable[Path] = ()) -> None:
 def _unquoted(file: Path, name: str) -> Iterator[tuple[str, int]]:
     """Yields text and line number (from 1) of every value of the key `name` in a YAML file that has no quotes."""
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        for found in re.finditer(rf"\b{name}\s*:\s*([\w.-]+)(?=,?\s|\}}|$)", line.partition("#")[0]):
+        for found in re.finditer(rf"\b{name}\s*:\s*([\w.:-]+)(?=,?\s|\}}|$)", line.partition("#")[0]):
             yield found[1], number
 
 

@@ -2,22 +2,23 @@
 
 A `layer_types` string has one entry per decoder layer, joined by `_`. Entry *i* is `t` or `ts`: the queries of layer
 *i* attend to the keys and values that layer `t` computes, through a sliding window if the suffix `s` is there.
-`"0_6_6_6_6_6_6_7"` has layers 1 to 6 read layer 6. This module knows no tensors: it turns a string into a
-[`SharingPlan`] and builds the strings of the published families (see [`PATTERNS`]).
+`"0_6_6_6_6_6_6_7"` has layers 1 to 6 read layer 6. Keys and values may be of two layers, `k:v` or `k:vs`: in
+`"0_1_1:0_1:0"`, layers 2 and 3 read the keys of layer 1 with the values of layer 0. This module knows no tensors: it
+turns a string into a [`SharingPlan`] and builds the strings of the published families (see [`PATTERNS`]).
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from lckv.errors import UserError, check_whole_number, near_miss
 from lckv.registry import Registry
 
-_ENTRY = re.compile(r"(\d+)(s?)", re.ASCII)
+_ENTRY = re.compile(r"(\d+)(?::(\d+))?(s?)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,44 @@ class LayerPlan:
 
     Attributes:
         layer_idx: position of the layer, from 0 at the bottom.
-        kv_source: the layer whose keys and values this layer's queries attend to.
+        key_source: the layer whose keys this layer's queries meet.
+        value_source: the layer whose values they sum up, mostly the same.
         is_sliding: whether this layer's queries see only the last `sliding_window` tokens.
-        computes_kv: whether some layer reads this one, so that it has key and value projections.
+        computes_keys: whether some layer reads this one's keys, so that it has a key projection.
+        computes_values: whether some layer reads this one's values, so that it has a value projection.
     """
 
     layer_idx: int
-    kv_source: int
+    key_source: int
+    value_source: int
     is_sliding: bool
-    computes_kv: bool
+    computes_keys: bool
+    computes_values: bool
+
+    @property
+    def sources(self) -> tuple[int, int]:
+        """The layers whose keys and whose values the layer reads."""
+        return self.key_source, self.value_source
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether keys and values are both the layer's own."""
+        return self.sources == (self.layer_idx, self.layer_idx)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether keys and values are of two layers."""
+        return self.key_source != self.value_source
+
+    @property
+    def computes_kv(self) -> bool:
+        """Whether some layer reads this one: its keys, its values, or both."""
+        return self.computes_keys or self.computes_values
 
     @property
     def is_upward(self) -> bool:
-        """Whether the layer reads a layer above it, so that its own token's key does not exist yet."""
-        return self.kv_source > self.layer_idx
+        """Whether the layer reads a layer above it, so that its own token's key, or value, does not exist yet."""
+        return max(self.sources) > self.layer_idx
 
 
 @dataclass(frozen=True)
@@ -58,20 +83,24 @@ class SharingPlan:
     Attributes:
         layers: what each layer does, from the bottom.
         segments: the layers cut where cycles begin and end, from the bottom.
-        kv_source: for every layer, the layer whose KV it reads.
-        kv_owners: the layers that compute KV, from the bottom.
+        sources: for every layer, the layer whose keys and the layer whose values it reads.
+        kv_owners: the layers that compute keys, values or both, from the bottom.
+        kept_in_full: those of them whose readers do not all have windows.
     """
 
     layers: tuple[LayerPlan, ...]
     segments: tuple[Segment, ...] = field(init=False)
-    kv_source: tuple[int, ...] = field(init=False)
+    sources: tuple[tuple[int, int], ...] = field(init=False)
     kv_owners: tuple[int, ...] = field(init=False)
+    kept_in_full: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         # Plain attributes rather than cached properties, which torch.compile cannot trace.
         object.__setattr__(self, "segments", _cut_at_cycles(self.layers))
-        object.__setattr__(self, "kv_source", tuple(layer.kv_source for layer in self.layers))
+        object.__setattr__(self, "sources", tuple(layer.sources for layer in self.layers))
         object.__setattr__(self, "kv_owners", tuple(layer.layer_idx for layer in self.layers if layer.computes_kv))
+        kept = owners_kept_in_full(self.sources, [layer.is_sliding for layer in self.layers])
+        object.__setattr__(self, "kept_in_full", kept)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -81,20 +110,39 @@ class SharingPlan:
     @property
     def layer_types(self) -> str:
         """The string in its shortest spelling; `parse_layer_types` reads it back to an equal plan."""
-        return join_layer_types(self.kv_source, [layer.is_sliding for layer in self.layers])
+        return join_layer_types(self.sources, [layer.is_sliding for layer in self.layers])
+
+    @property
+    def first_split(self) -> LayerPlan | None:
+        """The lowest layer that reads the keys of one layer and the values of another; `None` if there is none."""
+        return next((layer for layer in self.layers if layer.is_split), None)
+
+    @property
+    def owners_by_stream(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The layers that compute keys, and those that compute values, each from the bottom."""
+        keys, values = (tuple(sorted({*sources})) for sources in zip(*self.sources, strict=True))
+        return keys, values
 
     def readers(self, owner: int) -> tuple[LayerPlan, ...]:
-        """The layers that read the KV of layer `owner`."""
-        return tuple(layer for layer in self.layers if layer.kv_source == owner)
+        """The layers that read keys or values of layer `owner`."""
+        return tuple(layer for layer in self.layers if owner in layer.sources)
 
     def owner_is_sliding(self, owner: int) -> bool:
         """Whether every reader of `owner` has a window, so that a cache may forget what the window has passed."""
-        return all(layer.is_sliding for layer in self.readers(owner))
+        return owner not in self.kept_in_full
 
     @property
     def has_cycles(self) -> bool:
         """Whether some layer reads upward, so that training has to iterate."""
         return any(layer.is_upward for layer in self.layers)
+
+
+def describe_split(layer: LayerPlan) -> str:
+    """What a layer that reads two does, for those who cannot serve it."""
+    return (
+        f"layer {layer.layer_idx} reads the keys of layer {layer.key_source} with the values of layer "
+        f"{layer.value_source}"
+    )
 
 
 def advice_on(plan: SharingPlan) -> str | None:
@@ -103,7 +151,7 @@ def advice_on(plan: SharingPlan) -> str | None:
     if not lowest.is_upward:
         return None
     return (
-        f"layer 0 reads layer {lowest.kv_source}, above it, which does worst in the comparison of Wu, Wu and Tu "
+        f"layer 0 reads layer {max(lowest.sources)}, above it, which does worst in the comparison of Wu, Wu and Tu "
         "(NAACL 2025); a lowest layer that computes its own KV costs little"
     )
 
@@ -124,7 +172,7 @@ def _cut_at_cycles(layers: tuple[LayerPlan, ...]) -> tuple[Segment, ...]:
             segments.append(Segment(start, layer_idx, is_cycle=False))
         start, stop = layer_idx, layer_idx + 1
         while layer_idx < stop:
-            stop = max(stop, layers[layer_idx].kv_source + 1)
+            stop = max(stop, *(source + 1 for source in layers[layer_idx].sources))
             layer_idx += 1
         segments.append(Segment(start, stop, is_cycle=True))
         start = stop
@@ -133,15 +181,37 @@ def _cut_at_cycles(layers: tuple[LayerPlan, ...]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def join_layer_types(kv_source: Sequence[int], is_sliding: Sequence[bool] | None = None) -> str:
+def owners_kept_in_full(reads: Iterable[Collection[int]], is_sliding: Iterable[bool]) -> frozenset[int]:
+    """The owners of which all tokens are kept, since a layer without a window reads them, or reads beside them.
+
+    Owners that one layer reads together forget alike, since it sees the same tokens of each: such owners keep what the
+    widest reader of any of them needs.
+
+    Args:
+        reads: for every layer, the owners that it reads.
+        is_sliding: for every layer, whether it has a window.
+    """
+    together, windows = [frozenset(owners) for owners in reads], list(is_sliding)
+    kept: frozenset[int] = frozenset()
+    more = kept.union(*(owners for owners, slides in zip(together, windows, strict=True) if not slides))
+    while more != kept:  # as far as one owner passes it on to the others
+        kept, more = more, more.union(*(owners for owners in together if owners & more))
+    return kept
+
+
+def join_layer_types(sources: Iterable[int | tuple[int, int]], is_sliding: Iterable[bool] | None = None) -> str:
     """The `layer_types` string of a pattern.
 
     Args:
-        kv_source: for every layer, the layer whose KV it reads.
+        sources: for every layer, the layer that it reads; or the one whose keys, and the one whose values.
         is_sliding: for every layer, whether it has a window; by default none has.
     """
-    windows = [False] * len(kv_source) if is_sliding is None else is_sliding
-    return "_".join(f"{source}{'s' * sliding}" for source, sliding in zip(kv_source, windows, strict=True))
+    pairs = [(source, source) if isinstance(source, int) else source for source in sources]
+    windows = [False] * len(pairs) if is_sliding is None else is_sliding
+    return "_".join(
+        f"{key}{f':{value}' * (value != key)}{'s' * sliding}"
+        for (key, value), sliding in zip(pairs, windows, strict=True)
+    )
 
 
 @lru_cache(maxsize=256)
@@ -149,11 +219,11 @@ def parse_layer_types(layer_types: str, num_hidden_layers: int | None = None) ->
     """Parses and checks a `layer_types` string.
 
     Args:
-        layer_types: one `t` or `ts` per layer, joined by `_`, e.g. `"0_0_2_2"` or `"0s_1s_2_2"`.
+        layer_types: one `t`, `ts`, `k:v` or `k:vs` per layer, joined by `_`, e.g. `"0_0_2_2"` or `"0s_1s_2:0_2"`.
         num_hidden_layers: the number of layers that the string must have, where it is known.
 
     Raises:
-        UserError: if the string is empty, an entry is not `t` or `ts`, names a layer outside the model, or the
+        UserError: if the string is empty, an entry is of no such form, names a layer outside the model, or the
             number of entries differs from `num_hidden_layers`. The message names the entry and says what is allowed.
     """
     if not isinstance(layer_types, str):
@@ -169,26 +239,26 @@ def parse_layer_types(layer_types: str, num_hidden_layers: int | None = None) ->
             f"layer_types={layer_types!r}: has {len(entries)} entries, but num_hidden_layers={num_hidden_layers}; "
             "give one entry per layer, or leave num_hidden_layers out"
         )
-    sources: list[tuple[int, bool]] = []
+    pairs: list[tuple[int, int]] = []
     for position, entry in enumerate(entries):
         match = _ENTRY.fullmatch(entry)
         if match is None:
             raise UserError(
-                f"layer_types={layer_types!r}: entry {position} is {entry!r}; allowed is a layer number, "
-                "with an 's' behind it for a sliding window, such as '3' or '3s'"
+                f"layer_types={layer_types!r}: entry {position} is {entry!r}; allowed is a layer number, or two as "
+                "in '3:0' (keys:values), with an 's' behind it for a sliding window, such as '3', '3s' or '3:0s'"
             )
-        source = int(match[1])
-        if source >= len(entries):
-            raise UserError(
-                f"layer_types={layer_types!r}: entry {position} is {entry!r}, but there is no layer {source}; "
-                f"allowed are 0 to {len(entries) - 1}"
-            )
-        sources.append((source, match[2] == "s"))
-    owners = {source for source, _ in sources}
+        pairs.append((int(match[1]), int(match[2] or match[1])))
+        for source in pairs[-1]:
+            if source >= len(entries):
+                raise UserError(
+                    f"layer_types={layer_types!r}: entry {position} is {entry!r}, but there is no layer {source}; "
+                    f"allowed are 0 to {len(entries) - 1}"
+                )
+    of_keys, of_values = ({*sources} for sources in zip(*pairs, strict=True))
     return SharingPlan(
         tuple(
-            LayerPlan(layer_idx, source, is_sliding, computes_kv=layer_idx in owners)
-            for layer_idx, (source, is_sliding) in enumerate(sources)
+            LayerPlan(layer_idx, *sources, entry.endswith("s"), layer_idx in of_keys, layer_idx in of_values)
+            for layer_idx, (sources, entry) in enumerate(zip(pairs, entries, strict=True))
         )
     )
 
@@ -246,6 +316,20 @@ def yoco(num_hidden_layers: int, num_self_layers: int | None = None) -> str:
     check_whole_number("num_self_layers", num_self_layers, 0, num_hidden_layers - 1)
     own = [f"{layer_idx}s" for layer_idx in range(num_self_layers)]
     return "_".join(own + [str(num_self_layers)] * (num_hidden_layers - num_self_layers))
+
+
+@register_pattern("fusedkv_lite")
+def fusedkv_lite(num_hidden_layers: int, num_self_layers: int | None = None) -> str:
+    """FusedKV-Lite (Lin et al., ICLR 2026): upper layers read a middle layer's keys with the lowest layer's values.
+
+    `num_self_layers` is the number of lower layers with KV of their own, by default half of the model, rounded up; the
+    keys are those of the highest of them.
+    """
+    if num_self_layers is None:
+        num_self_layers = (num_hidden_layers + 1) // 2
+    check_whole_number("num_self_layers", num_self_layers, 1, num_hidden_layers)
+    readers = num_hidden_layers - num_self_layers
+    return join_layer_types([*range(num_self_layers), *[(num_self_layers - 1, 0)] * readers])
 
 
 @register_pattern("mix_attention")

@@ -20,7 +20,7 @@ from lckv.errors import UserError
 from lckv.iteration import CONVERGE, Iteration
 from lckv.model_arguments import model_arguments, plan_from_source
 from lckv.model_files import check_model
-from lckv.patterns import SharingPlan, advice_on, parse_layer_types
+from lckv.patterns import LayerPlan, SharingPlan, advice_on, parse_layer_types
 
 _COSTS = {
     "KV bytes written per new token": "kv_bytes.written",
@@ -110,7 +110,9 @@ def as_dict(report: PlanReport) -> dict[str, Any]:
     plan = report.plan
     return {
         "layer_types": plan.layer_types,
-        "layers": [{**asdict(layer), "is_upward": layer.is_upward} for layer in plan.layers],
+        "layers": [
+            {**asdict(layer), "computes_kv": layer.computes_kv, "is_upward": layer.is_upward} for layer in plan.layers
+        ],
         "kv_owners": list(plan.kv_owners),
         "segments": [asdict(segment) for segment in plan.segments],
         "iteration": asdict(report.iteration),
@@ -184,8 +186,8 @@ def _layer_table(report: PlanReport) -> Table:
         cycle = next((f"{c.start} to {c.stop - 1}" for c in cycles if c.start <= layer.layer_idx < c.stop), "")
         table.add_row(
             str(layer.layer_idx),
-            describe_layer(layer).partition(",")[0].removeprefix("reads "),
-            _shown_streams(report, layer.layer_idx) if layer.computes_kv else "-",
+            describe_layer(replace(layer, is_sliding=False)).removeprefix("reads "),
+            _shown_streams(report, layer) if layer.computes_kv else "-",
             str(report.sizes.sliding_window) if layer.is_sliding else "-",
             "yes" if layer.is_upward else "-",
             cycle or "-",
@@ -193,11 +195,11 @@ def _layer_table(report: PlanReport) -> Table:
     return table
 
 
-def _shown_streams(report: PlanReport, owner: int) -> str:
+def _shown_streams(report: PlanReport, layer: LayerPlan) -> str:
     """What an owner keeps, if that is not keys and values."""
-    latents = report.sizes.kv_latents[owner] if report.sizes.kv_latents else None
+    latents = report.sizes.kv_latents[layer.layer_idx] if report.sizes.kv_latents else None
     if latents is None:
-        return "yes"
+        return "yes" if layer.computes_keys and layer.computes_values else "keys" if layer.computes_keys else "values"
     return ", ".join(
         f"{name.replace('_', ' ')} {size if isinstance(size, int) else len(size)}" for name, size in latents.items()
     )

@@ -14,7 +14,7 @@ from lckv.config.names import NO_LATENT, XKV
 def default_run_name(cfg: TrainConfig) -> str:
     """A name for the run folder: the model's size or where it comes from, how it shares, and the seed."""
     if cfg.model.layer_types is not None:
-        sharing = str(cfg.model.layer_types)
+        sharing = str(cfg.model.layer_types).replace(":", "-")  # no file name has a colon, and "_" is between layers
     elif cfg.init.source is not None and cfg.sharing.name == "llama":
         sharing = "own"
     else:

@@ -31,7 +31,7 @@ class LatentConfig(LCKVLlamaConfig):
     @property
     def kv_layout(self) -> KVLayout:
         streams, plan = self.latent_streams, self.sharing_plan
-        sources = [[StreamSource(source, index) for index in range(len(streams))] for source in plan.kv_source]
+        sources = [[StreamSource(source, index) for index in range(len(streams))] for source, _ in plan.sources]
         return _layout(self, dict.fromkeys(plan.kv_owners, streams), sources)
 
 
@@ -39,17 +39,6 @@ class RotatedLatentConfig(LatentConfig):
     """A latent, and beside it one small rotated key for all heads."""
 
     latent_streams = (Stream("latent", 1, LATENT), Stream("rotated_key", 1, 8, is_rotated=True))
-
-
-class SplitConfig(LCKVLlamaConfig):
-    """Layers read the keys of their owner with the values of the lowest one, which is all that owners keep for it."""
-
-    @property
-    def kv_layout(self) -> KVLayout:
-        lowest, *others = self.sharing_plan.kv_owners
-        streams = {lowest: (KEYS, VALUES)} | dict.fromkeys(others, (KEYS,))
-        sources = [(StreamSource(source, 0), StreamSource(lowest, 1)) for source in self.sharing_plan.kv_source]
-        return _layout(self, streams, sources)
 
 
 class CrossedConfig(LCKVLlamaConfig):
@@ -83,10 +72,10 @@ class LatentAttention(LCKVAttention):
 
     stream_modules = frozenset({"down_proj", "rotated_proj"})
 
-    def add_projections(self, computes_kv):
+    def add_projections(self, kept):
         self.is_rotated = len(self.config.latent_streams) == 2
         self.k_proj, self.v_proj = (nn.Linear(LATENT, self.kv_size, bias=False) for _ in "kv")
-        if computes_kv:
+        if kept:
             self.down_proj = nn.Linear(self.config.hidden_size, LATENT, bias=False)
             if self.is_rotated:
                 self.rotated_proj = nn.Linear(self.config.hidden_size, self.head_dim, bias=False)
@@ -103,17 +92,8 @@ class LatentAttention(LCKVAttention):
         return keys + rotated[0] if rotated else keys, self._split_heads(self.v_proj(latent[:, 0]))
 
 
-class SplitAttention(LCKVAttention):
-    """Writes keys, and values where the layout keeps them."""
-
-    def write(self, hidden_states, position_embeddings):
-        streams = super().write(hidden_states, position_embeddings)
-        return streams[: len(self.config.kv_layout.store(self.layer_idx).streams)]
-
-
 KINDS = {
     "latent-and-rotated-key": (RotatedLatentConfig, LatentAttention),
-    "split": (SplitConfig, SplitAttention),
 }
 LATENTS = {
     "joint": {"latent": 11},
@@ -127,10 +107,14 @@ def latent_config(kind, layer_types, **kwargs):
     """A tiny configuration whose owners keep latents of unequal sizes."""
     plan = parse_layer_types(layer_types)
     sizes = [
-        {name: size + layer if isinstance(size, int) else size for name, size in LATENTS[kind].items()}
-        if layer in plan.kv_owners
+        {
+            name: size + layer.layer_idx if isinstance(size, int) else size
+            for name, size in LATENTS[kind].items()
+            if {"key_latent": layer.computes_keys, "value_latent": layer.computes_values}.get(name, True)
+        }
+        if layer.computes_kv
         else None
-        for layer in range(plan.num_hidden_layers)
+        for layer in plan.layers
     ]
     return tiny_config(layer_types, kv_latents=sizes, **kwargs)
 

@@ -23,6 +23,9 @@ PATTERNS = [
     "1s_1s_3s_3s",
     "2_0s_2s_0",
     "1_2_3_3",
+    "0_1_1:0_1:0",  # keys of the middle with values of the bottom
+    "0:1_2:0_3:0_3:1",  # a layer that computes keys alone, reads its own, and iterates
+    "0_3:0_1:3s_2s",
 ]
 
 
@@ -129,13 +132,15 @@ def _visible(layer, position, force_nodiag, window):
 
 
 def _project_latents(owner, hidden, position, inv_freq, reader):
-    """A reader's keys and values, made of what an owner keeps of a token."""
-    own, attention = owner.self_attn, reader.self_attn
+    """A reader's keys and values, made of what an owner keeps of a token; of one that keeps one of them, that."""
+    own, attention, keys, values = owner.self_attn, reader.self_attn, None, None
     kept = own.kv_a_proj(owner.input_layernorm(hidden)).split(own.own_sizes)
     if not own.own_planes:
-        keys = attention.k_b_proj(kept[0]).view(-1, attention.head_dim)
-        values = attention.v_b_proj(kept[-1]).view(-1, attention.head_dim)
-        return _rotate(keys, position, inv_freq), values
+        if len(kept[0]) == attention.k_b_proj.in_features:
+            keys = _rotate(attention.k_b_proj(kept[0]).view(-1, attention.head_dim), position, inv_freq)
+        if len(kept[-1]) == attention.v_b_proj.in_features:
+            values = attention.v_b_proj(kept[-1]).view(-1, attention.head_dim)
+        return keys, values
     projection, planes, head_dim = attention.k_b_proj, list(own.own_planes), attention.head_dim
     latent, pairs = kept[0].split([attention.v_b_proj.in_features, 2 * len(planes)])
     pairs = torch.complex(*_rotate(pairs, position, inv_freq[planes]).chunk(2))
@@ -153,13 +158,17 @@ def _project_latents(owner, hidden, position, inv_freq, reader):
 
 
 def _project_kv(layer, hidden, position, inv_freq, reader=None):
-    attention = layer.self_attn
+    """What an owner keeps of a token; `None` for keys or values that nobody reads."""
+    attention, keys, values = layer.self_attn, None, None
     normed = layer.input_layernorm(hidden)
-    keys = attention.k_proj(normed).view(-1, attention.head_dim)
-    if attention.config.use_qk_norm:
-        keys = attention.k_norm(keys)
-    values = attention.v_proj(normed).view(-1, attention.head_dim)
-    return _rotate(keys, position, inv_freq), values
+    if hasattr(attention, "k_proj"):
+        keys = attention.k_proj(normed).view(-1, attention.head_dim)
+        if attention.config.use_qk_norm:
+            keys = attention.k_norm(keys)
+        keys = _rotate(keys, position, inv_freq)
+    if hasattr(attention, "v_proj"):
+        values = attention.v_proj(normed).view(-1, attention.head_dim)
+    return keys, values
 
 
 def _frequencies(model, owner):
@@ -217,13 +226,15 @@ def exact_logits(model, input_ids):
         for layer_plan, layer in zip(plan.layers, model.model.layers, strict=True):
             if layer_plan.computes_kv:
                 cache[layer_plan.layer_idx].append(hidden)
-            owner, latents = model.model.layers[layer_plan.kv_source], config.latents_of(layer_plan.layer_idx)
+            latents = config.latents_of(layer_plan.layer_idx)
             makes_keys = latents is not None and "rotated_planes" not in latents
-            inv_freq = _frequencies(model, layer_plan.layer_idx if makes_keys else layer_plan.kv_source)
+            inv_freq = _frequencies(model, layer_plan.layer_idx if makes_keys else layer_plan.key_source)
             seen = _visible(layer_plan, position, config.force_nodiag, config.sliding_window)
-            project = _project_kv if config.latents_of(layer_plan.layer_idx) is None else _project_latents
-            pairs = [project(owner, cache[layer_plan.kv_source][i], i, inv_freq, layer) for i in seen]
-            keys, values = [key for key, _ in pairs], [value for _, value in pairs]
+            project = _project_kv if latents is None else _project_latents
+            keys, values = (
+                [project(model.model.layers[owner], cache[owner][i], i, inv_freq, layer)[which] for i in seen]
+                for which, owner in enumerate([layer_plan.key_source, layer_plan.value_source])
+            )
             hidden = _run_layer(layer, hidden, position, inv_freq, keys, values)
         logits.append(_predict(model, hidden))
     return torch.stack(logits)
@@ -263,8 +274,9 @@ def _run_pass(model, layers, hidden, key_values, num_groups=1):
     def read(layer_idx, position):
         layer_plan = plan.layers[layer_idx]
         seen = _visible(layer_plan, position, config.force_nodiag, config.sliding_window)
-        pairs = [key_values[layer_plan.kv_source][i] for i in seen]
-        keys, values = [pair[0] for pair in pairs if pair], [pair[1] for pair in pairs if pair]
+        of_keys, of_values = key_values[layer_plan.key_source], key_values[layer_plan.value_source]
+        written = [(of_keys[i][0], of_values[i][1]) for i in seen if of_keys[i] and of_values[i]]
+        keys, values = [key for key, _ in written], [value for _, value in written]
         return _run_layer(model.model.layers[layer_idx], hidden[position], position, inv_freq, keys, values)
 
     for group in range(num_groups):

@@ -76,6 +76,8 @@ class SearchConfig(Group):
         method: how keys and values that layers are to share come from those that each computes in the source.
         directions: where a layer that gives up its KV may look: "down" at the next owner below, "both" also at the
             next one above.
+        split_sources: whether in the end, among as many owners as the budget has room for, layers may read the keys of
+            one and the values of another where that loses less. For each such layer and owner, two scores more.
         beam: how many patterns of each number of owners to go on from.
         shortlist: how many of each one's successors to score.
         max_distance: how many layers a layer and the one that it reads may be apart at most, of those that compute KV
@@ -101,6 +103,7 @@ class SearchConfig(Group):
     budget: Any = None
     method: str = key("subspace", one_of(METHODS))
     directions: str = key("down", one_of(("down", "both")))
+    split_sources: bool = False
     beam: int = key(1, at_least())
     shortlist: int = key(4, at_least())
     max_distance: int | None = key(None, at_least())

@@ -44,7 +44,8 @@ class ModelConfig(Group):
 
     Attributes:
         name: what run folders call this size; every preset sets it.
-        layer_types: whose keys and values each layer reads, such as `0_0_2_2`; wins over the `sharing` group.
+        layer_types: whose keys and values each layer reads, such as `0_0_2_2`, or `0_1_1:0` for keys of one layer with
+            values of another; wins over the `sharing` group.
         num_hidden_layers: number of layers; follows `layer_types` unless it is given too, and then both must agree.
         default_num_hidden_layers: the preset's depth, used where neither of the two is given.
         vocab_size: None takes the tokenizer's.

@@ -238,7 +238,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             "calibration_tokens ridge", lambda cfg: cfg.method in CALIBRATED or cfg.latent.name != NO_LATENT, _NO_TEXT
         ),
         _unless(
-            "method directions beam shortlist",
+            "method directions split_sources beam shortlist",
             lambda cfg: cfg.latent.name == NO_LATENT,
             "with latent={cfg.latent.name}, whose groups are a shortest path; leave it out",
         ),

@@ -12,15 +12,16 @@ from lckv.conversion.heads import AttentionHeads, from_planes, to_planes
 
 
 def inner_products(
-    heads: AttentionHeads, reference: AttentionHeads, moments: Tensor | None = None
+    heads: AttentionHeads, reference: AttentionHeads, moments: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """How alike the KV heads of a layer and of a reference are, pair by pair.
 
     Args:
         heads: the layer that is to be turned.
         reference: the layer to which.
-        moments: `(inputs of heads, inputs of reference)`: the mean of the products of both layers' inputs; `None`
-            stands for equal inputs without correlations, and compares weights.
+        moments: for keys and for values, `(inputs of heads, inputs of reference)`: the mean of the products of the
+            inputs of which both layers' are made; `None` stands for equal inputs without correlations, and compares
+            weights.
 
     Returns:
         Inner products of keys, plane by plane, complex `(num_heads, num_reference_heads, head_dim / 2)`; and of value
@@ -29,12 +30,15 @@ def inner_products(
     key, other_key = to_planes(heads.key), to_planes(reference.key)  # (num_kv_heads, head_dim / 2, inputs)
     value, other_value = heads.value[:, None], reference.value[None]
     if moments is not None:
-        other_key = other_key @ moments.mT.to(other_key.dtype)
-        value = value @ moments.to(value.dtype)
+        of_keys, of_values = moments
+        other_key = other_key @ of_keys.mT.to(other_key.dtype)
+        value = value @ of_values.to(value.dtype)
     return torch.einsum("gpx,hpx->ghp", key, other_key.conj()), value @ other_value.mT
 
 
-def match_heads(heads: AttentionHeads, reference: AttentionHeads, moments: Tensor | None = None) -> Tensor:
+def match_heads(
+    heads: AttentionHeads, reference: AttentionHeads, moments: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """The order of `heads` in which they are most like those of `reference`, `(num_kv_heads,)`.
 
     Keys and values weigh alike. What counts is the largest inner product that [`align`] reaches: for values the

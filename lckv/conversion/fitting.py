@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lckv.conversion.alignment import match_heads
 from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import AttentionHeads, from_planes, to_planes
 
@@ -33,76 +32,75 @@ def predictor(moments: InputMoments, reader: int, owner: int, ridge: float) -> T
     return torch.linalg.solve(gram + penalty.diag(), moments[owner, reader]).T
 
 
+def predict_from(owner: int, sources: Iterable[int], moments: InputMoments, ridge: float) -> dict[int, Tensor]:
+    """For each of these layers the matrix that predicts what enters it from what enters `owner`; see [`predictor`]."""
+    return {source: predictor(moments, source, owner, ridge) for source in {*sources}}
+
+
 def fit_mean(
-    heads: Mapping[int, AttentionHeads],
-    kv_sources: Mapping[int, int],
-    owner: int,
-    moments: InputMoments,
-    ridge: float,
-) -> tuple[Tensor, Tensor]:
-    """Key and value projections whose outputs come closest, in the mean square, to those that all readers read.
+    projections: Mapping[int, Tensor], sources: Mapping[int, int], predictors: Mapping[int, Tensor]
+) -> Tensor:
+    """The projection whose outputs come closest, in the mean square, to those that all readers read.
 
     Args:
-        heads: of the readers.
-        kv_sources: for each reader, the layer that computes its keys and values so far.
-        owner: the layer that is to compute them.
-        moments: of the inputs of all these layers.
-        ridge: see [`predictor`].
+        projections: of the readers, to keys or to values, each `(num_kv_heads, head_dim, inputs)`.
+        sources: for each reader, the layer that computes these so far.
+        predictors: of what enters these layers, from what enters the one that is to compute them.
 
     Returns:
-        Both `(num_kv_heads, head_dim, inputs)`.
+        Like one of them.
     """
-    predictors = {source: predictor(moments, source, owner, ridge) for source in {*kv_sources.values()}}
-    keys = torch.stack([heads[reader].key.double() @ predictors[source] for reader, source in kv_sources.items()])
-    values = torch.stack([heads[reader].value.double() @ predictors[source] for reader, source in kv_sources.items()])
-    return keys.mean(0).float(), values.mean(0).float()
+    predicted = [projections[reader].double() @ predictors[source] for reader, source in sources.items()]
+    return torch.stack(predicted).mean(0).float()
 
 
 def fit_subspace(
-    heads: Mapping[int, AttentionHeads],
-    reference: AttentionHeads,
-    kv_sources: Mapping[int, int],
+    matched: Mapping[int, AttentionHeads],
+    key_sources: Mapping[int, int],
+    value_sources: Mapping[int, int],
     owner: int,
     moments: InputMoments,
     ridge: float,
-) -> tuple[Tensor, Tensor, dict[int, AttentionHeads]]:
+) -> tuple[Tensor | None, Tensor | None, dict[int, AttentionHeads]]:
     """Shared keys and values that tell most about each reader's own, and readers that make theirs of them.
 
-    Heads are matched first. A reader's values are a matrix times the shared ones, and its keys, in each rotary plane,
-    a complex number times the shared ones; its output projection and its queries take both over. The best shared
-    values for given inputs are a reduced-rank regression (Izenman, 1975), weighted by what the output projections make
-    of an error. The keys are the same with rank one in each plane, weighted by the power of the queries; where keys
-    are normalised dimension by dimension, which no plane's factor commutes with, they are the mean's fit instead.
+    A reader's values are a matrix times the shared ones, and its keys, in each rotary plane, a complex number times
+    the shared ones; its output projection and its queries take both over. The best shared values for given inputs are
+    a reduced-rank regression (Izenman, 1975), weighted by what the output projections make of an error. The keys are
+    the same with rank one in each plane, weighted by the power of the queries; where keys are normalised dimension by
+    dimension, which no plane's factor commutes with, they are the mean's fit instead.
 
     Args:
-        heads: of the readers.
-        reference: of the owner, whose heads the readers' are matched with.
-        kv_sources: for each reader, the layer that computes its keys and values so far.
+        matched: the readers, with heads in the order in which they are most like those that they are to read.
+        key_sources: for each reader of the owner's keys, the layer that computes its keys so far.
+        value_sources: for each reader of the owner's values, the layer that computes its values so far.
         owner: the layer that is to compute them.
         moments: of the inputs of all these layers.
         ridge: see [`predictor`].
 
     Returns:
-        The key and value projections, both `(num_kv_heads, head_dim, inputs)`, and the changed readers.
+        The key and value projections, both `(num_kv_heads, head_dim, inputs)`, `None` for what nobody reads; and the
+        changed readers.
     """
-    matched = {
-        reader: heads[reader].permuted(match_heads(heads[reader], reference, moments[source, owner].float()))
-        for reader, source in kv_sources.items()
-    }
-    fitted = list(matched.values())
-    predictors = [predictor(moments, source, owner, ridge) for source in kv_sources.values()]
-    values, vectors = torch.linalg.eigh(moments[owner, owner])
-    root = vectors * values.clamp(min=0).sqrt()  # root @ root.T are the second moments of the owner's inputs
-    gains: Sequence[Tensor | None] = [None] * len(fitted)
-    if reference.key_norm is None:
-        powers = [_query_power(turned, moments[reader, reader]) for reader, turned in matched.items()]
-        key, gains = _fit_keys(fitted, powers, predictors, root)
-    else:
-        key = fit_mean(matched, kv_sources, owner, moments, ridge)[0]
-    value, decoders = _fit_values(fitted, predictors, root)
+    predictors = predict_from(owner, (*key_sources.values(), *value_sources.values()), moments, ridge)
+    eigenvalues, vectors = torch.linalg.eigh(moments[owner, owner])
+    root = vectors * eigenvalues.clamp(min=0).sqrt()  # root @ root.T are the second moments of the owner's inputs
+    key = value = None
+    gains: dict[int, Tensor] = {}
+    decoders: dict[int, Tensor] = {}
+    of_keys, of_values = ([matched[reader] for reader in sources] for sources in (key_sources, value_sources))
+    if of_keys and of_keys[0].key_norm is None:
+        powers = [_query_power(matched[reader], moments[reader, reader]) for reader in key_sources]
+        key, found = _fit_keys(of_keys, powers, [predictors[source] for source in key_sources.values()], root)
+        gains = dict(zip(key_sources, found, strict=True))
+    elif of_keys:
+        key = fit_mean({reader: heads.key for reader, heads in matched.items()}, key_sources, predictors)
+    if of_values:
+        value, found = _fit_values(of_values, [predictors[source] for source in value_sources.values()], root)
+        decoders = dict(zip(value_sources, found, strict=True))
     changed = {
-        reader: turned.with_readers_changed(gain, decoder)
-        for (reader, turned), gain, decoder in zip(matched.items(), gains, decoders, strict=True)
+        reader: turned.with_readers_changed(gains.get(reader), decoders.get(reader))
+        for reader, turned in matched.items()
     }
     return key, value, changed
 

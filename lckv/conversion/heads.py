@@ -55,20 +55,20 @@ class AttentionHeads:
     key_norm: Tensor | None
 
     @classmethod
-    def read(cls, weights: Tensors, layer_idx: int, config: Any, kv_source: int | None = None) -> AttentionHeads:
+    def read(cls, weights: Tensors, layer_idx: int, config: Any, sources: tuple[int, int]) -> AttentionHeads:
         """Reads a layer, of tensors under transformers' names.
 
         Args:
             weights: all tensors.
             layer_idx: the layer that reads.
             config: the model's.
-            kv_source: the layer that computes the keys and values; `None`: this one.
+            sources: the layer that computes the keys, and the one that computes the values.
 
         Raises:
             UserError: if one of the numbers is not finite.
         """
         prefix, head_dim = layer_prefix(layer_idx), config.head_dim
-        kv_prefix = layer_prefix(layer_idx if kv_source is None else kv_source)
+        key_prefix, value_prefix = map(layer_prefix, sources)
 
         def read(name: str) -> Tensor:
             weight = read_finite(weights, f"{name}.weight")
@@ -78,24 +78,32 @@ class AttentionHeads:
 
         output = read_finite(weights, f"{prefix}o_proj.weight").unflatten(1, (-1, head_dim))
         groups = (config.num_key_value_heads, -1)
-        norm = f"{kv_prefix}k_norm.weight"
+        norm = f"{key_prefix}k_norm.weight"
         return cls(
             query=read(f"{prefix}q_proj").unflatten(0, groups),
-            key=read(f"{kv_prefix}k_proj"),
-            value=read(f"{kv_prefix}v_proj"),
+            key=read(f"{key_prefix}k_proj"),
+            value=read(f"{value_prefix}v_proj"),
             output=output.transpose(0, 1).unflatten(0, groups),  # (num_kv_heads, num_groups, hidden_size, head_dim)
             key_norm=read_finite(weights, norm) if norm in weights else None,
         )
 
-    def kv_tensors(self) -> dict[str, Tensor]:
-        """The key and value projections under transformers' names, relative to the layer's attention."""
-        tensors = _split(self.key, "k_proj", self.hidden_size) | _split(self.value, "v_proj", self.hidden_size)
+    def key_tensors(self) -> dict[str, Tensor]:
+        """The key projection and norm under transformers' names, relative to the layer's attention."""
+        tensors = _split(self.key, "k_proj", self.hidden_size)
         return tensors if self.key_norm is None else tensors | {"k_norm.weight": self.key_norm}
 
-    def reading_tensors(self) -> dict[str, Tensor]:
-        """The query and output projections under transformers' names, relative to the layer's attention."""
+    def value_tensors(self) -> dict[str, Tensor]:
+        """The value projection, named so."""
+        return _split(self.value, "v_proj", self.hidden_size)
+
+    def query_tensors(self) -> dict[str, Tensor]:
+        """The query projection, named so: what keys are read with."""
+        return _split(self.query.flatten(0, 1), "q_proj", self.hidden_size)
+
+    def output_tensors(self) -> dict[str, Tensor]:
+        """The output projection, named so: what values are read with."""
         output = self.output.flatten(0, 1).transpose(0, 1)  # (hidden_size, num_heads, head_dim)
-        return _split(self.query.flatten(0, 1), "q_proj", self.hidden_size) | {"o_proj.weight": output.flatten(1)}
+        return {"o_proj.weight": output.flatten(1)}
 
     @property
     def hidden_size(self) -> int:
@@ -112,19 +120,21 @@ class AttentionHeads:
             output=self.output[order],
         )
 
-    def with_readers_changed(self, key_gain: Tensor | None, value_decoder: Tensor) -> AttentionHeads:
+    def with_readers_changed(self, key_gain: Tensor | None, value_decoder: Tensor | None) -> AttentionHeads:
         """Queries and output projection that read other keys and values in the place of this layer's own.
 
         Args:
             key_gain: complex `(num_kv_heads, head_dim / 2)`: this layer's keys are about so many times the others, one
                 rotary plane at a time; `None` for one.
-            value_decoder: `(num_kv_heads, head_dim, head_dim)`, which turns the others' values into this layer's.
+            value_decoder: `(num_kv_heads, head_dim, head_dim)`, which turns the others' values into this layer's;
+                `None` for one.
         """
         query = self.query
         if key_gain is not None:
             # The score is the real part of q * conj(k), so a factor of the key goes to the query conjugated.
             query = from_planes(to_planes(query) * key_gain.conj()[:, None, :, None])
-        return replace(self, query=query, output=self.output @ value_decoder[:, None])
+        output = self.output if value_decoder is None else self.output @ value_decoder[:, None]
+        return replace(self, query=query, output=output)
 
 
 def to_planes(states: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lckv.config.model import LatentConfig
 from lckv.config.names import AUTO_LATENT, LATENTS, XKV
 from lckv.conversion.heads import Tensors
-from lckv.conversion.latents import LatentFit, sources_of
+from lckv.conversion.latents import LatentFit, sources_of, stream_sources
 from lckv.conversion.methods import Group, make_tensors, refuse_not_finite
 from lckv.conversion.sensitivity import Sensitivity, assume_sensitivity, measure_sensitivity
 from lckv.conversion.source import HEAD, expected_shapes
@@ -90,14 +90,14 @@ def fit_latents(
         ridge: a penalty on large weights where a layer's input is predicted from another's.
         known: see [`LatentFit`].
     """
-    groups = sources_of(budget.plan, source.sharing_plan, budget.owners)
+    groups = stream_sources(budget.plan, source.sharing_plan, budget.owners)
     num_unturned = num_unturned_planes(budget, sensitivity, source)
     fit = LatentFit(budget, tensors, source, groups, sensitivity, ridge, num_unturned, known)
     kv_latents = fit.sizes()
 
     def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
         if kv_latents[owner] is None:  # skipped
-            return make_tensors("average", Group(owner, readers, tensors, source))
+            return make_tensors("average", Group(owner, readers, budget.plan, tensors, source))
         return refuse_not_finite(f"latent={budget.kind}", fit.make(kv_latents, owner))
 
     labels = rope_labels(source, budget.plan, kv_latents)
@@ -110,10 +110,12 @@ def rope_labels(
     """Which rotary embedding each layer has: that of the keys that it has read so far, where it makes them now."""
     if source.rope_layer_types is None:
         return None
-    read = [kv_latents[owner] for owner in plan.kv_source]
+    read = [kv_latents[layer.key_source] for layer in plan.layers]
     makes_keys = [latents is not None and PLANES not in latents for latents in read]
-    own = source.sharing_plan.kv_source
-    return [source.rope_layer_types[own[layer] if makes else layer] for layer, makes in enumerate(makes_keys)]
+    own = source.sharing_plan.layers
+    return [
+        source.rope_layer_types[own[layer].key_source if makes else layer] for layer, makes in enumerate(makes_keys)
+    ]
 
 
 def num_unturned_planes(budget: LatentBudget, sensitivity: Sensitivity, source: LCKVLlamaConfig) -> int:

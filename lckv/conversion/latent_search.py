@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lckv.conversion.heads import Tensors
 from lckv.conversion.latent_models import fit_latents, load_tensors, num_unturned_planes
-from lckv.conversion.latents import Factors, LatentFit, Pairs
+from lckv.conversion.latents import Factors, KnownBy, LatentFit, Pairs
 from lckv.conversion.pattern_search import ScoredPattern, SearchTrace, Span, plan_of_spans
 from lckv.conversion.scoring import Scorer
-from lckv.conversion.sensitivity import Sensitivity
+from lckv.conversion.sensitivity import KEYS, VALUES, Sensitivity
 from lckv.conversion.source import HEAD, expected_shapes
 from lckv.conversion.target import converted_config, converted_tensors
 from lckv.latents import LatentBudget
@@ -122,7 +122,7 @@ class LatentConverter:
         self.model, self.kind, self.sensitivity, self.ridge, self.settings = model, kind, sensitivity, ridge, settings
         self.config: LCKVLlamaConfig = model.config
         self._tensors: Tensors = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-        self._known: dict[tuple[int, tuple[int, ...], str], Factors | Pairs] = {}
+        self._known: dict[KnownBy, Factors | Pairs] = {}
 
     @property
     def full_size(self) -> int:
@@ -153,7 +153,7 @@ class LatentConverter:
             budget,
             self._tensors,
             self.config,
-            {sources[0]: sources},
+            {sources[0]: {KEYS: sources, VALUES: sources}},
             self.sensitivity,
             self.ridge,
             num_unturned_planes(budget, self.sensitivity, self.config),

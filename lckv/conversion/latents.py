@@ -27,6 +27,9 @@ from lckv.layout import KEY_LATENT, LATENT, PLANES, VALUE_LATENT
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import SharingPlan
 
+KnownBy = tuple[int, tuple[tuple[int, ...], ...], str]
+"""An owner, the layers of which its latents are made, and one of these."""
+
 Place = tuple[int, str]
 """A layer, and one of its projections or of the latents that it keeps."""
 
@@ -39,11 +42,30 @@ _STEPS = (8, 4, 2)
 """Latents have sizes that one of these divides, the first that leaves room to choose: kernels want it so."""
 
 
-def sources_of(plan: SharingPlan, own: SharingPlan, owners: Iterable[int]) -> dict[int, tuple[int, ...]]:
-    """For each of these owners, the layers whose keys and values its readers read in the source, in order."""
+Sources = Mapping[str, Sequence[int]]
+"""The layers of the source of whose keys, and of whose values, an owner's latents are made, each in order."""
+
+
+def stream_sources(plan: SharingPlan, own: SharingPlan, owners: Iterable[int]) -> dict[int, Sources]:
+    """For each of these owners, the layers whose keys and whose values its readers read in the source."""
+    names = KEYS, VALUES
     return {
-        owner: tuple(sorted({own.kv_source[layer.layer_idx] for layer in plan.readers(owner)})) for owner in owners
+        owner: {name: sorted({*_sources_by_reader(plan, own, owner, name).values()}) for name in names}
+        for owner in owners
     }
+
+
+def sources_of(plan: SharingPlan, own: SharingPlan, owners: Iterable[int]) -> dict[int, tuple[int, ...]]:
+    """The same for keys and values together."""
+    found = stream_sources(plan, own, owners)
+    return {owner: tuple(sorted({*sources[KEYS], *sources[VALUES]})) for owner, sources in found.items()}
+
+
+def _sources_by_reader(plan: SharingPlan, own: SharingPlan, owner: int, name: str) -> dict[int, int]:
+    """For each layer that reads an owner's keys, or values, the one whose it reads in the source."""
+    index = (KEYS, VALUES).index(name)
+    readers = (layer.layer_idx for layer in plan.layers if layer.sources[index] == owner)
+    return {reader: own.sources[reader][index] for reader in readers}
 
 
 @dataclass(frozen=True)
@@ -110,7 +132,7 @@ class LatentFit:
         budget: which owners keep what kind of latents, and how much.
         tensors: of the source.
         config: the source's.
-        groups: for these owners, the layers of the source of which latents are made; see [`sources_of`].
+        groups: for these owners, the layers of the source of which latents are made; see [`stream_sources`].
         sensitivity: of the source.
         ridge: see [`lckv.conversion.fitting.predictor`].
         num_unturned: so many of the slowest rotary planes may be taken for planes that do not turn, where rotated keys
@@ -123,11 +145,11 @@ class LatentFit:
         budget: LatentBudget,
         tensors: Tensors,
         config: LCKVLlamaConfig,
-        groups: Mapping[int, Sequence[int]],
+        groups: Mapping[int, Sources],
         sensitivity: Sensitivity,
         ridge: float,
         num_unturned: int = 0,
-        known: dict[tuple[int, tuple[int, ...], str], Factors | Pairs] | None = None,
+        known: dict[KnownBy, Factors | Pairs] | None = None,
     ) -> None:
         self.budget, self.tensors, self.config, self.groups = budget, tensors, config, groups
         self.plan, self.own = budget.plan, config.sharing_plan
@@ -143,10 +165,10 @@ class LatentFit:
         self.factors: dict[Place, Factors | Pairs] = {}
         known = {} if known is None else known
         for owner, sources in groups.items():
-            for stream, fit in FITS[budget.kind].items():
-                key = owner, tuple(sources), stream
+            for stream in budget.streams(owner):
+                key = owner, tuple(map(tuple, sources.values())), stream
                 if key not in known:
-                    known[key] = fit(self, owner)
+                    known[key] = FITS[budget.kind][stream](self, owner)
                 self.factors[owner, stream] = known[key]
 
     def sizes(self) -> list[dict[str, Any] | None]:
@@ -169,7 +191,9 @@ class LatentFit:
         Raises:
             UserError: if a weight is not finite.
         """
-        places = [(layer, name) for layer in self.groups[owner] for name in names]
+        sources = self.groups[owner]
+        layers = sorted({layer for name in names for layer in sources[name]})
+        places = [(layer, name) for layer in layers for name in names if layer in sources[name]]
         maps, grams = [], []
         for layer, name in places:
             weight, gradients = self._map(owner, layer, name), self.sensitivity.gradients[layer, name]
@@ -187,7 +211,7 @@ class LatentFit:
         before or after. The error of a score is the real part of a product, half of it in the mean over angles.
         """
         covariance = self.sensitivity.moments[owner][owner, owner].to(torch.complex128)
-        layers, found = self.groups[owner], []
+        layers, found = self.groups[owner][KEYS], []
         maps = {layer: self._in_planes(self._map(owner, layer, KEYS)) for layer in layers}
         biases = {layer: self._in_planes(self._bias(layer)[:, None])[..., 0] for layer in layers}
         for plane in range(self.turning):
@@ -229,18 +253,21 @@ class LatentFit:
                 zeros = torch.zeros(latents[LATENT], dtype=torch.float64)
                 made[f"{prefix}kv_a_proj.bias"] = torch.cat([zeros, as_rows(pairs.bias[:count])])
         made[f"{prefix}kv_a_proj.weight"] = torch.cat(down)
-        for reader in (layer.layer_idx for layer in self.plan.readers(owner)):
-            source, prefix = self.own.kv_source[reader], layer_prefix(reader)
-            for factors in cut.values():
-                for (layer, name), up in factors.up.items():
+        of_keys, of_values = (_sources_by_reader(self.plan, self.own, owner, name) for name in (KEYS, VALUES))
+        beside = ("k_proj.bias", of_keys), ("v_proj.bias", of_values), ("k_norm.weight", of_keys)
+        for factors in cut.values():
+            for (layer, name), up in factors.up.items():
+                for reader, source in (of_keys if name == KEYS else of_values).items():
                     if layer == source:
-                        made[f"{prefix}{name.replace('_', '_b_')}.weight"] = up
-            for name in ("k_proj.bias", "v_proj.bias", "k_norm.weight"):
+                        made[f"{layer_prefix(reader)}{name.replace('_', '_b_')}.weight"] = up
+        for name, sources in beside:
+            for reader, source in sources.items():
                 if (of_source := layer_prefix(source) + name) in self.tensors:
-                    made[prefix + name.replace("_proj", "_b_proj")] = self.tensors[of_source]
-            if isinstance(pairs, Pairs):
-                made |= self._beside_pairs(made, prefix, pairs, count, source)
-        dtype = self.tensors[f"{layer_prefix(owner)}{KEYS}.weight"].dtype
+                    made[layer_prefix(reader) + name.replace("_proj", "_b_proj")] = self.tensors[of_source]
+        if isinstance(pairs, Pairs):
+            for reader, source in of_keys.items():
+                made |= self._beside_pairs(made, layer_prefix(reader), pairs, count, source)
+        dtype = self.tensors[f"{layer_prefix(owner)}q_proj.weight"].dtype
         return {name: tensor.to(dtype).contiguous() for name, tensor in made.items()}
 
     def _beside_pairs(

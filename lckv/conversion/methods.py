@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lckv.conversion.alignment import align
+from lckv.conversion.alignment import align, match_heads
 from lckv.conversion.calibration import InputMoments, Pair
-from lckv.conversion.fitting import fit_mean, fit_subspace
+from lckv.conversion.fitting import fit_mean, fit_subspace, predict_from
 from lckv.conversion.heads import AttentionHeads, Tensors, layer_prefix, read_finite
 from lckv.conversion.source import EMBEDDINGS
 from lckv.errors import UserError
@@ -21,11 +22,12 @@ from lckv.registry import Registry
 
 @dataclass(frozen=True)
 class Group:
-    """An owner of keys and values, the layers that are to read them, and what a method may look at.
+    """An owner of keys, values or both, the layers that are to read them, and what a method may look at.
 
     Attributes:
-        owner: the layer that computes keys and values.
+        owner: the layer that computes them.
         readers: the layers that attend to them, perhaps without the owner itself.
+        plan: whose keys and values each layer is to read.
         tensors: of the source.
         config: the source's.
         moments: second moments of the layers' inputs on calibration text, where the method asks for them.
@@ -34,24 +36,56 @@ class Group:
 
     owner: int
     readers: tuple[int, ...]
+    plan: SharingPlan
     tensors: Tensors
     config: LCKVLlamaConfig
     moments: InputMoments | None = None
     ridge: float = 0.0
 
-    @property
-    def kv_sources(self) -> dict[int, int]:
-        """For each reader, the layer whose keys and values it reads in the source."""
-        kv_source = self.config.sharing_plan.kv_source
-        return {reader: kv_source[reader] for reader in self.readers}
+    @cached_property
+    def key_sources(self) -> dict[int, int]:
+        """For each reader of the owner's keys, the layer whose keys it reads in the source."""
+        own, now = self.config.sharing_plan.layers, self.plan.layers
+        return {reader: own[reader].key_source for reader in self.readers if now[reader].key_source == self.owner}
 
-    def heads(self, layer_idx: int) -> AttentionHeads:
-        """A reader's attention weights by head, with the keys and values that it reads in the source."""
-        return AttentionHeads.read(self.tensors, layer_idx, self.config, self.kv_sources[layer_idx])
+    @cached_property
+    def value_sources(self) -> dict[int, int]:
+        """For each reader of the owner's values, the layer whose values it reads in the source."""
+        own, now = self.config.sharing_plan.layers, self.plan.layers
+        return {reader: own[reader].value_source for reader in self.readers if now[reader].value_source == self.owner}
 
-    def owner_heads(self) -> AttentionHeads:
-        """The owner's attention weights by head, with the keys and values that it computes in the source."""
-        return AttentionHeads.read(self.tensors, self.owner, self.config)
+    @cached_property
+    def heads(self) -> dict[int, AttentionHeads]:
+        """The readers' attention weights by head, with the keys and values that they read in the source."""
+        own = self.config.sharing_plan.sources
+        return {reader: self._read(reader, own[reader]) for reader in self.readers}
+
+    @cached_property
+    def references(self) -> dict[int, AttentionHeads]:
+        """For each reader the keys and values that the layers compute in the source which it is to read."""
+        sources = {reader: self.plan.sources[reader] for reader in self.readers}
+        found = {each: self._read(self.owner, each) for each in {*sources.values()}}
+        return {reader: found[each] for reader, each in sources.items()}
+
+    @cached_property
+    def matched(self) -> dict[int, AttentionHeads]:
+        """The readers with heads in the order in which they are most like those of their references, on the text.
+
+        Those that go on to read what they did keep their order, as nothing else of them may be made anew.
+        """
+        assert self.moments is not None
+        own, now, matched = self.config.sharing_plan.sources, self.plan.sources, dict(self.heads)
+        for reader, heads in self.heads.items():
+            if own[reader] != now[reader]:
+                of_keys, of_values = (
+                    self.moments[pair].float() for pair in zip(own[reader], now[reader], strict=True)
+                )
+                order = match_heads(heads, self.references[reader], (of_keys, of_values))
+                matched[reader] = heads.permuted(order)
+        return matched
+
+    def _read(self, layer_idx: int, sources: tuple[int, int]) -> AttentionHeads:
+        return AttentionHeads.read(self.tensors, layer_idx, self.config, sources)
 
     def name(self, layer_idx: int, tensor: str) -> str:
         """The full name of an attention tensor."""
@@ -63,7 +97,7 @@ class Group:
 
     def merged_norm(self) -> Tensor | None:
         """The mean of the key norms, `(head_dim,)`, behind what the readers read in the source, if there are any."""
-        names = [self.name(kv_source, "k_norm.weight") for kv_source in self.kv_sources.values()]
+        names = [self.name(source, "k_norm.weight") for source in self.key_sources.values()]
         return _mean([self.tensors[name] for name in names]) if names[0] in self.tensors else None
 
 
@@ -116,10 +150,12 @@ def inherit(group: Group) -> dict[str, Tensor]:
 def average(group: Group) -> dict[str, Tensor]:
     """The mean of what makes the readers' keys and values: projections, biases and key norms (Wu and Tu, ACL 2024)."""
     tensors = {}
-    for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "k_norm.weight"):
-        if group.name(group.owner, name) in group.tensors:
-            merged = _mean([group.tensors[group.name(source, name)] for source in group.kv_sources.values()])
-            tensors[group.name(group.owner, name)] = merged
+    of_keys, of_values = ("k_proj.weight", "k_proj.bias", "k_norm.weight"), ("v_proj.weight", "v_proj.bias")
+    for names, sources in (of_keys, group.key_sources), (of_values, group.value_sources):
+        for name in names:
+            if sources and group.name(group.owner, name) in group.tensors:
+                merged = _mean([group.tensors[group.name(source, name)] for source in sources.values()])
+                tensors[group.name(group.owner, name)] = merged
     return tensors
 
 
@@ -129,29 +165,35 @@ def aligned(group: Group) -> dict[str, Tensor]:
 
     Projections are compared with the layers' input norms multiplied in, as what they do to a normalised input.
     """
-    scales = {layer: _input_scale(group, layer) for layer in {group.owner, *group.kv_sources.values()}}
-    reference = _scaled(group.owner_heads(), scales[group.owner])
+    own, now = group.config.sharing_plan.sources, group.plan.sources
+    layers = {layer for reader in group.readers for layer in (*own[reader], *now[reader])}
+    scales = {layer: _input_scale(group, layer) for layer in layers}
     turned = {}
-    for reader, kv_source in group.kv_sources.items():
-        heads = _scaled(group.heads(reader), scales[kv_source])
-        turned[reader] = heads if kv_source == group.owner else align(heads, reference)
-    merged = _scaled(
-        replace(
-            reference,
-            key=torch.stack([heads.key for heads in turned.values()]).mean(0),
-            value=torch.stack([heads.value for heads in turned.values()]).mean(0),
-        ),
-        _reciprocal(scales[group.owner]),
+    for reader, found in group.heads.items():
+        heads = _scaled(found, *(scales[source] for source in own[reader]))
+        reference = _scaled(group.references[reader], *(scales[source] for source in now[reader]))
+        turned[reader] = heads if own[reader] == now[reader] else align(heads, reference)
+    key, value = (
+        torch.stack([getattr(turned[reader], name) for reader in sources]).mean(0) * _reciprocal(scales[group.owner])
+        if sources
+        else None
+        for name, sources in (("key", group.key_sources), ("value", group.value_sources))
     )
-    return _tensors(group, merged.key, merged.value, turned)
+    return _tensors(group, key, value, turned)
 
 
 @register("activation")
 def activation(group: Group) -> dict[str, Tensor]:
     """Keys and values that come closest, in the mean square, to what all readers computed on calibration text."""
     assert group.moments is not None
-    heads = {reader: group.heads(reader) for reader in group.readers}
-    key, value = fit_mean(heads, group.kv_sources, group.owner, group.moments, group.ridge)
+    of_both = *group.key_sources.values(), *group.value_sources.values()
+    predictors = predict_from(group.owner, of_both, group.moments, group.ridge)
+    key, value = (
+        fit_mean({reader: getattr(group.heads[reader], name) for reader in sources}, sources, predictors)
+        if sources
+        else None
+        for name, sources in (("key", group.key_sources), ("value", group.value_sources))
+    )
     return _tensors(group, key, value, {})
 
 
@@ -160,12 +202,11 @@ def activation(group: Group) -> dict[str, Tensor]:
 def subspace(group: Group) -> dict[str, Tensor]:
     """Alignment and fit in one: the shared keys and values from which all readers' own can best be made.
 
-    See [`lckv.conversion.fitting.fit_subspace`].
+    Heads are matched first. See [`lckv.conversion.fitting.fit_subspace`].
     """
     assert group.moments is not None
-    heads = {reader: group.heads(reader) for reader in group.readers}
     key, value, changed = fit_subspace(
-        heads, group.owner_heads(), group.kv_sources, group.owner, group.moments, group.ridge
+        group.matched, group.key_sources, group.value_sources, group.owner, group.moments, group.ridge
     )
     return _tensors(group, key, value, changed)
 
@@ -173,12 +214,15 @@ def subspace(group: Group) -> dict[str, Tensor]:
 def groups_of(
     plan: SharingPlan, source: SharingPlan, changed: Collection[int | None] = ()
 ) -> list[tuple[int, tuple[int, ...]]]:
-    """The owner and its readers, for every owner that some layer did not read in the source, or among `changed`."""
+    """The owner and its readers, for every owner one of whose readers read others in the source, or in `changed`.
+
+    Both owners of a layer with two are among them if either is new to it, as its heads have one order for both.
+    """
     groups = [(owner, tuple(layer.layer_idx for layer in plan.readers(owner))) for owner in plan.kv_owners]
     return [
         (owner, readers)
         for owner, readers in groups
-        if owner in changed or any(source.kv_source[reader] != owner for reader in readers)
+        if owner in changed or any(source.sources[reader] != plan.sources[reader] for reader in readers)
     ]
 
 
@@ -186,18 +230,31 @@ def needed_pairs(plan: SharingPlan, source: SharingPlan) -> list[Pair]:
     """The pairs of layers whose inputs a calibrated method multiplies."""
     pairs = set()
     for owner, readers in groups_of(plan, source):
-        kv_sources = {source.kv_source[reader] for reader in readers}
-        pairs |= {(owner, owner)} | {(layer, owner) for layer in kv_sources}
-        pairs |= {(layer, layer) for layer in (*readers, *kv_sources)}
+        sources = {
+            before
+            for reader in readers
+            for before, now in zip(source.sources[reader], plan.sources[reader], strict=True)
+            if now == owner
+        }
+        pairs |= {(owner, owner)} | {(layer, owner) for layer in sources}
+        pairs |= {(layer, layer) for layer in (*readers, *sources)}
     return sorted(pairs)
 
 
-def _tensors(group: Group, key: Tensor, value: Tensor, readers: Mapping[int, AttentionHeads]) -> dict[str, Tensor]:
-    """The changed tensors by their full names, in the types that they had."""
-    owner = replace(group.owner_heads(), key=key, value=value, key_norm=group.merged_norm())
-    tensors = {group.name(group.owner, name): tensor for name, tensor in owner.kv_tensors().items()}
+def _tensors(
+    group: Group, key: Tensor | None, value: Tensor | None, readers: Mapping[int, AttentionHeads]
+) -> dict[str, Tensor]:
+    """The changed tensors by their full names, in the types that they had: what a stream is written and read with."""
+    owner, made = next(iter(group.references.values())), {}
+    if key is not None:
+        made[group.owner] = replace(owner, key=key, key_norm=group.merged_norm()).key_tensors()
+    if value is not None:
+        made[group.owner] = made.get(group.owner, {}) | replace(owner, value=value).value_tensors()
     for reader, heads in readers.items():
-        tensors |= {group.name(reader, name): tensor for name, tensor in heads.reading_tensors().items()}
+        of_keys = heads.query_tensors() if reader in group.key_sources else {}
+        of_values = heads.output_tensors() if reader in group.value_sources else {}
+        made[reader] = made.get(reader, {}) | of_keys | of_values
+    tensors = {group.name(layer, name): tensor for layer, each in made.items() for name, tensor in each.items()}
     return {name: tensor.to(group.dtype(name)).contiguous() for name, tensor in tensors.items()}
 
 
@@ -211,8 +268,7 @@ def _mean(tensors: list[Tensor]) -> Tensor:
 def _input_scale(group: Group, layer_idx: int) -> Tensor:
     """What the layer's input norm multiplies each dimension by, and one where a column stands for a bias."""
     scale = read_finite(group.tensors, f"model.layers.{layer_idx}.input_layernorm.weight")
-    has_bias = group.name(layer_idx, "k_proj.bias") in group.tensors
-    return torch.cat([scale, scale.new_ones(1)]) if has_bias else scale
+    return torch.cat([scale, scale.new_ones(1)]) if group.config.attention_bias else scale
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
@@ -220,5 +276,5 @@ def _reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() <= _NO_SCALE * scale.abs().mean(), 0.0, 1 / scale)
 
 
-def _scaled(heads: AttentionHeads, scale: Tensor) -> AttentionHeads:
-    return replace(heads, key=heads.key * scale, value=heads.value * scale)
+def _scaled(heads: AttentionHeads, key_scale: Tensor, value_scale: Tensor) -> AttentionHeads:
+    return replace(heads, key=heads.key * key_scale, value=heads.value * value_scale)

@@ -38,11 +38,18 @@ def own_spans(num_layers: int) -> Spans:
     return tuple(Span(layer_idx, layer_idx, layer_idx + 1) for layer_idx in range(num_layers))
 
 
-def plan_of(owners: Sequence[int], source: SharingPlan) -> SharingPlan:
-    """The pattern in which layers read the source's owner number `owners[i]` that read its `i`-th one before."""
-    instead = {before: source.kv_owners[now] for before, now in zip(source.kv_owners, owners, strict=True)}
-    kv_source = [instead[layer.kv_source] for layer in source.layers]
-    return parse_layer_types(join_layer_types(kv_source, [layer.is_sliding for layer in source.layers]))
+def plan_of(owners: Sequence[int | tuple[int, int]], source: SharingPlan) -> SharingPlan:
+    """The pattern in which layers read the source's owner number `owners[i]` that read its `i`-th one before.
+
+    Of two, they read the keys of the first and the values of the second.
+    """
+    pairs = [(now, now) if isinstance(now, int) else now for now in owners]
+    instead = {
+        before: (source.kv_owners[key], source.kv_owners[value])
+        for before, (key, value) in zip(source.kv_owners, pairs, strict=True)
+    }
+    sources = [instead[layer.key_source] for layer in source.layers]
+    return parse_layer_types(join_layer_types(sources, [layer.is_sliding for layer in source.layers]))
 
 
 def plan_of_spans(spans: Spans, source: SharingPlan) -> SharingPlan:
@@ -56,11 +63,11 @@ def lowest_changed(plan: SharingPlan, merged: Span, source: SharingPlan) -> int:
     Nothing above it reads below, nor the other way round.
     """
     owners = source.kv_owners[merged.start : merged.stop]
-    first = min(*owners, *(layer.layer_idx for layer in source.layers if layer.kv_source in owners))
+    first = min(*owners, *(layer.layer_idx for layer in source.layers if layer.key_source in owners))
     return next(
         start
         for start in range(first, -1, -1)
-        if all((layer.kv_source < start) == (layer.layer_idx < start) for layer in plan.layers)
+        if all((layer.key_source < start) == (layer.layer_idx < start) for layer in plan.layers)
     )
 
 

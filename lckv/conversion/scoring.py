@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from lckv.conversion.target import converted_config, converted_tensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import LayerPlan, SharingPlan, join_layer_types, parse_layer_types
 
-_GroupKey = tuple[int, tuple[int, ...]]
+_GroupKey = tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]
+"""An owner, its readers, and what each of them reads."""
 
 
 @dataclass
@@ -73,22 +75,28 @@ class Converter:
             model = LCKVLlamaForCausalLM(config)
         shapes = {_shifted(name, start): tensor.shape for name, tensor in model.state_dict().items()}
         own = self.config.sharing_plan
-        converted = dict(converted_tensors(self._tensors, own, plan, shapes, self.method, self._make))
+        converted = dict(converted_tensors(self._tensors, own, plan, shapes, self.method, partial(self._make, plan)))
         model.load_state_dict({name: converted[_shifted(name, start)] for name in model.state_dict()}, assign=True)
         model.model.rotary_emb = self.model.model.rotary_emb  # whose tables no checkpoint holds
         return model.eval()
 
     def forget(self, plans: Sequence[SharingPlan]) -> None:
         """Drops what was made for owners and readers that none of these patterns has."""
-        kept = {group for plan in plans for group in groups_of(plan, self.config.sharing_plan)}
+        own = self.config.sharing_plan
+        kept = {_key_of(plan, *group) for plan in plans for group in groups_of(plan, own)}
         self._made = {key: made for key, made in self._made.items() if key in kept}
 
-    def _make(self, owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
-        if (owner, readers) not in self._made:
-            group = Group(owner, readers, self._on_cpu, self.config, self.moments, self.ridge)
+    def _make(self, plan: SharingPlan, owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
+        key = _key_of(plan, owner, readers)
+        if key not in self._made:
+            group = Group(owner, readers, plan, self._on_cpu, self.config, self.moments, self.ridge)
             made = make_tensors(self.method, group)
-            self._made[owner, readers] = {name: tensor.to(self.model.device) for name, tensor in made.items()}
-        return self._made[owner, readers]
+            self._made[key] = {name: tensor.to(self.model.device) for name, tensor in made.items()}
+        return self._made[key]
+
+
+def _key_of(plan: SharingPlan, owner: int, readers: tuple[int, ...]) -> _GroupKey:
+    return owner, readers, tuple(plan.sources[reader] for reader in readers)
 
 
 @dataclass(frozen=True)
@@ -153,8 +161,8 @@ class Scorer:
 
 def _without_layers_below(plan: SharingPlan, start: int) -> SharingPlan:
     kept: list[LayerPlan] = list(plan.layers[start:])
-    assert all(layer.kv_source >= start for layer in kept)
-    sources = [layer.kv_source - start for layer in kept]
+    assert all(min(layer.sources) >= start for layer in kept)
+    sources = [(layer.key_source - start, layer.value_source - start) for layer in kept]
     return parse_layer_types(join_layer_types(sources, [layer.is_sliding for layer in kept]))
 
 

@@ -37,7 +37,8 @@ class Point:
     """A pattern with what it needs and what it costs, as it goes into `search.json`.
 
     Attributes:
-        name: what it is called: "15 of 30" owners, or "25 percent" of the source's bytes in latents.
+        name: what it is called: "15 of 30" owners, "15 of 30 apart" where layers read the keys of one and the values
+            of another, or "25 percent" of the source's bytes in latents.
         layer_types: the pattern.
         num_owners: layers that compute keys and values.
         kv_bytes_per_token: bytes of keys and values that each token adds, in the source's own type.
@@ -93,6 +94,7 @@ class KVCount:
         """The pattern with what it needs, under a name that says so if none is given."""
         if pattern.latent_size is None:
             kv_bytes, own_name = self.bytes_of(pattern.layer_types), f"{pattern.num_owners} of {self.num_owners}"
+            own_name += " apart" * (parse_layer_types(pattern.layer_types).first_split is not None)
         else:
             kv_bytes = pattern.latent_size * self.itemsize
             own_name = f"{100 * kv_bytes / self.full:.3g} percent"

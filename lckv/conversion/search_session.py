@@ -35,13 +35,14 @@ from lckv.conversion.search_report import KVCount, SearchReport
 from lckv.conversion.sensitivity import measure_sensitivity
 from lckv.conversion.settings import check_block_size
 from lckv.conversion.source import Source
+from lckv.conversion.split_search import SplitSearch
 from lckv.data.dataset import BlockDataset, build_dataset, collate
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
 from lckv.latents import num_least
 from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaForCausalLM
-from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
+from lckv.patterns import SharingPlan, build_layer_types, describe_split, parse_layer_types
 
 _BASELINES = ("lasagna_bottom", "pizza_bottom", "sandwich_bottom")
 _VALIDATION_BATCH = 8
@@ -64,6 +65,11 @@ class SearchSession(ABC):
     def __init__(self, cfg: SearchConfig, source: Source, console: Console) -> None:
         self._cfg, self._source, self._console = cfg, source, console
         self._plan = source.config.sharing_plan
+        if self._plan.first_split is not None:
+            raise UserError(
+                f"source={cfg.source}: {describe_split(self._plan.first_split)}, but the search merges layers that "
+                "compute both; allowed are sources whose entries are one number"
+            )
         self._kv = KVCount.of(source.config)
         self._trace = SearchTrace()
 
@@ -166,6 +172,15 @@ class SharingSearch(SearchSession):
         with Bar(self._console, "searching", "patterns", total) as bar:
             for best in PatternSearch(scorer, self._converter, self._limits).run(self._trace, bar.advance):
                 self._console.print(f"{best.num_owners} of {num_before}: loss {best.loss:.4f}: {best.layer_types}")
+        if self._cfg.split_sources:
+            self._split(scorer)
+
+    def _split(self, scorer: Scorer) -> None:
+        """Goes on from the last pattern to keys and values of two owners."""
+        search, last = SplitSearch(scorer, self._converter, self._limits.reach), self._trace.frontier[-1]
+        with Bar(self._console, "splitting", "patterns", search.num_scored(last)) as bar:
+            best = search.run(last, self._trace, bar.advance)
+        self._console.print(f"keys and values apart: loss {best.loss:.4f}: {best.layer_types}")
 
     def _build(self, pattern: ScoredPattern) -> LCKVLlamaForCausalLM:
         return self._converter.build(parse_layer_types(pattern.layer_types))
@@ -189,7 +204,7 @@ class SharingSearch(SearchSession):
         built |= {name: build_layer_types(name, num_before, num_kv_layers=num_owners) for name in _BASELINES}
         plans: dict[str, SharingPlan] = {}
         for name, layer_types in built.items():
-            plan = plan_of(parse_layer_types(layer_types).kv_source, self._plan)
+            plan = plan_of([owner for owner, _ in parse_layer_types(layer_types).sources], self._plan)
             if plan not in plans.values():
                 plans[name] = plan
         return plans
@@ -242,7 +257,7 @@ class SearchOfLatents(SearchSession):
         total, num_before = int(self._shares[-1] * self._converter.full_size), len(self._plan.kv_owners)
         found = {}
         for name, size in {"no groups": 1, "groups of 2": 2, "groups of 3": 3}.items():
-            owners = parse_layer_types(build_layer_types("cla", num_before, group_size=size)).kv_source
+            owners = [layer - layer % size for layer in range(num_before)]
             found[name] = self._converter.try_groups(plan_of(owners, self._plan), total, scorer)
         return found
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Sensitivity:
             self._scales.setdefault(place, sizes[place].mean().clamp(min=torch.finfo(torch.float32).tiny))
         groups = {next(iter(self.groups)): tuple(self.layers)} if self.weighs_alike else self.groups
         for owner, sources in groups.items():
-            places = [(layer, name) for layer in sources for name in (KEYS, VALUES)]
+            places = [place for place in sizes if place[0] in sources]
             weights = torch.stack([sizes[place] / self._scales[place] for place in places]).mean(0)
             shape = (*inputs[owner].shape[:2], 1)
             kept = {layer: inputs[layer].float() * weights.sqrt().view(shape) for layer in {owner, *sources}}
@@ -140,13 +141,15 @@ def assume_sensitivity(tensors: Tensors, config: LCKVLlamaConfig, groups: dict[i
     for owner, moments in sensitivity.moments.items():
         moments.add({layer: scales[layer].diag()[None] for layer in {owner, *groups[owner]}})
     for layer in sensitivity.layers:
-        heads = AttentionHeads.read(tensors, layer, config)
+        heads = AttentionHeads.read(tensors, layer, config, config.sharing_plan.sources[layer])
         queries = heads.query[..., : heads.hidden_size] * scales[layer]  # without biases
         grams = {
             KEYS: torch.einsum("hgdi,hgei->hde", queries, queries),
             VALUES: torch.einsum("hgid,hgie->hde", heads.output, heads.output),
         }
         for name, by_head in grams.items():
+            if f"{layer_prefix(layer)}{name}.weight" not in tensors:  # which nobody reads
+                continue
             gram = torch.block_diag(*by_head).double()
             weight = read_finite(tensors, f"{layer_prefix(layer)}{name}.weight").double() * scales[layer].double()
             sensitivity.gradients[layer, name] = gram / torch.trace(gram @ weight @ weight.T)
@@ -181,14 +184,16 @@ class _Taps(ExitStack):
     def __init__(self, model: LCKVLlamaForCausalLM, inputs: list[int], layers: list[int]) -> None:
         super().__init__()
         self.inputs: dict[int, Tensor] = {}
-        self.outputs: dict[tuple[int, str], list[Tensor]] = {(layer, name): [] for layer in layers for name in _TAPPED}
+        self.outputs: dict[tuple[int, str], list[Tensor]] = {}
         self.is_open = True
         for layer in inputs:
             norm = model.model.layers[layer].input_layernorm
             self.callback(norm.register_forward_hook(partial(self._enter, layer)).remove)
-        for layer, name in self.outputs:
-            projection = getattr(model.model.layers[layer].self_attn, name)
-            self.callback(projection.register_forward_hook(partial(self._leave, (layer, name))).remove)
+        for layer, name in product(layers, _TAPPED):
+            projection = getattr(model.model.layers[layer].self_attn, name, None)
+            if projection is not None:  # some layer reads it
+                self.outputs[layer, name] = []
+                self.callback(projection.register_forward_hook(partial(self._leave, (layer, name))).remove)
 
     # Nothing is kept while checkpointing recomputes, which makes other tensors of the same numbers.
 

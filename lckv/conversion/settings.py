@@ -104,5 +104,5 @@ def _warn_of_lost_windows(plan: SharingPlan, source: LCKVLlamaConfig) -> None:
             len(lost),
             source.sliding_window,
             lost[0],
-            join_layer_types(plan.kv_source, has_window),
+            join_layer_types(plan.sources, has_window),
         )

@@ -67,7 +67,7 @@ def converted_tensors(
         layer_idx = _layer_of(name)
         if layer_idx is not None:
             # With the keys and values that the layer owns, or as one of those that read another's.
-            owners = [layer_idx, plan.kv_source[layer_idx]]
+            owners = [layer_idx, *plan.sources[layer_idx]]
         else:
             owners = [] if name in tensors else list(to_make)
         for owner in owners:
@@ -145,7 +145,7 @@ def write_converted(
     total = sum(shape.numel() for shape in shapes.values())
 
     def by_method(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
-        return make_tensors(method, Group(owner, readers, tensors, source.config, moments, ridge))
+        return make_tensors(method, Group(owner, readers, plan, tensors, source.config, moments, ridge))
 
     def told() -> Iterator[tuple[str, Tensor]]:
         done = 0

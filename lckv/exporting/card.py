@@ -54,6 +54,8 @@ def _about(name: str, config: LCKVLlamaConfig) -> str:
     kept = "latents in the place of keys and values" if config.kv_latents else "keys and values"
     lines = [f"# {name.rpartition('/')[2]}", "", f"A decoder of {layers} layers, of which {owners} compute {kept}:"]
     lines += ["", f"`{plan.layer_types}`", "", "Each entry is the layer whose keys and values a layer attends to"]
+    if plan.first_split is not None:
+        lines[-1] += "; of two, keys are the first one's, and values the second one's"
     if any(layer.is_sliding for layer in plan.layers):
         lines[-1] += f"; with an `s`, through a window of {config.sliding_window} tokens"
     return "\n".join([*lines[:-1], f"{lines[-1]}.", "", f"![who reads whose keys and values]({DRAWING})"])

@@ -121,7 +121,7 @@ class Inflated:
         config, norm = self.config, self._get(layer_idx, "input_layernorm")
         assert config.head_dim is not None  # filled in by the configuration
         tensors = {"input_layernorm": norm, **self._heads(layer_idx, "q", norm, config.head_dim**-0.5)}
-        source = config.sharing_plan.kv_source[layer_idx]
+        source = config.sharing_plan.layers[layer_idx].key_source
         if source == layer_idx:
             tensors |= self._heads(layer_idx, "k", norm, 1.0)
             values = self._get(layer_idx, "self_attn.v_proj")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lckv.errors import UserError
-from lckv.patterns import LayerPlan, SharingPlan
+from lckv.patterns import LayerPlan, SharingPlan, describe_split
 
 SILU = ("silu", "swish")
 """What transformers calls the activation of Llama's MLPs."""
@@ -58,7 +58,7 @@ def find_reuse(plan: SharingPlan, window: int, context_length: int) -> Reuse:
     Raises:
         UserError: if it cannot, naming the first layer for which it cannot.
     """
-    num_owners = next((layer.layer_idx for layer in plan.layers if layer.kv_source != layer.layer_idx), None)
+    num_owners = next((layer.layer_idx for layer in plan.layers if not layer.reads_itself), None)
     num_owners = plan.num_hidden_layers if num_owners is None else num_owners
     sliding = tuple(layer.is_sliding and window < context_length for layer in plan.layers)
     for layer in plan.layers[num_owners:]:
@@ -99,16 +99,15 @@ def is_llama(plan: SharingPlan, reuse: Reuse, hidden_act: str, *, approximates_s
 
 def _first_reason(plan: SharingPlan, reuse: Reuse) -> str:
     """What the first layer does that a Llama's does not."""
-    layer = next(
-        layer for layer in plan.layers if reuse.is_sliding[layer.layer_idx] or layer.kv_source != layer.layer_idx
-    )
-    reads_other = layer.kv_source != layer.layer_idx
-    return f"layer {layer.layer_idx} " + (f"reads layer {layer.kv_source}" if reads_other else "has a window")
+    layer = next(layer for layer in plan.layers if reuse.is_sliding[layer.layer_idx] or not layer.reads_itself)
+    return f"layer {layer.layer_idx} " + ("has a window" if layer.reads_itself else f"reads layer {layer.key_source}")
 
 
 def _check_reader(layer: LayerPlan, num_owners: int, is_sliding: tuple[bool, ...]) -> None:
     """Refuses a layer behind the owners that does not read what llama.cpp would have it read."""
-    source, reader = layer.kv_source, f"layer {layer.layer_idx} reads layer {layer.kv_source}"
+    if layer.is_split:
+        raise UserError(f"{describe_split(layer)}, which llama.cpp cannot; {_ALLOWED}")
+    source, reader = layer.key_source, f"layer {layer.layer_idx} reads layer {layer.key_source}"
     if layer.is_upward:
         raise UserError(f"{reader}, above it, which llama.cpp cannot; {_ALLOWED}")
     if source == layer.layer_idx:

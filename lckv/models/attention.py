@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, rotate_half
 
+from lckv.layout import KEYS, VALUES, Stream
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.masks import FLASH_ATTENTION, VisibleKeys
 from lckv.models.positions import PositionEmbeddings
@@ -23,7 +24,8 @@ MIN_BLOCK = 128
 class LCKVAttention(nn.Module):
     """Multi-head attention whose keys and values may come from other layers.
 
-    A layer that no entry of `layer_types` names has no key and value projections. Another kind of attention, over
+    A layer has a key projection if some entry of `layer_types` names it for its keys, and a value projection if one
+    does for its values. Another kind of attention, over
     other streams, is a subclass with `add_projections`, `project`, `write`, `unrotated` and `keys_and_values` (or
     `forward`) of its own, and a configuration whose `kv_layout` says which streams these are.
     """
@@ -48,23 +50,24 @@ class LCKVAttention(nn.Module):
         self.kv_size = config.num_key_value_heads * self.head_dim
         query_size = config.num_attention_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.add_projections(computes_kv=config.sharing_plan.layers[layer_idx].computes_kv)
+        self.add_projections(config.kv_layout.streams.get(layer_idx, ()))
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.has_output_bias)
         if config.use_qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def add_projections(self, computes_kv: bool) -> None:
-        """Makes the submodules from which keys and values come; `computes_kv` says whether the layer writes any."""
-        if not computes_kv:
-            return
-        config = self.config
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_size, bias=config.attention_bias)
-        if config.use_qk_norm:
+    def add_projections(self, kept: Sequence[Stream]) -> None:
+        """Makes the submodules from which keys and values come; `kept` is what the layer writes, if anything."""
+        config, names = self.config, [stream.name for stream in kept]
+        self.computes_keys, self.computes_values = KEYS in names, VALUES in names
+        if self.computes_keys:
+            self.k_proj = nn.Linear(config.hidden_size, self.kv_size, bias=config.attention_bias)
+        if self.computes_values:
+            self.v_proj = nn.Linear(config.hidden_size, self.kv_size, bias=config.attention_bias)
+        if self.computes_keys and config.use_qk_norm:
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def write(self, hidden_states: torch.Tensor, position_embeddings: PositionEmbeddings) -> Streams:
-        """Computes what the layer keeps for its readers: rotated keys, and values.
+        """Computes what the layer keeps for its readers: rotated keys, values, or both.
 
         Args:
             hidden_states: `(batch, q_len, hidden_size)`.
@@ -73,15 +76,18 @@ class LCKVAttention(nn.Module):
         Returns:
             The new tokens' streams, each `(batch, num_kv_heads, q_len, head_dim)`.
         """
-        key_states, value_states = self.project(hidden_states)
-        return apply_rotary(key_states, position_embeddings), value_states
+        streams = self.project(hidden_states)
+        return (apply_rotary(streams[0], position_embeddings), *streams[1:]) if self.computes_keys else streams
 
     def project(self, hidden_states: torch.Tensor) -> Streams:
         """What `write` gives, before anything is rotated."""
-        key_states = self._split_heads(self.k_proj(hidden_states))
-        if self.use_qk_norm:
-            key_states = self.k_norm(key_states)
-        return key_states, self._split_heads(self.v_proj(hidden_states))
+        streams: Streams = ()
+        if self.computes_keys:
+            key_states = self._split_heads(self.k_proj(hidden_states))
+            streams = (self.k_norm(key_states) if self.use_qk_norm else key_states,)
+        if self.computes_values:
+            streams = (*streams, self._split_heads(self.v_proj(hidden_states)))
+        return streams
 
     def unrotated(self, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each `(batch, num_kv_heads, kv_len, head_dim)`, of streams that `project` has given."""

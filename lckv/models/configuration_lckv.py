@@ -9,7 +9,7 @@ from transformers import LlamaConfig, cache_utils
 
 from lckv.errors import UserError, check_choice
 from lckv.iteration import Iteration, check_iteration
-from lckv.layout import PLANES, KVLayout, check_latents, kv_layout
+from lckv.layout import PLANES, KVLayout, check_latents, kv_layout, latents_read
 from lckv.model_values import NORM_TYPES
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 
@@ -29,7 +29,8 @@ class LCKVLlamaConfig(LlamaConfig):
     Both are saved. A file that has the string under `layer_types`, as the LCKV authors' checkpoints do, loads too.
 
     Args:
-        layer_types: whose keys and values each layer reads, e.g. `"0_6_6_6_6_6_6_7"`; `None` for Llama.
+        layer_types: whose keys and values each layer reads, e.g. `"0_6_6_6_6_6_6_7"`, or `"0_1_1:0"` for keys of one
+            layer with values of another; `None` for Llama.
             `num_hidden_layers` follows it.
         kv_sharing: the same string, where a saved configuration has it; a string in `layer_types` comes first.
         forward_passes: ungraded passes over each cycle of layers before the graded ones, or `"converge"`: pass until
@@ -57,7 +58,8 @@ class LCKVLlamaConfig(LlamaConfig):
         final_logit_softcapping: a bound of the logits, to which a hyperbolic tangent takes them; `None` for none.
         kv_latents: for every decoder layer, the latents that it keeps in the place of keys and values (MLA), such as
             `{"latent": 96}` or `{"key_latent": 32, "value_latent": 64}`; `None` for keys and values, in a layer or in
-            all, and for layers that compute neither. `{"latent": 64, "rotated_planes": [0, 3, 3]}` has a rotated key
+            all, and for layers that compute neither. A layer that is read for its keys alone has a `key_latent`
+            alone, and so for values. `{"latent": 64, "rotated_planes": [0, 3, 3]}` has a rotated key
             beside the latent, of a pair of numbers for each of these rotary planes; other planes are not rotated.
 
     Raises:
@@ -159,7 +161,8 @@ class LCKVLlamaConfig(LlamaConfig):
 
     def latents_of(self, layer_idx: int) -> dict[str, Any] | None:
         """The latents that layer `layer_idx` reads; `None` if it reads keys and values."""
-        return self.kv_latents[self.sharing_plan.kv_source[layer_idx]] if self.kv_latents else None
+        latents = latents_read(self.kv_latents, self.sharing_plan.layers[layer_idx])
+        return None if latents is None else dict(latents)
 
     @property
     def _rope_type_labels(self) -> list[str]:
@@ -177,10 +180,10 @@ class LCKVLlamaConfig(LlamaConfig):
         return self.rope_layer_types[layer_idx] if self.rope_layer_types else None
 
     def query_label(self, layer_idx: int) -> str | None:
-        """Which one rotates the queries of layer `layer_idx`: its owner's, or its own if it makes the keys."""
+        """Which one rotates the queries of layer `layer_idx`: that of its keys, or its own if it makes the keys."""
         latents = self.latents_of(layer_idx)
         makes_keys = latents is not None and PLANES not in latents
-        return self.rope_label(layer_idx if makes_keys else self.sharing_plan.kv_source[layer_idx])
+        return self.rope_label(layer_idx if makes_keys else self.sharing_plan.layers[layer_idx].key_source)
 
     @property
     def has_output_bias(self) -> bool:

@@ -19,13 +19,14 @@ what is kept: this is attention with a single head of keys (c, z) and of values 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lckv.layout import PLANES, latent_streams
+from lckv.layout import PLANES, Stream
 from lckv.models.attention import LCKVAttention, apply_rotary
 from lckv.models.masks import VisibleKeys
 from lckv.models.planes import PlaneProjection, only_planes, rotate_planes
@@ -41,15 +42,14 @@ class LatentAttention(LCKVAttention):
 
     stream_modules: ClassVar[frozenset[str]] = frozenset({"kv_a_proj", "k_b_proj", "v_b_proj", "k_norm"})
 
-    def add_projections(self, computes_kv: bool) -> None:
+    def add_projections(self, kept: Sequence[Stream]) -> None:
         """Makes the projections to the latents that the layer keeps, and from those that it reads."""
         config, bias = self.config, self.config.attention_bias
         read = config.latents_of(self.layer_idx)
-        assert read is not None and config.kv_latents is not None
-        if computes_kv:
-            own = config.kv_latents[self.layer_idx] or {}
-            self.own_planes = tuple(own.get(PLANES, ()))
-            self.own_sizes = [stream.head_dim for stream in latent_streams(own)]
+        assert read is not None
+        if kept:
+            self.own_planes = kept[0].planes
+            self.own_sizes = [stream.head_dim for stream in kept]
             has_bias = bias and bool(self.own_planes)  # what is rotated is so with its bias
             self.kv_a_proj = nn.Linear(config.hidden_size, sum(self.own_sizes), bias=has_bias)
         self.planes = tuple(read.get(PLANES, ()))

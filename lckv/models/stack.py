@@ -221,9 +221,12 @@ class Stack:
         if group.num_groups == 1:
             return self.visible_keys[layer_idx]
         assert self.group_keys is not None
-        source, num_written = self.layout.sources[layer_idx][0].owner, None
-        if is_first and cycle.start <= source < cycle.stop:
-            num_written = group.index + (source <= layer_idx)
+        num_written = None
+        if is_first:
+            owners = (source.owner for source in self.layout.sources[layer_idx])
+            num_written = min(
+                (group.index + (owner <= layer_idx) for owner in owners if owner >= cycle.start), default=None
+            )
         return self.group_keys.of(layer_idx, group, num_written)
 
     def _run_layers(

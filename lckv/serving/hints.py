@@ -24,7 +24,7 @@ from lckv.layout import kv_layout
 from lckv.model_arguments import check_owners
 from lckv.model_files import find_files
 from lckv.model_values import OURS, stored_plan
-from lckv.patterns import SharingPlan, build_layer_types, join_layer_types, parse_layer_types
+from lckv.patterns import SharingPlan, build_layer_types, describe_split, join_layer_types, parse_layer_types
 from lckv.serving.schema import check_schema
 
 VERSION = 1
@@ -103,13 +103,15 @@ class ModelKV:
             UserError: naming the layer.
         """
         latents = (self.sizes and self.sizes.kv_latents) or [None] * plan.num_hidden_layers
-        for layer_idx, (before, after) in enumerate(zip(self.plan.kv_source, plan.kv_source, strict=True)):
-            # A layer's projections make keys and values of one owner's latents, and nothing of another's.
-            if before != after and (latents[before] or latents[after]):
-                raise UserError(
-                    f"model={self.name}: layer {layer_idx} would read layer {after}, not {before}, but latents are "
-                    "read only by the layers that were made for them; allowed are layers with keys and values"
-                )
+        for layer, given in zip(self.plan.layers, plan.layers, strict=True):
+            for before, after in zip(layer.sources, given.sources, strict=True):
+                # A layer's projections make keys and values of one owner's latents, and nothing of another's.
+                if before != after and (latents[before] or latents[after]):
+                    raise UserError(
+                        f"model={self.name}: layer {layer.layer_idx} would read layer {after}, not {before}, but "
+                        "latents are read only by the layers that were made for them; allowed are layers with keys "
+                        "and values"
+                    )
 
     def num_bytes(self, plan: SharingPlan, sliding_window: int | None, context_length: int, itemsize: int) -> int:
         """Bytes that a sequence takes under some pattern; of an unknown model, one number for each key and value."""
@@ -161,12 +163,12 @@ def share_groups(own: SharingPlan, group: GroupConfig) -> SharingPlan:
     max_layer = num_layers - 1 if group.max_layer is None else group.max_layer
     for name, value in ("min_layer", group.min_layer), ("max_layer", max_layer):
         check_whole_number(name, value, 0, num_layers - 1)
-    source = list(own.kv_source)
+    sources = list(own.sources)
     for first in range(group.min_layer, max_layer + 1, group.group_size):
         last = min(first + group.group_size - 1, max_layer)
         target = last if group.direction == UPPER else first
-        source[first : last + 1] = [own.kv_source[target]] * (last + 1 - first)
-    return parse_layer_types(join_layer_types(source, [layer.is_sliding for layer in own.layers]))
+        sources[first : last + 1] = [own.sources[target]] * (last + 1 - first)
+    return parse_layer_types(join_layer_types(sources, [layer.is_sliding for layer in own.layers]))
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ class SharingHint:
     group: GroupConfig
     ignored: bool
     ignored_reason: str | None
-    kv_source: list[int]
+    kv_source: list[int | list[int]]
     layer_types: str
     sliding_window: int | None
     saved_fraction: float
@@ -218,7 +220,7 @@ class SharingHint:
             given = str(values["ignored"]).lower()
             raise UserError(f"ignored={given}: does not follow from role, thinking and group; make the hint once more")
         plan = parse_layer_types(values["layer_types"], values["num_layers"])
-        if tuple(values["kv_source"]) != plan.kv_source:
+        if list(values["kv_source"]) != _read_by_layer(plan):
             raise UserError(f"kv_source={values['kv_source']}: is not what layer_types={plan.layer_types} says")
         if has_windows(plan) and values["sliding_window"] is None:
             raise UserError(f"sliding_window=null: layer_types={plan.layer_types} has windows; give their tokens")
@@ -232,6 +234,11 @@ def schema() -> dict[str, Any]:
     text = Path(__file__).with_name("hint_schema.json").read_text(encoding="utf-8")
     values: dict[str, Any] = json.loads(text)
     return values
+
+
+def _read_by_layer(plan: SharingPlan) -> list[int | list[int]]:
+    """For every layer the layer that it reads, or the two whose keys and whose values it reads."""
+    return [list(layer.sources) if layer.is_split else layer.key_source for layer in plan.layers]
 
 
 def has_windows(plan: SharingPlan) -> bool:
@@ -285,7 +292,7 @@ def emit_hint(
         group=group,
         ignored=reason is not None,
         ignored_reason=reason,
-        kv_source=list(plan.kv_source),
+        kv_source=_read_by_layer(plan),
         layer_types=plan.layer_types,
         sliding_window=window,
         saved_fraction=kv_bytes.saved / kv_bytes.model,
@@ -313,6 +320,8 @@ def _not_served(kv: ModelKV, plan: SharingPlan, experimental: bool) -> dict[str,
     """By engine, why it cannot serve a model with a pattern."""
     if kv.sizes is not None and kv.sizes.kv_latents is not None:
         return {VLLM: "the model keeps latents, which the plugin does not serve"}
+    if plan.first_split is not None:
+        return {VLLM: f"{describe_split(plan.first_split)}, which the plugin does not serve"}
     upward = [str(layer.layer_idx) for layer in plan.layers if layer.is_upward]
     hides_own_token = kv.sizes is not None and kv.sizes.force_nodiag
     if experimental or not (upward or hides_own_token):

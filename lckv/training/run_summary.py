@@ -181,9 +181,13 @@ def _other_patterns(layer_types: str, source: SharingPlan | None) -> list[tuple[
     patterns = {"source": source.layer_types} if source else {"llama": build_layer_types("llama", num_layers)}
     if num_layers > 1:  # a single layer has nothing to share
         patterns["cla"] = build_layer_types("cla", num_layers)
-    owners = set(source.kv_owners if source else range(num_layers))
-    fitting = {name: each for name, each in patterns.items() if owners.issuperset(parse_layer_types(each).kv_owners)}
-    return [(name, pattern) for name, pattern in fitting.items() if pattern != layer_types]
+    before = source.owners_by_stream if source else [range(num_layers)] * 2
+    return [
+        (name, pattern)
+        for name, pattern in patterns.items()
+        for now in [parse_layer_types(pattern).owners_by_stream]
+        if pattern != layer_types and all(set(own).issuperset(each) for own, each in zip(before, now, strict=True))
+    ]
 
 
 def _generation(prompt: str, folder: RunFolder) -> list[str]:

@@ -41,7 +41,7 @@ def test_readers_resolve_to_their_owners_storage_and_never_write(name, layer_typ
     assert len({id(layer) for layer in cache.owners().values()}) == len(plan.kv_owners)
     for layer_plan, layer in zip(plan.layers, cache.layers, strict=True):
         store = cache.storage(layer_plan.layer_idx)
-        assert store is cache.owners()[layer_plan.kv_source]
+        assert store is cache.owners()[layer_plan.key_source]
         assert isinstance(store, KVLayer) and isinstance(layer, KVLayer if layer_plan.computes_kv else ReaderLayer)
         if not layer_plan.computes_kv:
             before = addresses(store)

@@ -207,6 +207,7 @@ def test_run_names():
     cfg = cli.compose(["sharing=cla", "sharing.group_size=3", "seed=5"])
     assert default_run_name(cfg) == "tiny-cla-group_size3-seed5"
     assert (cfg.run_name, cfg.run_dir) == ("tiny-cla-group_size3-seed5", str(Path("runs/tiny-cla-group_size3-seed5")))
+    assert default_run_name(cli.compose(["model.layer_types=0_1_1:0s"])) == "tiny-0_1_1-0s-seed0"
     assert cli.compose(["run_name=2026_11_21"]).run_dir == str(Path("runs/2026_11_21"))
     assert cli.compose(["run_dir=elsewhere/x"]).run_dir == "elsewhere/x"
     long = [cli.compose([f"model.layer_types={build_layer_types(name, 40)}"]).run_dir for name in ("cla", "llama")]

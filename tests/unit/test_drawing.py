@@ -37,16 +37,38 @@ def test_long_lines_stay_outside_short_ones_and_windows_are_named():
     ]
 
 
+def test_keys_and_values_of_two_layers():
+    assert lines("0_1_2_2:0_2:1s") == [
+        "   4 ▕  ▏◀─┬───╮  keys 2, values 1, window",
+        "   3 ▕  ▏◀─┼─╮ │  keys 2, values 0",
+        "   2  KV ──╯ │ │  reads itself",
+        "   1  KV ────┼─╯  reads itself",
+        "   0  KV ────╯    reads itself",
+    ]
+    assert lines("0:1_2:0_3:0_3:1") == [
+        "  ╭──  3  K  ◀───╮  keys 3, values 1        ╮",
+        "╭─┴─▶  2  K  ◀─╮ │  keys 3, values 0        │ cycle",
+        "╰─┬─▶  1  V  ◀─┼─╯  keys 2, values 0        │",
+        "  ╰─▶  0  KV ──╯    keys 0, values 1        ╯",
+    ]
+
+
 @settings(deadline=None)
 @given(layer_types(max_layers=8))
 def test_every_layer_is_drawn_and_named(string):
     plan = parse_layer_types(string)
     for layer, line in zip(reversed(plan.layers), lines(string), strict=True):
         assert re.search(rf" {layer.layer_idx} ", line)
-        assert ("KV" in line) == layer.computes_kv
-        assert ("reads itself" if layer.kv_source == layer.layer_idx else f"reads {layer.kv_source} ") in line
+        kept = re.search(r" [KV]+ ", line)
+        assert (kept[0].strip() if kept else "") == "K" * layer.computes_keys + "V" * layer.computes_values
+        key, value = layer.sources
+        words = (
+            f"keys {key}, values {value}" if key != value else "itself" if key == layer.layer_idx else f"reads {key} "
+        )
+        assert words in line
         assert ("window" in line) == layer.is_sliding
-        assert bool(re.search("[▶◀]", line)) == (layer.kv_source != layer.layer_idx)
+        assert ("▶" in line) == (max(layer.sources) > layer.layer_idx)
+        assert ("◀" in line) == (min(layer.sources) < layer.layer_idx)
 
 
 @settings(max_examples=50, deadline=None)

@@ -16,12 +16,20 @@ STUDY = [f"{partition}_{position}" for partition in PARTITIONS for position in P
 def test_parsing_keeps_every_entry(string):
     plan = parse_layer_types(string)
     assert plan.layer_types == string
+    pairs = [[int(source) for source in entry.rstrip("s").split(":")] for entry in string.split("_")]
+    keys, values = [pair[0] for pair in pairs], [pair[-1] for pair in pairs]
     for layer, entry in zip(plan.layers, string.split("_"), strict=True):
-        assert layer.kv_source == int(entry.rstrip("s"))
+        assert layer.sources == (keys[layer.layer_idx], values[layer.layer_idx])
         assert layer.is_sliding == entry.endswith("s")
-        assert layer.is_upward == (layer.kv_source > layer.layer_idx)
-        assert layer.computes_kv == any(int(e.rstrip("s")) == layer.layer_idx for e in string.split("_"))
-    assert plan.kv_owners == tuple(sorted({int(e.rstrip("s")) for e in string.split("_")}))
+        assert layer.is_upward == (max(pairs[layer.layer_idx]) > layer.layer_idx)
+        assert layer.computes_keys == (layer.layer_idx in keys)
+        assert layer.computes_values == (layer.layer_idx in values)
+    assert plan.kv_owners == tuple(sorted({*keys, *values}))
+
+
+def test_equal_sources_have_one_spelling():
+    assert parse_layer_types("0:0_1:1s_1:0") == parse_layer_types("0_1s_1:0")
+    assert parse_layer_types("0:0_1:1s_1:0").layer_types == "0_1s_1:0"
 
 
 @given(layer_types())
@@ -35,7 +43,7 @@ def test_cycles_are_where_upward_entries_reach(string):
         assert segment.is_cycle == bool(upward)
         if segment.is_cycle:
             assert inside[0].is_upward
-            assert max(layer.kv_source for layer in upward) == segment.stop - 1
+            assert max(source for layer in upward for source in layer.sources) == segment.stop - 1
     assert plan.has_cycles == any(segment.is_cycle for segment in plan.segments)
 
 
@@ -48,6 +56,7 @@ def test_cycles_by_hand():
     assert cycles("2_2_2_5_5_5_8_8_8") == [(0, 3), (3, 6), (6, 9)]
     assert cycles("1_3_2_3_4") == [(0, 4)]  # layer 1, inside the reach of layer 0, reaches further
     assert cycles("1_1_3_3") == [(0, 2), (2, 4)]
+    assert cycles("0_0:2_1:3_3_3:0") == [(1, 4)]  # either stream reaches up
 
 
 def test_owner_keeps_what_its_widest_reader_needs():
@@ -55,6 +64,8 @@ def test_owner_keeps_what_its_widest_reader_needs():
     assert not plan.owner_is_sliding(0)
     assert not plan.owner_is_sliding(1)
     assert plan.owner_is_sliding(4)
+    # Layer 3 reads layers 1 and 2 together, so that these keep as many tokens: all, as layer 2 reads itself in full.
+    assert [parse_layer_types("0s_1s_2_1:2s").owner_is_sliding(owner) for owner in range(3)] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +79,14 @@ def test_owner_keeps_what_its_widest_reader_needs():
         ("0_1_", "entry 2 is ''"),
         ("0_-1", "entry 1 is '-1'"),
         ("0_1ss", "entry 1 is '1ss'"),
+        ("0_0:9", "entry 1 is '0:9', but there is no layer 9"),
+        ("0_0:", "entry 1 is '0:'"),
+        ("0_:1", "entry 1 is ':1'"),
+        ("0_1:0:0", "entry 1 is '1:0:0'"),
+        (
+            "0_0s:1",
+            "entry 1 is '0s:1'; allowed is a layer number, or two as in '3:0' (keys:values), with an 's' behind",
+        ),
         ("0_ 1", "entry 1 is ' 1'"),
         ("٠_1", "entry 0 is '٠'"),
     ],
@@ -92,6 +111,8 @@ def test_wrong_count_and_numbers_are_refused():
         ("llama", 8, "0_1_2_3_4_5_6_7"),
         ("cla", 8, "0_0_2_2_4_4_6_6"),
         ("yoco", 8, "0s_1s_2s_3s_4_4_4_4"),
+        ("fusedkv_lite", 8, "0_1_2_3_3:0_3:0_3:0_3:0"),
+        ("fusedkv_lite", 3, "0_1_1:0"),
         ("mix_attention", 8, "0_1s_1s_0_4s_4s_0_7s"),
         ("lckv", 8, "0_6_6_6_6_6_6_7"),
         ("sandwich_top", 8, "0_6_6_6_6_6_6_7"),
@@ -116,13 +137,13 @@ def num_owners(name: str, num_layers: int, value: int) -> int:
         return -(-num_layers // value)
     if name == "mix_attention":
         return 1 + -(-(num_layers - 1) // 3)
-    return value if name in STUDY else value + 1
+    return value if name in [*STUDY, "fusedkv_lite"] else value + 1
 
 
 @given(st.sampled_from(sorted(PATTERNS)), st.integers(1, 40), st.data())
 def test_every_builder_at_every_depth(name, num_layers, data):
     parameters = {}
-    lowest = 1 if name in [*STUDY, "cla"] else 0
+    lowest = 1 if name in [*STUDY, "cla", "fusedkv_lite"] else 0
     for parameter in pattern_parameters(name):
         parameters[parameter] = data.draw(st.integers(lowest, num_layers - 1 + lowest), label=parameter)
     plan = parse_layer_types(build_layer_types(name, num_layers, **parameters), num_layers)

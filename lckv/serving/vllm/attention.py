@@ -90,9 +90,9 @@ class LCKVAttention(nn.Module):
         keeps_window = plan.owner_is_sliding(layer_idx)
         if layer.computes_kv:
             self.attn = self._attention(vllm_config, f"{prefix}.attn", windows[keeps_window])
-        self.reads_attn = layer.kv_source == layer_idx and layer.is_sliding == keeps_window and not self.is_strict
+        self.reads_attn = layer.reads_itself and layer.is_sliding == keeps_window and not self.is_strict
         if not self.reads_attn:
-            owner = prefix.replace(f"layers.{layer_idx}.", f"layers.{layer.kv_source}.")
+            owner = prefix.replace(f"layers.{layer_idx}.", f"layers.{layer.key_source}.")
             window = windows[layer.is_sliding]
             self.read = self._attention(vllm_config, f"{prefix}.read", window, f"{owner}.attn", self.is_strict)
 

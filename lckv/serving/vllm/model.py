@@ -179,7 +179,7 @@ class LCKVLlamaModel(nn.Module):
         if num_drafts == 0:
             return
         layers: Any = self.layers
-        for owner in {layer.kv_source for layer in self.plan.layers[cycle.start : cycle.stop] if layer.is_upward}:
+        for owner in {layer.key_source for layer in self.plan.layers[cycle.start : cycle.stop] if layer.is_upward}:
             layers[owner].self_attn.write_zeros(hidden_states)
         for _ in range(num_drafts):
             draft = hidden_states

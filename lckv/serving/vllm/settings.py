@@ -15,7 +15,7 @@ from lckv.families import Reading, read_model
 from lckv.families.tensors import our_tensors
 from lckv.iteration import Iteration
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.patterns import SharingPlan
+from lckv.patterns import SharingPlan, describe_split
 from lckv.serving.hints import hinted_layer_types, read_hint
 from lckv.serving.vllm import HINT, PATTERN_KEYS
 
@@ -156,10 +156,15 @@ def check_served(config: LCKVLlamaConfig, experimental: bool) -> None:
         raise UserError(
             f"{EXPERIMENTAL}=True: has no effect, as no layer of {plan.layer_types!r} reads a layer above it"
         )
+    if plan.first_split is not None:
+        raise UserError(
+            f"layer_types={plan.layer_types!r}: {describe_split(plan.first_split)}, but layers of vLLM share the keys "
+            "and values of one layer; allowed are entries of one number"
+        )
     upward = next((layer for layer in plan.layers if layer.is_upward), None)
     if upward is not None and not experimental:
         raise UserError(
-            f"layer_types={plan.layer_types!r}: layer {upward.layer_idx} reads layer {upward.kv_source}, above it, "
+            f"layer_types={plan.layer_types!r}: layer {upward.layer_idx} reads layer {upward.key_source}, above it, "
             f"which vLLM serves only with {_ENABLE}; without it, allowed are layers that read themselves or layers "
             "below"
         )
@@ -224,7 +229,7 @@ def check_engine(vllm_config: Any, config: LCKVLlamaConfig) -> None:
             "are patterns that end with readers, such as YOCO's"
         )
     owner = plan.layers[first_of_last_readers(plan) - 1]
-    if (owner.kv_source, owner.is_sliding) != (owner.layer_idx, plan.owner_is_sliding(owner.layer_idx)):
+    if not owner.reads_itself or owner.is_sliding != plan.owner_is_sliding(owner.layer_idx):
         raise UserError(
             f"{option}: layer {owner.layer_idx} of {plan.layer_types!r} reads less than it keeps, or another layer, "
             "so that vLLM takes it for a reader; allowed are patterns whose last owner reads what it keeps"

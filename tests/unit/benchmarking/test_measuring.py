@@ -77,7 +77,7 @@ def given_to_attention(config, length):
     """As the plan counts, but for keys that are read and only then hidden by a mask, as windows may need."""
     plan, num_keys = config.sharing_plan, 0
     for layer in plan.layers:
-        num_keys += min(length, config.sliding_window) if plan.owner_is_sliding(layer.kv_source) else length
+        num_keys += min(length, config.sliding_window) if plan.owner_is_sliding(layer.key_source) else length
         num_keys -= layer.is_upward and not layer.is_sliding
     return num_keys * 2 * config.num_key_value_heads * config.head_dim * 4
 

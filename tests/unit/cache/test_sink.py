@@ -78,9 +78,10 @@ def compute_streaming_logits(model, input_ids, num_sinks, window):
         for layer_plan, layer in zip(plan.layers, model.model.layers, strict=True):
             if layer_plan.computes_kv:
                 normed = layer.input_layernorm(hidden)
-                keys[layer_plan.layer_idx].append(layer.self_attn.k_proj(normed).view(-1, dim))
-                values[layer_plan.layer_idx].append(layer.self_attn.v_proj(normed).view(-1, dim))
-            owner = layer_plan.kv_source
+                for states, name in (keys, "k_proj"), (values, "v_proj"):
+                    if hasattr(layer.self_attn, name):
+                        states[layer_plan.layer_idx].append(getattr(layer.self_attn, name)(normed).view(-1, dim))
+            owner, value_owner = layer_plan.sources
             label = config.rope_label(owner)
             rope = config.rope_parameters if label is None else config.rope_parameters[label]
             inv_freq = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -95,7 +96,7 @@ def compute_streaming_logits(model, input_ids, num_sinks, window):
                 and not ((layer_plan.is_upward or config.force_nodiag) and other == token_idx)
             ]
             zeros = torch.zeros(config.num_key_value_heads, dim)  # the token's own key may not exist yet
-            rows = [[*(states[owner][: token_idx + 1]), zeros] for states in (keys, values)]
+            rows = [[*states[: token_idx + 1], zeros] for states in (keys[owner], values[value_owner])]
             kept_keys, kept_values = (torch.stack([states[other] for other in kept]) for states in rows)
             output = attend(layer, hidden, kept_keys, kept_values, positions, seen, inv_freq)
             hidden = hidden + layer.self_attn.o_proj(output)
@@ -512,8 +513,12 @@ def test_memory_is_constant_once_full(layer_types):
         sizes.append(cache.num_bytes())
         assert sizes[-1] == empty.planned_bytes(len(sizes), 2, torch.float32)
     assert len(set(sizes[SINKS + WINDOW - 1 :])) == 1 < len(set(sizes))
-    plan, per_token = model.config.sharing_plan, 2 * 2 * 2 * 8 * 4
-    num_tokens = [model.config.sliding_window if plan.owner_is_sliding(o) else SINKS + WINDOW for o in plan.kv_owners]
+    plan, per_token = model.config.sharing_plan, 2 * 2 * 8 * 4  # of keys, and of values, in two rows
+    num_tokens = [
+        (layer.computes_keys + layer.computes_values)
+        * (model.config.sliding_window if plan.owner_is_sliding(layer.layer_idx) else SINKS + WINDOW)
+        for layer in plan.layers
+    ]
     assert sizes[-1] == sum(num_tokens) * per_token
 
 

@@ -80,7 +80,7 @@ def convert_tensors(
     target = LCKVLlamaForCausalLM(LCKVLlamaConfig.from_dict(config.to_dict(), layer_types=layer_types)).eval()
 
     def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
-        return make_tensors(method, Group(owner, readers, tensors, config, **options))
+        return make_tensors(method, Group(owner, readers, plan, tensors, config, **options))
 
     return dict(
         converted_tensors(tensors, config.sharing_plan, plan, expected_shapes(target.config), method, make)

@@ -15,13 +15,13 @@ NUM_TOKENS = 11
 
 
 def heads_of(model, layer_idx):
-    return AttentionHeads.read(model.state_dict(), layer_idx, model.config)
+    return AttentionHeads.read(model.state_dict(), layer_idx, model.config, (layer_idx, layer_idx))
 
 
 def put_heads(model, layer_idx, heads):
     """Writes attention weights back into a model."""
-    tensors = {layer_prefix(layer_idx) + name: tensor for name, tensor in heads.reading_tensors().items()}
-    tensors |= {layer_prefix(layer_idx) + name: tensor for name, tensor in heads.kv_tensors().items()}
+    parts = heads.query_tensors(), heads.key_tensors(), heads.value_tensors(), heads.output_tensors()
+    tensors = {layer_prefix(layer_idx) + name: tensor for part in parts for name, tensor in part.items()}
     assert not model.load_state_dict(tensors, strict=False).unexpected_keys
 
 
@@ -74,7 +74,7 @@ def test_reading_and_writing_heads_changes_no_bit(kind):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for parameter in model.model.layers[1].self_attn.parameters():
         parameter.zero_()
-    put_heads(model, 1, AttentionHeads.read(before, 1, model.config))
+    put_heads(model, 1, AttentionHeads.read(before, 1, model.config, (1, 1)))
     names = [name for name in before if "q_norm" not in name and "o_proj.bias" not in name]
     assert_identical({name: model.state_dict()[name] for name in names}, {name: before[name] for name in names})
 
@@ -122,8 +122,10 @@ def test_inputs_that_differ_are_compared_through_their_moments():
     mixing = random_rotations(heads.hidden_size, heads.hidden_size)
     mixed = replace(heads, key=heads.key @ mixing.T, value=heads.value @ mixing.T)  # reads mixing @ inputs
     order = torch.tensor([3, 2, 0, 1])
-    assert match_heads(mixed.permuted(order), heads, mixing).tolist() == order.argsort().tolist()
-    for found, expected in zip(inner_products(mixed, heads, mixing), inner_products(heads, heads), strict=True):
+    assert match_heads(mixed.permuted(order), heads, (mixing, mixing)).tolist() == order.argsort().tolist()
+    for found, expected in zip(
+        inner_products(mixed, heads, (mixing, mixing)), inner_products(heads, heads), strict=True
+    ):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from lckv.conversion.alignment import match_heads
 from lckv.conversion.calibration import InputMoments, collect_moments
-from lckv.conversion.fitting import fit_mean, fit_subspace, predictor
+from lckv.conversion.fitting import fit_mean, fit_subspace, predict_from, predictor
 from lckv.conversion.heads import AttentionHeads, to_planes
 from lckv.conversion.methods import METHODS, Group, groups_of, needed_pairs
 from lckv.errors import UserError
@@ -101,8 +101,10 @@ def test_fits_are_the_least_squares_of_all_tokens(seed, num_readers, owner_reads
     inputs = [torch.randn(40, 6) + 0.3 for _ in range(num_readers + 1)]
     heads = {layer: random_heads(6, 2, 1, 4) for layer in range(num_readers + 1)}
     readers = list(range(0 if owner_reads else 1, num_readers + 1))
-    key, value = fit_mean(heads, {reader: reader for reader in readers}, 0, moments_from(inputs), RIDGE)
-    for name, fitted in ("key", key), ("value", value):
+    predictors = predict_from(0, readers, moments_from(inputs), RIDGE)
+    for name in ("key", "value"):
+        projections = {reader: getattr(heads[reader], name) for reader in readers}
+        fitted = fit_mean(projections, {reader: reader for reader in readers}, predictors)
         targets = torch.stack([(getattr(heads[reader], name) @ inputs[reader].T).mT for reader in readers])
         expected = torch.linalg.lstsq(inputs[0].double().expand(2, -1, -1), targets.mean(0).double()).solution.mT
         torch.testing.assert_close(fitted.double(), expected, atol=1e-4, rtol=1e-4)
@@ -137,6 +139,13 @@ def key_error(originals, gains, keys, inputs):
     return error
 
 
+def matched_heads(heads, moments):
+    """Layers with heads in the order of those of layer 0 that they are most like."""
+    return [
+        each.permuted(match_heads(each, heads[0], (moments[reader, 0].float(),) * 2)) for reader, each in heads.items()
+    ]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -152,10 +161,10 @@ def test_a_subspace_is_never_worse_than_a_mean(seed, num_readers, num_kv_heads, 
     inputs = [base + 0.5 * torch.randn(60, 8) for _ in readers]
     heads = {reader: random_heads(8, num_kv_heads, num_groups, 4) for reader in readers}
     moments = moments_from(inputs)
-    key, value, changed = fit_subspace(heads, heads[0], {reader: reader for reader in readers}, 0, moments, RIDGE)
+    originals = matched_heads(heads, moments)
+    sources = {reader: reader for reader in readers}
+    key, value, changed = fit_subspace(dict(enumerate(originals)), sources, sources, 0, moments, RIDGE)
 
-    orders = [match_heads(heads[reader], heads[0], moments[reader, 0].float()) for reader in readers]
-    originals = [heads[reader].permuted(order) for reader, order in zip(readers, orders, strict=True)]
     outputs = [each.output for each in originals]
     ratios = [
         to_planes(changed[reader].query) / to_planes(each.query)
@@ -167,8 +176,10 @@ def test_a_subspace_is_never_worse_than_a_mean(seed, num_readers, num_kv_heads, 
         key_error(originals, gains, key, inputs),
     )
     ones = [torch.ones_like(gain) for gain in gains]
-    fitted = fit_mean(dict(enumerate(originals)), dict(enumerate(readers)), 0, moments, RIDGE)
-    averaged = [torch.stack([getattr(each, name) for each in originals]).mean(0) for name in ("key", "value")]
+    of_each = {name: [getattr(each, name) for each in originals] for name in ("key", "value")}
+    predictors = predict_from(0, readers, moments, RIDGE)
+    fitted = [fit_mean(dict(enumerate(each)), sources, predictors) for each in of_each.values()]
+    averaged = [torch.stack(each).mean(0) for each in of_each.values()]
     for mean_key, mean_value in fitted, averaged:
         assert subspace_errors[0] <= value_error(originals, outputs, mean_value, inputs) * (1 + 1e-4)
         assert subspace_errors[1] <= key_error(originals, ones, mean_key, inputs) * (1 + 1e-4)
@@ -185,10 +196,9 @@ def test_a_subspace_is_the_best_for_its_readers(seed, num_groups):
     inputs = [(base + 0.5 * torch.randn(60, 8)) * sizes * (1 + reader) for reader in readers]
     heads = {reader: random_heads(8, 2, num_groups, 4) for reader in readers}
     moments = moments_from(inputs)
-    key, value, changed = fit_subspace(heads, heads[0], {reader: reader for reader in readers}, 0, moments, RIDGE)
-    originals = [
-        heads[reader].permuted(match_heads(heads[reader], heads[0], moments[reader, 0].float())) for reader in readers
-    ]
+    originals = matched_heads(heads, moments)
+    sources = {reader: reader for reader in readers}
+    key, value, changed = fit_subspace(dict(enumerate(originals)), sources, sources, 0, moments, RIDGE)
     predictors = [torch.linalg.lstsq(inputs[0].double(), inputs[reader].double()).solution.T for reader in readers]
     gram = inputs[0].T.double() @ inputs[0].double()
 
@@ -282,7 +292,7 @@ def test_activation_recovers_what_depends_linearly_on_what_the_owner_sees(kind):
 
 
 def moments_group(model, moments):
-    return Group(0, (0, 1), model.state_dict(), model.config, moments, RIDGE)
+    return Group(0, (0, 1), parse_layer_types("0_0_2"), model.state_dict(), model.config, moments, RIDGE)
 
 
 def convert_model_with(tensors, model, layer_types):

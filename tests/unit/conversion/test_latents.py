@@ -17,7 +17,7 @@ from lckv.cache import build_cache
 from lckv.config.model import LatentConfig
 from lckv.config.names import LATENTS
 from lckv.conversion.latent_models import num_unturned_planes, rope_labels, to_latents
-from lckv.conversion.latents import Factors, LatentFit, Pairs, allot, roots, sources_of
+from lckv.conversion.latents import Factors, LatentFit, Pairs, allot, roots, sources_of, stream_sources
 from lckv.conversion.sensitivity import KEYS, VALUES, measure_sensitivity
 from lckv.conversion.source import expected_shapes
 from lckv.conversion.target import converted_config, converted_tensors
@@ -45,7 +45,8 @@ def fit_of(model, kind, layer_types=None, ratio=1.0, num_unturned=0, **options):
     budget = latent_budget(LatentConfig(kind, ratio, **options), plan, config)
     groups = sources_of(plan, config.sharing_plan, budget.owners)
     sensitivity = measure_sensitivity(model, batches(), groups)
-    fit = LatentFit(budget, model.state_dict(), config, groups, sensitivity, 1e-9, num_unturned)
+    streams = stream_sources(plan, config.sharing_plan, budget.owners)
+    fit = LatentFit(budget, model.state_dict(), config, streams, sensitivity, 1e-9, num_unturned)
     return fit, sensitivity
 
 

@@ -20,6 +20,7 @@ from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.search_report import KVCount, SearchReport, write_report
 from lckv.conversion.search_session import SharingSearch
 from lckv.conversion.source import Source
+from lckv.conversion.split_search import SplitSearch
 from lckv.conversion.target import converted_config, write_converted
 from lckv.data.readers import find_files
 from lckv.errors import UserError
@@ -180,6 +181,38 @@ def test_a_search_ends_at_the_budget_and_gets_there_the_same_way_again():
     kv_bytes = [kv.bytes_of(each.layer_types) for each in first.frontier]
     assert kv_bytes == sorted(kv_bytes, reverse=True)
     assert kv_bytes[-1] == 2 * kv.bytes_of("0") == 2 * 2 * 16 * 4
+
+
+def test_a_search_goes_on_to_keys_and_values_of_two_layers(folder, tmp_path):
+    report = run(config(folder, budget="384", split_sources=True, baselines=False))
+    plain, apart = report.frontier[3:]
+    assert plain.kv_bytes_per_token == apart.kv_bytes_per_token == 384 and apart.loss < plain.loss
+    assert (plain.name, apart.name) == ("3 of 6", "3 of 6 apart") and ":" in apart.layer_types
+    out = write_report(report, tmp_path / "found")
+    experiment = f"hydra.searchpath=[file://{out.resolve()}]"
+    assert cli.compose(["experiment=kv_3_of_6_apart", experiment]).model.layer_types == apart.layer_types
+
+
+def test_keys_and_values_are_looked_for_apart_where_that_loses_less():
+    """Layers 1 to 4 have one input; layer 4 makes the keys of layer 3 with the values of layer 1."""
+    model = random_source(5)
+    layers = model.model.layers
+    for layer in layers[1:4]:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    for layer in layers[2:5]:
+        layer.input_layernorm.load_state_dict(layers[1].input_layernorm.state_dict())
+    layers[4].self_attn.k_proj.load_state_dict(layers[3].self_attn.k_proj.state_dict())
+    layers[4].self_attn.v_proj.load_state_dict(layers[1].self_attn.v_proj.state_dict())
+    converter, batch = converter_for(model, "inherit"), text(2, 2)
+    scorer, trace = Scorer(converter.model, batch), SearchTrace()
+    found = SplitSearch(scorer, converter, Reach.of("down", 3))
+    begin = ScoredPattern("0_1_2_3_3", 4, scorer.score(converter.build(parse_layer_types("0_1_2_3_3"))).loss)
+    best = found.run(begin, trace)
+    assert best.layer_types == "0_1_2_3_3:1" and best.loss < 1e-6 < begin.loss and trace.frontier == [best]
+    assert len(trace.candidates) == found.num_scored(begin) == 4  # layers 1 and 2 for keys, and for values
+    nearer = SplitSearch(scorer, converter, Reach.of("down", 2))
+    assert nearer.run(begin, SearchTrace()).layer_types != "0_1_2_3_3:1"
 
 
 def test_what_is_made_is_forgotten():

@@ -8,10 +8,13 @@ import torch
 
 from lckv import cli, train
 from lckv.conversion.calibration import collect_moments
+from lckv.conversion.heads import AttentionHeads
+from lckv.conversion.latent_models import to_latents
 from lckv.conversion.methods import METHODS, needed_pairs
 from lckv.conversion.pattern_search import PatternSearch, Reach, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.settings import adopt_source
+from lckv.errors import UserError
 from lckv.loading import load_model
 from lckv.patterns import parse_layer_types
 from tests.reference import tiny_config, token_ids
@@ -25,7 +28,7 @@ from tests.unit.conversion.sources import (
     save_source,
 )
 
-PATTERNS = ("0_0_2_2", "0_2_2_3", "1_0_2_1s")
+PATTERNS = ("0_0_2_2", "0_2_2_3", "1_0_2_1s", "0_2:0_2:1_1")
 TEXT = "\n\n".join(f"{number}: in the beginning was the word number {number}" for number in range(60))
 
 
@@ -57,7 +60,14 @@ def test_a_released_checkpoint_has_its_string_as_layer_types(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("first", "then"),
-    [("0_0_2_2_4", "0_0_0_0_4"), ("0_1_1_1_4", "4_1_1_1_1"), ("0_1_2_3_3", "1_1_1_3_3"), ("0_1_1_0_4", "0_4_4_0_4")],
+    [
+        ("0_0_2_2_4", "0_0_0_0_4"),
+        ("0_1_1_1_4", "4_1_1_1_1"),
+        ("0_1_2_3_3", "1_1_1_3_3"),
+        ("0_1_1_0_4", "0_4_4_0_4"),
+        ("0_1_1:0_3_3:0", "0_1_1:0_1:0_1:0"),
+        ("0_2:0_2:1_3:1_3", "0_2:0_2:0_2:0_2:0"),
+    ],
 )
 def test_steps_of_a_plain_mean_come_to_the_mean(first, then, kind):
     model = random_source(5, **KINDS[kind])
@@ -65,6 +75,11 @@ def test_steps_of_a_plain_mean_come_to_the_mean(first, then, kind):
     twice = convert_model(convert_model(model, first, "average"), then, "average")
     for name, tensor in once.state_dict().items():
         torch.testing.assert_close(twice.state_dict()[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+def with_positions(input_ids):
+    """A batch of whole texts."""
+    return {"input_ids": input_ids, "position_ids": torch.arange(input_ids.shape[1]).expand_as(input_ids)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,12 +98,69 @@ def test_keys_and_values_that_are_alike_are_merged_at_no_loss(method, kind):
     for name in ("k_proj", "v_proj", *(["k_norm"] if kind == "norms" else [])):
         getattr(layers[4].self_attn, name).load_state_dict(getattr(layers[2].self_attn, name).state_dict())
     plan, input_ids = parse_layer_types("0_0_2_2_2"), token_ids(8, 24, vocab_size=300)
-    positions = torch.arange(24).expand_as(input_ids)
     pairs = needed_pairs(plan, model.config.sharing_plan)
     assert pairs == [(2, 2), (3, 3), (4, 2), (4, 4)]
-    moments = collect_moments(model, [{"input_ids": input_ids, "position_ids": positions}], pairs)
+    moments = collect_moments(model, [with_positions(input_ids)], pairs)
     converted = convert_model(model, "0_0_2_2_2", method, moments=moments, ridge=1e-9)
     torch.testing.assert_close(converted(input_ids).logits, model(input_ids).logits, atol=2e-3, rtol=0)
+
+
+def split_source(**settings):
+    """A model whose layer 4 makes the keys of layer 2 with the values of layer 1, all of the same input."""
+    model = random_source(5, **settings)
+    layers = model.model.layers
+    for layer in layers[1:4]:  # which write nothing
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            for parameter in projection.parameters():
+                parameter.data.zero_()
+        layers[4].input_layernorm.load_state_dict(layers[1].input_layernorm.state_dict())
+        layer.input_layernorm.load_state_dict(layers[1].input_layernorm.state_dict())
+    own, of_keys, of_values = (layers[layer_idx].self_attn for layer_idx in (4, 2, 1))
+    for name in ("k_proj", "k_norm"):
+        if hasattr(own, name):
+            getattr(own, name).load_state_dict(getattr(of_keys, name).state_dict())
+    own.v_proj.load_state_dict(of_values.v_proj.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("is_permuted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "distill"])
+@torch.no_grad()
+def test_keys_and_values_of_two_layers_are_merged_at_no_loss(method, kind, is_permuted):
+    model = split_source(**KINDS[kind])
+    if is_permuted:
+        if method not in ("aligned", "subspace"):
+            pytest.skip("finds no order of heads")
+        heads = AttentionHeads.read(model.state_dict(), 4, model.config, (4, 4)).permuted(torch.tensor([1, 0]))
+        parts = heads.query_tensors() | heads.key_tensors() | heads.value_tensors() | heads.output_tensors()
+        model.model.layers[4].self_attn.load_state_dict(parts, strict=False)
+    plan, input_ids = parse_layer_types("0_1_2_3_2:1"), token_ids(8, 24, vocab_size=300)
+    pairs = needed_pairs(plan, model.config.sharing_plan)
+    assert pairs == [(1, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+    moments = collect_moments(model, [with_positions(input_ids)], pairs)
+    converted = convert_model(model, "0_1_2_3_2:1", method, moments=moments, ridge=1e-9)
+    torch.testing.assert_close(converted(input_ids).logits, model(input_ids).logits, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_separate_latents_of_two_layers_lose_nothing_where_they_are_wide(kind):
+    model, input_ids = split_source(**KINDS[kind]), token_ids(8, 24, vocab_size=300)
+    shared = convert_model(model, "0_2:1_2_3_2:1", "inherit")
+    for source, layer_types in (model, "0_1_2_3_2:1"), (shared, None):
+        made = to_latents(source, [input_ids], "separate", ratio=1, layer_types=layer_types, ridge=1e-9)
+        torch.testing.assert_close(made(input_ids).logits, source(input_ids).logits, atol=2e-3, rtol=0)
+    assert [each and [*each] for each in made.config.kv_latents] == [
+        ["key_latent", "value_latent"], ["value_latent"], ["key_latent", "value_latent"],
+        ["key_latent", "value_latent"], None,
+    ]  # fmt: skip
+    shared = random_source(5, layer_types="0_2:1_2_3_2:1", **KINDS[kind])
+    narrow = to_latents(shared, None, "separate", ratio=4)
+    assert narrow.config.kv_layout.num_bytes(1, 1) * 4 == shared.config.kv_layout.num_bytes(1, 1)
+    for kind in ("joint", "decoupled_rope"):
+        with pytest.raises(UserError, match=f"latent={kind}: layer 1 reads the keys .*; allowed is separate"):
+            to_latents(shared, None, kind)
 
 
 @pytest.mark.parametrize("layer_types", ["0_0_2_3_3_5", "0_2_2_3_5_5", "0_1_0_3_1_5"])
@@ -105,8 +177,8 @@ def test_a_search_merges_what_layers_share(layer_types):
     for candidate in trace.candidates:
         found = parse_layer_types(candidate.layer_types)
         assert {*found.kv_owners} <= {*plan.kv_owners}
-        instead = dict(zip(plan.kv_source, found.kv_source, strict=True))
-        assert [instead[source] for source in plan.kv_source] == [*found.kv_source]
+        instead = dict(zip(plan.sources, found.sources, strict=True))
+        assert [instead[source] for source in plan.sources] == [*found.sources]
         made = Converter(model, "average", settings=settings).build(found)
         assert candidate.loss == pytest.approx(Scorer(model, batch).score(made).loss, abs=1e-5)
 

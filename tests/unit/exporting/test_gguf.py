@@ -158,6 +158,10 @@ def test_patterns_that_llama_cpp_cannot_say_are_refused_by_layer(layer_types, wi
     [
         (tiny_config("0s_1_1"), "layer 0 has a window, which llama.cpp has only with hidden_act=gelu_pytorch_tanh"),
         (tiny_config("0_1_1"), "layer 2 reads layer 1, which llama.cpp has only with hidden_act=gelu_pytorch_tanh"),
+        (
+            tiny_config("0_1_1:0"),
+            "layer 2 reads the keys of layer 1 with the values of layer 0, which llama.cpp cannot",
+        ),
         (tiny_config("0", hidden_act=GELU), "num_hidden_layers=1: llama.cpp has windows and GELU only in"),
         (tiny_config("0s"), "num_hidden_layers=1: llama.cpp has windows and GELU only in"),
         (tiny_config("0s_1_1", hidden_act=GELU, rms_norm_eps=0.0), "rms_norm_eps=0.0: llama.cpp's gemma4 needs"),

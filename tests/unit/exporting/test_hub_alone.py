@@ -42,7 +42,7 @@ CASES = {
     **{
         f"{kind}-{pattern}": (kind, pattern, {})
         for number, pattern in enumerate(PATTERNS)
-        for kind in [list(LATENTS)[number % len(LATENTS)]]
+        for kind in ["separate" if ":" in pattern else list(LATENTS)[number % len(LATENTS)]]
     },
     **{
         f"{name}-{pattern}": (None, pattern, settings)

@@ -155,7 +155,7 @@ def test_nothing_grows(tokenizer):
     for _ in range(4):
         for _ in itertools.islice(pieces, 60):
             pass
-        num_objects, num_bytes = held_by(pieces, model, model.config, tokenizer, cache.layout)
+        num_objects, num_bytes = held_by(pieces, model, model.config, tokenizer, cache.plan, cache.layout)
         sizes.append((num_bytes, cache.num_bytes()))
         assert 50 < num_objects < 120
     assert len(set(sizes)) == 1

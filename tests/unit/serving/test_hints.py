@@ -50,12 +50,13 @@ def test_any_pattern_gives_a_hint_and_a_hint_gives_it_back(string, window, conte
     VALIDATOR.validate(sent)
     assert parse_layer_types(hinted_layer_types(sent, plan.num_hidden_layers)) == plan
     assert read_hint(sent) == hint
-    kept = {}
-    for layer in plan.layers:
-        tokens = min(window, context_length) if layer.is_sliding else context_length
-        kept[layer.kv_source] = max(tokens, kept.get(layer.kv_source, 0))
-    assert hint.saved_fraction == pytest.approx(1 - sum(kept.values()) / (context_length * plan.num_hidden_layers))
-    assert bool(hint.not_served) == plan.has_cycles
+    read = {(stream, owner) for layer in plan.layers for stream, owner in zip("kv", layer.sources, strict=True)}
+    tokens = [
+        min(window, context_length) if plan.owner_is_sliding(owner) else context_length for _, owner in sorted(read)
+    ]
+    assert hint.saved_fraction == pytest.approx(1 - sum(tokens) / (2 * context_length * plan.num_hidden_layers))
+    assert [each if isinstance(each, list) else [each, each] for each in hint.kv_source] == [*map(list, plan.sources)]
+    assert bool(hint.not_served) == (plan.has_cycles or plan.first_split is not None)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,8 @@ def test_what_an_engine_cannot_serve_is_said_and_not_turned():
         "vllm": "layers 1, 3 read layers above, which the plugin serves only with experimental=true"
     }
     assert emit_hint("router", 6, group, experimental=True).not_served == {}
+    apart = emit_hint("router", 3, GroupConfig(layer_types="0_1_1:0"), experimental=True).not_served["vllm"]
+    assert apart == "layer 2 reads the keys of layer 1 with the values of layer 0, which the plugin does not serve"
     assert emit_hint("router", 6, GroupConfig()).not_served == {}
     assert "layer 0 reads a layer above" in emit_hint("router", 2, GroupConfig(2, "upper")).not_served["vllm"]
 
@@ -212,6 +215,11 @@ def test_what_the_schema_forbids_is_refused(path, value, change):
         ({"ignored": True}, "hint: ignored=true: does not follow from role, thinking and group"),
         ({"thinking": True}, "hint: ignored=false: does not follow from role, thinking and group"),
         ({"kv_source": [0, 0, 2, 3]}, r"hint: kv_source=\[0, 0, 2, 3\]: is not what layer_types=0_0_2_2 says"),
+        (
+            {"kv_source": [0, 0, 2, [2, 0]]},
+            r"hint: kv_source=\[0, 0, 2, \[2, 0\]\]: is not what layer_types=0_0_2_2 says",
+        ),
+        ({"kv_source": [0, 0, 2, [2, "0"]]}, r"hint: kv_source\[3\]\[1\]=\"0\": allowed is a whole number"),
         ({"layer_types": "0_0_2"}, "hint: layer_types='0_0_2': has 3 entries, but num_hidden_layers=4"),
         ({"layer_types": "0_0_2s_2"}, "hint: sliding_window=null: layer_types=0_0_2s_2 has windows"),
         ({"num_layers": 0}, "hint: num_layers=0: allowed is 1 or more"),

@@ -80,6 +80,10 @@ REFUSED = [
         {"layer_types": "0_2_2_3"},
         "layer_types='0_2_2_3': layer 1 reads layer 2, above it, which vLLM serves only with --hf-overrides '{\"exp",
     ),
+    (
+        {"layer_types": "0_1_1:0_1:0"},
+        "layer_types='0_1_1:0_1:0': layer 2 reads the keys of layer 1 with the values of layer 0, but layers of vLLM",
+    ),
     ({"force_nodiag": True}, "force_nodiag=True: vLLM lets tokens see their own keys without --hf-overrides '{\"exp"),
     ({"experimental": True}, "experimental=True: has no effect, as no layer of '0_0_2_2' reads a layer above it"),
     ({"experimental": "yes"}, "experimental='yes': allowed are true and false"),

@@ -53,7 +53,7 @@ def normed(states: Tensor, norm: nn.Module | None) -> Tensor:
 
 def original(model: LCKVLlamaForCausalLM, inputs: list[Tensor], layer_idx: int) -> tuple[Tensor, Tensor]:
     """Keys `(num_tokens, num_heads, head_dim)` and values that a layer's readers read, of explicit projections."""
-    source = model.config.sharing_plan.kv_source[layer_idx]
+    source = model.config.sharing_plan.layers[layer_idx].key_source
     attention, x = model.model.layers[source].self_attn, inputs[source]
     keys, values = (
         (x @ proj.weight.T + (0 if proj.bias is None else proj.bias)).unflatten(-1, (-1, attention.head_dim))
@@ -64,7 +64,7 @@ def original(model: LCKVLlamaForCausalLM, inputs: list[Tensor], layer_idx: int) 
 
 def from_latent(model: LCKVLlamaForCausalLM, inputs: list[Tensor], layer_idx: int) -> tuple[Tensor, Tensor]:
     """The same for a model with latents, pair by pair and head by head where pairs are rotated."""
-    owner = model.config.sharing_plan.kv_source[layer_idx]
+    owner = model.config.sharing_plan.layers[layer_idx].key_source
     attention, down = model.model.layers[layer_idx].self_attn, model.model.layers[owner].self_attn.kv_a_proj
     kept = inputs[owner] @ down.weight.T + (0 if down.bias is None else down.bias)
     key_proj, value_proj, head_dim = attention.k_b_proj, attention.v_b_proj, attention.head_dim
