@@ -45,7 +45,7 @@ SCHEMAS: dict[str, type] = {
 """The root dataclass of each entry point, by the name of its YAML file."""
 
 NAMED_OPTIONS: dict[str, Iterable[str]] = {
-    "sharing": PATTERNS,
+    "sharing": [*PATTERNS, names.RANDOM],
     "latent": (*names.LATENTS, names.AUTO_LATENT, names.NO_LATENT),
     "cache": (*names.CACHES, names.NO_CACHE),
     "data": names.SOURCES,

@@ -14,6 +14,7 @@ from lckv.iteration import Iteration, check_iteration
 from lckv.latents import group_layers, latent_budget
 from lckv.layout import check_latents
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
+from lckv.random_sharing import RandomSharing
 
 DEFAULT_SLIDING_WINDOW = 4096
 ITERATION = (
@@ -24,6 +25,8 @@ ITERATION = (
 
 def resolve_layer_types(cfg: TrainConfig) -> str:
     """The `layer_types` string that the configuration asks for, checked: its own, or the sharing pattern's.
+
+    Where patterns are drawn, it is Llama's, which has all that they may need.
 
     Raises:
         UserError: if the string or the pattern's parameters are wrong, or the layer counts disagree.
@@ -38,11 +41,24 @@ def resolve_layer_types(cfg: TrainConfig) -> str:
     if num_hidden_layers is None:
         num_hidden_layers = model.default_num_hidden_layers
     try:
+        if cfg.sharing.is_random:
+            layer_types = build_layer_types("llama", num_hidden_layers)
+            random_sharing(cfg, parse_layer_types(layer_types))
+            return layer_types
         return build_layer_types(cfg.sharing.name, num_hidden_layers, **cfg.sharing.options())
     except UserError as error:  # names a parameter without its group
         name = str(error).partition("=")[0]
         group = "sharing." if hasattr(cfg.sharing, name) else "model." if name == "num_hidden_layers" else ""
         raise UserError(f"{group}{error}") from None
+
+
+def random_sharing(cfg: TrainConfig, plan: SharingPlan) -> RandomSharing | None:
+    """What draws whom the layers of a model with the pattern `plan` read in training, if that is asked for.
+
+    Raises:
+        UserError: if there is nothing to choose from.
+    """
+    return RandomSharing(plan, cfg.seed, **cfg.sharing.options()) if cfg.sharing.is_random else None
 
 
 def resolve_plan(cfg: TrainConfig) -> SharingPlan:
@@ -60,13 +76,14 @@ def plan_from_source(cfg: TrainConfig, own: SharingPlan) -> SharingPlan:
     """The sharing pattern that the configuration asks for of a pretrained model, which has the pattern `own`.
 
     Where neither `model.layer_types` nor a sharing pattern other than Llama's is given, it is the model's, or that of
-    latents which several layers share.
+    latents which several layers share. It is the model's, too, where patterns are drawn.
 
     Raises:
         UserError: for the reasons of `resolve_plan`, and if a layer is to be read that computes no keys and values.
     """
     model, num_layers = cfg.model, own.num_hidden_layers
     if cfg.given_pattern is None:
+        random_sharing(cfg, own)
         return group_layers(cfg.latent, own) if cfg.latent.name == XKV else own
     num_entries = str(model.layer_types or "").count("_") + 1
     if model.layer_types is not None and num_entries != num_layers:

@@ -12,7 +12,14 @@ from lckv.config.keys import Group, above_zero, at_least, key, literal, one_of, 
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
 from lckv.config.names import AUTO_LATENT, LATENTS, METHODS, NO_LATENT, TRAINED, XKV
 from lckv.config.pretrained import CalibrationConfig, InitConfig, TeacherConfig
-from lckv.config.training import LoggerConfig, OptimConfig, TrainConfig, TrainerConfig, seed_of_32_bits
+from lckv.config.training import (
+    LoggerConfig,
+    OptimConfig,
+    TrainConfig,
+    TrainerConfig,
+    refuse_random,
+    seed_of_32_bits,
+)
 from lckv.errors import UserError
 
 _GIVE_BOTH = "give one: python -m lckv.convert source=MODEL model.layer_types=... out=FOLDER"
@@ -60,7 +67,8 @@ class ConvertConfig(Group):
         return TrainConfig(**shared | {"init": init})
 
     def check(self, prefix: str) -> None:
-        """Refuses what the training would."""
+        """Refuses what the training would, and that there is no one pattern to convert to."""
+        refuse_random(self.sharing)
         self.training().check(prefix)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lckv.config.keys import Group, above_zero, at_least, each, fraction, key, one_of, passes, such_that
-from lckv.config.names import ATTENTIONS, AUTO_LATENT, DTYPES, LATENTS, NO_LATENT, XKV
-from lckv.errors import UserError
+from lckv.config.names import ATTENTIONS, AUTO_LATENT, DTYPES, LATENTS, NO_LATENT, RANDOM, XKV
+from lckv.errors import UserError, check_choice
 from lckv.model_values import NORM_TYPES, check_heads
 from lckv.patterns import PATTERNS
 
@@ -123,13 +123,40 @@ class ModelConfig(Group):
 
 @dataclass
 class SharingConfig(Group):
-    """A named sharing pattern and its parameters; None leaves a parameter at the pattern's own default."""
+    """A named sharing pattern and its parameters; None leaves a parameter at the pattern's own default.
 
-    name: str = key("llama", one_of(PATTERNS))
+    Attributes:
+        name: the pattern; or "random": all layers keep keys and values, and at every training step it is drawn which
+            of them read the lowest of a group instead of their own.
+        probability: with random, of a layer to read what the layer below it reads; None: another one at every step, so
+            that all numbers of layers that are read are equally likely.
+        reach: with random, how many layers below itself a layer may read; None: down to the lowest.
+    """
+
+    name: str = key("llama", lambda name, value: check_choice(name, value, (*PATTERNS, RANDOM)))
     num_kv_layers: int | None = None
     group_size: int | None = None
     warmup_layers: int | None = None
     num_self_layers: int | None = None
+    probability: float | None = key(
+        None,
+        such_that(lambda value: 0 < value <= 1, "allowed is a number above 0, up to 1; sharing=llama draws nothing"),
+        only_with={"name": (RANDOM,)},
+    )
+    reach: int | None = key(None, at_least(), only_with={"name": (RANDOM,)})
+
+    @property
+    def is_random(self) -> bool:
+        """Whether whom layers read is drawn."""
+        return self.name == RANDOM
+
+    def check(self, prefix: str) -> None:
+        """Refuses parameters of patterns where none is built."""
+        for name in self.options() if self.is_random else ():
+            if name not in ("probability", "reach"):
+                raise UserError(
+                    f"{prefix}{name}: sharing={RANDOM} has no such parameter; allowed are probability, reach"
+                )
 
 
 def _sizes(name: str, value: Any) -> None:

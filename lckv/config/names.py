@@ -5,6 +5,9 @@ What is behind a name is registered under it where it is built; a test sees to i
 
 from __future__ import annotations
 
+RANDOM = "random"
+"""In place of a sharing pattern: whom layers read is drawn anew at every training step."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 TRAINABLE = ("all", "kv", "qkv")

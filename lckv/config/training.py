@@ -16,6 +16,7 @@ from lckv.config.names import (
     LATENTS,
     NO_LATENT,
     OPTIMIZERS,
+    RANDOM,
     RIEMANNIAN,
     SCHEDULES,
     TRACKERS,
@@ -275,10 +276,13 @@ class TrainConfig(Group):
 
     @property
     def given_pattern(self) -> str | None:
-        """The sharing pattern as one types it; `None` for Llama's, which a pretrained model replaces by its own."""
+        """The sharing pattern as one types it; `None` for Llama's, which a pretrained model replaces by its own.
+
+        So it does for those that are drawn in training.
+        """
         if self.model.layer_types is not None:
             return f"model.layer_types={self.model.layer_types}"
-        return None if self.sharing.name == "llama" else f"sharing={self.sharing.name}"
+        return None if self.sharing.name in ("llama", RANDOM) else f"sharing={self.sharing.name}"
 
     @property
     def has_teacher(self) -> bool:
@@ -347,6 +351,9 @@ class TrainConfig(Group):
             UserError: naming the key.
         """
         if own or self.latent.name != NO_LATENT:
+            if self.sharing.is_random:
+                given = "a model with latents" if own else f"latent={self.latent.name}"
+                raise UserError(f"sharing={RANDOM}: not with {given}, of which only the layers made for it make keys")
             return
         if self.optim.name == RIEMANNIAN:
             others = ", ".join(name for name in OPTIMIZERS if name != RIEMANNIAN)
@@ -370,6 +377,18 @@ class TrainConfig(Group):
                 raise UserError(f"{given}: needs {needed}, or no gradient would get through")
 
 
+def refuse_random(sharing: SharingConfig) -> None:
+    """Refuses patterns that are drawn, where one is needed.
+
+    Raises:
+        UserError: naming `sharing`.
+    """
+    if sharing.is_random:
+        raise UserError(
+            f"sharing={RANDOM}: draws a pattern at every step of lckv.train; give one that it may draw, such as cla"
+        )
+
+
 @dataclass
 class PlanConfig(TrainConfig):
     """Everything that `python -m lckv.plan` needs: any training configuration can be looked at before it runs.
@@ -387,3 +406,8 @@ class PlanConfig(TrainConfig):
     converge_passes: int | None = key(None, at_least(0))
     draw: str | None = None
     json: bool = False
+
+    def check(self, prefix: str) -> None:
+        """Refuses, beside what a training would, that there is no one pattern to look at."""
+        super().check(prefix)
+        refuse_random(self.sharing)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from lckv.config import DataConfig, ModelConfig, TrainConfig
 from lckv.config.model import KEPT_WITH_SOURCE
-from lckv.config.names import AUTO_LATENT, NO_LATENT, XKV
+from lckv.config.names import AUTO_LATENT, NO_LATENT, RANDOM, XKV
 from lckv.errors import UserError
 from lckv.latents import refuse_latents, suit_source
 from lckv.model_arguments import iteration_settings, plan_from_source
@@ -59,9 +59,10 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
 
 def _check_pattern_of_latents(cfg: TrainConfig, source: LCKVLlamaConfig, plan: SharingPlan) -> None:
     """Refuses another pattern for the latents that there are."""
-    if source.kv_latents is not None and plan != source.sharing_plan:
+    if source.kv_latents is not None and (plan != source.sharing_plan or cfg.sharing.is_random):
+        given = cfg.given_pattern or f"sharing={RANDOM}"
         raise UserError(
-            f"{cfg.given_pattern}: the source keeps latents already, which can be trained, but not shared otherwise; "
+            f"{given}: the source keeps latents already, which can be trained, but not shared otherwise; "
             "leave it out, or give the model that it was made from"
         )
 

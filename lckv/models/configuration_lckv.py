@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, cache_utils
@@ -101,9 +102,7 @@ class LCKVLlamaConfig(LlamaConfig):
             self.kv_sharing = build_layer_types("llama", self.num_hidden_layers or 32)
         plan = parse_layer_types(self.kv_sharing, self.num_hidden_layers)
         self.num_hidden_layers = plan.num_hidden_layers
-        self.layer_types = [
-            _transformers_layer_type(plan, layer_idx, self.sliding_window) for layer_idx in range(len(plan.layers))
-        ]
+        self.layer_types = _transformers_layer_types(plan, self.sliding_window)
         _check_passes(self.forward_passes)
         if self.cyclic_groups < 1:
             raise UserError(f"cyclic_groups={self.cyclic_groups}: allowed is 1 or more")
@@ -145,6 +144,21 @@ class LCKVLlamaConfig(LlamaConfig):
         if "kv_sharing" in given:
             given.setdefault("layer_types", given["kv_sharing"])
         return super().from_dict(config_dict | given, **kwargs)
+
+    def under(self, layer_types: str) -> Self:
+        """A copy with another sharing pattern, and all else as it is: each layer's keys are rotated as before.
+
+        Raises:
+            UserError: for a bad string, one that lets layers read what computes no keys and values here, and where
+                layers keep latents, of which no other layer could make its keys.
+        """
+        config, plan = copy.copy(self), parse_layer_types(layer_types, self.num_hidden_layers)
+        missing = set(plan.kv_owners) - set(self.sharing_plan.kv_owners)
+        if missing or self.kv_latents is not None:
+            fault = f"layer {min(missing)} computes no keys and values" if missing else "layers keep latents"
+            raise UserError(f"layer_types={layer_types!r}: {fault} in this model, whose own are {self.kv_sharing!r}")
+        config.kv_sharing, config.layer_types = plan.layer_types, _transformers_layer_types(plan, self.sliding_window)
+        return config
 
     @property
     def sharing_plan(self) -> SharingPlan:
@@ -194,6 +208,10 @@ class LCKVLlamaConfig(LlamaConfig):
     def kv_sharing_modes(self) -> list[str | None]:
         """For transformers' caches: `"reuse"` for layers that compute no KV and so need no storage."""
         return [None if layer.computes_kv else "reuse" for layer in self.sharing_plan.layers]
+
+
+def _transformers_layer_types(plan: SharingPlan, sliding_window: int) -> list[str]:
+    return [_transformers_layer_type(plan, layer_idx, sliding_window) for layer_idx in range(plan.num_hidden_layers)]
 
 
 def _transformers_layer_type(plan: SharingPlan, layer_idx: int, sliding_window: int) -> str:

@@ -27,12 +27,9 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: LCKVLlamaConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        sources = config.kv_layout.sources[layer_idx]
-        # For each stream that the layer reads: which of its own it is, or `None` for another layer's.
-        self.own_indices = tuple(source.index if source.owner == layer_idx else None for source in sources)
         attention = LCKVAttention if config.latents_of(layer_idx) is None else LatentAttention
         self.self_attn = attention(config, layer_idx)
-        self.key_label, self.query_label = config.rope_label(layer_idx), config.query_label(layer_idx)
+        self.key_label = config.rope_label(layer_idx)
         self.mlp = build_mlp(config)
         self.input_layernorm = build_norm(config)
         self.post_attention_layernorm = build_norm(config)
@@ -45,7 +42,7 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        *sources: torch.Tensor | None,
+        *sources: torch.Tensor | int | None,
         position_embeddings: PositionEmbeddings,
         query_embeddings: PositionEmbeddings,
         visible_keys: VisibleKeys | None,
@@ -58,8 +55,8 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
 
         Args:
             hidden_states: `(batch, q_len, hidden_size)`.
-            sources: the streams that the layer reads, each `(batch, num_heads, kv_len, head_dim)`; `None` where the
-                layer itself writes them, and where nobody has so far, so that they are zero.
+            sources: the streams that the layer reads, each `(batch, num_heads, kv_len, head_dim)`; the number among
+                its own of one that it writes itself, and `None` where nobody has written so far, so that it is zero.
             position_embeddings: cosines and sines for the new tokens, as the layer rotates its keys.
             query_embeddings: the same as the keys are rotated that it reads.
             visible_keys: which keys each query sees, for all tokens or the last ones; `None` if nobody reads.
@@ -81,12 +78,13 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
         output = self.read(hidden_states, normed, streams, visible_keys, query_embeddings, attentions, **kwargs)
         return (output, *(written or ()))
 
-    def _gather(self, sources: tuple[torch.Tensor | None, ...], written: Streams | None) -> Streams | None:
+    @staticmethod
+    def _gather(sources: tuple[torch.Tensor | int | None, ...], written: Streams | None) -> Streams | None:
         """What the layer reads: its own streams among those of others; `None` if one of them is still zero."""
         streams = []
-        for index, source in zip(self.own_indices, sources, strict=True):
-            stream = source if index is None or written is None else written[index]
-            if stream is None:
+        for source in sources:
+            stream = written[source] if written is not None and isinstance(source, int) else source
+            if not isinstance(stream, torch.Tensor):
                 return None
             streams.append(stream)
         return tuple(streams)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -89,8 +90,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
         self.vocab_size = config.vocab_size
-        self.sharing_plan, self.layout = config.sharing_plan, config.kv_layout
-        self.iterates = self.sharing_plan.has_cycles
+        self._follow(config)
         self.embed_tokens = build_embedding(config)
         self.embed_positions = None
         if config.learned_positions:
@@ -109,6 +109,21 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             )
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _follow(self, config: LCKVLlamaConfig) -> None:
+        """Has the layers read what a configuration says."""
+        self.config, self.sharing_plan, self.layout = config, config.sharing_plan, config.kv_layout
+        self.iterates = self.sharing_plan.has_cycles
+        self.query_labels = [config.query_label(layer_idx) for layer_idx in range(self.sharing_plan.num_hidden_layers)]
+
+    def under(self, layer_types: str) -> Self:
+        """The same layers under another pattern: a second view of their weights, which this one does not notice.
+
+        Projections that nobody reads under the pattern rest, and get no gradient.
+        """
+        view = copy.copy(self)  # which takes over the very dictionaries of modules and parameters
+        view._follow(self.config.under(layer_types))
+        return view
 
     def forward(
         self,
@@ -169,6 +184,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             self.layers,
             self.sharing_plan,
             self.layout,
+            self.query_labels,
             position_embeddings={label: positions.embed(position_ids, label) for label in self.rope_labels},
             visible_keys=[],
             cache=past_key_values,
@@ -386,16 +402,19 @@ class LCKVLlamaForCausalLM(LCKVPreTrainedModel, GenerationMixin):
         output_kv_residual: bool = False,
         forward_passes: int | str | None = None,
         converge_tolerance: float | None = None,
+        layer_types: str | None = None,
         **kwargs: Any,
     ) -> LCKVCausalLMOutputWithPast:
         """Predicts the next token at every position.
 
         Beside the arguments of [`LCKVLlamaModel.forward`]: `labels` `(batch, q_len)`, where the label at *i* is
         predicted from position *i - 1* and -100 is not scored; `logits_to_keep`, the number of last positions to
-        compute logits for (0: all), or which positions. The loss is the mean over scored tokens, or their sum over
+        compute logits for (0: all), or which positions; `layer_types`, a pattern for this call in place of the model's
+        own (see [`LCKVLlamaModel.under`]). The loss is the mean over scored tokens, or their sum over
         `num_items_in_batch` if that is given.
         """
-        outputs = self.model(
+        model = self.model if layer_types is None else self.model.under(layer_types)
+        outputs = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -76,6 +76,7 @@ class Stack:
         layers: from the bottom.
         plan: which of them form cycles.
         layout: which streams each of them writes and reads.
+        query_labels: for every layer, the name of the rotary embedding that its queries need.
         position_embeddings: cosines and sines of the new tokens, by the name of the rotary embedding.
         visible_keys: for every layer, which keys its queries see; `None` where no output is wanted.
         cache: takes what is written in the last pass.
@@ -89,6 +90,7 @@ class Stack:
     layers: nn.ModuleList
     plan: SharingPlan
     layout: KVLayout
+    query_labels: list[str | None]
     position_embeddings: dict[str | None, PositionEmbeddings]
     visible_keys: list[VisibleKeys | None]
     cache: Cache | None
@@ -261,7 +263,7 @@ class Stack:
             hidden_states,
             *self._read(layer_idx, states, writes),
             position_embeddings=self.position_embeddings[layer.key_label],
-            query_embeddings=self.position_embeddings[layer.query_label],
+            query_embeddings=self.position_embeddings[self.query_labels[layer_idx]],
             visible_keys=visible_keys,
             writes=writes,
             cache=cache,
@@ -272,12 +274,14 @@ class Stack:
             states[layer_idx] = tuple(written)
         return hidden_states
 
-    def _read(self, layer_idx: int, states: States, writes: bool) -> list[torch.Tensor | None]:
-        """The streams that a layer reads; `None` for what it writes itself, and what nobody has written yet."""
+    def _read(self, layer_idx: int, states: States, writes: bool) -> list[torch.Tensor | int | None]:
+        """The streams that a layer reads; the number of one that it writes, `None` for what nobody has written yet."""
         return [
-            None
-            if (source.owner == layer_idx and writes) or source.owner not in states
+            source.index
+            if source.owner == layer_idx and writes
             else states[source.owner][source.index]
+            if source.owner in states
+            else None
             for source in self.layout.sources[layer_idx]
         ]
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pandas import DataFrame
 
+from lckv.config.names import RANDOM
 from lckv.errors import UserError, near_miss
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.reporting.metrics import metrics_of, number, scalar
@@ -177,8 +178,10 @@ def _pattern(run: Mapping[str, Any]) -> tuple[SharingPlan | None, str | None, st
         plan = parse_layer_types(layer_types)
     except UserError:
         plan = None
-    if plan is not None and plan.layer_types == build_layer_types("llama", plan.num_hidden_layers):
+    is_random = group.get("name") == RANDOM
+    if plan is not None and plan.layer_types == build_layer_types("llama", plan.num_hidden_layers) and not is_random:
         return plan, "llama", "llama"
-    name = None if config.get("model.layer_types") is not None or group.get("name") is None else str(group["name"])
+    is_typed = config.get("model.layer_types") is not None and not is_random
+    name = None if is_typed or group.get("name") is None else str(group["name"])
     shown = ", ".join(f"{key}={value}" for key, value in parameters.items())
     return plan, name, f"{name} ({shown})" if name not in (None, "llama") and shown else name

@@ -119,8 +119,8 @@ def _fields_set_here(cfg: TrainConfig) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # it would hide what must stop the run
         "disable_tqdm": True,  # there is a bar of our own
         "log_level": "warning",
-        # Every parameter takes part in every step; looking for idle ones would cost a walk through the graph.
-        "ddp_find_unused_parameters": False,
+        # Else every parameter takes part in every step; looking for idle ones costs a walk through the graph.
+        "ddp_find_unused_parameters": cfg.sharing.is_random,
     }
     # Newer versions call it activation checkpointing.
     if "activation_checkpointing" in _fields():

@@ -328,7 +328,7 @@ class DistillationTrainer(LCKVTrainer):
     ) -> Any:
         """Computes the loss, and keeps its parts for the log and, at logging steps, the residual."""
         of_teacher, unwrapped = self._ask_teacher(inputs), self.accelerator.unwrap_model(model)
-        seen = self._run(model, unwrapped, inputs | self.residual_arguments(model))
+        seen = self._run(model, unwrapped, inputs | self.step_arguments(model))
         self.keep_residual(seen.outputs)
         parts = self.distillation_loss.parts(
             seen.outputs.logits,

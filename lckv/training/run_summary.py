@@ -51,6 +51,7 @@ def build_results(cfg: TrainConfig, trainer: LCKVTrainer, data: TokenizedData, f
     results = {
         "run_name": cfg.run_name or folder.path.name,
         "layer_types": sharing_plan_of(model).layer_types,
+        "is_for_all_patterns": cfg.sharing.is_random,
         "num_parameters": model.num_parameters(),
         "num_trained_parameters": model.num_parameters(only_trainable=True),
         "steps": evaluation["step"],
@@ -167,7 +168,10 @@ def _next_commands(
 ) -> list[str]:
     given = _as_train_takes_them(arguments_of_this_run())
     commands = [command("lckv.plan", [f"init.source={folder.path}"])]  # its sizes as well as its pattern
-    others = [] if keeps_latents else _other_patterns(results["layer_types"], source)
+    if results.get("is_for_all_patterns"):
+        chosen = ["sharing=cla", "method=inherit", f"out={folder.path}-cla"]
+        commands.append(command("lckv.convert", [f"source={folder.path}", *chosen]))
+    others = [] if keeps_latents or len(commands) > 1 else _other_patterns(results["layer_types"], source)
     for name, other in others[:1]:
         again = [item for item in given if not item.lstrip("+").startswith(_OF_ONE_RUN)]
         again += [f"model.layer_types={other}", f"run_name={results['run_name']}_{name}"]

@@ -16,6 +16,7 @@ from lckv.config.names import RIEMANNIAN
 from lckv.data.dataset import TokenizedData, collate
 from lckv.errors import UserError
 from lckv.evaluation.model_costs import costs_of, sharing_plan_of
+from lckv.model_arguments import random_sharing
 from lckv.patterns import advice_on
 from lckv.storage import write_json
 from lckv.training import callbacks as ours
@@ -103,6 +104,7 @@ class Session:
             build_optimizer=partial(build_optimizer, cfg=cfg.optim),
             checkpoints=folder.checkpoints,
             periods=(cfg.trainer.sample_steps, cfg.trainer.evaluation_steps),
+            random_sharing=random_sharing(cfg, sharing_plan_of(model)),
             data_collator=collate,
             processing_class=self.tokenizer,
         )

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
 from lckv.iteration import CONVERGE
+from lckv.patterns import parse_layer_types
+from lckv.random_sharing import RandomSharing
 from lckv.storage import new_file, new_folder
 from lckv.training.checkpoints import CheckpointFolder, saving
 from lckv.training.optim import metrics_of
@@ -67,6 +69,7 @@ class LCKVTrainer(Trainer):
         build_optimizer: makes the optimizer for a model.
         checkpoints: where checkpoints go.
         periods: log every so many steps, beside what `args` says about logging.
+        random_sharing: draws for every step whom the model's layers read; `None`: as they do in the model.
         **kwargs: further arguments of `Trainer`: `train_dataset` and `eval_dataset`, blocks each; `processing_class`,
             the tokenizer, which is saved with the model; and `data_collator`.
     """
@@ -80,6 +83,7 @@ class LCKVTrainer(Trainer):
         build_optimizer: Callable[[nn.Module], Optimizer],
         checkpoints: CheckpointFolder,
         periods: Sequence[int | None] = (),
+        random_sharing: RandomSharing | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, **kwargs)
@@ -96,6 +100,8 @@ class LCKVTrainer(Trainer):
         self._checkpoints = checkpoints
         self._periods = periods
         self._optimizer_metrics: Callable[[], dict[str, float]] = dict
+        self._random_sharing = random_sharing
+        self._num_owners: list[int] = []
         self._residuals: list[Tensor] = []
         self._window: list[tuple[dict[str, Any], Tensor]] = []  # micro batches of this step and their losses
         self._config = model.config
@@ -141,16 +147,25 @@ class LCKVTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Computes the loss; at logging steps also keeps the residual of the model's iteration."""
-        loss, outputs = super().compute_loss(model, inputs | self.residual_arguments(model), True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs | self.step_arguments(model), True, num_items_in_batch)
         self.keep_residual(outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def residual_arguments(self, model: nn.Module) -> dict[str, bool]:
-        """What makes the model return the residual of its iteration, where it is wanted."""
+    def step_arguments(self, model: nn.Module) -> dict[str, Any]:
+        """What the model is told beside the batch: the step's pattern, and to return the residual where it is wanted.
+
+        All micro batches of a step, in all processes, are told the same.
+        """
         step, state = self.state.global_step + 1, self.state
+        arguments: dict[str, Any] = {}
+        if self._random_sharing is not None:
+            arguments["layer_types"] = self._random_sharing.layer_types(step)
+            self._num_owners.append(len(parse_layer_types(arguments["layer_types"]).kv_owners))
         every = (state.logging_steps, state.save_steps, state.eval_steps, *self._periods)
         is_logged = step >= state.max_steps or any(steps and step % steps == 0 for steps in every)
-        return {"output_kv_residual": True} if self._has_residual and model.training and is_logged else {}
+        if self._has_residual and model.training and is_logged:
+            arguments["output_kv_residual"] = True
+        return arguments
 
     def keep_residual(self, outputs: Any) -> None:
         """Keeps the residual for the log, if the model has returned one."""
@@ -159,13 +174,16 @@ class LCKVTrainer(Trainer):
             self._residuals.append(residual.detach().float())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the residual, and what there is to say of the optimizer, to the training metrics and logs them."""
+        """Adds the residual, and what there is to say of pattern and optimizer, to the training metrics."""
         if "loss" in logs:
             logs |= self._optimizer_metrics()
         if "loss" in logs and self._residuals:
             residual = torch.stack(self._residuals).mean()
             logs["kv_residual"] = self.accelerator.reduce(residual, "mean").item()
+        if "loss" in logs and self._num_owners:
+            logs["kv_owners"] = sum(self._num_owners) / len(self._num_owners)
         self._residuals.clear()
+        self._num_owners.clear()
         super().log(logs, start_time)
 
     def evaluate(self, ignore_keys: list[str] | None = None) -> dict[str, float]:  # type: ignore[override]

@@ -22,6 +22,21 @@ def assert_same_curve(first: Path, second: Path) -> None:
             assert theirs.get(name) == pytest.approx(mine.get(name), abs=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(250)
+def test_two_processes_draw_the_same_patterns(finished_run: FinishedRun, tmp_path: Path) -> None:
+    """Projections that nobody reads in a step have no gradient in any process, and rest."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    random = [*ALIKE, "sharing=random", "model.layer_types=null", "model.num_hidden_layers=4"]
+    train.main(cli.compose(training.command(finished_run.corpus, one, *random)[3:]))
+    arguments = training.command(finished_run.corpus, two, *random, "trainer.micro_batch_size=2")
+    process = training.run(arguments, tmp_path, num_processes=2)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert_same_curve(one, two)
+    owners = [[line.get("kv_owners") for line in training.read_metrics(run)] for run in (one, two)]
+    assert owners[0] == owners[1] and len(set(owners[0])) > 2
+
+
 @pytest.mark.timeout(250)
 def test_two_processes_give_the_curve_of_one(finished_run: FinishedRun, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"

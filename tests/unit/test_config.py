@@ -82,7 +82,7 @@ def test_every_other_choice_composes(group):
 
 
 def test_every_registered_name_is_an_option():
-    registered = {"sharing": PATTERNS, "data": SOURCES, "optim": OPTIMIZERS, "cache": [*CACHES, "none"]}
+    registered = {"sharing": [*PATTERNS, "random"], "data": SOURCES, "optim": OPTIMIZERS, "cache": [*CACHES, "none"]}
     registered["latent"] = [*STREAMS, "auto", "none"]
     assert {group: sorted(known) for group, known in NAMED_OPTIONS.items()} == {
         group: sorted(known) for group, known in registered.items()

@@ -19,7 +19,7 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 LAYERS = [
     ["errors", "registry", "byte_sizes", "storage", "console", "environment", "processes", "hub"],
     ["patterns"],
-    ["layout", "iteration", "model_values"],
+    ["layout", "iteration", "model_values", "random_sharing"],
     ["costs", "iso", "config", "latents", "hydra_store", "run_names", "overrides", "drawing", "charts"],
     ["model_arguments"],
     ["data", "models", "logits"],

@@ -74,6 +74,7 @@ def test_patterns_by_family_string_and_parameters(tmp_path):
     write_run(tmp_path / "e", "yoco", stop_at=10)
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "config.yaml").write_text("seed: 1\n")
+    write_run(tmp_path / "g", "random", settings={"sharing.reach": 3})
     assert read_runs(tmp_path)[["family", "layer_types"]].values.tolist() == [
         ["cla", "0_0_2_2_4_4_6_6"],
         [None, "0_0_2_2"],
@@ -81,6 +82,7 @@ def test_patterns_by_family_string_and_parameters(tmp_path):
         ["cla (group_size=4)", "0_0_0_0_4_4_4_4"],
         ["yoco", "0s_1s_2s_3s_4_4_4_4"],
         [None, None],
+        ["random (reach=3)", "0_1_2_3_4_5_6_7"],
     ]
 
 

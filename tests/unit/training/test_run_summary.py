@@ -14,9 +14,9 @@ from lckv.training.run_summary import _evaluation, _next_commands
 
 
 def commands(
-    layer_types: str, folder: Path, prompt: str = "In the beginning", source: SharingPlan | None = None
+    layer_types: str, folder: Path, prompt: str = "In the beginning", source: SharingPlan | None = None, **figures
 ) -> list[list[str]]:
-    results = {"layer_types": layer_types, "run_name": "mine", "sample_prompt": prompt}
+    results = {"layer_types": layer_types, "run_name": "mine", "sample_prompt": prompt} | figures
     return [shlex.split(command) for command in _next_commands(results, RunFolder(str(folder)), source)]
 
 
@@ -55,6 +55,12 @@ def test_what_was_converted_by_training_can_be_trained_with_another_pattern(monk
     before = cli.compose(sys.argv[1:], "convert")
     assert cfg.trainer == before.trainer and cfg.optim == before.optim
     assert cfg.model.layer_types == "0_1_2_3"
+
+
+def test_a_model_for_all_patterns_can_have_one(tmp_path):
+    _, convert, _ = commands("0_1_2_3", tmp_path, is_for_all_patterns=True)
+    cfg = cli.compose(convert[3:], "convert")
+    assert (cfg.source, cfg.sharing.name, cfg.method) == (str(tmp_path), "cla", "inherit")
 
 
 def test_a_single_layer_has_nothing_to_compare_with(tmp_path):
