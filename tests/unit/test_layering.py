@@ -35,7 +35,20 @@ LAYERS = [
     ["serving"],
     ["conversion"],
     ["benchmarking", "exporting", "reporting"],
-    ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report", "export", "hints"],
+    [
+        "cli",
+        "plan",
+        "train",
+        "generate",
+        "chat",
+        "evaluate",
+        "benchmark",
+        "convert",
+        "search",
+        "report",
+        "export",
+        "hints",
+    ],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
 STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "cache": {"data", "config"}, "training": {"models"}}
@@ -62,6 +75,7 @@ TORCH_FREE = [
     "lckv.hints",
     "lckv.reporting.writing",
     "lckv.generate",
+    "lckv.chat",
     "lckv.evaluate",
     "lckv.benchmark",
     "lckv.convert",
