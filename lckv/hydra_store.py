@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from lckv.config import (
     BenchmarkConfig,
+    ChatConfig,
     ConvertConfig,
     EvaluateConfig,
     ExportConfig,
@@ -37,6 +38,7 @@ SCHEMAS: dict[str, type] = {
     "search": SearchConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
     "benchmark": BenchmarkConfig,
     "report": ReportConfig,
     "export": ExportConfig,

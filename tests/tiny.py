@@ -28,3 +28,12 @@ def merging_tokenizer(pre_tokenizer=None, *, ignore_merges=False, **options) -> 
         ["the other said that they had seen it there, and that the sea was near " * 3], trainer
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", **options)
+
+
+def letter_tokenizer(**options) -> PreTrainedTokenizerFast:
+    """One token per printable character, so that whatever a model says is encoded as what it said."""
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocab = {character: index for index, character in enumerate(characters)}
+    tokenizer = Tokenizer(models.BPE(vocab | {"<eos>": len(vocab)}, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **options)

@@ -17,7 +17,7 @@ from lckv.config.evaluation import (
     SpeedConfig,
 )
 from lckv.config.exporting import ExportConfig
-from lckv.config.generation import DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, GenerateConfig
+from lckv.config.generation import DEFAULT_MAX_NEW_TOKENS, BenchmarkConfig, ChatConfig, GenerateConfig
 from lckv.config.hints import GroupConfig, HintsConfig
 from lckv.config.keys import Group, key, literal
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig

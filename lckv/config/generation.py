@@ -29,26 +29,14 @@ DEFAULT_MAX_NEW_TOKENS = 256
 
 
 @dataclass
-class GenerateConfig(Group):
-    """Everything that `python -m lckv.generate` needs.
+class _DecodingConfig(Group):
+    """What every command needs that has a model write text.
 
     Attributes:
         model: a run folder of `lckv.train`, a folder with a model and its tokenizer, a GGUF file, or a name on the
             Hub; the models are ours, or Llamas.
         revision: only for the Hub: branch, tag or commit.
-        prompt: the text to continue.
-        prompt_file: a file with the text to continue, `-` for standard input. Where nothing else is given, text is
-            read from standard input, if that is no terminal.
-        prompts_file: a file with one prompt per line, `-` for standard input; they are continued in batches.
-        batching: with `prompts_file`, "static" continues batch after batch; "continuous" lets prompts join and leave
-            at any step, which needs a cache of pages and no beams; None: "continuous" where it can be had.
-            Greedy texts are the same for both with exact pages; quantised ones may depend on prompts that begin alike.
-        batch_size: with `prompts_file`, how many prompts to continue at once; None: all, and with
-            `batching=continuous` 64.
-        chat: whether the prompt is a message that the tokenizer's chat template makes a prompt of; None: if it has
-            one.
         system: the system message of the chat.
-        max_new_tokens: where to stop at the latest; None: at 256, and with `stream=endless` nowhere.
         greedy: whether to take the likeliest token every time; None: unless one of `temperature`, `top_k`, `top_p` and
             `seed` is given.
         temperature: sampling: logits are divided by it; None: 1.
@@ -56,54 +44,93 @@ class GenerateConfig(Group):
         top_p: sampling: only among the likeliest tokens that together have this probability; None: all.
         seed: sampling: where the random numbers start; None: somewhere else each time.
         repetition_penalty: above 1, tokens that occurred already become less likely.
-        num_beams: how many continuations beam search pursues; 1: no beam search.
-        stream: "tokens" prints the text as it comes, "off" at the end; "endless" goes on until Ctrl-C, with
-            cache=sink; None: "tokens", where one text is printed.
-        prefill_chunk: how many tokens of the prompt to run at once, which bounds memory; None: all. With
-            `batching=continuous` how many tokens of all texts to run in one step; None: 512.
+        prefill_chunk: how many tokens of the prompt to run at once, which bounds memory; None: all.
         prefill_passes: where layers read upward: passes over the prompt before the last ones, or `converge`: until the
             KV is what decoding would make; None: `converge`.
         prefill_tolerance: with `converge`: the relative change of the KV at which a chunk is done; None: one that
             changes no greedy text.
-        compile: whether decoding is compiled; needs cache=static.
         device: such as "cpu", "cuda" or "cuda:1"; "auto": an accelerator, if there is one.
         dtype: "float32", "bfloat16" or "float16"; "auto": as the model was saved.
         num_threads: torch's threads on a CPU; None: torch's own choice.
-        json: whether to print one JSON object, with the texts and what was measured, and nothing else.
     """
 
     model: str | None = literal(required=MODEL_REQUIRED)
     revision: str | None = None
-    prompt: str | None = literal()
-    prompt_file: str | None = literal()
-    prompts_file: str | None = literal()
-    batching: str | None = key(None, one_of(BATCHINGS))
-    batch_size: int | None = key(None, at_least())
-    chat: bool | None = None
     system: str | None = literal()
-    max_new_tokens: int | None = key(None, at_least())
     greedy: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
     repetition_penalty: float = 1.0
-    num_beams: int = key(1, at_least())
-    stream: str | None = key(None, one_of(STREAMS))
     prefill_chunk: int | None = key(None, at_least())
     # Not `int | str | None`, which OmegaConf does not know.
     prefill_passes: Any = key(None, passes)
     prefill_tolerance: float | None = key(None, above_zero)
     cache: CacheConfig = field(default_factory=CacheConfig)
-    compile: bool = key(False, only_with={"cache.name": ("static",)})
     device: str = "auto"
     dtype: str = key("auto", one_of(("auto", *DTYPES)))
     num_threads: int | None = key(None, at_least())
+
+    def check(self, prefix: str) -> None:
+        """Refuses to go without a cache, as only evaluations can."""
+        check_choice(f"{prefix}cache", self.cache.name, CACHES)
+
+
+@dataclass
+class ChatConfig(_DecodingConfig):
+    """Everything that `python -m lckv.chat` needs, beside what `lckv.generate` needs, too.
+
+    Attributes:
+        chat_template: what makes one text of the messages: a name, such as "chatml", or a file with a Jinja template;
+            None: the tokenizer's own.
+        max_new_tokens: where to cut an answer at the latest.
+    """
+
+    chat_template: str | None = literal()
+    max_new_tokens: int = key(1024, at_least())
+
+
+@dataclass
+class GenerateConfig(_DecodingConfig):
+    """Everything that `python -m lckv.generate` needs, beside what a chat needs, too.
+
+    Attributes:
+        prompt: the text to continue.
+        prompt_file: a file with the text to continue, `-` for standard input. Where nothing else is given, text is
+            read from standard input, if that is no terminal.
+        prompts_file: a file with one prompt per line, `-` for standard input; they are continued in batches.
+        batching: with `prompts_file`, "static" continues batch after batch; "continuous" lets prompts join and leave
+            at any step, which needs a cache of pages and no beams; None: "continuous" where it can be had.
+            Greedy texts are the same for both with exact pages; quantised ones may depend on prompts that begin alike.
+            `prefill_chunk` then says how many tokens of all texts to run in one step; None: 512.
+        batch_size: with `prompts_file`, how many prompts to continue at once; None: all, and with
+            `batching=continuous` 64.
+        chat: whether the prompt is a message that the tokenizer's chat template makes a prompt of; None: if it has
+            one.
+        max_new_tokens: where to stop at the latest; None: at 256, and with `stream=endless` nowhere.
+        num_beams: how many continuations beam search pursues; 1: no beam search.
+        stream: "tokens" prints the text as it comes, "off" at the end; "endless" goes on until Ctrl-C, with
+            cache=sink; None: "tokens", where one text is printed.
+        compile: whether decoding is compiled; needs cache=static.
+        json: whether to print one JSON object, with the texts and what was measured, and nothing else.
+    """
+
+    prompt: str | None = literal()
+    prompt_file: str | None = literal()
+    prompts_file: str | None = literal()
+    batching: str | None = key(None, one_of(BATCHINGS))
+    batch_size: int | None = key(None, at_least())
+    chat: bool | None = None
+    max_new_tokens: int | None = key(None, at_least())
+    num_beams: int = key(1, at_least())
+    stream: str | None = key(None, one_of(STREAMS))
+    compile: bool = key(False, only_with={"cache.name": ("static",)})
     json: bool = False
 
     def check(self, prefix: str) -> None:
         """Refuses ways to batch and to print that cannot be had."""
-        check_choice(f"{prefix}cache", self.cache.name, CACHES)  # only evaluations can go without one
+        super().check(prefix)
         if self.batching == CONTINUOUS and not self.cache.has_pages:
             raise UserError(
                 f"batching=continuous: cannot be had with cache={self.cache.name}; "

@@ -17,7 +17,7 @@ from typing import Any
 from lckv.config.cache import cache_options
 from lckv.config.conversion import ConvertConfig, SearchConfig
 from lckv.config.evaluation import EVALUATIONS, EvaluateConfig, EvaluationConfig
-from lckv.config.generation import BenchmarkConfig, GenerateConfig
+from lckv.config.generation import BenchmarkConfig, ChatConfig, GenerateConfig
 from lckv.config.hints import HintsConfig
 from lckv.config.keys import Group, keys_of
 from lckv.config.model import KEPT_WITH_SOURCE
@@ -130,7 +130,7 @@ def _fits_by_method(cfg: TrainConfig | ConvertConfig) -> bool:
 _NO_TRAINING = f"with method={{cfg.method}}, which does not train ({', '.join(sorted(TRAINED))} does); leave it out"
 
 
-def _of_no_cache_here(cfg: EvaluateConfig | GenerateConfig | BenchmarkConfig, key: str) -> str | None:
+def _of_no_cache_here(cfg: EvaluateConfig | ChatConfig | GenerateConfig | BenchmarkConfig, key: str) -> str | None:
     several = cfg.caches if isinstance(cfg, BenchmarkConfig) else []
     names = [each if isinstance(each, str) else each.get("name", "") for each in several if each] or [cfg.cache.name]
     options = [option for name in names for option in cache_options(name)]
@@ -262,6 +262,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
         _CACHE,
         _PAGES,
     ),
+    ChatConfig: (_CACHE, _PAGES),
     BenchmarkConfig: (
         Unused("model.layer_types", lambda cfg, key: "here; give patterns=[...]"),
         _unless(

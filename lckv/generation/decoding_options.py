@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from lckv.config import GenerateConfig
+from lckv.config import ChatConfig, GenerateConfig
 from lckv.errors import UserError, check_positive, check_whole_number
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ class Sampling:
             name, value = next(iter(given.items()))
             raise UserError(f"{name}={value}: has no effect with greedy=true; leave one of them out")
 
+    @classmethod
+    def from_config(cls, cfg: ChatConfig | GenerateConfig) -> Self:
+        """What the user asks for."""
+        return cls(**{item.name: getattr(cfg, item.name) for item in fields(cls)})
+
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn at random."""
@@ -72,11 +77,6 @@ class DecodingOptions(Sampling):
     """What `lckv.config.GenerateConfig` says about decoding, which may pursue several continuations (beam search)."""
 
     num_beams: int = 1
-
-    @classmethod
-    def from_config(cls, cfg: GenerateConfig) -> DecodingOptions:
-        """What the user asks for."""
-        return cls(**{item.name: getattr(cfg, item.name) for item in fields(cls)})
 
     def generation_config(self, max_new_tokens: int, eos_token_id: int | list[int] | None) -> GenerationConfig:
         """The same for transformers, with nothing left to its defaults."""

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lckv.cache import KVCache, PagedKVCache, SinkKVCache, build_cache
+from lckv.cache import KVCache, PagedKVCache, build_cache
 from lckv.config import DEFAULT_MAX_NEW_TOKENS, GenerateConfig
 from lckv.config.names import CONTINUOUS
 from lckv.console import Bar
@@ -26,10 +26,9 @@ from lckv.engine.requests import BatchStatistics
 from lckv.errors import UserError
 from lckv.generation.batch import Generation, generate, generation_config
 from lckv.generation.decoding_options import DecodingOptions
+from lckv.generation.limits import check_span, prefill_options
 from lckv.generation.loops import LONGEST_TAIL, is_looping
-from lckv.generation.prefill import PrefillOptions
 from lckv.generation.streaming import Printer, TextPieces, stream_text
-from lckv.iteration import CONVERGE
 from lckv.models import LCKVLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -66,8 +65,7 @@ class TextGenerator:
     console: Console
 
     def __post_init__(self) -> None:
-        self._check_passes()
-        self.prefill = PrefillOptions(self.cfg.prefill_chunk, self.cfg.prefill_passes, self.cfg.prefill_tolerance)
+        self.prefill = prefill_options(self.cfg, self.model.config)
         given = self.cfg.max_new_tokens
         self.max_new_tokens = DEFAULT_MAX_NEW_TOKENS if given is None else given  # of text that ends
 
@@ -105,7 +103,7 @@ class TextGenerator:
     def stream_endlessly(self, prompt: list[int]) -> None:
         """Prints text until Ctrl-C, or `max_new_tokens` if that is given."""
         cfg, cache = self.cfg, self._build_cache(len(prompt))
-        self._check_span(cache, math.inf if cfg.max_new_tokens is None else len(prompt) + cfg.max_new_tokens)
+        check_span(cache, math.inf if cfg.max_new_tokens is None else len(prompt) + cfg.max_new_tokens)
         pieces = stream_text(
             self.model,
             self.tokenizer,
@@ -226,7 +224,7 @@ class TextGenerator:
     def _cache_for(self, batch: list[list[int]]) -> KVCache:
         """An empty cache for a batch, with a warning if it may turn out too small in the midst of the text."""
         cache, length = self._build_cache(_length(batch)), _length(batch) + self.max_new_tokens
-        self._check_span(cache, length)
+        check_span(cache, length)
         num_rows = len(batch) * self.decoding.num_beams
         if isinstance(cache, PagedKVCache) and (fits := cache.max_sequences(length)) is not None and fits < num_rows:
             logger.warning(
@@ -249,19 +247,6 @@ class TextGenerator:
             )
         return build_cache(self.cfg.cache.name, self.model.config, **options)
 
-    def _check_passes(self) -> None:
-        """Refuses settings for iterating over the prompt where nothing iterates, or not until it converges."""
-        plan, config, cfg = self.model.config.sharing_plan, self.model.config, self.cfg
-        for name in ("prefill_passes", "prefill_tolerance"):
-            value = getattr(cfg, name)
-            if value is None:
-                continue
-            if not plan.has_cycles or config.use_sequential:
-                reason = "its layers run token by token" if plan.has_cycles else "none of its layers reads upward"
-                raise UserError(f"{name}={value}: has no effect on model={cfg.model}: {reason}; leave it out")
-            if name == "prefill_tolerance" and cfg.prefill_passes not in (None, CONVERGE):
-                raise UserError(f"{name}={value}: has no effect without prefill_passes={CONVERGE}")
-
     def _check_length(self, prompt_length: int) -> None:
         """Warns of positions that the model was not made for, and refuses those that it has not."""
         limit, length = self.model.config.max_position_embeddings, prompt_length + self.max_new_tokens
@@ -277,16 +262,6 @@ class TextGenerator:
                 prompt_length,
                 self.max_new_tokens,
                 limit,
-            )
-
-    def _check_span(self, cache: KVCache, length: float) -> None:
-        """Warns of a window with more positions than the model was made for."""
-        limit = self.model.config.max_position_embeddings
-        if isinstance(cache, SinkKVCache) and min(length, cache.num_sinks + cache.window) > limit:
-            logger.warning(
-                "cache.window=%d: with cache.num_sinks=%d that is more than the %d positions that the model was made "
-                "for: text beyond them is likely to be bad",
-                *(cache.window, cache.num_sinks, limit),
             )
 
     @contextmanager

@@ -147,6 +147,7 @@ def stream(
     *,
     sampling: Sampling | None = None,
     history: int = 256,
+    past_ids: Sequence[int] = (),
     max_new_tokens: int | None = None,
     stop_ids: Collection[int] = (),
     chunk_size: int | None = None,
@@ -162,6 +163,7 @@ def stream(
         past_key_values: the cache, empty or not.
         sampling: how tokens are chosen; by default from the model's plain probabilities.
         history: how many of the last tokens the repetition penalty looks back on.
+        past_ids: of the tokens before, which it looks back on, too.
         max_new_tokens: where to stop at the latest; None: nowhere, which takes a cache that does not grow.
         stop_ids: tokens that end the text, and are not returned.
         chunk_size: how many tokens of the prompt to run at once; None: as many as the cache takes.
@@ -186,12 +188,12 @@ def stream(
     samples, processors, generator = sampling.samples, _processors(sampling), None
     if sampling.seed is not None:
         generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    recent = deque(input_ids[0, -history:].tolist(), maxlen=history)
+    recent = deque([*past_ids, *input_ids[0].tolist()], maxlen=history)
     steps = count() if max_new_tokens is None else range(max_new_tokens)
 
     def tokens(input_ids: torch.Tensor) -> Iterator[int]:  # apart from the checks, which a generator would put off
         for _ in steps:
-            logits = _read(model, input_ids, past_key_values, chunk_size, EXACT | options)
+            logits = read_tokens(model, input_ids, past_key_values, chunk_size, EXACT | options)
             check_logits(logits, "the model's logits")
             token = choose_token(logits, processors, recent, samples=samples, generator=generator)
             recent.append(token)
@@ -262,10 +264,23 @@ def check_bounded(cache: Cache) -> None:
         raise UserError(f"endless text with cache={name}: it ends or grows with the text; allowed is cache=sink")
 
 
-def _read(
+def read_tokens(
     model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache, chunk_size: int | None, options: dict[str, Any]
 ) -> torch.Tensor:
-    """The logits `(1, vocab_size)` behind the tokens, which go in by the largest pieces that the cache takes."""
+    """Runs tokens that are not in the cache yet, in the largest pieces that it takes.
+
+    Ctrl-C takes effect between two pieces, so that every layer of the cache has seen the same tokens.
+
+    Args:
+        model: the model, in evaluation mode.
+        input_ids: `(1, q_len)`.
+        cache: the cache, empty or not.
+        chunk_size: how many tokens to run at once; None: as many as the cache takes.
+        options: for the model, such as `forward_passes`.
+
+    Returns:
+        The logits `(1, vocab_size)` behind the tokens.
+    """
     while True:
         num_tokens = num_at_once(cache, input_ids.shape[1])
         num_tokens = min(num_tokens, chunk_size or num_tokens)
@@ -278,13 +293,13 @@ def _read(
 @torch.inference_mode()
 def _step(model: PreTrainedModel, token_ids: torch.Tensor, cache: Cache, **options: Any) -> torch.Tensor:
     """Runs tokens `(batch, q_len)`; returns the last one's logits `(batch, vocab_size)`."""
-    with _interrupts_wait():
+    with interrupts_wait():
         outputs = model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
     return outputs.logits[:, -1]
 
 
 @contextmanager
-def _interrupts_wait() -> Iterator[None]:
+def interrupts_wait() -> Iterator[None]:
     """Puts Ctrl-C off to the end of the block, so that no layer of a cache is ahead of another."""
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or previous is None:

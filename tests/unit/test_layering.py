@@ -17,7 +17,7 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 
 # From the bottom: a module may import from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "registry", "byte_sizes", "storage", "console", "environment", "processes", "hub"],
+    ["errors", "registry", "byte_sizes", "storage", "console", "environment", "processes", "hub", "chat_templates"],
     ["patterns"],
     ["layout", "iteration", "model_values", "random_sharing"],
     ["costs", "iso", "config", "latents", "hydra_store", "run_names", "overrides", "drawing", "charts"],
@@ -35,7 +35,20 @@ LAYERS = [
     ["serving"],
     ["conversion"],
     ["benchmarking", "exporting", "reporting"],
-    ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report", "export", "hints"],
+    [
+        "cli",
+        "plan",
+        "train",
+        "generate",
+        "chat",
+        "evaluate",
+        "benchmark",
+        "convert",
+        "search",
+        "report",
+        "export",
+        "hints",
+    ],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
 STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "cache": {"data", "config"}, "training": {"models"}}
@@ -47,6 +60,7 @@ TORCH_FREE = [
     "lckv.registry",
     "lckv.storage",
     "lckv.console",
+    "lckv.chat_templates",
     "lckv.patterns",
     "lckv.layout",
     "lckv.iteration",
@@ -61,6 +75,7 @@ TORCH_FREE = [
     "lckv.hints",
     "lckv.reporting.writing",
     "lckv.generate",
+    "lckv.chat",
     "lckv.evaluate",
     "lckv.benchmark",
     "lckv.convert",
