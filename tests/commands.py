@@ -42,9 +42,17 @@ class Command:
         cwd: the folder to run in.
         env: all of its environment; by default that of the tests.
         input: what comes in.
+        terminal: a terminal that it runs in, whose Ctrl-C it hears; nothing else comes in or goes out then.
     """
 
-    def __init__(self, command: list[str], cwd: Path, env: dict[str, str] | None = None, input: str = "") -> None:
+    def __init__(
+        self,
+        command: list[str],
+        cwd: Path,
+        env: dict[str, str] | None = None,
+        input: str = "",
+        terminal: Path | None = None,
+    ) -> None:
         assert command[0] == sys.executable
         self.command = command
         self._folder = tempfile.TemporaryDirectory()
@@ -53,7 +61,8 @@ class Command:
             stream.write_text(text, encoding="utf-8")
         self._outputs = streams[1:]
         environment = dict(os.environ) if env is None else env
-        self._process = _SERVER.Process(target=_run, args=(command[1:], cwd, environment, streams))
+        given = streams if terminal is None else [terminal] * 3
+        self._process = _SERVER.Process(target=_run, args=(command[1:], cwd, environment, given))
         self._process.start()
 
     def poll(self) -> int | None:
@@ -113,6 +122,8 @@ def _run(command: list[str], cwd: Path, environment: dict[str, str], streams: li
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    if len(set(streams)) == 1:
+        os.setsid()  # the terminal that is opened below is then its own
     for number, stream in enumerate(streams):
         os.dup2(os.open(stream, os.O_RDONLY if number == 0 else os.O_WRONLY), number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # multiprocessing has put /dev/null there

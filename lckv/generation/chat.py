@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
@@ -31,6 +32,8 @@ STOPPED, CUT, FULL, INTERRUPTED, FAILED = "stopped", "cut", "full", "interrupted
 """How an answer may end: by the model, at `max_new_tokens`, at the end of the context, by Ctrl-C, or by an error."""
 
 _FULL = "the context is full"
+
+Reading = Callable[[int], AbstractContextManager[Any]]
 
 
 class ContextFull(UserError):
@@ -171,7 +174,7 @@ class ChatSession:
         render_chat(self.tokenizer, [*messages, _message("user", "?")], add_generation_prompt=True)
         self.messages = list(messages)
 
-    def answer(self, text: str, write: Callable[[str], None]) -> Turn:
+    def answer(self, text: str, write: Callable[[str], None], reading: Reading = lambda _: nullcontext()) -> Turn:
         """Has the model answer a message.
 
         Ctrl-C ends the answer. What there is of it stays in the conversation; the message itself is taken back where
@@ -180,6 +183,7 @@ class ChatSession:
         Args:
             text: of the message.
             write: gets pieces of the answer as they come.
+            reading: of a number of tokens: a context in which they go through the model, before the answer begins.
 
         Raises:
             ContextFull: if there is no room for an answer.
@@ -188,7 +192,7 @@ class ChatSession:
         turn, start_time = Turn(), time.perf_counter()
         self.messages.append(_message("user", text))
         try:
-            self._say(turn, start_time, write)
+            self._say(turn, start_time, write, reading)
         except KeyboardInterrupt:
             turn.ending = INTERRUPTED
         except OutOfPagesError as error:  # nothing of the step has been written
@@ -206,14 +210,15 @@ class ChatSession:
                 self._settle(turn, start_time)
         return turn
 
-    def _say(self, turn: Turn, start_time: float, write: Callable[[str], None]) -> None:
+    def _say(self, turn: Turn, start_time: float, write: Callable[[str], None], reading: Reading) -> None:
         prompt = self._encode()
         room = self._room(len(prompt))
         with interrupts_wait():
             self._rewind(prompt, turn)
         new = torch.tensor([prompt[turn.num_kept :]], device=self.model.device)
         if new.shape[1] > 1:  # the last token goes with those of the answer, as in `generate`
-            read_tokens(self.model, new[:, :-1], self.cache, self.prefill.chunk_size, self.prefill.iteration)
+            with reading(new.shape[1]):
+                read_tokens(self.model, new[:, :-1], self.cache, self.prefill.chunk_size, self.prefill.iteration)
         with interrupts_wait():
             if any(layer.is_sliding for layer in self.cache.owners().values()):
                 self._snapshot = _Snapshot(self.cache.fork(), prompt[:-1])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -18,6 +20,7 @@ from lckv.generation.chat_files import load_conversation, save_conversation
 from lckv.generation.loops import is_looping
 
 PROMPT = "> "
+LONG_TEXT = 256
 WAY_OUT = "/reset begins anew; to go on without end: /save FILE, start again with cache=sink, /load FILE"
 
 
@@ -62,7 +65,7 @@ class ChatLoop:
         is_shown = self.is_interactive and sys.stdout.isatty()
         printer = _Writer(self.notes.width if is_shown else None)
         try:
-            turn = self.session.answer(text, printer.write)
+            turn = self.session.answer(text, printer.write, self._reading)
         except ContextFull as error:
             raise UserError(f"{error}; {self._way_out()}") from error
         except (RuntimeError, MemoryError) as error:
@@ -77,6 +80,11 @@ class ChatLoop:
             self._note(note)
         if self.is_interactive:
             self._note("")
+
+    def _reading(self, num_tokens: int) -> AbstractContextManager[Any]:
+        """Shows that a long text is read."""
+        is_shown = self.is_interactive and num_tokens > LONG_TEXT
+        return self.notes.status(f"reading {num_tokens:,} tokens") if is_shown else nullcontext()
 
     def _notes_on(self, turn: Turn) -> Iterator[str]:
         if turn.ending == INTERRUPTED:
@@ -226,29 +234,31 @@ class _Writer:
     """
 
     def __init__(self, width: int | None = None) -> None:
-        self._width, self._column, self._word = width, 0, ""
+        self._width, self._column, self._held = width, 0, ""
         self._last = "\n"
 
     def write(self, text: str) -> None:
-        """Prints a piece of the answer at once, but for a word that may go on."""
+        """Prints a piece of the answer at once, but for a word that may go on, and the space before it."""
         if self._width is None:
             self._print(text)
             return
-        *whole, self._word = re.split(r"(?<=\s)", self._word + text)
+        *whole, self._held = re.split(r"(?<=\S)(?=\s)", self._held + text)
         self._print("".join(map(self._placed, whole)))
 
     def end(self) -> None:
         """Prints what was held back, and ends the line, if one has begun."""
-        self._print(self._placed(self._word))
+        self._print(self._placed(self._held))
         if self._last != "\n":
             self._print("\n")
 
     def _placed(self, word: str) -> str:
-        """A word and the space behind it, on a new line if need be."""
-        length = cell_len(word.rstrip())
-        begins_line = self._width is not None and 0 < self._column and self._column + length > self._width
-        self._column = 0 if word.endswith("\n") else cell_len(word) + self._column * (not begins_line)
-        return "\n" * begins_line + word
+        """A word with the space before it, or on a new line in its place."""
+        *lines, word = word.split("\n")
+        self._column *= not lines
+        if self._width is not None and 0 < self._column and self._column + cell_len(word) > self._width:
+            lines, word, self._column = [""], word.lstrip(), 0
+        self._column += cell_len(word)
+        return "\n".join([*lines, word])
 
     def _print(self, text: str) -> None:
         sys.stdout.write(text)
@@ -275,6 +285,7 @@ def typed_messages(notes: Console) -> Iterator[str]:
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
+    from prompt_toolkit.shortcuts import CompleteStyle
 
     keys = KeyBindings()
 
@@ -293,6 +304,7 @@ def typed_messages(notes: Console) -> Iterator[str]:
         key_bindings=keys,
         completer=WordCompleter(list(COMMANDS), sentence=True),
         complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,  # keeps no room for a menu
         output=create_output(sys.stdout if sys.stdout.isatty() else sys.stderr),
     )
     while True:
