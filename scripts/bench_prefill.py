@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lckv.benchmarking.ways import milliseconds, read_arguments, show, take_turns
 from lckv.cache import KVCache, build_cache
 from lckv.generation.prefill import PrefillReport, prefill
 from lckv.loading import load_model
 
+BASELINE = "transformers' Llama"
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings")
+SIZES += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
-def run(model: Any, input_ids: torch.Tensor, *way: Any) -> tuple[PrefillReport, KVCache]:
-    """Prefills a new cache; `way` is chunk size, passes and tolerance."""
+
+def run(model: Any, input_ids: torch.Tensor, groups: int, *way: Any) -> tuple[PrefillReport, KVCache]:
+    """Prefills a new cache, tokens taking turns in so many groups; `way` is chunk size, passes and tolerance."""
+    model.config.cyclic_groups = groups
     cache = build_cache("dynamic", model.config)
     options: dict[str, Any] = dict(zip(("chunk_size", "forward_passes", "tolerance"), way, strict=True))
     return prefill(model, input_ids, cache, **options), cache
@@ -39,26 +45,43 @@ def figures(mine: tuple[PrefillReport, KVCache], exact: tuple[PrefillReport, KVC
     }
 
 
+def build_llama(model: Any) -> LlamaForCausalLM:
+    """A model of transformers' own of the same sizes, with random weights."""
+    sizes = {name: getattr(model.config, name) for name in SIZES}
+    return LlamaForCausalLM(LlamaConfig(**sizes)).to(model.device, model.dtype).eval()
+
+
+@torch.inference_mode()
+def read(llama: LlamaForCausalLM, input_ids: torch.Tensor) -> None:
+    """Fills a new cache of transformers' own."""
+    llama(input_ids, use_cache=True, logits_to_keep=1)
+
+
 def main() -> None:
     """Times the ways in turn, and prints a table."""
-    ways_of = {"chunk_sizes": (64, 256), "tolerances": (1e-2, 1e-3), "forward_passes": 7}
+    ways_of = {"chunk_sizes": (64, 256), "tolerances": (1e-2, 1e-3), "forward_passes": 7, "groups": (1, 4)}
     arguments = read_arguments(__doc__, "model", text="", length=1024, **ways_of)
     model, tokenizer = load_model(arguments.model)
+    last = model.config.backward_passes
     input_ids = torch.randint(model.config.vocab_size, (1, arguments.length))
     if arguments.text:
         text = Path(arguments.text).read_text(encoding="utf-8")
         input_ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.length]
     iterations = [(arguments.forward_passes, None), *(("converge", each) for each in arguments.tolerances)]
     ways = {
-        f"{passes} {tolerance or '+ 2 passes'}, chunks of {size or 'all'}": partial(
-            run, model, input_ids, size, passes, tolerance
+        f"{passes} {tolerance or f'+ {last} passes'}, {groups} groups, chunks of {size or 'all'}": partial(
+            run, model, input_ids, groups, size, passes, tolerance
         )
+        for groups in arguments.groups
         for size in (None, *arguments.chunk_sizes)
         for passes, tolerance in iterations
     }
-    exact = run(model, input_ids, 1, 0, None)
-    rows = milliseconds(take_turns(ways, arguments.rounds), baseline=next(iter(ways)))
-    show({name: rows[name] | figures(way(), exact) for name, way in ways.items()}, output=arguments.output)
+    llama = build_llama(model)
+    ways[BASELINE] = partial(read, llama, input_ids)
+    exact = run(model, input_ids, 1, 1, 0, None)
+    rows = milliseconds(take_turns(ways, arguments.rounds), BASELINE)
+    of_ours = {name: figures(way(), exact) for name, way in ways.items() if name != BASELINE}
+    show({name: row | of_ours.get(name, {}) for name, row in rows.items()}, output=arguments.output)
 
 
 if __name__ == "__main__":
