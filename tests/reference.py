@@ -24,8 +24,7 @@ PATTERNS = [
     "2_0s_2s_0",
     "1_2_3_3",
     "0_1_1:0_1:0",  # keys of the middle with values of the bottom
-    "0:1_2:0_3:0_3:1",  # a layer that computes keys alone, reads its own, and iterates
-    "0_3:0_1:3s_2s",
+    "0:1_1:0_3:2s_3:2s",  # own keys with values from above, and the reverse in rings of keys alone and values alone
 ]
 
 

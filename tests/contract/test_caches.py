@@ -48,7 +48,7 @@ def test_readers_resolve_to_their_owners_storage_and_never_write(name, layer_typ
             assert before and addresses(layer.owner) == before
             if layer.keys is not None:
                 assert layer.keys.data_ptr() == store.keys.data_ptr()
-                assert layer.values.data_ptr() == store.values.data_ptr()
+                assert layer.values.data_ptr() == cache.owners()[layer_plan.value_source].values.data_ptr()
             states = torch.ones(2, 2, 1, 8)
             with pytest.raises(RuntimeError, match=f"layer {layer_plan.layer_idx} reads the KV of layer"):
                 cache.update(states, states, layer_plan.layer_idx)
