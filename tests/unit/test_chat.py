@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lckv import chat, cli
 from lckv.errors import UserError
@@ -24,11 +25,18 @@ from tests.unit.generation.test_chat import TEMPLATE, chat_model, make_session
 COLUMNS = 80
 
 
+def endless_model():
+    model = chat_model(max_position_embeddings=4096)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] = 0  # the likeliest token's logit is above that
+    return model
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model that hardly ever ends an answer."""
+    """A model whose answers end where they are cut."""
     path = tmp_path_factory.mktemp("model")
-    chat_model(max_position_embeddings=4096).save_pretrained(path)
+    endless_model().save_pretrained(path)
     letter_tokenizer(chat_template=TEMPLATE.replace("eos_token", "'<|end|>'")).save_pretrained(path)
     return str(path)
 
@@ -49,7 +57,7 @@ def run(folder, capsys, monkeypatch):
 def test_a_pipe(run):
     out, err = run("Why?\n\nAnd?\n/stats\n", "system=Be brief.", "cache=paged", "cache.page_size=4")
     session = make_session(
-        chat_model(max_position_embeddings=4096),
+        endless_model(),
         letter_tokenizer(chat_template=TEMPLATE.replace("eos_token", "'<|end|>'")),
         system="Be brief.",
     )
@@ -91,7 +99,7 @@ class Terminal:
         self.screen = ""
         self._ours, self._theirs = pty.openpty()  # both stay open: the chat opens its own by name
         fcntl.ioctl(self._theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-        arguments = [sys.executable, "-m", "lckv.chat", f"model={folder}", "max_new_tokens=2000"]
+        arguments = [sys.executable, "-m", "lckv.chat", f"model={folder}", "max_new_tokens=4000"]
         environment = os.environ | {"TERM": "xterm"}
         self.command = Command(arguments, cwd, environment, terminal=Path(os.ttyname(self._theirs)))
 
