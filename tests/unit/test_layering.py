@@ -17,7 +17,7 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 
 # From the bottom: a module may import from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "registry", "byte_sizes", "storage", "console", "environment", "processes", "hub"],
+    ["errors", "registry", "byte_sizes", "storage", "console", "environment", "processes", "hub", "chat_templates"],
     ["patterns"],
     ["layout", "iteration", "model_values"],
     ["costs", "iso", "config", "latents", "hydra_store", "run_names", "overrides", "drawing", "charts"],
@@ -47,6 +47,7 @@ TORCH_FREE = [
     "lckv.registry",
     "lckv.storage",
     "lckv.console",
+    "lckv.chat_templates",
     "lckv.patterns",
     "lckv.layout",
     "lckv.iteration",
