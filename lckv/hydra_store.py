@@ -24,6 +24,7 @@ from lckv.config import (
     PlanConfig,
     ReportConfig,
     SearchConfig,
+    SFTConfig,
     TrainConfig,
     names,
 )
@@ -32,6 +33,7 @@ from lckv.patterns import PATTERNS
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
+    "sft": SFTConfig,
     "plan": PlanConfig,
     "convert": ConvertConfig,
     "search": SearchConfig,
