@@ -35,7 +35,20 @@ LAYERS = [
     ["serving"],
     ["conversion"],
     ["benchmarking", "exporting", "reporting"],
-    ["cli", "plan", "train", "generate", "evaluate", "benchmark", "convert", "search", "report", "export", "hints"],
+    [
+        "cli",
+        "plan",
+        "train",
+        "sft",
+        "generate",
+        "evaluate",
+        "benchmark",
+        "convert",
+        "search",
+        "report",
+        "export",
+        "hints",
+    ],
 ]
 # Siblings that must not know each other. `training` receives built models and data sets, it does not import them.
 STRANGERS = {"data": {"models"}, "models": {"data", "config"}, "cache": {"data", "config"}, "training": {"models"}}
@@ -68,6 +81,7 @@ TORCH_FREE = [
     "lckv.export",
     "lckv.search",
     "lckv.train",
+    "lckv.sft",
 ]
 
 # What only an engine imports, which is not installed beside the tests: `make test-serving` has an environment for it.
