@@ -150,7 +150,7 @@ class _Job:
         name = job_name(hydra_cfg) if is_in_a_sweep() else ""
         try:
             cfg = _to_dataclass(composed, hydra_cfg)
-            is_run = type(cfg) is config.TrainConfig and is_in_a_sweep()
+            is_run = _is_run(cfg) and is_in_a_sweep()
             with recorded_failure(RunFolder(cfg.run_dir), cfg, task_overrides()) if is_run else nullcontext():
                 validate(cfg, task_overrides())
             return self.main(cfg)
@@ -265,7 +265,7 @@ def _to_dataclass(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
         group, _, name = key.rpartition(".")
         parent = attrgetter(group)(cfg) if group else cfg
         setattr(parent, name, overrides.unescape(getattr(parent, name)))
-    if isinstance(cfg, config.TrainConfig):
+    if isinstance(cfg, config.RunConfig):
         _fill_run_dir(cfg, hydra_cfg)
     return cfg
 
@@ -287,10 +287,15 @@ def _check_keys(composed: DictConfig, schema: type, prefix: str = "") -> None:
             _check_keys(composed[name], schema, f"{key}.")
 
 
-def _fill_run_dir(cfg: config.TrainConfig, hydra_cfg: DictConfig) -> None:
+def _is_run(cfg: Any) -> bool:
+    """Whether something is trained, which leaves a run folder."""
+    return isinstance(cfg, config.RunConfig) and not isinstance(cfg, config.PlanConfig)
+
+
+def _fill_run_dir(cfg: config.RunConfig, hydra_cfg: DictConfig) -> None:
     cfg.run_name = cfg.run_name or default_run_name(cfg)
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        if not isinstance(cfg, config.PlanConfig) and cfg.run_dir and Path(cfg.run_dir) != Path(hydra_cfg.sweep.dir):
+        if _is_run(cfg) and cfg.run_dir and Path(cfg.run_dir) != Path(hydra_cfg.sweep.dir):
             raise UserError(
                 f"run_dir={cfg.run_dir}: has no effect in a sweep beside hydra.sweep.dir={hydra_cfg.sweep.dir}; "
                 "leave one of them out"
@@ -323,6 +328,9 @@ def describe(error: Exception, schema: type) -> str:
             options.remove("none")  # generation cannot do without
         allowed = f"; allowed are {', '.join(options)}" if options else ""
         return f"{group or 'config'}={option}: there is no such option{allowed}{near_miss(option, options)}"
+    if found := re.match(r"In '(\w+)/(\w+)': Could not override '([^']+)'", str(error)):
+        given, group = f"{found[1]}={found[2]}", found[3]
+        return f"{given}: is for another command: it chooses {group}=..., and there is no such group here"
     if found := re.match(r"Could not override '([^'.]+)'", str(error)):  # one that other commands have
         return f"unknown key {found[1]!r}{_hint(found[1], schema)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
@@ -372,7 +380,8 @@ def _describe_key(key: str, schema: type) -> str:
 
 def _groups_without_key(schema: type) -> tuple[str, ...]:
     """Groups whose options are settings of other groups."""
-    return ("experiment", "debug") if "trainer" in keys_of(schema) else ()
+    names = ("experiment", "debug") if "trainer" in keys_of(schema) else ()
+    return names[:1] if issubclass(schema, config.SFTConfig) else names
 
 
 def _hint(key: str, schema: type) -> str:

@@ -57,7 +57,7 @@ def main(cfg: EvaluateConfig) -> None:
         torch.set_num_threads(cfg.num_threads)
     checkpoint = find_checkpoint(cfg.model, revision=cfg.revision)
     run = find_run(checkpoint)
-    stored = None if run is None else run.stored_config()["data"]
+    stored = None if run is None else run.stored_text()
     cfg.data = choose_text(cfg.data, is_named=_is_text_named(cfg), stored=stored)
     file = _results_file(cfg, checkpoint, run)
     model, tokenizer = load_model(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device)

@@ -25,6 +25,7 @@ from lckv.config import (
     PlanConfig,
     ReportConfig,
     SearchConfig,
+    SFTConfig,
     TrainConfig,
     names,
 )
@@ -33,6 +34,7 @@ from lckv.patterns import PATTERNS
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
+    "sft": SFTConfig,
     "plan": PlanConfig,
     "convert": ConvertConfig,
     "search": SearchConfig,

@@ -22,6 +22,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 """A tokenizer has one of these."""
 
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+"""Where chat templates are that the tokenizer's settings do not hold."""
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _GGUF = b"GGUF"
 
@@ -152,6 +155,22 @@ def keeps_latents(name: str, *, revision: str | None = None, key: str = "model")
     """
     found = find_files(name, revision=revision, key=key)
     return found.stored_values().get("kv_latents") is not None if found.is_folder else None
+
+
+def lacks_chat_template(name: str, *, revision: str | None = None, key: str = "model") -> bool:
+    """Whether the tokenizer in a model's folder has no chat template; of what lies elsewhere nothing is known here.
+
+    Raises:
+        UserError: if there is no such model, or a file cannot be read.
+    """
+    found = find_files(name, revision=revision, key=key)
+    folder, settings = Path(found.path), Path(found.path, "tokenizer_config.json")
+    if not found.is_folder or any((folder / template).exists() for template in CHAT_TEMPLATE_FILES):
+        return False
+    try:
+        return not settings.is_file() or '"chat_template"' not in settings.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{found}: {settings.name} cannot be read: {error}") from error
 
 
 def holds_tokenizer(path: Path) -> bool:

@@ -6,13 +6,16 @@ import re
 from hashlib import sha256
 from pathlib import Path
 
-from lckv.config import TrainConfig
+from lckv.config import RunConfig, SFTConfig, TrainConfig
 from lckv.config.model import LatentConfig
 from lckv.config.names import NO_LATENT, XKV
 
 
-def default_run_name(cfg: TrainConfig) -> str:
-    """A name for the run folder: the model's size or where it comes from, how it shares, and the seed."""
+def default_run_name(cfg: RunConfig) -> str:
+    """A name for the run folder: the model's size or where it comes from, how it shares or is tuned, and the seed."""
+    if isinstance(cfg, SFTConfig):
+        return file_name(f"{source_name(cfg.model or '')}-sft{'-lora' if cfg.lora.is_used else ''}-seed{cfg.seed}")
+    assert isinstance(cfg, TrainConfig)
     if cfg.model.layer_types is not None:
         sharing = str(cfg.model.layer_types).replace(":", "-")  # no file name has a colon, and "_" is between layers
     elif cfg.init.source is not None and cfg.sharing.name == "llama":

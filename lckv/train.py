@@ -65,7 +65,7 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     from lckv.training.arguments import build_training_arguments
     from lckv.training.callbacks import build_evaluate, check_sample_prompt
     from lckv.training.loggers import check_loggers
-    from lckv.training.run_summary import show_results
+    from lckv.training.run_summary import next_commands, show_results
     from lckv.training.session import Session
 
     prepare_process(cfg.trainer.num_threads)
@@ -93,7 +93,7 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     if results is not None:
         origin = None if init is None else source_config_of(init)
         plan, keeps_latents = (origin.sharing_plan, origin.kv_latents is not None) if origin else (None, False)
-        show_results(results, folder, console, plan, keeps_latents=keeps_latents)
+        show_results(results, folder, console, next_commands(results, folder, plan, keeps_latents=keeps_latents))
     return results
 
 

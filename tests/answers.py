@@ -58,7 +58,7 @@ def answer_to(command: str, arguments: str) -> str:
     try:
         main(_prepared(command, schema, given))
     except UserError as error:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()).replace(f"{Path.cwd()}/", "")
     except cli._CONFIG_ERRORS as error:
         return cli.describe(error, schema)
     return ""
@@ -175,6 +175,43 @@ def make_files(folder: Path) -> None:
         (folder / file).write_text("a note", encoding="utf-8")
     for file, text in ("text.md", "a note"), ("blank.md", " \n"):
         (folder / file).write_text(text, encoding="utf-8")
+    _make_conversations(folder)
+    _make_adapters(folder)
+
+
+def _make_conversations(folder: Path) -> None:
+    """Files of conversations, each with something wrong in its second line; `talk.jsonl` is whole."""
+    user, assistant = ({"role": role, "content": "a"} for role in ("user", "assistant"))
+    second = {
+        "talk": {"messages": [user, assistant]},
+        "field": {"conversations": []},
+        "silent": {"messages": [user]},
+        "order": {"messages": [user, assistant, assistant]},
+        "role": {"messages": [user, {"role": "bot", "content": "a"}]},
+        "number": {"messages": [user, {"role": "assistant", "content": 3}]},
+    }
+    for name, row in second.items():
+        lines = [{"messages": [user, assistant]}, row]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "torn.jsonl").write_text('\n{"messages": [', encoding="utf-8")
+    (folder / "nothing.jsonl").touch()
+
+
+def _make_adapters(folder: Path) -> None:
+    """Adapters as far as a look at their headers tells: of values that every layer computes, and another kind."""
+    header = {
+        f"base_model.model.model.layers.{layer}.self_attn.v_proj.lora_A.weight": {
+            "dtype": "F32",
+            "shape": [2, 32],
+            "data_offsets": [0, 0],
+        }
+        for layer in range(4)
+    }
+    for name, kind in ("lora", "LORA"), ("prefix", "PREFIX_TUNING"):
+        (folder / name).mkdir()
+        text = json.dumps(header).encode()
+        (folder / name / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+        (folder / name / "adapter_config.json").write_text(json.dumps({"peft_type": kind}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,5 +23,6 @@ from lckv.config.keys import Group, key, literal
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
 from lckv.config.pretrained import CalibrationConfig, InitConfig, TeacherConfig
 from lckv.config.reporting import ReportConfig
-from lckv.config.training import LoggerConfig, OptimConfig, PlanConfig, TrainConfig, TrainerConfig
+from lckv.config.sft import ConversationsConfig, LoraConfig, SFTConfig
+from lckv.config.training import LoggerConfig, OptimConfig, PlanConfig, RunConfig, TrainConfig, TrainerConfig
 from lckv.config.unused import validate

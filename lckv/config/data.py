@@ -14,7 +14,7 @@ SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
 
 _OF_FILES: dict[str, Any] = {"only_with": {"name": ("files",)}}
-_NO_FRACTION = "must lie between 0 and 1"
+NO_FRACTION = "must lie between 0 and 1"
 _OF_HUB: dict[str, Any] = {"only_with": {"name": ("hub",)}}
 
 
@@ -56,7 +56,7 @@ class DataConfig(Group):
     validation_split: str | None = key(None, **_OF_HUB)
     streaming: bool = key(False, **_OF_HUB)
     text_field: str = "text"
-    validation_fraction: float = key(0.05, such_that(lambda value: 0 < value <= 1, _NO_FRACTION))
+    validation_fraction: float = key(0.05, such_that(lambda value: 0 < value <= 1, NO_FRACTION))
     max_documents: int | None = key(None, at_least(or_null=True))
     block_size: int = key(256, at_least(2))
     document_mask: bool = True
@@ -89,7 +89,7 @@ class DataConfig(Group):
             only = f"{prefix}validation_files alone is enough for lckv.evaluate only"
             raise UserError(f"{prefix}files: is not set, the text to train on; {only}")
         if self.validation_fraction == 1:
-            raise UserError(f"{prefix}validation_fraction={self.validation_fraction!r}: {_NO_FRACTION}")
+            raise UserError(f"{prefix}validation_fraction={self.validation_fraction!r}: {NO_FRACTION}")
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lckv.config.data import DataConfig, TokenizerConfig
 from lckv.config.evaluation import EvaluationConfig
@@ -245,7 +245,20 @@ class LoggerConfig(Group):
 
 
 @dataclass
-class TrainConfig(Group):
+class RunConfig(Group):
+    """What every training is told, whatever it trains and on what: all that its run folder and its loop ask for."""
+
+    if TYPE_CHECKING:  # where each stands among its keys is for the classes to say that derive from this
+        trainer: TrainerConfig
+        optim: OptimConfig
+        logger: LoggerConfig
+        seed: int
+        run_name: str | None
+        run_dir: str | None
+
+
+@dataclass
+class TrainConfig(RunConfig):
     """Everything that `python -m lckv.train` needs.
 
     Attributes:

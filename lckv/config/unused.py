@@ -22,6 +22,7 @@ from lckv.config.hints import HintsConfig
 from lckv.config.keys import Group, keys_of
 from lckv.config.model import KEPT_WITH_SOURCE
 from lckv.config.names import CALIBRATED, NO_CACHE, NO_LATENT, TRAINED
+from lckv.config.sft import SFTConfig
 from lckv.config.training import TrainConfig
 from lckv.errors import UserError
 
@@ -213,6 +214,22 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             "on the model {cfg.init.source}, which brings its own sizes; leave it out",
         ),
         *_LOOP,
+    ),
+    SFTConfig: (
+        _unless(
+            "lora.alpha lora.dropout lora.target_modules", lambda cfg: cfg.lora.rank, "without lora.rank; give one"
+        ),
+        _unless(
+            "lora.rank",
+            lambda cfg: cfg.lora.adapter is None,
+            "beside lora.adapter={cfg.lora.adapter}, which brings its own; leave one of them out",
+        ),
+        _unless(
+            "trainer.trainable",
+            lambda cfg: not cfg.lora.is_used,
+            "beside adapters, which alone are trained; leave it out (lora.target_modules says where they are)",
+        ),
+        Unused("trainer.evaluation_steps", lambda cfg, key: "here; run lckv.evaluate on the tuned model"),
     ),
     ConvertConfig: (
         *_MODEL,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -102,8 +102,42 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
         return np.load(self.folder / "label_counts.npy")
 
 
+class RunData:
+    """What a run has to know of its data: blocks for training and for validation, and figures of both.
+
+    Attributes:
+        train: the training blocks.
+        validation: the validation blocks.
+        fingerprint: a short name for all that the blocks depend on.
+        block_size: tokens for which a block has room.
+        num_tokens: tokens in the training blocks.
+        num_predicted_tokens: validation labels that are not ignored.
+        validation_num_bytes: UTF-8 bytes of the text that these labels stand for; 0 where it is not known.
+        unigram_loss: validation loss, in nats per predicted token, of a unigram model of the training labels.
+    """
+
+    train: Sized
+    validation: Sized
+    fingerprint: str
+    block_size: int
+    num_tokens: int
+    num_predicted_tokens: int
+    validation_num_bytes: int
+    unigram_loss: float
+
+    @property
+    def tokens_per_block(self) -> float:
+        """Tokens in a training block, on average."""
+        return self.num_tokens / len(self.train)
+
+    @property
+    def unigram_perplexity(self) -> float:
+        """Validation perplexity, per predicted token, of a unigram model of the training labels."""
+        return math.exp(self.unigram_loss)
+
+
 @dataclass(frozen=True)
-class TokenizedData:
+class TokenizedData(RunData):
     """Training and validation blocks, and what the validation figures need.
 
     Attributes:
@@ -117,29 +151,29 @@ class TokenizedData:
     fingerprint: str
 
     @property
-    def num_tokens(self) -> int:
+    def block_size(self) -> int:  # type: ignore[override]
+        """Tokens of a block."""
+        return self.train.block_size
+
+    @property
+    def num_tokens(self) -> int:  # type: ignore[override]
         """Tokens in the training blocks."""
         return self.train.statistics.num_tokens
 
     @property
-    def num_predicted_tokens(self) -> int:
+    def num_predicted_tokens(self) -> int:  # type: ignore[override]
         """Validation labels that are not ignored."""
         return self.validation.statistics.num_predicted_tokens
 
     @property
-    def validation_num_bytes(self) -> int:
+    def validation_num_bytes(self) -> int:  # type: ignore[override]
         """UTF-8 bytes of the text that the validation labels stand for."""
         return self.validation.statistics.num_bytes
 
     @property
-    def unigram_loss(self) -> float:
+    def unigram_loss(self) -> float:  # type: ignore[override]
         """Validation loss, in nats per predicted token, of a unigram model of the training labels."""
         return unigram_loss(self.train.label_counts, self.validation.label_counts)
-
-    @property
-    def unigram_perplexity(self) -> float:
-        """Validation perplexity, per predicted token, of a unigram model of the training labels."""
-        return math.exp(self.unigram_loss)
 
 
 def unigram_loss(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -34,8 +34,13 @@ class FileFacts(NamedTuple):
     num_documents: int | None
 
 
-def find_files(given: Any, key: str) -> list[Path]:
+def find_files(given: Any, key: str, kinds: Collection[str] | None = None) -> list[Path]:
     """Turns a path, a glob, or a list of these, into the files they mean, each once.
+
+    Args:
+        given: what the user gave.
+        key: under which key.
+        kinds: which suffixes are allowed, that of a compression aside; by default those of [`READERS`].
 
     Raises:
         UserError: if one of them means no file, or a file of no known kind; the message names `key`.
@@ -49,9 +54,9 @@ def find_files(given: Any, key: str) -> list[Path]:
         raise UserError(f"{key}={given!r}: must be a path, a glob such as 'texts/*.jsonl', or a list of these")
     paths = [path for pattern in patterns for path in _match(str(pattern), key)]
     for path in paths:
-        if kind_of(path) not in READERS:
+        if kind_of(path) not in (allowed := READERS if kinds is None else kinds):
             raise UserError(
-                f"{key}: {str(path)!r} is of no known kind: allowed are {', '.join(READERS)}, also with .gz"
+                f"{key}: {str(path)!r} is of no known kind: allowed are {', '.join(allowed)}, also with .gz"
             )
     return list(dict.fromkeys(path.resolve() for path in paths))
 
@@ -152,7 +157,21 @@ def _read_txt(path: Path, text_field: str, document_separator: str | None) -> It
     yield from [text] if document_separator is None else text.split(document_separator)
 
 
+def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the rows of a file of [`ROW_READERS`], each behind where it is, for messages; `field` is all that counts.
+
+    Raises:
+        UserError: if the file cannot be read as what its suffix says, naming the file and, in jsonl, the line.
+    """
+    with _explain_read_errors(path):
+        yield from ROW_READERS[kind_of(path)](path, field)
+
+
 def _read_jsonl(path: Path, text_field: str, document_separator: str | None) -> Iterator[str]:
+    yield from (pick_text(row, text_field, where) for where, row in _jsonl_rows(path, text_field))
+
+
+def _jsonl_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -163,16 +182,22 @@ def _read_jsonl(path: Path, text_field: str, document_separator: str | None) -> 
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: is not a line of JSON ({error.msg} at column {error.colno})") from error
             if not isinstance(row, dict):
-                raise UserError(f"{where}: must be a JSON object with a field {text_field!r}, but is {row!r:.40}")
-            yield pick_text(row, text_field, where)
+                raise UserError(f"{where}: must be a JSON object with a field {field!r}, but is {row!r:.40}")
+            yield where, row
 
 
 def _read_parquet(path: Path, text_field: str, document_separator: str | None) -> Iterator[str]:
+    check_field(text_field, _open_parquet(path).schema_arrow.names, str(path))
+    yield from (pick_text(row, text_field, where) for where, row in _parquet_rows(path, text_field))
+
+
+def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Where the column is not there, whole rows, so that whoever asks for it can say what there is.
     file = _open_parquet(path)
-    check_field(text_field, file.schema_arrow.names, str(path))
-    batches = file.iter_batches(columns=[text_field], batch_size=1024)
+    columns = [field] if field in file.schema_arrow.names else None
+    batches = file.iter_batches(columns=columns, batch_size=1024)
     for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-        yield pick_text(row, text_field, f"{path}, row {number}")
+        yield f"{path}, row {number}", row
 
 
 def _open_parquet(path: Path) -> Any:
@@ -185,11 +210,11 @@ def _open_parquet(path: Path) -> Any:
         raise UserError(f"{path}: is not a whole parquet file ({str(error).splitlines()[0]})") from error
 
 
-def check_field(text_field: str, fields: Sequence[str], where: str) -> None:
+def check_field(text_field: str, fields: Sequence[str], where: str, key: str = "data.text_field") -> None:
     """Raises a UserError that names the `fields` there are, unless `text_field` is one of them."""
     if text_field not in fields:
         raise UserError(
-            f"data.text_field={text_field!r}: {where} has no such field; it has {', '.join(fields) or 'none'}"
+            f"{key}={text_field!r}: {where} has no such field; it has {', '.join(fields) or 'none'}"
             f"{near_miss(text_field, fields)}"
         )
 
@@ -218,3 +243,9 @@ READERS: dict[str, Callable[[Path, str, str | None], Iterator[str]]] = {
     ".parquet": _read_parquet,
 }
 """How to read a file, by its suffix."""
+
+ROW_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, dict[str, Any]]]]] = {
+    **dict.fromkeys(_JSONL_SUFFIXES, _jsonl_rows),
+    ".parquet": _parquet_rows,
+}
+"""The same for files of rows."""

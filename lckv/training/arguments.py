@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.activations import ACT2FN
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from lckv.config import TrainConfig, TrainerConfig
+from lckv.config import RunConfig, TrainConfig, TrainerConfig
 from lckv.config.names import RIEMANNIAN
 from lckv.errors import UserError, check_choice, near_miss
 from lckv.processes import num_processes
@@ -24,31 +25,44 @@ _TRUE = ("true", "1", "yes")
 _USES_OF_ACCELERATE = ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM")
 
 
-def build_training_arguments(cfg: TrainConfig) -> TrainingArguments:
+def build_training_arguments(
+    cfg: RunConfig,
+    kind: type[TrainingArguments] = TrainingArguments,
+    *,
+    left_open: Collection[str] = (),
+    **own: Any,
+) -> TrainingArguments:
     """Builds transformers' arguments for a run.
+
+    Args:
+        cfg: the configuration.
+        kind: the class of arguments, where another library derives one.
+        left_open: the fields of that class that `trainer.hf` may set.
+        own: those that it may not, and what they are.
 
     Raises:
         UserError: if the sizes do not go together, transformers has no such activation function, a switch cannot work
             on this machine, or `trainer.hf` has an unknown field.
     """
     trainer = cfg.trainer
-    cfg.check_sizes()
-    check_choice("model.hidden_act", cfg.model.hidden_act, ACT2FN)
+    if isinstance(cfg, TrainConfig):
+        cfg.check_sizes()
+        check_choice("model.hidden_act", cfg.model.hidden_act, ACT2FN)
     _check_switches(trainer)
     if cfg.optim.name == RIEMANNIAN and importlib.util.find_spec("geoopt") is None:
         raise UserError(
             f"optim.name={RIEMANNIAN}: needs geoopt, which is not installed; pip install 'lckv[riemannian]'"
         )
     for name in trainer.hf:
-        if name not in (allowed := _fields()):
+        if name not in (allowed := _fields() | {*left_open}):
             raise UserError(
                 f"trainer.hf.{name}: transformers' TrainingArguments has no such field{near_miss(name, allowed)}"
             )
     if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else processes under torchrun do not find each other
-    fields = _fields_set_here(cfg) | trainer.hf
+    fields = _fields_set_here(cfg) | own | trainer.hf
     try:
-        args = TrainingArguments(**fields)
+        args = kind(**fields)
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"transformers refuses these training arguments: {error}") from error
     _check_accelerate(args, trainer.precision)
@@ -84,7 +98,7 @@ def _check_accelerate(args: TrainingArguments, precision: str) -> None:
         )
 
 
-def _fields_set_here(cfg: TrainConfig) -> dict[str, Any]:
+def _fields_set_here(cfg: RunConfig) -> dict[str, Any]:
     """The fields of `TrainingArguments` that follow from our configuration, or that our loop relies on."""
     trainer, optim = cfg.trainer, cfg.optim
     micro_batch_size, accumulation = trainer.cut_batch(num_processes())

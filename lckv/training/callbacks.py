@@ -18,12 +18,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers import TrainingArguments as Arguments
 
 from lckv.config import TrainConfig
 from lckv.config.names import LOSS_PARTS
-from lckv.data.readers import join_line_ends
 from lckv.environment import peak_flops, peak_memory_bytes
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Outcome, Subject, run_evaluations
@@ -176,9 +182,19 @@ SAMPLING, SAMPLING_SEED = {"temperature": 0.8, "top_k": 50}, 0
 """How samples are drawn: the likeliest text of a small model soon repeats itself."""
 
 
-def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
-    """Continues `prompt` by up to `num_tokens` drawn at random, the same draw each time; the random state stays."""
-    inputs = tokenizer(join_line_ends(prompt), return_tensors="pt", return_token_type_ids=False).to(model.device)
+def sample_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: BatchEncoding, num_tokens: int, start: int = 0
+) -> str:
+    """Continues a prompt by up to `num_tokens` drawn at random, the same draw each time; the random state stays.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        inputs: the prompt's `input_ids` and `attention_mask`, each `(1, num_tokens)`.
+        num_tokens: how many tokens at most.
+        start: how many of the first tokens are left out of what is returned.
+    """
+    inputs = inputs.to(model.device)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     # A compiled layer would be compiled again for the lengths that only decoding has.
     with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
@@ -191,7 +207,7 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    return str(tokenizer.decode(output[0, start:], skip_special_tokens=True))
 
 
 def build_evaluate(

@@ -326,10 +326,9 @@ class DistillationTrainer(LCKVTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Computes the loss, and keeps its parts for the log and, at logging steps, the residual."""
+        """Computes the loss, and keeps its parts for the log."""
         of_teacher, unwrapped = self._ask_teacher(inputs), self.accelerator.unwrap_model(model)
         seen = self._run(model, unwrapped, inputs | self.step_arguments(model))
-        self.keep_residual(seen.outputs)
         parts = self.distillation_loss.parts(
             seen.outputs.logits,
             None if of_teacher is None else of_teacher.outputs.logits,

@@ -11,12 +11,12 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from lckv.config import LoggerConfig, TrainConfig
+from lckv.config import LoggerConfig, RunConfig
 from lckv.errors import UserError
 from lckv.registry import Registry
 from lckv.training.run_folder import RunFolder
 
-LOGGERS: Registry[Callable[[TrainConfig, RunFolder, int], TrainerCallback]] = Registry("logger")
+LOGGERS: Registry[Callable[[RunConfig, RunFolder, int], TrainerCallback]] = Registry("logger")
 """Builders of tracker callbacks by name: `builder(cfg, folder, first_step)`; the session logs what is behind that."""
 
 register_logger = LOGGERS.register
@@ -30,7 +30,7 @@ def check_loggers(cfg: LoggerConfig) -> None:
 
 
 @register_logger("tensorboard")
-def tensorboard(cfg: TrainConfig, folder: RunFolder, first_step: int) -> TrainerCallback:
+def tensorboard(cfg: RunConfig, folder: RunFolder, first_step: int) -> TrainerCallback:
     """Event files in the run folder: `tensorboard --logdir <run folder>`."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -39,7 +39,7 @@ def tensorboard(cfg: TrainConfig, folder: RunFolder, first_step: int) -> Trainer
 
 
 @register_logger("wandb")
-def wandb(cfg: TrainConfig, folder: RunFolder, first_step: int) -> TrainerCallback:
+def wandb(cfg: RunConfig, folder: RunFolder, first_step: int) -> TrainerCallback:
     """Weights & Biases; offline data lies in the run folder until `wandb sync` uploads it."""
     import wandb as wandb_package
 

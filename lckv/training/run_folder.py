@@ -9,6 +9,7 @@ loss.png           training and validation loss
 .lock              held by the process that trains here
 checkpoints/       what an interrupted run goes on from
 model/             the trained model and its tokenizer, for `from_pretrained`
+adapter/           where adapters were trained: they alone, as PEFT loads them; `model/` has them merged in
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from lckv.config import TrainConfig
+from lckv.config import RunConfig, TrainConfig
 from lckv.errors import UserError
 from lckv.model_arguments import resolve_layer_types
 from lckv.storage import locked, write_json, write_text
@@ -67,6 +68,7 @@ class RunFolder(ExitStack):
         self.failure = self.path / "failure.json"
         self.loss_plot = self.path / "loss.png"
         self.model = self.path / "model"
+        self.adapter = self.path / "adapter"
         self.tensorboard = self.path / "tensorboard"
         self.init = self.path / "init"
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", save_total_limit)
@@ -169,6 +171,11 @@ class RunFolder(ExitStack):
         """
         return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
 
+    def stored_text(self) -> dict[str, Any] | None:
+        """The settings of the text that the run in this folder is trained on; `None`: it is on conversations."""
+        data: dict[str, Any] = self.stored_config()["data"]
+        return data if "block_size" in data else None
+
     def run_id(self) -> str:
         """A name for trackers that is the same whenever this run goes on."""
         return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:12]
@@ -234,7 +241,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 @contextmanager
-def recorded_failure(folder: RunFolder, cfg: TrainConfig, overrides: Sequence[str]) -> Iterator[None]:
+def recorded_failure(folder: RunFolder, cfg: RunConfig, overrides: Sequence[str]) -> Iterator[None]:
     """Leaves `failure.json` in the run folder where an exception ends the run, and passes the exception on.
 
     A folder that holds another run, or this one finished, stays as it is.
@@ -256,9 +263,10 @@ def recorded_failure(folder: RunFolder, cfg: TrainConfig, overrides: Sequence[st
         raise
 
 
-def _layer_types(cfg: TrainConfig) -> str | None:
+def _layer_types(cfg: RunConfig) -> str | None:
     """The run's pattern, where it can be known without a pretrained model, which brings the number of layers."""
-    is_known = cfg.init.source is None or cfg.model.layer_types is not None
+    if not isinstance(cfg, TrainConfig) or (cfg.init.source is not None and cfg.model.layer_types is None):
+        return None
     with suppress(UserError):
-        return resolve_layer_types(cfg) if is_known else None
+        return resolve_layer_types(cfg)
     return None

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lckv.config import TrainConfig, TrainerConfig
+from lckv.config import RunConfig, TrainConfig, TrainerConfig
 from lckv.config.names import LOSS_PARTS
 from lckv.console import arguments_of_this_run, command
-from lckv.data.dataset import TokenizedData
+from lckv.data.dataset import RunData
 from lckv.environment import describe_hardware, versions
 from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
 from lckv.evaluation.results_file import scalar_figures
@@ -22,7 +22,7 @@ from lckv.iteration import CONVERGE
 from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.training.callbacks import SAMPLING, SAMPLING_SEED, describe_loss_parts, format_duration
 from lckv.training.run_folder import RunFolder
-from lckv.training.trainer import LCKVTrainer
+from lckv.training.trainer import RunMixin
 
 _OF_CONVERT = {"source": "init.source", "revision": "init.revision", "method": "init.method"}
 """Settings of `lckv.convert` by what `lckv.train` calls them."""
@@ -41,9 +41,10 @@ def median_speed(lines: Sequence[dict[str, Any]]) -> float | None:
     return median_high(speeds) if speeds else None
 
 
-def build_results(cfg: TrainConfig, trainer: LCKVTrainer, data: TokenizedData, folder: RunFolder) -> dict[str, Any]:
-    """Gathers the results of a run from the last lines of its metrics."""
-    model = cast(PreTrainedModel, trainer.model)
+def build_results(
+    cfg: RunConfig, model: PreTrainedModel, data: RunData, folder: RunFolder, trainer: RunMixin, num_trained: int
+) -> dict[str, Any]:
+    """Gathers the results of a run from the last lines of its metrics; `num_trained` parameters had a gradient."""
     lines = folder.read_metrics()
     train = [line for line in lines if "loss" in line]
     evaluation = [line for line in lines if "eval_loss" in line][-1]
@@ -51,9 +52,9 @@ def build_results(cfg: TrainConfig, trainer: LCKVTrainer, data: TokenizedData, f
     results = {
         "run_name": cfg.run_name or folder.path.name,
         "layer_types": sharing_plan_of(model).layer_types,
-        "is_for_all_patterns": cfg.sharing.is_random,
+        "is_for_all_patterns": isinstance(cfg, TrainConfig) and cfg.sharing.is_random,
         "num_parameters": model.num_parameters(),
-        "num_trained_parameters": model.num_parameters(only_trainable=True),
+        "num_trained_parameters": num_trained,
         "steps": evaluation["step"],
         "tokens": evaluation["tokens"],
         "train_loss": train[-1]["loss"],
@@ -62,7 +63,7 @@ def build_results(cfg: TrainConfig, trainer: LCKVTrainer, data: TokenizedData, f
         "eval_bits_per_byte": evaluation.get("eval_bits_per_byte"),
         "unigram_loss": data.unigram_loss,
         "unigram_perplexity": data.unigram_perplexity,
-        **cost_figures(model, data.train.block_size, llama_sizes_of(model, asdict(cfg))),
+        **cost_figures(model, data.block_size, llama_sizes_of(model, asdict(cfg))),
         "seconds": train[-1]["seconds"],
         "tokens_per_second": median_speed(train),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in train),
@@ -79,23 +80,8 @@ def build_results(cfg: TrainConfig, trainer: LCKVTrainer, data: TokenizedData, f
     return results | {name: train[-1][name] for name in where_measured if name in train[-1]}
 
 
-def show_results(
-    results: dict[str, Any],
-    folder: RunFolder,
-    console: Console,
-    source: SharingPlan | None = None,
-    *,
-    keeps_latents: bool = False,
-) -> None:
-    """Prints the results as a table, where the files are, and what to type next.
-
-    Args:
-        results: of the run.
-        folder: the run's.
-        console: to print on.
-        source: the pattern of the pretrained model that the run has started from, if it has.
-        keeps_latents: whether that model keeps latents, so that it can start no other pattern.
-    """
+def show_results(results: dict[str, Any], folder: RunFolder, console: Console, next_commands: Sequence[str]) -> None:
+    """Prints the results as a table, where the files are, and what to type next."""
     table = Table(title=f"{results['run_name']}  {results['layer_types']}", title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -107,7 +93,7 @@ def show_results(
     for name, path in paths:
         console.print(f"{name:<12} {path}")
     console.print("\nnext:", style="bold")
-    for line in _next_commands(results, folder, source, keeps_latents):
+    for line in next_commands:
         console.print(f"  {line}")
 
 
@@ -163,9 +149,17 @@ def _evaluation(figures: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:,.4f}" for name, value in scalar_figures(figures) if isinstance(value, float))
 
 
-def _next_commands(
-    results: dict[str, Any], folder: RunFolder, source: SharingPlan | None = None, keeps_latents: bool = False
+def next_commands(
+    results: dict[str, Any], folder: RunFolder, source: SharingPlan | None = None, *, keeps_latents: bool = False
 ) -> list[str]:
+    """What to type next: look at the model's costs, train another pattern for comparison, generate text.
+
+    Args:
+        results: of the run.
+        folder: the run's.
+        source: the pattern of the pretrained model that the run has started from, if it has.
+        keeps_latents: whether that model keeps latents, so that it can start no other pattern.
+    """
     given = _as_train_takes_them(arguments_of_this_run())
     commands = [command("lckv.plan", [f"init.source={folder.path}"])]  # its sizes as well as its pattern
     if results.get("is_for_all_patterns"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +55,18 @@ class TrainingOrder(Sampler[int]):
             yield from torch.randperm(self.num_blocks, generator=generator).tolist()[: self.num_samples - start]
 
 
-class LCKVTrainer(Trainer):
-    """Trains a causal language model on blocks of tokens.
+if TYPE_CHECKING:
+    _AnyTrainer = Trainer
+else:
+    _AnyTrainer = object
 
-    Beside what transformers' class does: the blocks of a step depend on the seed alone, not on how processes and
-    accumulation share them; a checkpoint is whole or absent; a loss that is not finite stops the run; evaluation
-    weights every token alike; and how far the keys and values of a cycle still move is measured at logging steps.
+
+class RunMixin(_AnyTrainer):
+    """What a run asks of a trainer, be it transformers' own or one of another library that derives from it.
+
+    The blocks of a step depend on the seed alone, not on how processes and accumulation share them; a checkpoint is
+    whole or absent; a loss that is not finite stops the run; evaluation weights every token alike; and how far the
+    keys and values of a cycle still move is measured at logging steps.
 
     Args:
         model: the model.
@@ -107,6 +113,10 @@ class LCKVTrainer(Trainer):
         self._config = model.config
         plan = getattr(model.config, "sharing_plan", None)  # models of other families have none
         self._has_residual = plan is not None and plan.has_cycles
+        if self._has_residual:
+            # At the decoder: not every trainer hands on all that it returns. Adapters stand around the whole model.
+            own = cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
+            own.base_model.register_forward_hook(lambda module, args, outputs: self._keep_residual(outputs))
 
     @property
     def is_sharded(self) -> bool:
@@ -146,10 +156,9 @@ class LCKVTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Computes the loss; at logging steps also keeps the residual of the model's iteration."""
-        loss, outputs = super().compute_loss(model, inputs | self.step_arguments(model), True, num_items_in_batch)
-        self.keep_residual(outputs)
-        return (loss, outputs) if return_outputs else loss
+        """Computes the loss; the model is told the step's pattern, and to tell the residual where it is logged."""
+        inputs = inputs | self.step_arguments(model)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def step_arguments(self, model: nn.Module) -> dict[str, Any]:
         """What the model is told beside the batch: the step's pattern, and to return the residual where it is wanted.
@@ -167,11 +176,9 @@ class LCKVTrainer(Trainer):
             arguments["output_kv_residual"] = True
         return arguments
 
-    def keep_residual(self, outputs: Any) -> None:
-        """Keeps the residual for the log, if the model has returned one."""
-        residual = getattr(outputs, "kv_residual", None)  # models of other families know none
-        if residual is not None:
-            self._residuals.append(residual.detach().float())
+    def _keep_residual(self, outputs: Any) -> None:
+        if outputs.kv_residual is not None:
+            self._residuals.append(outputs.kv_residual.detach().float())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the residual, and what there is to say of pattern and optimizer, to the training metrics."""
@@ -194,6 +201,7 @@ class LCKVTrainer(Trainer):
             cast(Blocks, self.eval_dataset),
             batch_size=self.args.per_device_eval_batch_size,
             num_bytes=self._eval_num_bytes,
+            collate=self.data_collator,
             rank=self.args.process_index,
             world_size=self.args.world_size,
             reduce_sum=self._sum_over_processes,
@@ -308,3 +316,7 @@ class LCKVTrainer(Trainer):
         norm = self.args.max_grad_norm
         tries.append(f"a smaller trainer.max_grad_norm (now {norm:g})" if norm else "trainer.max_grad_norm=1")
         return f"try {', '.join(tries)}, with another run_dir=... (last whole checkpoint: {latest or 'none'})"
+
+
+class LCKVTrainer(RunMixin, Trainer):
+    """Trains a causal language model on blocks of tokens by transformers' own loop."""

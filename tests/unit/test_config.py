@@ -27,6 +27,7 @@ from lckv.config.data import SMALLEST_BPE, SPECIAL_TOKENS
 from lckv.config.evaluation import EVALUATIONS
 from lckv.conversion.latents import FITS
 from lckv.conversion.methods import METHODS
+from lckv.data.conversations import CONVERSATIONS
 from lckv.data.sources import SOURCES
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import FUNCTIONS
@@ -57,9 +58,23 @@ NEEDED = {
 }
 
 
+OF_SFT = {option for option in options("experiment") if option.startswith("sft_")}
+
+
+@pytest.mark.parametrize("option", sorted(OF_SFT))
+def test_every_experiment_of_sft_composes(option):
+    cfg = cli.compose([f"experiment={option}", "model=x"], "sft")
+    assert (cfg.run_name, cfg.run_dir) == (option, f"runs/{option}")
+
+
 @pytest.mark.parametrize(
     ("group", "option"),
-    [(group, option) for group in ("experiment", "debug", "sharing", "model") for option in options(group)],
+    [
+        (group, option)
+        for group in ("experiment", "debug", "sharing", "model")
+        for option in options(group)
+        if option not in OF_SFT
+    ],
 )
 def test_every_choice_composes_and_makes_a_model_config(group, option):
     cfg = cli.compose([f"{group}={option}", *NEEDED.get(option, [])])
@@ -100,6 +115,7 @@ def test_what_is_known_of_names_before_torch_is_what_is_registered_behind_it():
         (names.OPTIMIZERS, OPTIMIZERS),
         (names.SCHEDULES, SCHEDULES),
         (names.SOURCES, SOURCES),
+        (names.CONVERSATIONS, CONVERSATIONS),
         (names.TRACKERS, LOGGERS),
         (names.TRAINABLE, TRAINABLE),
         (EVALUATIONS, FUNCTIONS),

@@ -39,6 +39,7 @@ LAYERS = [
         "cli",
         "plan",
         "train",
+        "sft",
         "generate",
         "chat",
         "evaluate",
@@ -82,6 +83,7 @@ TORCH_FREE = [
     "lckv.export",
     "lckv.search",
     "lckv.train",
+    "lckv.sft",
 ]
 
 # What only an engine imports, which is not installed beside the tests: `make test-serving` has an environment for it.

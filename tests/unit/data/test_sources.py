@@ -63,7 +63,7 @@ def test_validation_documents_are_those_marked_and_a_split_of_their_own_needs_no
 
 
 def test_no_book_of_the_bible_is_in_both_splits() -> None:
-    book_of = {chapter: book for book, chapter in sources._join_verses(sources._find_bible().read_bytes())}
+    book_of = {chapter: book for book, chapter in sources._join_verses(sources.find_bible().read_bytes())}
     splits: tuple[set[str], set[str]] = (set(), set())
     sizes = [0, 0]
     for document, is_validation in build_source(DataConfig()).documents():

@@ -10,14 +10,14 @@ from lckv import cli
 from lckv.model_arguments import plan_from_source
 from lckv.patterns import SharingPlan, parse_layer_types
 from lckv.training.run_folder import RunFolder
-from lckv.training.run_summary import _evaluation, _next_commands
+from lckv.training.run_summary import _evaluation, next_commands
 
 
 def commands(
     layer_types: str, folder: Path, prompt: str = "In the beginning", source: SharingPlan | None = None, **figures
 ) -> list[list[str]]:
     results = {"layer_types": layer_types, "run_name": "mine", "sample_prompt": prompt} | figures
-    return [shlex.split(command) for command in _next_commands(results, RunFolder(str(folder)), source)]
+    return [shlex.split(command) for command in next_commands(results, RunFolder(str(folder)), source)]
 
 
 def test_the_next_run_differs_in_its_pattern_only(monkeypatch, tmp_path):

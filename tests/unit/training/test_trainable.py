@@ -51,6 +51,6 @@ def test_the_report_says_how_many_are_trained(make_session: MakeSession, capsys:
     for trainable in ("kv", "all"):
         session = make_session(trainable, trainer__trainable=trainable, trainer__max_steps=1)
         results = session.run()
-        show_results(results, session.folder, Console(width=200))
+        show_results(results, session.folder, Console(width=200), [])
         said = f"{results['num_trained_parameters']:,} of them trained" in capsys.readouterr().out
         assert said == (trainable == "kv")

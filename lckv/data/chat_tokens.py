@@ -1,0 +1,321 @@
+"""Conversations as rows of tokens: rendered by the chat template, labelled, and packed or one to a row.
+
+A row is `input_ids` and `labels`, and `seq_lengths`, the tokens of each conversation in it, as TRL's `pack_dataset`
+makes it. Position ids restart at each conversation, which is how a model tells them apart; the first token of each has
+the label -100, as nothing stands before it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+
+from lckv.chat_templates import Message, turn_end
+from lckv.config.sft import ASSISTANT, DROP, REFUSE
+from lckv.console import track
+from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
+from lckv.data.conversations import Conversation, build_conversations
+from lckv.data.dataset import TRAIN, VALIDATION, RunData, unigram_loss
+from lckv.data.packing import IGNORE_INDEX
+from lckv.data.tokenizer import vocab_size_of
+from lckv.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+    from lckv.config import SFTConfig
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("input_ids", "labels", "seq_lengths")
+_ROWS_AT_ONCE = 1000
+_VERSION = 1  # part of the cache's key: raise it when what is stored, or how conversations become rows, changes
+
+
+@dataclass(frozen=True)
+class ChatEncoder:
+    """Turns conversations into tokens and labels.
+
+    Attributes:
+        tokenizer: with a chat template.
+        template: the one that is rendered, where it is not the tokenizer's: the same text, with marks around what
+            the assistant says.
+        is_assistant_only: whether nothing else is learnt.
+        multiple_of: every conversation is filled up to such a number of tokens, which are neither learnt nor seen by
+            any that is: so that its tokens take the same turns in a cycle wherever in a row they stand.
+        max_length: most tokens of a conversation.
+        end: what follows the last answer where the template has no token of its own for that; `None`: nothing.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    template: str | None
+    is_assistant_only: bool
+    multiple_of: int
+    max_length: int
+    end: int | None
+
+    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Tokens and labels of a conversation of any length, `(num_tokens,)` each."""
+        encoded: Any = self.tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=self.is_assistant_only,
+            chat_template=self.template,
+        )
+        ids = list(encoded["input_ids"])
+        is_learnt = list(encoded["assistant_masks"]) if self.is_assistant_only else [1] * len(ids)
+        if self.end is not None and messages[-1]["role"] == "assistant":
+            num_kept = 1 + max((place for place, learnt in enumerate(is_learnt) if learnt), default=len(ids) - 1)
+            ids, is_learnt = [*ids[:num_kept], self.end], [*is_learnt[:num_kept], 1]
+        labels = [token if learnt else IGNORE_INDEX for token, learnt in zip(ids, is_learnt, strict=True)]
+        return ids, [IGNORE_INDEX, *labels[1:]]
+
+    def fill_up(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        """What is no longer than `max_length`, filled up as `multiple_of` asks for."""
+        num_more = min(-len(ids) % self.multiple_of, self.max_length - len(ids))
+        return ids + [pad_token_of(self.tokenizer)] * num_more, labels + [IGNORE_INDEX] * num_more
+
+
+def pad_token_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """What stands where there is no text; nothing that is learnt sees it."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token with which the chat template ends an answer; `None` if it has none, or several together say it."""
+    text = turn_end(tokenizer)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    return int(tokens[0]) if len(tokens) == 1 else None
+
+
+def build_encoder(
+    tokenizer: PreTrainedTokenizerFast, cfg: SFTConfig, max_length: int, multiple_of: int
+) -> ChatEncoder:
+    """The encoder that a configuration asks for, tried on a conversation.
+
+    Raises:
+        UserError: if the template does not say which part of a text is the assistant's.
+    """
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    is_assistant_only = cfg.loss == ASSISTANT
+    given = f"chat_template={cfg.chat_template or 'null'}"
+    template = None
+    if is_assistant_only and not has_generation_markers(tokenizer.chat_template):
+        try:
+            template = get_training_chat_template(tokenizer)
+        except ValueError:
+            raise UserError(
+                f"{given}: does not mark what the assistant says with {{% generation %}}, nor does TRL know it; give "
+                "one that does (chat_template=chatml, or a file), or loss=all"
+            ) from None
+    end = tokenizer.eos_token_id if end_of_answer(tokenizer) is None else None
+    encoder = ChatEncoder(tokenizer, template, is_assistant_only, multiple_of, max_length, end)
+    probe = [{"role": role, "content": "A"} for role in ("user", "assistant", "user")]
+    ids, labels = encoder.encode(probe)
+    learnt = str(tokenizer.decode([token for token, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]))
+    if not learnt.strip():
+        raise UserError(f"{given}: marks nothing that the assistant says; see {{% generation %}}, or give loss=all")
+    if turn_end(tokenizer) not in learnt:
+        logger.warning("%s: how an answer ends is not among what is learnt, so that the model may not stop", given)
+    return encoder
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What is in the rows of a split.
+
+    Attributes:
+        num_conversations: conversations.
+        num_tokens: tokens, without those that fill up.
+        num_predicted_tokens: labels that are not ignored.
+        num_too_long: conversations that were longer than a row.
+        num_left_out: those of which no label was left, or that were left out because they were too long.
+    """
+
+    num_conversations: int = 0
+    num_tokens: int = 0
+    num_predicted_tokens: int = 0
+    num_too_long: int = 0
+    num_left_out: int = 0
+
+
+class ConversationData(RunData):
+    """Rows of conversations, in a folder.
+
+    Attributes:
+        counts: of the training rows and of the validation rows.
+    """
+
+    def __init__(self, folder: Path, key: str, max_length: int) -> None:
+        import datasets
+
+        self.fingerprint, self.block_size = key, max_length
+        self.train: Dataset = datasets.load_from_disk(str(folder / TRAIN))
+        self.validation: Dataset = datasets.load_from_disk(str(folder / VALIDATION))
+        stored = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+        self.counts = {split: SplitCounts(**counts) for split, counts in stored.items()}
+        self._label_counts = {split: np.load(folder / f"{split}.npy") for split in stored}
+        self.num_tokens = self.counts[TRAIN].num_tokens
+        self.num_predicted_tokens = self.counts[VALIDATION].num_predicted_tokens
+        self.validation_num_bytes = 0
+
+    @property
+    def unigram_loss(self) -> float:  # type: ignore[override]
+        """Validation loss, in nats per predicted token, of a unigram model of the training labels."""
+        return unigram_loss(self._label_counts[TRAIN], self._label_counts[VALIDATION])
+
+
+@dataclass(frozen=True)
+class ConversationCollator:
+    """Makes a batch of rows: `input_ids`, `position_ids` and `labels`, each `(batch, longest row)`.
+
+    Where a row ends, each token that fills it up is a conversation of its own: seen by nothing, and not learnt.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Fills shorter rows up."""
+        length = max(len(row["input_ids"]) for row in rows)
+        positions = [[place for count in row["seq_lengths"] for place in range(count)] for row in rows]
+        columns = {
+            "input_ids": ([row["input_ids"] for row in rows], self.pad_token_id),
+            "position_ids": (positions, 0),
+            "labels": ([row["labels"] for row in rows], IGNORE_INDEX),
+        }
+        return {
+            name: torch.tensor([values + [filler] * (length - len(values)) for values in column])
+            for name, (column, filler) in columns.items()
+        }
+
+
+def build_conversation_data(
+    cfg: SFTConfig, tokenizer: PreTrainedTokenizerFast, max_length: int, multiple_of: int
+) -> ConversationData:
+    """Tokenises and packs the conversations that `cfg.data` chooses, or finds it done in the cache.
+
+    Of several processes that ask at once, one does the work and the others wait for it.
+
+    Raises:
+        UserError: if they cannot be read, are too long, or none is left; or the cache cannot be written.
+    """
+    encoder = build_encoder(tokenizer, cfg, max_length, multiple_of)
+    source = build_conversations(cfg.data)
+    tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, encoder.template, encoder.end]
+    key = fingerprint(
+        *(_VERSION, source.content, cfg.data.validation_fraction, tokens, tokenizer.special_tokens_map),
+        *(cfg.loss, cfg.packing, cfg.too_long, max_length, multiple_of),
+    )
+
+    def build(folder: Path) -> None:
+        logger.info("tokenising %s into rows of %d tokens", source.name, max_length)
+        counts = {}
+        for split, read in zip((TRAIN, VALIDATION), source.splits(), strict=True):
+            writer = _SplitWriter(encoder, cfg.too_long, source.name)
+            writer.write(read, folder, split, is_packed=cfg.packing)
+            counts[split] = asdict(writer.counts)
+        (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+
+    folder = find_cache_dir(cfg.data.cache_dir) / "conversations" / key
+    data = load_or_build(folder, build, lambda folder: ConversationData(folder, key, max_length))
+    for split, counts in data.counts.items():
+        if counts.num_too_long:
+            done = "left out" if cfg.too_long == DROP else "cut off"
+            logger.warning(
+                "%s (%s): %d of %d conversations are longer than max_length=%d and were %s; nothing was left to learn "
+                "of %d",
+                *(source.name, split, counts.num_too_long, counts.num_conversations, max_length, done),
+                counts.num_left_out,
+            )
+    return data
+
+
+class _SplitWriter:
+    """Writes the rows of one split, and counts what is in them."""
+
+    def __init__(self, encoder: ChatEncoder, too_long: str, name: str) -> None:
+        self._encoder, self._too_long, self._name = encoder, too_long, name
+        self._label_counts = np.zeros(vocab_size_of(encoder.tokenizer), np.int64)
+        self._first_too_long: tuple[Conversation, int] | None = None
+        self.counts = SplitCounts()
+
+    def write(self, read: Callable[[], Iterable[Conversation]], folder: Path, split: str, *, is_packed: bool) -> None:
+        """Writes them below `folder`.
+
+        Raises:
+            UserError: if conversations are too long and that is refused, or none is left.
+        """
+        import datasets
+        import pyarrow
+        from trl import pack_dataset
+
+        work = folder / "work"
+        work.mkdir()
+        schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in _COLUMNS})
+        # Not by `Dataset.from_generator`, which wraps up what is raised in it.
+        with pyarrow.ipc.new_stream(str(work / "rows.arrow"), schema) as stream:
+            for batch in _batches(self._rows(read()), _ROWS_AT_ONCE):
+                stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
+        rows: Any = datasets.Dataset.from_file(str(work / "rows.arrow"))
+        if self._first_too_long is not None and self._too_long == REFUSE:
+            (conversation, length), counts = self._first_too_long, self.counts
+            limit = self._encoder.max_length
+            raise UserError(
+                f"{conversation.where}: is {length} tokens long, more than max_length={limit}, as are "
+                f"{counts.num_too_long} of {counts.num_conversations} conversations; give a larger max_length, "
+                "too_long=truncate or too_long=drop"
+            )
+        if not len(rows):
+            raise UserError(f"{self._name}: no conversation is left for {split}: all are longer than max_length")
+        if is_packed:
+            rows = pack_dataset(rows.remove_columns("seq_lengths"), self._encoder.max_length, "bfd")
+        rows.save_to_disk(str(folder / split))
+        np.save(folder / f"{split}.npy", self._label_counts)
+        shutil.rmtree(work)
+
+    def _rows(self, conversations: Iterable[Conversation]) -> Iterator[dict[str, list[int]]]:
+        found = asdict(self.counts)
+        for conversation in track(conversations, "tokenising"):
+            try:
+                ids, labels = self._encoder.encode(conversation.messages)
+            except (
+                TemplateError,
+                TypeError,
+                ValueError,
+            ) as error:  # what templates refuse, and what they stumble over
+                raise UserError(f"{conversation.where}: the chat template fails: {first_line(error)}") from error
+            found["num_conversations"] += 1
+            is_kept = True
+            if len(ids) > self._encoder.max_length:
+                found["num_too_long"] += 1
+                self._first_too_long = self._first_too_long or (conversation, len(ids))
+                ids, labels = ids[: self._encoder.max_length], labels[: self._encoder.max_length]
+                is_kept = self._too_long != DROP
+            learnt = np.array([label for label in labels if label != IGNORE_INDEX], np.int64)
+            if is_kept and len(learnt):
+                self._label_counts += np.bincount(learnt, minlength=len(self._label_counts))
+                found["num_tokens"] += len(ids)
+                found["num_predicted_tokens"] += len(learnt)
+                ids, labels = self._encoder.fill_up(ids, labels)
+                yield {"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]}
+            else:
+                found["num_left_out"] += 1
+            self.counts = SplitCounts(**found)
+
+
+def _batches(rows: Iterator[dict[str, list[int]]], size: int) -> Iterator[list[dict[str, list[int]]]]:
+    while batch := list(islice(rows, size)):
+        yield batch
