@@ -37,7 +37,7 @@ class RandomSharing:
 
     def __post_init__(self) -> None:
         num_layers = self.plan.num_hidden_layers
-        if self.plan.kv_source != tuple(range(num_layers)):
+        if not all(layer.reads_itself for layer in self.plan.layers):
             raise UserError(
                 f"sharing=random: draws whom layers read who all have keys and values of their own, not "
                 f"{self.plan.layer_types}; give a source that shares nothing"

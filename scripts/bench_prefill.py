@@ -21,8 +21,10 @@ from lckv.generation.prefill import PrefillReport, prefill
 from lckv.loading import load_model
 
 BASELINE = "transformers' Llama"
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings")
-SIZES += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
 
 
 def run(model: Any, input_ids: torch.Tensor, groups: int, *way: Any) -> tuple[PrefillReport, KVCache]:
@@ -68,7 +70,7 @@ def main() -> None:
         text = Path(arguments.text).read_text(encoding="utf-8")
         input_ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.length]
     iterations = [(arguments.forward_passes, None), *(("converge", each) for each in arguments.tolerances)]
-    ways = {
+    ways: dict[str, Any] = {
         f"{passes} {tolerance or f'+ {last} passes'}, {groups} groups, chunks of {size or 'all'}": partial(
             run, model, input_ids, groups, size, passes, tolerance
         )
@@ -76,11 +78,10 @@ def main() -> None:
         for size in (None, *arguments.chunk_sizes)
         for passes, tolerance in iterations
     }
-    llama = build_llama(model)
-    ways[BASELINE] = partial(read, llama, input_ids)
     exact = run(model, input_ids, 1, 1, 0, None)
-    rows = milliseconds(take_turns(ways, arguments.rounds), BASELINE)
-    of_ours = {name: figures(way(), exact) for name, way in ways.items() if name != BASELINE}
+    of_llama: dict[str, Any] = {BASELINE: partial(read, build_llama(model), input_ids)}
+    rows = milliseconds(take_turns(of_llama | ways, arguments.rounds), BASELINE)
+    of_ours = {name: figures(way(), exact) for name, way in ways.items()}
     show({name: row | of_ours.get(name, {}) for name, row in rows.items()}, output=arguments.output)
 
 

@@ -2,9 +2,9 @@
 
     python scripts/frontier.py --output runs/frontier
 
-trains everything on the embedded text, and goes on from whatever is in the folder already; twenty minutes on a CPU. The
-patterns are those of CLA, in which groups of 1, 2, 4 and 8 layers share keys and values. Models are evaluated on all of
-the validation text as the pattern says, after the conversion that leaves weights as they are (`method=inherit`).
+trains everything on the embedded text, and goes on from whatever is in the folder already; twenty minutes on a CPU.
+The patterns are those of CLA, in which groups of 1, 2, 4 and 8 layers share keys and values. Models are evaluated on
+all of the validation text as the pattern says, after the conversion that leaves weights as they are (`method=inherit`).
 """
 
 from __future__ import annotations

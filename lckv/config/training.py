@@ -256,6 +256,11 @@ class RunConfig(Group):
         run_name: str | None
         run_dir: str | None
 
+    @property
+    def draws_patterns(self) -> bool:
+        """Whether every step draws anew whom layers read."""
+        return False
+
 
 @dataclass
 class TrainConfig(RunConfig):
@@ -286,6 +291,11 @@ class TrainConfig(RunConfig):
     run_dir: str | None = key(None, is_named)
     iso: str | None = key(None, one_of(("params", "kv")))
     iso_multiple: int = key(8, at_least(), only_with={"iso": ("params",)})
+
+    @property
+    def draws_patterns(self) -> bool:
+        """Whether every step draws anew whom layers read."""
+        return self.sharing.is_random
 
     @property
     def given_pattern(self) -> str | None:

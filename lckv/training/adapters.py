@@ -25,7 +25,7 @@ _WITHOUT_FORWARD = ("k_b_proj", "v_b_proj")
 
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-_KEYS_OR_VALUES = re.compile(r"layers\.(?P<layer>\d+)\.self_attn\.[kv]_proj$")
+_KEYS_OR_VALUES = re.compile(r"layers\.(?P<layer>\d+)\.self_attn\.(?P<stream>[kv])_proj$")
 
 
 def read_adapter(folder: str) -> Shapes:
@@ -60,12 +60,16 @@ def check_adapter_pattern(adapter: Shapes, plan: SharingPlan, given: str) -> Non
     for name in adapter:
         found = _PART.fullmatch(name)
         at = _KEYS_OR_VALUES.search(found["module"]) if found else None
-        if at is None or (layer := int(at["layer"])) in plan.kv_owners:
+        if at is None:
             continue
-        owner = f"reads those of layer {plan.layers[layer].kv_source}" if layer < len(plan.layers) else "is not there"
+        number, is_of_keys = int(at["layer"]), at["stream"] == "k"
+        layer = plan.layers[number] if number < len(plan.layers) else None
+        if layer is not None and (layer.computes_keys if is_of_keys else layer.computes_values):
+            continue
+        owner = f"reads those of layer {layer.sources[not is_of_keys]}" if layer else "is not there"
         raise UserError(
-            f"{given}: adapts the keys or values of layer {layer}, which {owner} in the model ({plan.layer_types}); "
-            "give an adapter of the model's pattern"
+            f"{given}: adapts the {'keys' if is_of_keys else 'values'} of layer {number}, which {owner} in the model "
+            f"({plan.layer_types}); give an adapter of the model's pattern"
         )
 
 

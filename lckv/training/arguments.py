@@ -134,7 +134,7 @@ def _fields_set_here(cfg: RunConfig) -> dict[str, Any]:
         "disable_tqdm": True,  # there is a bar of our own
         "log_level": "warning",
         # Else every parameter takes part in every step; looking for idle ones costs a walk through the graph.
-        "ddp_find_unused_parameters": cfg.sharing.is_random,
+        "ddp_find_unused_parameters": cfg.draws_patterns,
     }
     # Newer versions call it activation checkpointing.
     if "activation_checkpointing" in _fields():

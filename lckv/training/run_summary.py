@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median_high
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lckv.config import RunConfig, TrainConfig, TrainerConfig
+from lckv.config import RunConfig, TrainerConfig
 from lckv.config.names import LOSS_PARTS
 from lckv.console import arguments_of_this_run, command
 from lckv.data.dataset import RunData
@@ -52,7 +52,7 @@ def build_results(
     results = {
         "run_name": cfg.run_name or folder.path.name,
         "layer_types": sharing_plan_of(model).layer_types,
-        "is_for_all_patterns": isinstance(cfg, TrainConfig) and cfg.sharing.is_random,
+        "is_for_all_patterns": cfg.draws_patterns,
         "num_parameters": model.num_parameters(),
         "num_trained_parameters": num_trained,
         "steps": evaluation["step"],

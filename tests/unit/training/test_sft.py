@@ -200,7 +200,7 @@ def test_an_adapter_of_an_owners_keys_changes_what_all_readers_see(make_session,
     plan = session.model.config.sharing_plan
     adapted = {at for at, layer in enumerate(layers) if hasattr(getattr(layer.self_attn, "k_proj", None), "lora_A")}
     assert adapted == set(plan.kv_owners)
-    assert readers == {at for at, source in enumerate(plan.kv_source) if source == owner}
+    assert readers == {at for at, layer in enumerate(plan.layers) if layer.value_source == owner}
     inputs = torch.arange(3, 33)[None]
     before = attention_outputs(session, inputs)
     with torch.no_grad():
@@ -251,7 +251,7 @@ def test_while_one_token_is_decoded_no_adapter_of_latents_is_passed_by(make_sess
 def test_an_adapter_of_another_model_is_refused(make_session, tmp_path):
     make_session("first", "llama", lora=LoraConfig(rank=2), max_steps=1).run()
     folder = str(tmp_path / "first" / "adapter")
-    with pytest.raises(UserError, match=r"^given: adapts the keys or values of layer 1, which reads those of layer 2"):
+    with pytest.raises(UserError, match=r"^given: adapts the keys of layer 1, which reads those of layer 2"):
         check_adapter_pattern(read_adapter(folder), parse_layer_types("0_2_2_3"), "given")
     with pytest.raises(UserError, match=r"^given: adapts .* of layer 2, which is not there in the model \(0_1\)"):
         check_adapter_pattern(read_adapter(folder), parse_layer_types("0_1"), "given")
