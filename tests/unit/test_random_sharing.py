@@ -28,7 +28,7 @@ def test_draws_depend_on_seed_and_step_alone():
 
 def test_layers_read_the_lowest_of_a_group_of_neighbours():
     for layer_types in drawn(200):
-        sources = parse_layer_types(layer_types).kv_source
+        sources = [layer.key_source for layer in parse_layer_types(layer_types).layers]
         assert sources[0] == 0
         assert all(source in (layer_idx, sources[layer_idx - 1]) for layer_idx, source in enumerate(sources))
 
@@ -54,7 +54,7 @@ def test_probability_says_how_many_own_keys_and_values_are_read(probability, mea
 def test_reach_bounds_how_far_below_a_layer_reads():
     for reach in (1, 3):
         plans = [parse_layer_types(layer_types) for layer_types in drawn(300, reach=reach)]
-        distances = {layer.layer_idx - layer.kv_source for plan in plans for layer in plan.layers}
+        distances = {layer.layer_idx - layer.key_source for plan in plans for layer in plan.layers}
         assert distances == set(range(reach + 1))
     assert drawn(1, probability=1.0, reach=3) == ["0_0_0_0_4_4_4_4"]
 
