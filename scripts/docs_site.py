@@ -1,7 +1,7 @@
-"""What the documentation's site has beside the pages in `docs/`, for mkdocs: see `hooks` and `extensions` in mkdocs.yml.
+"""What the site has beside the pages in `docs/`; mkdocs.yml names this file in `hooks` and `extensions`.
 
-Its first page is the README, two more are CONTRIBUTING and CHANGELOG, and the page of all keys is made of the dataclasses in
-`lckv.config`. In docstrings, names in brackets and backticks lead to what they name.
+Its first page is the README, two more are CONTRIBUTING and CHANGELOG, and the page of all keys is made of the
+dataclasses in `lckv.config`. In docstrings, names in brackets and backticks lead to what they name.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def keys_page() -> Iterator[str]:
     """The lines of the page with all keys of all commands."""
     yield from ("# Keys", "")
     yield (
-        "What `KEY=VALUE` may be on each command line. This page is made of the dataclasses in `lckv/config/`, which own "
-        "every key's type and default; the YAML files in `conf/` only choose among their values, so that a preset such as "
-        "`model=tiny` has others: `python -m lckv.train --help` prints those that its command line gives."
+        "What `KEY=VALUE` may be on each command line. This page is made of the dataclasses in `lckv/config/`, which "
+        "own every key's type and default; the YAML files in `conf/` only choose among their values, so that a preset "
+        "such as `model=tiny` has others: `python -m lckv.train --help` prints those that its command line gives."
     )
-    groups: dict[type, str] = {}
+    groups: dict[type, tuple[str, str]] = {}
     yield from ("", "## Commands")
     for command, schema in SCHEMAS.items():
         base = next((name for name, other in SCHEMAS.items() if other in schema.__mro__[1:]), None)
@@ -59,14 +59,16 @@ def keys_page() -> Iterator[str]:
         own = {name: key for name, key in keys_of(schema).items() if "." not in name and name not in known}
         yield from ("", f"### `lckv.{command}`", "", summary(schema), "")
         inside = {name: key.type for name, key in own.items() if key.is_group}
-        groups |= {kind: name for name, kind in inside.items() if kind not in groups}
+        groups |= {kind: (name, command) for name, kind in inside.items() if kind not in groups}
         links = [f"[`{name}`](#{kind.__name__})" for name, kind in inside.items()]
         links += [f"all of [`lckv.{base}`](#lckv{base})"] if base else []
         yield f"Groups: {', '.join(links)}." if links else ""
         yield from table(schema, [name for name, key in own.items() if not key.is_group])
     yield from ("", "## Groups")
-    for kind, name in sorted(groups.items(), key=lambda item: item[1]):
-        yield from ("", f"### `{name}` {{#{kind.__name__}}}", "", summary(kind))
+    for kind, (name, command) in sorted(groups.items(), key=lambda item: item[1]):
+        is_alone = [each for each, _ in groups.values()].count(name) == 1
+        title = f"`{name}`" if is_alone else f"`{name}` of `lckv.{command}`"
+        yield from ("", f"### {title} {{#{kind.__name__}}}", "", summary(kind))
         keys = [name for name, key in keys_of(kind).items() if "." not in name and not key.is_group]
         yield from table(kind, keys, f"{name}.")
 

@@ -116,7 +116,7 @@ def flags_fit(command: str, script: Path) -> bool:
 
 
 def test_every_block_says_what_it_is() -> None:
-    """A block without a language would be none that a test looks at, and a mark that fits nothing would hide nothing."""
+    """No test looks at a block without a language, and a mark that fits nothing is one too many."""
     assert not [str(block) for block in BLOCKS if block.language not in ("sh", "python", "text", "json", "toml")]
     idle = [
         f"{block}: {text}"
