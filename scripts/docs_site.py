@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def meanings(kind: type) -> dict[str, str]:
     return {name: " ".join(meaning.split()).replace("|", "\\|") for name, meaning in items}
 
 
-class CrossReferences(griffe.Extension):
+class DocstringLinks(griffe.Extension):
     """Lets the names that docstrings have in brackets and backticks, as transformers' do, lead to what they name.
 
     A name is looked up where its docstring stands, as Python would; what has no place in the site stays plain.
@@ -117,13 +118,12 @@ class CrossReferences(griffe.Extension):
             here = found.pop()
             found += [each for each in here.members.values() if isinstance(each, griffe.Object)]
             if here.docstring is not None:
-                here.docstring.value = re.sub(
-                    r"\[`([\w.]+)`\]", lambda match, here=here: reference(here, match[1]), here.docstring.value
-                )
+                here.docstring.value = re.sub(r"\[`([\w.]+)`\]", partial(link, here), here.docstring.value)
 
 
-def reference(here: griffe.Object, name: str) -> str:
+def link(here: griffe.Object, found: re.Match[str]) -> str:
     """The link from a docstring to a name in it."""
+    name = found[1]
     first, dot, rest = name.partition(".")
     try:
         path = name if first == "lckv" else here.resolve(first) + dot + rest

@@ -22,6 +22,7 @@ RUN = [
     if block.language == "sh" and any(block.reason(each) is None and entry_point(each) for each in block.commands)
 ]
 TEXTS = ["data=files", "data.files=texts/*.txt"]
+BRIEF = ["num_threads=1", "prompt_length=20", "new_tokens=3", "rounds=1", "kv_budget=100kB", "overwrite=true"]
 SHORT = ["trainer.max_steps=2", "trainer.eval_steps=null", "trainer.sample_steps=null", "trainer.num_threads=1"]
 
 
@@ -54,20 +55,17 @@ def run(folder: Path, module: str, arguments: list[str], num_processes: int = 1)
 
 
 def with_little(module: str, arguments: list[str]) -> list[str]:
-    """What is added to a command so that it takes seconds."""
-    if "--help" in arguments:
+    """What is added to a command so that it takes seconds, of what it does not say itself."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    if "--help" in given:
         return []
-    groups = {argument.partition("=")[0] for argument in arguments}
-    reads = module in ("train", "convert", "search") and not groups & {"data", "experiment"}
-    added = TEXTS if reads or (module == "train" and "data" not in groups) else []
-    if module == "train":
-        added = [*added, *(SHORT if "init.source" in groups else ["debug=cpu_smoke"] if "debug" not in groups else [])]
-    if module in ("convert", "search"):
-        prefix = "" if module == "search" else "init."
-        added = [*added, *([] if f"{prefix}calibration_tokens" in groups else [f"{prefix}calibration_tokens=1024"])]
-    if "method=distill" in arguments:
-        added = [*added, *SHORT[:1], *SHORT[3:]]
-    return added
+    little = {
+        "train": [*TEXTS, *(SHORT if "init.source" in given else ["debug=cpu_smoke"])],
+        "convert": [*TEXTS, "init.calibration_tokens=1024", *(SHORT if "method=distill" in arguments else [])],
+        "search": [*TEXTS, "calibration_tokens=1024"],
+        "benchmark": [*([] if "checkpoints" in given else ["model=nano"]), *BRIEF],
+    }
+    return [argument for argument in little.get(module, []) if argument.partition("=")[0] not in given]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from lckv import cli
 from lckv.config import TrainConfig
 from lckv.config.model import ModelConfig
 from lckv.costs import ModelSizes, count_costs
+from lckv.families import FAMILIES, TENSORS
 from lckv.hydra_store import SCHEMAS
 from lckv.iteration import Iteration
 from lckv.model_arguments import resolve_layer_types
@@ -132,7 +133,8 @@ def test_every_block_says_what_it_is() -> None:
 )
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(PATTERNS, "_entries", dict(PATTERNS._entries))  # a page's pattern is none of the package's
+    for table in (PATTERNS, FAMILIES, TENSORS):  # what a page adds is none of the package's
+        monkeypatch.setattr(table, "_entries", dict(table._entries))
     blocks = [block.text for block in BLOCKS if block.page == page and block.language == "python" and not block.marks]
     program = tmp_path / "page.py"
     program.write_text("\n".join(blocks))
