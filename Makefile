@@ -89,13 +89,13 @@ check: $(STAMP) ## lint, formatting, types, spelling, notebooks without outputs,
 	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
 	$(RUN) -m nbstripout --verify notebooks/*.ipynb
-	$(SITE) build --strict --quiet
+	$(SITE) build --strict
 
 # The theme would tell of another program by which mkdocs may be replaced one day.
 SITE := NO_MKDOCS_2_WARNING=1 "$(RUN)" -m mkdocs
 
 docs: $(STAMP) ## build the site into site/; what does not lead anywhere is an error
-	$(SITE) build --strict --quiet
+	$(SITE) build --strict
 	@echo "==> site/index.html"
 
 docs-serve: $(STAMP) ## show the site at http://localhost:8000, and what is changed in it

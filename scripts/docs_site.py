@@ -18,6 +18,7 @@ from typing import Any
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the package of this checkout, whatever is installed
@@ -37,9 +38,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Lets links that are right in the repository be right in the site."""
-    markdown = re.sub(r"\]\(docs/", "](", markdown)
+    markdown = markdown.replace("](docs/", "](")
+    if page.file.src_uri == "study/README.md":
+        markdown = markdown.replace("](report.md)", "](report.html)")
     markdown = re.sub(r"\]\(\.\./(CONTRIBUTING|CHANGELOG)\.md", r"](\1.md", markdown)
     return re.sub(r"\[([^][]+)\]\((?:\.\./)?(?:LICENSE|notebooks/|lckv/|scripts/)[^)]*\)", r"\1", markdown)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lckv.config.names import CALIBRATED
 from tests import commands
 from tests.docs import BLOCKS, Block, entry_point
 from tests.e2e.conftest import write_corpus
@@ -22,7 +23,7 @@ RUN = [
     if block.language == "sh" and any(block.reason(each) is None and entry_point(each) for each in block.commands)
 ]
 TEXTS = ["data=files", "data.files=texts/*.txt"]
-BRIEF = ["num_threads=1", "prompt_length=20", "new_tokens=3", "rounds=1", "kv_budget=100kB", "overwrite=true"]
+BRIEF = ["num_threads=1", "prompt_length=20", "new_tokens=3", "rounds=1", "kv_budget=100kB"]
 SHORT = ["trainer.max_steps=2", "trainer.eval_steps=null", "trainer.sample_steps=null", "trainer.num_threads=1"]
 
 
@@ -43,6 +44,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(folder / name, folder / "runs" / "sweep" / pattern)
     for name in ("MODEL", "HuggingFaceTB/SmolLM2-135M"):
         shutil.copytree(folder / "runs" / "demo_llama" / "model", folder / name)
+    run(folder, "convert", ["source=MODEL", "latent=joint", "latent.ratio=2", "out=CONVERTED", *TEXTS])
     return folder
 
 
@@ -59,12 +61,19 @@ def with_little(module: str, arguments: list[str]) -> list[str]:
     given = {argument.partition("=")[0] for argument in arguments}
     if "--help" in given:
         return []
+    looks_at_text = "latent" in given or any(f"method={method}" in arguments for method in CALIBRATED)
     little = {
         "train": [*TEXTS, *(SHORT if "init.source" in given else ["debug=cpu_smoke"])],
-        "convert": [*TEXTS, "init.calibration_tokens=1024", *(SHORT if "method=distill" in arguments else [])],
+        "convert": [
+            *([*TEXTS, "init.calibration_tokens=1024"] if looks_at_text else []),
+            *(SHORT if "method=distill" in arguments else []),
+        ],
         "search": [*TEXTS, "calibration_tokens=1024"],
         "benchmark": [*([] if "checkpoints" in given else ["model=nano"]), *BRIEF],
+        "evaluate": ["speed.prompt_length=32"] if "evals=[perplexity,speed]" in arguments else [],
     }
+    if "hydra/sweeper" in given:
+        little[module].append("hydra.sweeper.n_trials=2")
     return [argument for argument in little.get(module, []) if argument.partition("=")[0] not in given]
 
 

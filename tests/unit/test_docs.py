@@ -13,6 +13,7 @@ import pytest
 
 from lckv import cli
 from lckv.config import TrainConfig
+from lckv.config.keys import keys_of
 from lckv.config.model import ModelConfig
 from lckv.costs import ModelSizes, count_costs
 from lckv.families import FAMILIES, TENSORS
@@ -88,6 +89,19 @@ def sweep(overrides: list[str]) -> list[list[str]]:
     }
     jobs = range(max(map(len, values.values()), default=0))
     return [[f"{key}={choices[job % len(choices)]}" for key, choices in values.items()] for job in jobs] or [[]]
+
+
+def test_keys_in_the_text_exist() -> None:
+    keys = {key for schema in SCHEMAS.values() for key in keys_of(schema)}
+    groups = {key.partition(".")[0] for key in keys if "." in key}
+    unknown = [
+        f"{page.name}: {group}.{name}"
+        for page in PAGES
+        for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+        for group, name in re.findall(r"(?<![\w./])([a-z]+)\.([a-z_]+)(?![\w/(])", code)
+        if group in groups and name not in ("json", "safetensors") and f"{group}.{name}" not in keys
+    ]
+    assert not unknown
 
 
 def test_other_commands_name_what_there_is() -> None:
