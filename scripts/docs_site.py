@@ -84,8 +84,9 @@ def summary(kind: type) -> str:
 
 def table(kind: Any, names: list[str], prefix: str = "") -> Iterator[str]:
     """Keys with their types, defaults and meanings."""
-    if names:
-        yield from ("", "| key | type | default | |", "|---|---|---|---|")
+    if not names:
+        return
+    yield from ("", '<div class="keys" markdown>', "", "| key | type | default | |", "|---|---|---|---|")
     said = {name: text for each in reversed(kind.__mro__) for name, text in meanings(each).items()}
     defaults = {item.name: item for item in fields(kind)}
     for name in names:
@@ -94,6 +95,7 @@ def table(kind: Any, names: list[str], prefix: str = "") -> Iterator[str]:
         default = "needed" if declared.traits.get("required") else f"`{shown(value)}`"
         type_name = declared.type.__name__ if isinstance(declared.type, type) else str(declared.type)
         yield f"| `{prefix}{name}` | `{type_name.replace('typing.', '')}` | {default} | {said.get(name, '')} |"
+    yield from ("", "</div>")
 
 
 def shown(value: Any) -> str:
