@@ -70,7 +70,10 @@ def with_little(module: str, arguments: list[str]) -> list[str]:
         ],
         "search": [*TEXTS, "calibration_tokens=1024"],
         "benchmark": [*([] if "checkpoints" in given else ["model=nano"]), *BRIEF],
-        "evaluate": ["speed.prompt_length=32"] if "evals=[perplexity,speed]" in arguments else [],
+        "evaluate": [
+            *(["speed.prompt_length=32"] if "evals=[perplexity,speed]" in arguments else []),
+            *(["harness.limit=2"] if "evals=[harness]" in arguments else []),
+        ],
     }
     if "hydra/sweeper" in given:
         little[module].append("hydra.sweeper.n_trials=2")
