@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT ?= 1000
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare study test test-slow test-gpu test-hub test-serving check format wheel wheel-smoke bench bench-decode bench-prefill bench-serving clean
+.PHONY: help setup train compare study test test-slow test-gpu test-hub test-serving check docs docs-serve format wheel wheel-smoke bench bench-decode bench-prefill bench-serving clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -83,12 +83,23 @@ test-serving: ## run the tests that serve models with vLLM, in an environment of
 	"$(SERVING_VENV)/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-timeout
 	"$(SERVING_VENV)/bin/python" -m pytest --confcutdir=tests/serving -m serving --timeout=600 --durations=10 tests/serving
 
-check: $(STAMP) ## lint, formatting, types, spelling, notebooks without outputs
+check: $(STAMP) ## lint, formatting, types, spelling, notebooks without outputs, links of the site
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
 	$(RUN) -m nbstripout --verify notebooks/*.ipynb
+	$(SITE) build --strict
+
+# The theme would tell of another program by which mkdocs may be replaced one day.
+SITE := NO_MKDOCS_2_WARNING=1 "$(RUN)" -m mkdocs
+
+docs: $(STAMP) ## build the site into site/; what does not lead anywhere is an error
+	$(SITE) build --strict
+	@echo "==> site/index.html"
+
+docs-serve: $(STAMP) ## show the site at http://localhost:8000, and what is changed in it
+	$(SITE) serve
 
 format: $(STAMP) ## format the code and strip the notebooks
 	$(RUN) -m ruff check --fix .
@@ -116,5 +127,5 @@ bench-serving: ## measure what shared keys and values are worth in vLLM, into ru
 	"$(SERVING_VENV)/bin/python" scripts/bench_serving.py --output runs/serving.json --picture runs/serving.png
 
 clean: ## remove what is built and cached, not .venv and not runs/
-	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf build dist site .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find lckv tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

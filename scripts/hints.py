@@ -2,7 +2,7 @@
 
     python scripts/hints.py MODEL CALIBRATION.jsonl HELDOUT.jsonl --output FIGURES.json
 
-makes the table of docs/serving.md. Both texts have a `text` in every line; what is used are the beginnings of the
+makes the table of docs/hints.md. Both texts have a `text` in every line; what is used are the beginnings of the
 first ones that are long enough. Where layers read upward, the perplexity is the exact one: text goes token by token
 through a cache. Beside it stands how many passes over all tokens at once come to the same, on the first text.
 """
