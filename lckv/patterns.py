@@ -62,6 +62,12 @@ class LayerPlan:
         return self.computes_keys or self.computes_values
 
     @property
+    def computes(self) -> str:
+        """The same in words."""
+        names = (("keys", self.computes_keys), ("values", self.computes_values))
+        return " and ".join(name for name, is_computed in names if is_computed) or "no keys and values"
+
+    @property
     def is_upward(self) -> bool:
         """Whether the layer reads a layer above it, so that its own token's key, or value, does not exist yet."""
         return max(self.sources) > self.layer_idx

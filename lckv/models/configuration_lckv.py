@@ -149,13 +149,15 @@ class LCKVLlamaConfig(LlamaConfig):
         """A copy with another sharing pattern, and all else as it is: each layer's keys are rotated as before.
 
         Raises:
-            UserError: for a bad string, one that lets layers read what computes no keys and values here, and where
-                layers keep latents, of which no other layer could make its keys.
+            UserError: for a bad string, one whose owners would keep something else than here, and where layers keep
+                latents, of which no other layer could make its keys.
         """
         config, plan = copy.copy(self), parse_layer_types(layer_types, self.num_hidden_layers)
-        missing = set(plan.kv_owners) - set(self.sharing_plan.kv_owners)
-        if missing or self.kv_latents is not None:
-            fault = f"layer {min(missing)} computes no keys and values" if missing else "layers keep latents"
+        fault = "layers keep latents" if self.kv_latents is not None else None
+        for asked, own in zip(plan.layers, self.sharing_plan.layers, strict=True):
+            if fault is None and asked.computes_kv and asked.computes != own.computes:
+                fault = f"layer {own.layer_idx} computes {own.computes}, not {asked.computes},"
+        if fault is not None:
             raise UserError(f"layer_types={layer_types!r}: {fault} in this model, whose own are {self.kv_sharing!r}")
         config.kv_sharing, config.layer_types = plan.layer_types, _transformers_layer_types(plan, self.sliding_window)
         return config
