@@ -40,7 +40,7 @@ OWN, ALL, AFTERWARDS = "own", "random", "llama"
 LABELS = {
     OWN: "four models, each trained for its pattern",
     ALL: "one model, sharing=random",
-    AFTERWARDS: "one model, trained as Llama",
+    AFTERWARDS: "one model, trained as Llama, shared afterwards",
 }
 
 

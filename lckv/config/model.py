@@ -128,8 +128,7 @@ class SharingConfig(Group):
     Attributes:
         name: the pattern; or "random": all layers keep keys and values, and at every training step it is drawn which
             of them read the lowest of a group instead of their own.
-        probability: with random, of a layer to read what the layer below it reads; None: another one at every step, so
-            that all numbers of layers that are read are equally likely.
+        probability: with random, of a layer to read what the layer below it reads.
         reach: with random, how many layers below itself a layer may read; None: down to the lowest.
     """
 

@@ -27,7 +27,13 @@ def assert_same_curve(first: Path, second: Path) -> None:
 def test_two_processes_draw_the_same_patterns(finished_run: FinishedRun, tmp_path: Path) -> None:
     """Projections that nobody reads in a step have no gradient in any process, and rest."""
     one, two = tmp_path / "one", tmp_path / "two"
-    random = [*ALIKE, "sharing=random", "model.layer_types=null", "model.num_hidden_layers=4"]
+    random = [
+        *ALIKE,
+        "sharing=random",
+        "sharing.probability=0.5",
+        "model.layer_types=null",
+        "model.num_hidden_layers=4",
+    ]
     train.main(cli.compose(training.command(finished_run.corpus, one, *random)[3:]))
     arguments = training.command(finished_run.corpus, two, *random, "trainer.micro_batch_size=2")
     process = training.run(arguments, tmp_path, num_processes=2)
