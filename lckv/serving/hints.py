@@ -225,6 +225,11 @@ class SharingHint:
         if has_windows(plan) and values["sliding_window"] is None:
             raise UserError(f"sliding_window=null: layer_types={plan.layer_types} has windows; give their tokens")
         kv_bytes = values["kv_bytes"] and SavedBytes(**values["kv_bytes"])
+        if kv_bytes and kv_bytes.saved != kv_bytes.model - kv_bytes.hint:
+            raise UserError(f"kv_bytes.saved={kv_bytes.saved}: is not {kv_bytes.model} - {kv_bytes.hint}")
+        if kv_bytes and abs(values["saved_fraction"] - kv_bytes.saved / kv_bytes.model) > 1e-6:
+            of_bytes = f"{kv_bytes.saved} of {kv_bytes.model} bytes"
+            raise UserError(f"saved_fraction={values['saved_fraction']}: is not that of kv_bytes, {of_bytes}")
         return cls(**{**values, "group": group, "kv_bytes": kv_bytes})
 
 

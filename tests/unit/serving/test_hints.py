@@ -205,6 +205,9 @@ def test_what_the_schema_forbids_is_refused(path, value, change):
     assert is_allowed == VALIDATOR.is_valid(document)
 
 
+SAVED = {"context_length": 8, "dtype": "int8", "model": 64, "hint": 32, "saved": 32}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -222,6 +225,8 @@ def test_what_the_schema_forbids_is_refused(path, value, change):
         ({"kv_source": [0, 0, 2, [2, "0"]]}, r"hint: kv_source\[3\]\[1\]=\"0\": allowed is a whole number"),
         ({"layer_types": "0_0_2"}, "hint: layer_types='0_0_2': has 3 entries, but num_hidden_layers=4"),
         ({"layer_types": "0_0_2s_2"}, "hint: sliding_window=null: layer_types=0_0_2s_2 has windows"),
+        ({"kv_bytes": SAVED | {"saved": 31}}, r"hint: kv_bytes.saved=31: is not 64 - 32"),
+        ({"kv_bytes": SAVED, "saved_fraction": 0.6}, r"hint: saved_fraction=0.6: is not that of kv_bytes, 32 of 64"),
         ({"num_layers": 0}, "hint: num_layers=0: allowed is 1 or more"),
         ({"group.direction": "uper"}, "hint: group.direction='uper': allowed are upper, lower; did you mean 'upper'?"),
         ({"group.group_size": 2.5}, "hint: group.group_size=2.5: allowed is a whole number"),
