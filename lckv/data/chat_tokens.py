@@ -73,9 +73,15 @@ class ChatEncoder:
             return_dict=True,
             return_assistant_tokens_mask=self.is_assistant_only,
             chat_template=self.template,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )
         ids = list(encoded["input_ids"])
         is_learnt = list(encoded["assistant_masks"]) if self.is_assistant_only else [1] * len(ids)
+        # Of the bytes of a character that are tokens each, transformers marks the first alone at an answer's end.
+        places = encoded["offset_mapping"]
+        for at in range(1, len(ids)):
+            if is_learnt[at - 1] and places[at] == places[at - 1]:
+                is_learnt[at] = 1
         if self.end is not None and messages[-1]["role"] == "assistant":
             num_kept = 1 + max((place for place, learnt in enumerate(is_learnt) if learnt), default=len(ids) - 1)
             ids, is_learnt = [*ids[:num_kept], self.end], [*is_learnt[:num_kept], 1]

@@ -181,6 +181,8 @@ def _jsonl_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: is not a line of JSON ({error.msg} at column {error.colno})") from error
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+                raise UserError(f"{where}: is no JSON that can be read ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: must be a JSON object with a field {field!r}, but is {row!r:.40}")
             yield where, row

@@ -22,6 +22,7 @@ from lckv.cache import KVCache, build_cache
 from lckv.cache.paged.pages import OutOfPagesError
 from lckv.chat_templates import Message, render_chat, turn_end
 from lckv.data.readers import join_line_ends
+from lckv.data.sources import SURROGATES
 from lckv.errors import UserError
 from lckv.generation.decoding_options import Sampling
 from lckv.generation.prefill import PrefillOptions
@@ -163,7 +164,7 @@ class ChatSession:
             UserError: if the template takes none; nothing has changed then.
         """
         others = self.messages if self.system is None else self.messages[1:]
-        self.set_messages([*([] if text is None else [{"role": "system", "content": text}]), *others])
+        self.set_messages([*([] if text is None else [_message("system", text)]), *others])
 
     def set_messages(self, messages: list[Message]) -> None:
         """Goes on with another conversation; what it has in common with this one stays in the cache.
@@ -171,8 +172,9 @@ class ChatSession:
         Raises:
             UserError: if the template cannot render it; nothing has changed then.
         """
+        messages = [_message(**message) for message in messages]
         render_chat(self.tokenizer, [*messages, _message("user", "?")], add_generation_prompt=True)
-        self.messages = list(messages)
+        self.messages = messages
 
     def answer(self, text: str, write: Callable[[str], None], reading: Reading = lambda _: nullcontext()) -> Turn:
         """Has the model answer a message.
@@ -320,7 +322,8 @@ def _stops(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
 
 
 def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+    # What is pasted, or stands in JSON, may hold half a surrogate pair, which no tokenizer can represent.
+    return {"role": role, "content": SURROGATES.sub("\ufffd", content)}
 
 
 def _pieces(tokens: Iterable[int], text: TextPieces) -> Iterator[str]:

@@ -70,7 +70,7 @@ def load_conversation(path: Path, number: int | None = None) -> list[Message]:
 def _read(line: str) -> list[Message]:
     try:
         value: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"is no JSON: {error}") from None
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not messages:

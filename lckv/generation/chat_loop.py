@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -139,7 +140,7 @@ class ChatLoop:
         self._note("(no system message)" if given is None else f"(system message: {given})")
 
     def _save(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = _path(name)
         if not self.session.num_turns:
             raise UserError(f"/save {name}: there is no answer to save yet")
         is_again = path.resolve() in self.saved
@@ -156,10 +157,10 @@ class ChatLoop:
     def _load(self, argument: str) -> None:
         name, number = argument, None
         before, _, last = argument.rpartition(" ")
-        if before and last.isdecimal() and not Path(argument).expanduser().exists():
+        if before and last.isdecimal() and not _path(argument).exists():
             name, number = before, int(last)
         try:
-            self.session.set_messages(load_conversation(Path(name).expanduser(), number))
+            self.session.set_messages(load_conversation(_path(name), number))
         except UserError as error:
             raise UserError(f"/load {error}") from error
         self._note(f"(loaded {_count(len(self.session.messages), 'message')} from {name})")
@@ -319,3 +320,8 @@ def typed_messages(notes: Console) -> Iterator[str]:
 def _count(number: int, what: str) -> str:
     """Such as "1 token" or "1,234 tokens"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _path(name: str) -> Path:
+    """A path with the home folder for `~`, and for `~who` that of a user, if there is one."""
+    return Path(os.path.expanduser(name))  # where Path.expanduser raises

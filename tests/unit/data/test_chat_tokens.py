@@ -61,6 +61,17 @@ def test_with_a_token_per_byte_exactly_the_bytes_of_answers_and_their_ends_are_l
     assert labels == [*expected_labels[:-1], end]
 
 
+def test_an_answer_that_ends_in_several_bytes_of_a_character_is_learnt_to_its_end():
+    tokenizer = byte_tokenizer(
+        chat_template="{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}U:{{ m.content }} {% endif %}{% endfor %}"
+    )
+    for answer in ("yes 😀", "é", "no"):
+        ids, labels = build_encoder(tokenizer, SFTConfig(), 500, 1).encode([TALK[1], TALK[2] | {"content": answer}])
+        said = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+        assert [label for label in labels if label != -100] == said == ids[-len(said) :]
+
+
 @pytest.mark.parametrize("has_own_end", [False, True])
 def test_with_merged_tokens_what_is_learnt_reads_as_the_answers(has_own_end):
     tokenizer = merging_tokenizer()

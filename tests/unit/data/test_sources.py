@@ -306,6 +306,9 @@ def test_mistakes_in_jsonl(tmp_path: Path) -> None:
     settings = {"name": "files", "files": str(path)}
     path.write_text('{"text": "fine"}\n\n{"text": "cut of\n')
     fails(f"{path}:3: is not a line of JSON", **settings)
+    for unreadable in ("[" * 3000, "1" * 5000):
+        path.write_text(unreadable)
+        fails(f"{path}:1: is no JSON that can be read", **settings)
     path.write_text('{"text": "fine"}\n["a", "list"]\n')
     fails(f"{path}:2: must be a JSON object with a field 'text'", **settings)
     path.write_text('{"content": "fine", "texts": 1}\n')

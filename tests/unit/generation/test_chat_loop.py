@@ -96,6 +96,7 @@ MISTAKES = [
     ("/save a.jsonl", "/save a.jsonl: there is no answer to save yet"),
     ("/load nowhere", "/load nowhere: No such file or directory"),
     ("/load .", "/load .: Is a directory"),
+    ("/load ~nobody_of_that_name/x", "/load ~nobody_of_that_name/x: No such file or directory"),
 ]
 
 
@@ -116,6 +117,8 @@ BROKEN = [
     ("", "f: holds no conversation"),
     (f"{LINES}\n\n{LINES}\n", "f: holds 2 conversations; say which: the number of its line behind the name"),
     (f'{LINES[:-1]}\n"', "f, line 1: is no JSON: "),
+    ("[" * 3000, "f, line 1: is no JSON: "),
+    ("1" * 5000, "f, line 1: is no JSON: "),
     ("[]", "f, line 1: is no object with a list 'messages'"),
     ('\n{"messages": []}', "f, line 2: is no object with a list 'messages'"),
     ('{"messages": [3]}', "f, line 1: message 1: is no object"),
@@ -144,6 +147,12 @@ def test_one_of_several_conversations(chat, session, tmp_path):
     assert "/load two talks, line 3: is no object" in chat("/load two talks 3")[1]
     assert "/load two talks: has no conversation in line 1" in chat("/load two talks 1")[1]
     assert session.messages == TALK
+
+
+def test_half_a_surrogate_pair_is_no_text(chat, session, tmp_path):
+    (tmp_path / "half").write_text(json.dumps({"messages": [*TALK[:-1], TALK[-1] | {"content": "so \ud83d"}]}))
+    out, _ = chat("/load half", "Why?")
+    assert out and session.messages[len(TALK) - 1]["content"] == "so \ufffd"
 
 
 def test_a_full_context_says_what_to_do(chat, session):
