@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT ?= 1000
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup train compare study test test-slow test-gpu test-hub test-serving check docs docs-serve format wheel wheel-smoke bench bench-decode bench-prefill bench-serving clean
+.PHONY: help setup train compare study test test-slow test-gpu test-hub test-serving check notebooks docs docs-serve format wheel wheel-smoke bench bench-decode bench-prefill bench-serving clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -83,12 +83,15 @@ test-serving: ## run the tests that serve models with vLLM, in an environment of
 	"$(SERVING_VENV)/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-timeout
 	"$(SERVING_VENV)/bin/python" -m pytest --confcutdir=tests/serving -m serving --timeout=600 --durations=10 tests/serving
 
-check: $(STAMP) ## lint, formatting, types, spelling, notebooks without outputs, links of the site
+# Notebooks are kept with what they print and draw, and without the rest that an editor adds.
+KEEP := --keep-output --keep-count --keep-id
+
+check: $(STAMP) ## lint, formatting, types, spelling, notebooks without traces of a machine, links of the site
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
-	$(RUN) -m nbstripout --verify notebooks/*.ipynb
+	$(RUN) -m nbstripout --verify $(KEEP) notebooks/*.ipynb
 	$(SITE) build --strict
 
 # The theme would tell of another program by which mkdocs may be replaced one day.
@@ -101,10 +104,13 @@ docs: $(STAMP) ## build the site into site/; what does not lead anywhere is an e
 docs-serve: $(STAMP) ## show the site at http://localhost:8000, and what is changed in it
 	$(SITE) serve
 
+notebooks: $(STAMP) ## execute the notebooks in place, with new outputs and pictures (about 10 minutes)
+	$(RUN) scripts/notebooks.py notebooks/*.ipynb
+
 format: $(STAMP) ## format the code and strip the notebooks
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(RUN) -m nbstripout notebooks/*.ipynb
+	$(RUN) -m nbstripout $(KEEP) notebooks/*.ipynb
 
 wheel: $(STAMP) ## build the wheel and the source archive into dist/
 	$(RUN) -m build --no-isolation --outdir dist .
