@@ -30,7 +30,9 @@ def execute(notebook: Path, folder: Path) -> Any:
     paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}
     env = os.environ | {name: f"{path}{os.pathsep}{os.environ.get(name, '')}" for name, path in paths.items()}
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(found, timeout=600, resources=resources, record_timing=False, coalesce_streams=True).execute(env=env)
+    NotebookClient(found, timeout=600, resources=resources, record_timing=False, coalesce_streams=True).execute(
+        env=env
+    )
     found.metadata = {key: found.metadata[key] for key in ("kernelspec",)}
     for cell in found.cells:
         if cell.cell_type == "code":  # a command says on standard error how far it has come, and how fast
