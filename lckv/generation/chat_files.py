@@ -43,7 +43,7 @@ def load_conversation(path: Path, number: int | None = None) -> list[Message]:
         UserError: if there is no such conversation; it says which line is broken.
     """
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = near_miss(path.name, names) if isinstance(error, FileNotFoundError) else ""

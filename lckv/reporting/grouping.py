@@ -108,7 +108,8 @@ def _provenance(run: Row) -> dict[str, Any]:
         "tokens": run.tokens,
         "layers": None if run.plan is None else run.plan.num_hidden_layers,
         "vocab_size": run.config.get("model.vocab_size") or run.config.get("tokenizer.vocab_size"),
-        **{name: run.config.get(f"model.{name}", "") or "default" for name in _SIZES},
+        # A run of lckv.sft names a model, and none of its sizes.
+        **{name: None if "model" in run.config else run.config.get(f"model.{name}") or "default" for name in _SIZES},
     }
     return {name: _UNKNOWN if value is None else scalar(value) for name, value in values.items()}
 

@@ -133,6 +133,7 @@ def next_commands(cfg: SFTConfig, folder: RunFolder) -> list[str]:
     prompt = f"prompt={cfg.trainer.sample_prompt}"
     return [
         command("lckv.generate", [f"model={folder.path}", prompt]),
+        command("lckv.chat", [f"model={folder.path}"]),
         command("lckv.evaluate", [f"model={folder.path}", "evals=[perplexity]"]),
         command("lckv.export", [f"model={folder.path}", "format=hub", f"out={folder.path.name}-hub"]),
     ]
