@@ -57,7 +57,7 @@ def check_adapter_pattern(adapter: Shapes, plan: SharingPlan, given: str) -> Non
     Raises:
         UserError: naming the first of these layers.
     """
-    for name in adapter:
+    for name in sorted(adapter):
         found = _PART.fullmatch(name)
         at = _KEYS_OR_VALUES.search(found["module"]) if found else None
         if at is None:
