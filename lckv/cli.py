@@ -30,7 +30,7 @@ from lckv.config import validate
 from lckv.config.keys import keys_of
 from lckv.config.training import OF_OURS
 from lckv.errors import UserError, near_miss
-from lckv.processes import share_cores
+from lckv.processes import hear_every_interrupt, share_cores
 from lckv.run_names import default_run_name, file_name
 from lckv.storage import CANNOT_WRITE
 from lckv.training.run_folder import RunFolder, recorded_failure
@@ -62,6 +62,7 @@ def run(main: Callable[[Any], Any], config_name: str) -> None:
     # Else Hydra itself prints exceptions and exits, before anything here can see them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     share_cores()
+    hear_every_interrupt()
     job = _Job(main, config_name, [])
     FailedJob.received.clear()
     try:

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
@@ -82,3 +86,21 @@ def set_num_threads(num_threads: int | None) -> None:
         num_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+
+
+def hear_every_interrupt() -> None:
+    """Sends a Ctrl-C once more that came while Python was freeing objects, and was lost in a finalizer of one of them.
+
+    What is raised there goes no further. Behind imports as large as transformers' that takes long enough to be met.
+    """
+    otherwise = sys.unraisablehook
+
+    def hook(lost: Any) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            otherwise(lost)
+            return
+        again = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook

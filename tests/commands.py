@@ -74,10 +74,6 @@ class Command:
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
-    def wait(self, timeout: float) -> None:
-        """Waits for its end, so many seconds at the most."""
-        self._process.join(timeout)
-
     def finish(self, timeout: float) -> subprocess.CompletedProcess[str]:
         """Waits for its end, and returns what it printed, with its exit code; kills it after `timeout` seconds."""
         self._process.join(timeout)

@@ -1,5 +1,8 @@
 """What processes are told by launchers, and tell the libraries that they load."""
 
+import subprocess
+import sys
+
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
@@ -42,3 +45,23 @@ def test_one_process_is_what_was_asked_for() -> None:
 def test_threads_wait_briefly_unless_the_user_says_how(given: dict[str, str], told: dict[str, str]) -> None:
     share_cores(given)
     assert given == told
+
+
+def test_an_interrupt_that_a_finalizer_swallows_is_heard() -> None:
+    code = """
+import signal, time
+from lckv.processes import hear_every_interrupt
+
+class Freed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+hear_every_interrupt()
+try:
+    Freed()
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("heard")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.stderr) == ("heard\n", "")
