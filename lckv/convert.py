@@ -82,7 +82,7 @@ def _describe(cfg: TrainConfig, out: Path, source: LCKVLlamaConfig) -> str:
     if all(layer.reads_itself for layer in plan.layers):
         return f"{made}; nothing is shared: give model.layer_types or sharing"
     same = plan == source.sharing_plan
-    return f"{made}; shared as before: give model.layer_types or sharing" if same else made
+    return f"{made}; shared as before: give model.layer_types, or sharing other than llama" if same else made
 
 
 def _train(cfg: TrainConfig, out: Path, max_shard_size: int) -> None:
