@@ -277,9 +277,8 @@ class _Drawing:
 
         side = -1 if source > layer.layer_idx else 1
         edge = side * self.box_width / 2
-        reach = (
-            edge + side * _bulge(layer, source) / 0.75
-        )  # a cubic curve gets three quarters of the way to its handles
+        # A cubic curve gets three quarters of the way to its handles.
+        reach = edge + side * _bulge(layer, source) / 0.75
         start, end = self._ends(layer, source)
         curve = Curve(
             [(edge, start), (reach, start), (reach, end), (edge, end)],

@@ -34,7 +34,7 @@ from lckv.data.dataset import BlockDataset, TokenizedData, build_dataset
 from lckv.data.tokenizer import build_tokenizer
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.patterns import build_layer_types, parse_layer_types
+from lckv.patterns import build_layer_types
 from lckv.storage import write_json
 
 PATTERNS = (
@@ -166,8 +166,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     """Trains what is missing, prints the table and draws the picture."""
-    sizes = {"layer_size": 128, "batch_size": 2, "length": 256, "vocab_size": 2048, "steps": 300, "num_heldout": 24}
-    sizes["hidden_size"] = sizes.pop("layer_size")
+    sizes = {"hidden_size": 128, "batch_size": 2, "length": 256, "vocab_size": 2048, "steps": 300, "num_heldout": 24}
     run = {"learning_rate": 3e-3, "seeds": (0, 1, 2), "schedules": SCHEDULES, "text": ("",)}
     arguments = read_arguments(__doc__, patterns=PATTERNS, **sizes, **run)
     arguments.text = [path for path in arguments.text if path]
@@ -177,7 +176,6 @@ def main() -> None:
     missing = [each for each in product(arguments.patterns, arguments.schedules, arguments.seeds) if each not in done]
     data = prepare(arguments)
     for pattern, schedule, seed in track(missing, "models", len(missing)):
-        parse_layer_types(pattern)
         rows.append(train(arguments, data, pattern, schedule, seed))
         write_json(output, rows)  # after each model, as it takes long until the last
     show(table(rows))

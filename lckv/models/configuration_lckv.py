@@ -12,7 +12,7 @@ from lckv.errors import UserError, check_choice
 from lckv.iteration import Iteration, check_iteration
 from lckv.layout import PLANES, KVLayout, check_latents, kv_layout, latents_read
 from lckv.model_values import NORM_TYPES
-from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
+from lckv.patterns import LayerPlan, SharingPlan, build_layer_types, parse_layer_types
 
 # Older transformers have no cache layer for decoder layers without KV of their own. There, "moe" is the one name that
 # makes its caches keep nothing for a layer; newer ones ask `kv_sharing_modes`.
@@ -213,15 +213,14 @@ class LCKVLlamaConfig(LlamaConfig):
 
 
 def _transformers_layer_types(plan: SharingPlan, sliding_window: int) -> list[str]:
-    return [_transformers_layer_type(plan, layer_idx, sliding_window) for layer_idx in range(plan.num_hidden_layers)]
+    return [_transformers_layer_type(plan, layer, sliding_window) for layer in plan.layers]
 
 
-def _transformers_layer_type(plan: SharingPlan, layer_idx: int, sliding_window: int) -> str:
+def _transformers_layer_type(plan: SharingPlan, layer: LayerPlan, sliding_window: int) -> str:
     """What transformers should keep for a layer: an owner keeps what its widest reader needs."""
-    layer = plan.layers[layer_idx]
     if not layer.computes_kv and _NO_KV_LAYER_TYPE is not None:
         return _NO_KV_LAYER_TYPE
-    is_sliding = plan.owner_is_sliding(layer_idx) if layer.computes_kv else layer.is_sliding
+    is_sliding = plan.owner_is_sliding(layer.layer_idx) if layer.computes_kv else layer.is_sliding
     # For a window of one token, transformers' sliding cache layer keeps every key but announces none.
     return "sliding_attention" if is_sliding and sliding_window > 1 else "full_attention"
 
