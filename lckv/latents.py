@@ -12,7 +12,7 @@ from lckv.config.model import LatentConfig
 from lckv.config.names import AUTO_LATENT, XKV
 from lckv.errors import UserError
 from lckv.layout import KEY_LATENT, LATENT, PLANES, VALUE_LATENT
-from lckv.patterns import LayerPlan, SharingPlan, describe_split, join_layer_types, parse_layer_types
+from lckv.patterns import LayerPlan, SharingPlan, describe_split
 
 STREAMS = {
     "joint": (LATENT,),
@@ -116,7 +116,7 @@ def group_layers(latent: LatentConfig, own: SharingPlan) -> SharingPlan:
             f"latent.group_size={latent.group_size}: does not divide the {left} layers{lower}; allowed are {allowed}"
         )
     sources = [layer if layer < first else layer - (layer - first) % latent.group_size for layer in range(num_layers)]
-    return parse_layer_types(join_layer_types(sources, [layer.is_sliding for layer in own.layers]))
+    return own.with_sources(sources)
 
 
 def suit_source(latent: LatentConfig, own: SharingPlan, sizes: Any, *, may_group: bool) -> LatentConfig:

@@ -257,7 +257,7 @@ def kv_layout(
         latents, layer = kv_latents[owner] if kv_latents else None, plan.layers[owner]
         plain = (keys,) * layer.computes_keys + (values,) * layer.computes_values
         streams[owner] = latent_streams(latents) if latents else plain
-    is_sliding = [layer.is_sliding for layer in plan.layers]
+    is_sliding = plan.is_sliding
     return build_layout(streams, [_sources(layer, streams) for layer in plan.layers], is_sliding, sliding_window)
 
 

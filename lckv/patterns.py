@@ -105,7 +105,7 @@ class SharingPlan:
         object.__setattr__(self, "segments", _cut_at_cycles(self.layers))
         object.__setattr__(self, "sources", tuple(layer.sources for layer in self.layers))
         object.__setattr__(self, "kv_owners", tuple(layer.layer_idx for layer in self.layers if layer.computes_kv))
-        kept = owners_kept_in_full(self.sources, [layer.is_sliding for layer in self.layers])
+        kept = owners_kept_in_full(self.sources, self.is_sliding)
         object.__setattr__(self, "kept_in_full", kept)
 
     @property
@@ -116,7 +116,7 @@ class SharingPlan:
     @property
     def layer_types(self) -> str:
         """The string in its shortest spelling; `parse_layer_types` reads it back to an equal plan."""
-        return join_layer_types(self.sources, [layer.is_sliding for layer in self.layers])
+        return join_layer_types(self.sources, self.is_sliding)
 
     @property
     def first_split(self) -> LayerPlan | None:
@@ -136,6 +136,20 @@ class SharingPlan:
     def owner_is_sliding(self, owner: int) -> bool:
         """Whether every reader of `owner` has a window, so that a cache may forget what the window has passed."""
         return owner not in self.kept_in_full
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """For every layer, whether it has a window."""
+        return [layer.is_sliding for layer in self.layers]
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layer has a window."""
+        return any(self.is_sliding)
+
+    def with_sources(self, sources: Iterable[int | tuple[int, int]]) -> SharingPlan:
+        """The pattern of layers with the same windows that read others, or the keys and the values of two."""
+        return parse_layer_types(join_layer_types(sources, self.is_sliding))
 
     @property
     def has_cycles(self) -> bool:

@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from lckv.errors import UserError
-from lckv.patterns import SharingPlan, join_layer_types
+from lckv.patterns import SharingPlan
 
 
 @dataclass(frozen=True)
@@ -58,4 +58,4 @@ class RandomSharing:
             below = sources[-1] if sources else layer_idx
             is_within = self.reach is None or layer_idx - below <= self.reach
             sources.append(below if reads_below and is_within else layer_idx)
-        return join_layer_types(sources, [layer.is_sliding for layer in self.plan.layers])
+        return self.plan.with_sources(sources).layer_types

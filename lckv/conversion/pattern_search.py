@@ -12,7 +12,7 @@ from typing import Any
 
 from lckv.conversion.scoring import Converter, Score, Scorer
 from lckv.errors import UserError
-from lckv.patterns import SharingPlan, join_layer_types, parse_layer_types
+from lckv.patterns import SharingPlan
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def plan_of(owners: Sequence[int | tuple[int, int]], source: SharingPlan) -> Sha
         for before, (key, value) in zip(source.kv_owners, pairs, strict=True)
     }
     sources = [instead[layer.key_source] for layer in source.layers]
-    return parse_layer_types(join_layer_types(sources, [layer.is_sliding for layer in source.layers]))
+    return source.with_sources(sources)
 
 
 def plan_of_spans(spans: Spans, source: SharingPlan) -> SharingPlan:

@@ -45,7 +45,7 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
         kept |= _iteration_of(source, cfg.model)
     model = ModelConfig(**(sizes | kept))
     model.force_nodiag = cfg.model.force_nodiag or source.force_nodiag
-    if any(layer.is_sliding for layer in own.layers):
+    if own.has_windows:
         model.sliding_window = cfg.model.sliding_window or source.sliding_window
     if cfg.given_pattern is None:
         model.layer_types = plan.layer_types

@@ -56,7 +56,7 @@ def _about(name: str, config: LCKVLlamaConfig) -> str:
     lines += ["", f"`{plan.layer_types}`", "", "Each entry is the layer whose keys and values a layer attends to"]
     if plan.first_split is not None:
         lines[-1] += "; of two, keys are the first one's, and values the second one's"
-    if any(layer.is_sliding for layer in plan.layers):
+    if plan.has_windows:
         lines[-1] += f"; with an `s`, through a window of {config.sliding_window} tokens"
     return "\n".join([*lines[:-1], f"{lines[-1]}.", "", f"![who reads whose keys and values]({DRAWING})"])
 

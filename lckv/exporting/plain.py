@@ -43,7 +43,7 @@ def plain_config(config: LCKVLlamaConfig) -> PretrainedConfig | None:
 def _written_as(family: str, config: LCKVLlamaConfig) -> PretrainedConfig:
     """What of a configuration a family can say, its windows included."""
     family_class = CONFIG_MAPPING[family]
-    is_sliding = [layer.is_sliding for layer in config.sharing_plan.layers]
+    is_sliding = config.sharing_plan.is_sliding
     said = {name: value for name, value in _spelt_out(config).items() if name not in _WITHOUT_MEANING}
     said |= {
         "layer_types": ["sliding_attention" if slides else "full_attention" for slides in is_sliding],
@@ -57,7 +57,7 @@ def _written_as(family: str, config: LCKVLlamaConfig) -> PretrainedConfig:
 def _meaning(config: LCKVLlamaConfig) -> dict[str, Any]:
     """What a configuration says of what its model computes."""
     values = {name: value for name, value in _spelt_out(config).items() if name not in _WITHOUT_MEANING}
-    if not any(layer.is_sliding for layer in config.sharing_plan.layers):
+    if not config.sharing_plan.has_windows:
         del values["sliding_window"]
     return values
 

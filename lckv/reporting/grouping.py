@@ -85,7 +85,7 @@ def _parts(run: Row) -> dict[str, dict[str, str]]:
     pattern = {"layer_types": run.layer_types}  # and of what says how it is run, only what it reads
     if plan is not None and plan.has_cycles:
         pattern |= {name: config[f"model.{name}"] for name in _OF_CYCLES}
-    if plan is not None and any(layer.is_sliding for layer in plan.layers):
+    if plan is not None and plan.has_windows:
         pattern |= {"sliding_window": run.config.get("model.sliding_window") or DEFAULT_SLIDING_WINDOW}
     others = {key: value for key, value in config.items() if not key.startswith((*_CHANGES_NO_RESULT, *_OF_PATTERN))}
     return {"pattern": _as_text(pattern), "settings": _as_text(others), "provenance": _as_text(_provenance(run))}

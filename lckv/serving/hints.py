@@ -24,7 +24,7 @@ from lckv.layout import kv_layout
 from lckv.model_arguments import check_owners
 from lckv.model_files import find_files
 from lckv.model_values import OURS, stored_plan
-from lckv.patterns import SharingPlan, build_layer_types, describe_split, join_layer_types, parse_layer_types
+from lckv.patterns import SharingPlan, build_layer_types, describe_split, parse_layer_types
 from lckv.serving.schema import check_schema
 
 VERSION = 1
@@ -168,7 +168,7 @@ def share_groups(own: SharingPlan, group: GroupConfig) -> SharingPlan:
         last = min(first + group.group_size - 1, max_layer)
         target = last if group.direction == UPPER else first
         sources[first : last + 1] = [own.sources[target]] * (last + 1 - first)
-    return parse_layer_types(join_layer_types(sources, [layer.is_sliding for layer in own.layers]))
+    return own.with_sources(sources)
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class SharingHint:
         plan = parse_layer_types(values["layer_types"], values["num_layers"])
         if list(values["kv_source"]) != _read_by_layer(plan):
             raise UserError(f"kv_source={values['kv_source']}: is not what layer_types={plan.layer_types} says")
-        if has_windows(plan) and values["sliding_window"] is None:
+        if plan.has_windows and values["sliding_window"] is None:
             raise UserError(f"sliding_window=null: layer_types={plan.layer_types} has windows; give their tokens")
         kv_bytes = values["kv_bytes"] and SavedBytes(**values["kv_bytes"])
         if kv_bytes and kv_bytes.saved != kv_bytes.model - kv_bytes.hint:
@@ -244,11 +244,6 @@ def schema() -> dict[str, Any]:
 def _read_by_layer(plan: SharingPlan) -> list[int | list[int]]:
     """For every layer the layer that it reads, or the two whose keys and whose values it reads."""
     return [list(layer.sources) if layer.is_split else layer.key_source for layer in plan.layers]
-
-
-def has_windows(plan: SharingPlan) -> bool:
-    """Whether some layer has a window."""
-    return any(layer.is_sliding for layer in plan.layers)
 
 
 def emit_hint(
@@ -284,7 +279,7 @@ def emit_hint(
     plan = shared if reason is None else kv.plan
     kv.check_latents(plan)
     window = None
-    if has_windows(plan):
+    if plan.has_windows:
         window = kv.sliding_window if reason is not None or sliding_window is None else sliding_window
         if window is None:
             raise UserError(f"layer_types={plan.layer_types}: has windows, of unknown length; give sliding_window")

@@ -170,7 +170,7 @@ def check_served(config: LCKVLlamaConfig, experimental: bool) -> None:
         )
     if config.force_nodiag and not experimental:
         raise UserError(f"force_nodiag=True: vLLM lets tokens see their own keys without {_ENABLE}; allowed is False")
-    if sees_past_alone(config) and config.sliding_window == 1 and any(layer.is_sliding for layer in plan.layers):
+    if sees_past_alone(config) and config.sliding_window == 1 and plan.has_windows:
         raise UserError("sliding_window=1: is the token itself, which not all layers see; allowed is 2 or more")
     if config.kv_latents is not None:
         owner = next(layer_idx for layer_idx, latents in enumerate(config.kv_latents) if latents is not None)
