@@ -42,7 +42,9 @@ def test_a_shared_model_is_taken_as_it_is(layer_types, tmp_path, capsys):
     assert (config["kv_sharing"], config["sliding_window"]) == (layer_types, 5)
     if parse_layer_types(layer_types).has_cycles:
         assert config["forward_passes"] == 3
-    assert capsys.readouterr().err.endswith("; shared as before: give model.layer_types, or sharing other than llama\n")
+    assert capsys.readouterr().err.endswith(
+        "; shared as before: give model.layer_types, or sharing other than llama\n"
+    )
     model, _ = load_model(str(tmp_path / "out"), device="cpu")
     assert torch.equal(model(token_ids(1, 9)).logits, original(token_ids(1, 9)).logits)
 
