@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from lckv import cli
-from lckv.chat_templates import read_chat_template
+from lckv.chat_templates import read_chat_template, set_chat_template
 from lckv.config import ChatConfig, validate
 from lckv.console import new_console
 from lckv.generation.decoding_options import Sampling
@@ -24,7 +24,6 @@ def main(cfg: ChatConfig) -> None:
     import torch
 
     from lckv.cache.base import check_offloading
-    from lckv.chat_templates import set_chat_template
     from lckv.generation.chat import ChatSession
     from lckv.generation.chat_loop import ChatLoop, piped_lines, typed_messages
     from lckv.generation.limits import check_span, prefill_options

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,15 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None, 
         raise UserError(f"{given}: {error}") from error
 
 
+@contextmanager
+def explain_template_errors(where: str = "") -> Iterator[None]:
+    """Raises a UserError for what templates refuse, and what they stumble over; it begins with `where`."""
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"{where}the chat template fails: {first_line(error)}") from error
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> str:
@@ -101,12 +111,10 @@ def render_chat(
     Raises:
         UserError: if the template is none, or refuses such a conversation.
     """
-    try:
+    with explain_template_errors():
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (TemplateError, TypeError, ValueError) as error:  # what templates refuse, and what they stumble over
-        raise UserError(f"the chat template fails: {first_line(error)}") from error
     assert isinstance(text, str)
     return text
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lckv import cli
-from lckv.chat_templates import HOW_TO_GIVE_ONE, read_chat_template
+from lckv.chat_templates import HOW_TO_GIVE_ONE, read_chat_template, set_chat_template
 from lckv.config import SFTConfig, validate
 from lckv.console import new_console
 from lckv.data.conversations import check_conversations
@@ -50,7 +50,6 @@ def _tune(cfg: SFTConfig, folder: RunFolder) -> dict[str, Any] | None:
     from datasets import disable_progress_bars
     from transformers import set_seed
 
-    from lckv.chat_templates import set_chat_template
     from lckv.data.chat_tokens import build_conversation_data
     from lckv.data.tokenizer import check_tokenizer
     from lckv.loading import load_model, set_attention

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 
-from lckv.chat_templates import Message, turn_end
+from lckv.chat_templates import Message, explain_template_errors, turn_end
 from lckv.config.sft import ASSISTANT, DROP, REFUSE
 from lckv.console import track
 from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
@@ -28,7 +27,7 @@ from lckv.data.conversations import Conversation, build_conversations
 from lckv.data.dataset import TRAIN, VALIDATION, RunData, unigram_loss
 from lckv.data.packing import IGNORE_INDEX
 from lckv.data.tokenizer import vocab_size_of
-from lckv.errors import UserError, first_line
+from lckv.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -295,14 +294,8 @@ class _SplitWriter:
     def _rows(self, conversations: Iterable[Conversation]) -> Iterator[dict[str, list[int]]]:
         found = asdict(self.counts)
         for conversation in track(conversations, "tokenising"):
-            try:
+            with explain_template_errors(f"{conversation.where}: "):
                 ids, labels = self._encoder.encode(conversation.messages)
-            except (
-                TemplateError,
-                TypeError,
-                ValueError,
-            ) as error:  # what templates refuse, and what they stumble over
-                raise UserError(f"{conversation.where}: the chat template fails: {first_line(error)}") from error
             found["num_conversations"] += 1
             is_kept = True
             if len(ids) > self._encoder.max_length:

@@ -120,7 +120,7 @@ def check_messages(messages: Any, where: str) -> list[Message]:
         where: what an error message begins with.
 
     Raises:
-        UserError: if they are not messages, roles are unknown or out of order, or the assistant says nothing.
+        UserError: if they are not messages, roles are unknown or out of order.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError(
@@ -145,14 +145,15 @@ def check_messages(messages: Any, where: str) -> list[Message]:
         previous = role
         # JSON can hold half a surrogate pair, which no tokenizer can represent.
         checked.append({"role": role, "content": SURROGATES.sub("\ufffd", content)})
-    if not any(message["role"] == ASSISTANT for message in checked):
-        raise UserError(f"{where}: has no message of the assistant, so that there is nothing to learn")
     return checked
 
 
 def _check_row(row: dict[str, Any], where: str, field: str) -> Conversation:
     check_field(field, list(row), where, "data.messages_field")
-    return Conversation(where, check_messages(row[field], where))
+    messages = check_messages(row[field], where)
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise UserError(f"{where}: has no message of the assistant, so that there is nothing to learn")
+    return Conversation(where, messages)
 
 
 def _find_files(config: ConversationsConfig) -> dict[str, list[Path]]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lckv.chat_templates import Message
-from lckv.errors import UserError, check_choice, near_miss
+from lckv.data.conversations import USER, check_messages
+from lckv.errors import UserError, near_miss
 from lckv.storage import check_folder, write_text
-
-ROLES = ("system", "user", "assistant")
 
 
 def save_conversation(path: Path, messages: list[Message], *, replaces: bool = False) -> None:
@@ -61,38 +60,12 @@ def load_conversation(path: Path, number: int | None = None) -> list[Message]:
     place = next(iter(filled)) if number is None else number
     if place not in filled:
         raise UserError(f"{path}: has no conversation in line {place}; there are {len(lines):,} lines")
+    where = f"{path}, line {place}"
     try:
-        return _read(filled[place])
-    except UserError as error:
-        raise UserError(f"{path}, line {place}: {error}") from None
-
-
-def _read(line: str) -> list[Message]:
-    try:
-        value: Any = json.loads(line)
+        value: Any = json.loads(filled[place])
     except (ValueError, RecursionError) as error:
-        raise UserError(f"is no JSON: {error}") from None
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UserError("is no object with a list 'messages'")
-    read = []
-    for number, message in enumerate(messages, 1):
-        try:
-            read.append(_read_message(message, is_first=number == 1))
-        except UserError as error:
-            raise UserError(f"message {number}: {error}") from None
-    if read[-1]["role"] == "user":
-        raise UserError(f"message {len(read)}: is the user's, and has no answer")
-    return read
-
-
-def _read_message(message: Any, *, is_first: bool) -> Message:
-    if not isinstance(message, dict):
-        raise UserError("is no object")
-    role, content = message.get("role"), message.get("content")
-    check_choice("role", role, ROLES)
-    if role == "system" and not is_first:
-        raise UserError("is of the system, which only the first may be")
-    if not isinstance(content, str):
-        raise UserError("its content is no text")
-    return {"role": str(role), "content": content}
+        raise UserError(f"{where}: is no JSON: {error}") from None
+    messages = check_messages(value.get("messages") if isinstance(value, dict) else None, where)
+    if messages[-1]["role"] == USER:
+        raise UserError(f"{where}: message {len(messages)} is the user's, and has no answer")
+    return messages

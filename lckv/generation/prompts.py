@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lckv.chat_templates import render_chat
 from lckv.data.readers import join_line_ends
 from lckv.errors import UserError, near_miss
 
@@ -94,4 +95,4 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return render_chat(tokenizer, messages, add_generation_prompt=True)

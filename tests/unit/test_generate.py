@@ -420,6 +420,10 @@ def test_chat(run, tmp_path, folder):
     )
     assert "chat=true: this model's tokenizer has no chat template" in message_of(run, "prompt=hi", "chat=true")
     assert "system: has no effect with a tokenizer that" in message_of(run, "prompt=hi", "system=x")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    refusing = byte_tokenizer(chat_template=refusal)
+    with pytest.raises(UserError, match="the chat template fails: no system"):
+        encode_prompts(["hi"], refusing, system="be brief")
 
 
 MISTAKES = [

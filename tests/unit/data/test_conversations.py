@@ -41,7 +41,6 @@ def test_takes_conversations_in_which_user_and_assistant_take_turns(messages):
         ([USER, SYSTEM, ASSISTANT], "message 2, of the system, stands behind one of the user"),
         ([SYSTEM, SYSTEM, USER, ASSISTANT], "message 2, of the system, stands behind"),
         ([SYSTEM, ASSISTANT], "message 2, of the assistant, stands behind one of the system"),
-        ([SYSTEM, USER], "no message of the assistant"),
     ],
 )
 def test_says_what_is_wrong_with_others(messages, said):

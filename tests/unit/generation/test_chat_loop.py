@@ -119,13 +119,16 @@ BROKEN = [
     (f'{LINES[:-1]}\n"', "f, line 1: is no JSON: "),
     ("[" * 3000, "f, line 1: is no JSON: "),
     ("1" * 5000, "f, line 1: is no JSON: "),
-    ("[]", "f, line 1: is no object with a list 'messages'"),
-    ('\n{"messages": []}', "f, line 2: is no object with a list 'messages'"),
-    ('{"messages": [3]}', "f, line 1: message 1: is no object"),
-    ('{"messages": [{"role": "usr"}]}', "f, line 1: message 1: role='usr': allowed are system, user, assistant; did"),
-    ('{"messages": [{"role": "user", "content": 3}]}', "f, line 1: message 1: its content is no text"),
-    ('{"messages": [{"role": "user", "content": ""}]}', "f, line 1: message 1: is the user's, and has no answer"),
-    (LINES.replace("assistant", "system"), "f, line 1: message 2: is of the system, which only the first may be"),
+    ("[]", "f, line 1: must hold a list of messages, each with a role and a content, but is None"),
+    ('\n{"messages": []}', "f, line 2: must hold a list of messages, each with a role and a"),
+    ('{"messages": [3]}', "f, line 1: message 1 must have text as role and content, but is 3"),
+    (
+        '{"messages": [{"role": "usr", "content": ""}]}',
+        "f, line 1: message 1 has the role 'usr': allowed are system, ",
+    ),
+    ('{"messages": [{"role": "user", "content": 3}]}', "f, line 1: message 1 must have text as role"),
+    ('{"messages": [{"role": "user", "content": ""}]}', "f, line 1: message 1 is the user's, and has no answer"),
+    (LINES.replace("assistant", "system"), "f, line 1: message 2, of the system, stands behind one of the "),
     (LINES.encode() + b"\n\xe9", "f, line 2: is not UTF-8 text"),
 ]
 
@@ -144,7 +147,7 @@ def test_one_of_several_conversations(chat, session, tmp_path):
     (tmp_path / "two talks").write_text(f'\n{json.dumps({"messages": TALK})}\n{{"messages": 3}}\n')
     chat("/load two talks 2")
     assert session.messages == TALK
-    assert "/load two talks, line 3: is no object" in chat("/load two talks 3")[1]
+    assert "/load two talks, line 3: must hold a list of messages" in chat("/load two talks 3")[1]
     assert "/load two talks: has no conversation in line 1" in chat("/load two talks 1")[1]
     assert session.messages == TALK
 
