@@ -58,11 +58,11 @@ study: $(STAMP) ## compare Llama and nine patterns at two KV budgets on the embe
 	"$(RUN)" -m lckv.report runs/study || status=$$?; \
 	exit $$status
 
-test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (about 5 minutes)
-	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --durations=15
+test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (about 8 minutes)
+	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --durations=15
 
 test-slow: $(STAMP) ## run the slow tests
-	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup -m slow --timeout=900 --durations=15
+	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m slow --timeout=900 --durations=15
 
 test-gpu: $(STAMP) ## run the tests that need an accelerator
 	$(RUN) -m pytest -m gpu --timeout=300 --durations=15

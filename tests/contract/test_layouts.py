@@ -1,6 +1,7 @@
 """Models whose owners keep other streams than keys and values: every path of the model, and every cache, agrees."""
 
 import copy
+from itertools import cycle
 
 import pytest
 import torch
@@ -187,8 +188,7 @@ def test_sinks_count_the_tokens_that_are_left(kind):
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("layer_types", ["0_3_3_3_4", "0s_1s_2_2"])
-@pytest.mark.parametrize("kind", LATENTS)
+@pytest.mark.parametrize(("kind", "layer_types"), zip(LATENTS, cycle(["0_3_3_3_4", "0s_1s_2_2"])))
 @torch.no_grad()
 def test_compiled_decoding_of_latents(kind, layer_types):
     torch._dynamo.reset()

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("wheel")]  # one process, so one wheel
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")

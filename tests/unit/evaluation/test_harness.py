@@ -32,7 +32,7 @@ from tests.reference import tiny_model, token_ids
 from tests.tiny import byte_tokenizer
 
 # One process, since importing lm-eval and reading its index of tasks take longer than most tests.
-pytestmark = [pytest.mark.xdist_group("harness"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 SIZES = {"vocab_size": 257, "max_position_embeddings": 320, "eos_token_id": 256, "bos_token_id": None}
 BOTH = ["lckv_last_word", "lckv_cloze"]

@@ -22,7 +22,7 @@ from tests.load_alone import CHUNKS
 from tests.reference import PATTERNS, SHAPES, tiny_model, token_ids
 from tests.tiny import byte_tokenizer
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("hub")]  # one process, so one export of each
+pytestmark = pytest.mark.timeout(240)
 
 ITERATION = {"forward_passes": "converge", "converge_tolerance": 1e-9}
 SETTINGS = {
