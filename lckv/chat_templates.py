@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from lckv.errors import UserError, first_line, near_miss
+from lckv.errors import UserError, first_line, near_file, near_miss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +54,7 @@ def read_chat_template(choice: str | None, key: str = "chat_template") -> str | 
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        files = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = near_miss(choice, CHAT_TEMPLATES) or near_miss(path.name, files)
+        hint = near_miss(choice, CHAT_TEMPLATES) or near_file(path)
         raise UserError(
             f"{key}={choice}: there is no such file; allowed are {', '.join(CHAT_TEMPLATES)} and files{hint}"
         ) from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lckv import cli, train
 from lckv.byte_sizes import parse_bytes
 from lckv.config import ConvertConfig, TrainConfig, validate
-from lckv.config.names import CALIBRATED, NO_LATENT, TRAINED
+from lckv.config.names import CALIBRATED, TRAINED
 from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.model_arguments import plan_from_source
@@ -61,7 +61,7 @@ def _check_source(cfg: TrainConfig) -> None:
     if own is not None:
         cfg.check_latents(own=bool(keeps_latents(cfg.init.source, key="source")))
     reads_text = cfg.init.method in CALIBRATED and (own is None or plan != own)
-    if reads_text if cfg.latent.name == NO_LATENT else cfg.init.calibration_tokens:
+    if cfg.init.calibration_tokens if cfg.latent.is_used else reads_text:
         check_model(cfg.init.source, key="source")
         check_text_files(cfg.data)
 
@@ -73,7 +73,7 @@ def _describe(cfg: TrainConfig, out: Path, source: LCKVLlamaConfig) -> str:
     config = LCKVLlamaConfig.from_pretrained(out)
     plan = config.sharing_plan
     made = f"{cfg.model.layer_types or cfg.sharing.name} from {cfg.init.source} by {cfg.init.method}"
-    if cfg.latent.name != NO_LATENT:
+    if cfg.latent.is_used:
         layout, plain = config.kv_layout, source.kv_layout
         kept, before = (sum(store.size for store in each.stores) for each in (layout, plain))
         return f"{cfg.latent.name} latents from {cfg.init.source}: {kept} numbers of a token for {before}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -25,6 +26,11 @@ def near_miss(given: str, allowed: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the allowed name nearest to `given`, or an empty string."""
     matches = get_close_matches(given, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def near_file(path: Path) -> str:
+    """The same for a file that is not there, among what lies beside it."""
+    return near_miss(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
 def check_whole_number(key: str, value: object, minimum: int = 1, maximum: int | None = None) -> None:

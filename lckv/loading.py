@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from lckv.config.names import DTYPES
 from lckv.data.tokenizer import frame_texts
-from lckv.errors import UserError, check_choice
+from lckv.errors import UserError, check_choice, first_line
 from lckv.families import Reading, read_model
 from lckv.gguf_settings import BIASES, complete_config, open_gguf
 from lckv.gguf_weights import read_weights
@@ -156,8 +156,7 @@ class Checkpoint(ModelFiles):
         if not self.is_local and isinstance(error, OSError):
             reason = "the Hub cannot be reached" if self.local_files_only else "the Hub has none (misspelt, or gated?)"
             return f"{self}: there is no such folder, {what} was never downloaded, and {reason}"
-        lines = str(error).strip().splitlines() or [""]
-        return f"{self}: {what} cannot be read: {type(error).__name__}: {lines[0]}"
+        return f"{self}: {what} cannot be read: {type(error).__name__}: {first_line(error)}"
 
 
 def find_checkpoint(name: str, *, revision: str | None = None, key: str = "model") -> Checkpoint:

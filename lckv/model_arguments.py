@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from lckv.config import TrainConfig
-from lckv.config.names import NO_LATENT, XKV
+from lckv.config.names import XKV
 from lckv.costs import ModelSizes
 from lckv.errors import UserError
 from lckv.iso import match_llama
@@ -148,7 +148,7 @@ def model_arguments(cfg: TrainConfig, vocab_size: int) -> dict[str, Any]:
         arguments.update(intermediate_size=sizes.intermediate_size, num_key_value_heads=sizes.num_key_value_heads)
     if cfg.model.kv_latents is not None:
         check_latents(cfg.model.kv_latents, plan)
-    if cfg.latent.name != NO_LATENT:
+    if cfg.latent.is_used:
         arguments["kv_latents"] = latent_budget(cfg.latent, plan, ModelSizes.from_config(arguments)).uniform
     return {name: value for name, value in arguments.items() if value is not None}
 

@@ -147,23 +147,23 @@ def check_model(
     return plan
 
 
-def keeps_latents(name: str, *, revision: str | None = None, key: str = "model") -> bool | None:
+def keeps_latents(name: str, key: str) -> bool | None:
     """Whether a model keeps latents, where its `config.json` lies in a folder; `None` elsewhere.
 
     Raises:
         UserError: if it cannot be read, or is of another family.
     """
-    found = find_files(name, revision=revision, key=key)
+    found = find_files(name, key=key)
     return found.stored_values().get("kv_latents") is not None if found.is_folder else None
 
 
-def lacks_chat_template(name: str, *, revision: str | None = None, key: str = "model") -> bool:
+def lacks_chat_template(name: str, *, revision: str | None = None) -> bool:
     """Whether the tokenizer in a model's folder has no chat template; of what lies elsewhere nothing is known here.
 
     Raises:
         UserError: if there is no such model, or a file cannot be read.
     """
-    found = find_files(name, revision=revision, key=key)
+    found = find_files(name, revision=revision)
     folder, settings = Path(found.path), Path(found.path, "tokenizer_config.json")
     if not found.is_folder or any((folder / template).exists() for template in CHAT_TEMPLATE_FILES):
         return False
@@ -178,7 +178,7 @@ def holds_tokenizer(path: Path) -> bool:
     return any((path / file).is_file() for file in TOKENIZER_FILES)
 
 
-def check_tokenizer_name(name: str, key: str = "tokenizer.name") -> None:
+def check_tokenizer_name(name: str) -> None:
     """Refuses what has no tokenizer: a folder, a training run, and what cannot be a name on the Hub either.
 
     Raises:
@@ -187,11 +187,11 @@ def check_tokenizer_name(name: str, key: str = "tokenizer.name") -> None:
     path = Path(name).expanduser()
     folder = path
     if path.is_file() or RunFolder(path).holds_a_run():
-        folder = Path(find_files(name, key=key).path)
+        folder = Path(find_files(name, key="tokenizer.name").path)
     if path.is_dir() and not holds_tokenizer(folder):
-        raise UserError(f"{key}={name!r}: holds no tokenizer ({TOKENIZER_FILES[0]})")
+        raise UserError(f"tokenizer.name={name!r}: holds no tokenizer ({TOKENIZER_FILES[0]})")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise UserError(f"{key}={name!r}: there is no such folder{_nearest_folder(path)}")
+        raise UserError(f"tokenizer.name={name!r}: there is no such folder{_nearest_folder(path)}")
 
 
 def is_of_training(folder: Path) -> bool:

@@ -42,14 +42,18 @@ _ELEMENT = re.compile(rf"{_QUOTED}|(?<![^\s,\[(=]){_NUMBER}", re.ASCII)
 _DICT_ITEM = re.compile(rf"{_QUOTED}|(?P<key>\blayer_types\s*:\s*){_NUMBER}", re.ASCII)
 
 
+def _with_flags(arguments: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Yields each argument, and whether it is one of Hydra's flags or the value of one."""
+    takes_value = False
+    for argument in arguments:
+        is_flag = takes_value or argument.startswith("-")
+        takes_value = is_flag and argument in _FLAGS_WITH_VALUE
+        yield argument, is_flag
+
+
 def flags_first(arguments: Iterable[str]) -> list[str]:
     """Puts Hydra's flags, with their values, before the `key=value` pairs: its parser takes no pairs on both sides."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    for argument in arguments:
-        is_flag = argument.startswith("-") or bool(flags and flags[-1] in _FLAGS_WITH_VALUE)
-        (flags if is_flag else overrides).append(argument)
-    return flags + overrides
+    return [argument for argument, _ in sorted(_with_flags(arguments), key=lambda pair: not pair[1])]
 
 
 def find_foreign_flag(arguments: Sequence[str]) -> tuple[str, str | None] | None:
@@ -72,16 +76,12 @@ def name_the_first(arguments: Iterable[str], key: str) -> list[str]:
 
     A path may have equals signs in it, as the folders of a sweep have; a key has no slash.
     """
-    named: list[str] = []
-    is_named = False
-    for argument in arguments:
-        is_flag = argument.startswith("-") or bool(named and named[-1] in _FLAGS_WITH_VALUE)
+    named = list(arguments)
+    for place, (argument, is_flag) in enumerate(_with_flags(named)):
         is_pair = "=" in argument and "/" not in argument.partition("=")[0] and not Path(argument).exists()
-        if is_named or is_flag or is_pair:
-            named.append(argument)
-        else:
-            named.append(f"{key}={argument}")
-            is_named = True
+        if not is_flag and not is_pair:
+            named[place] = f"{key}={argument}"
+            break
     return named
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lckv.config import RunConfig, SFTConfig, TrainConfig
 from lckv.config.model import LatentConfig
-from lckv.config.names import NO_LATENT, XKV
+from lckv.config.names import XKV
 
 
 def default_run_name(cfg: RunConfig) -> str:
@@ -28,7 +28,7 @@ def default_run_name(cfg: RunConfig) -> str:
 
 
 def _latent_name(latent: LatentConfig) -> str:
-    if latent.name == NO_LATENT:
+    if not latent.is_used:
         return ""
     size = f"_ratio{latent.ratio:g}" if latent.dim is None else f"_dim{latent.dim}"
     layers = {name: getattr(latent, f"{name}_layers") for name in ("skip", "warmup")}

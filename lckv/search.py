@@ -37,7 +37,7 @@ def main(cfg: SearchConfig) -> None:
         raise UserError(
             f"source={cfg.source}: keeps latents, of which none can be shared; allowed are keys and values"
         )
-    search = SearchOfLatents if cfg.has_latents else SharingSearch
+    search = SearchOfLatents if cfg.latent.is_used else SharingSearch
     report = search(cfg, source, console).run()
     folder = write_report(report, out)
     output = new_console()

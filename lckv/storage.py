@@ -171,18 +171,18 @@ def check_new_folder(path: Path, key: str = "out") -> None:
         raise UserError(f"{key}={path}: is not empty; name a folder that is not there yet")
 
 
-def check_new_file(path: Path, suffix: str, key: str = "out") -> None:
-    """Refuses a place, given under `key`, where a file cannot appear without anything being lost.
+def check_new_file(path: Path, suffix: str) -> None:
+    """Refuses a place, given as `out`, where a file cannot appear without anything being lost.
 
     Raises:
         UserError: if it has not this suffix, something is there already, or there can be no file.
     """
     instead = f"name a file that is not there yet, such as model{suffix}"
     if path.suffix.lower() != suffix:
-        raise UserError(f"{key}={path}: does not end in {suffix}; {instead}")
+        raise UserError(f"out={path}: does not end in {suffix}; {instead}")
     if path.exists():
-        raise UserError(f"{key}={path}: is there already; {instead}")
-    check_folder(path.parent, f"{key}={path}", instead)
+        raise UserError(f"out={path}: is there already; {instead}")
+    check_folder(path.parent, f"out={path}", instead)
 
 
 def check_folder(path: Path, setting: str, instead: str = "name another folder") -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lckv.errors import UserError
+from lckv.errors import UserError, first_line
 from lckv.model_files import WEIGHT_FILES, index_name
 
 _BROKEN = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
@@ -70,5 +70,4 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return UserError(f"{file} cannot be read: {type(error).__name__}: {reason}")
+    return UserError(f"{file} cannot be read: {type(error).__name__}: {first_line(error)}")

@@ -7,7 +7,6 @@ from typing import Any
 
 from lckv import cli
 from lckv.config import TokenizerConfig, TrainConfig, validate
-from lckv.config.names import NO_LATENT
 from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.model_arguments import model_arguments, plan_from_source, resolve_plan
@@ -103,7 +102,7 @@ def _check_files(cfg: TrainConfig, folder: RunFolder) -> None:
     cfg.trainer.cut_batch(num_processes())
     if cfg.init.source is None:
         resolve_plan(cfg)
-        if cfg.latent.name != NO_LATENT:
+        if cfg.latent.is_used:
             model_arguments(replace(cfg, iso=None), cfg.model.vocab_size or 1)  # which checks their sizes
         check_tokenizer_name(cfg.tokenizer.name)
     elif not (folder.holds_a_run() and folder.init.is_dir()):  # else nothing more is asked of the source

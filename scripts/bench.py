@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from ways import milliseconds, read_arguments, show, take_turns
 
-from lckv.benchmarking.ways import milliseconds, read_arguments, show, take_turns
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import parse_layer_types
 

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from ways import milliseconds, read_arguments, show, take_turns
 
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.benchmarking.results import median, ratio
-from lckv.benchmarking.ways import milliseconds, read_arguments, show, take_turns
 from lckv.cache import DynamicKVCache, PagedKVCache
 from lckv.engine.continuous import ContinuousBatcher
 

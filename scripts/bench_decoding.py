@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from ways import read_arguments, show, take_turns
 
 from lckv.benchmarking.results import median, ratio
-from lckv.benchmarking.ways import read_arguments, show, take_turns
 from lckv.cache import build_cache
 from lckv.generation.batch import compile_config
 from lckv.loading import load_model

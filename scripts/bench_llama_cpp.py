@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ways import read_arguments, show
+
 from lckv.benchmarking.results import median, ratio
-from lckv.benchmarking.ways import read_arguments, show
 from lckv.exporting.gguf_verification import run_llama_cpp
 
 _CACHE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells, +(\d+) layers")

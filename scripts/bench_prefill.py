@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from ways import milliseconds, read_arguments, show, take_turns
 
-from lckv.benchmarking.ways import milliseconds, read_arguments, show, take_turns
 from lckv.cache import KVCache, build_cache
 from lckv.generation.prefill import PrefillReport, prefill
 from lckv.loading import load_model

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ways import draw, read_arguments, show, take_turns
 
 from lckv.benchmarking.results import ratio
-from lckv.benchmarking.ways import draw, read_arguments, show, take_turns
 from lckv.cache import KVCache, build_cache
 from lckv.cache.quantization import GroupCodec
 from lckv.config import DataConfig

@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ways import read_arguments, show, take_turns
+
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.benchmarking.results import median, ratio
-from lckv.benchmarking.ways import read_arguments, show, take_turns
 from lckv.charts import new_chart, save_chart, tidy
 from lckv.patterns import build_layer_types
 

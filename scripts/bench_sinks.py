@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ways import draw, read_arguments, show
 
-from lckv.benchmarking.ways import draw, read_arguments, show
 from lckv.cache import DynamicKVCache, KVCache, SinkKVCache
 from lckv.config import DataConfig
 from lckv.console import track

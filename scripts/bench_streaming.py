@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from ways import draw, read_arguments, show
 
-from lckv.benchmarking.ways import draw, read_arguments, show
 from lckv.cache import SinkKVCache
 from lckv.console import track
 from lckv.generation.streaming import Sampling, stream

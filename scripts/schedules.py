@@ -25,8 +25,8 @@ import torch
 from bench import passes
 from torch.utils.data import DataLoader, Subset
 from transformers import get_cosine_schedule_with_warmup, set_seed
+from ways import read_arguments, show
 
-from lckv.benchmarking.ways import read_arguments, show
 from lckv.charts import new_chart, save_chart, tidy
 from lckv.config import DataConfig, TokenizerConfig
 from lckv.console import track

@@ -135,11 +135,7 @@ def as_dict(
 ) -> dict[str, Any]:
     """Everything, in base units: bytes, seconds, tokens. Ratios are to the first contender.
 
-    Args:
-        results: of all contenders.
-        workload: what they were to do.
-        environment: where, see [`environment_of`].
-        num_rounds: how many rounds they did; fewer than the workload's if somebody interrupted them.
+    `num_rounds` are those that all have ended: fewer than the workload's if somebody interrupted them.
     """
     return {
         "workload": asdict(workload),

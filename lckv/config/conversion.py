@@ -10,7 +10,7 @@ from lckv.config.data import DataConfig
 from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, key, literal, one_of, passes
 from lckv.config.model import LatentConfig, ModelConfig, SharingConfig
-from lckv.config.names import AUTO_LATENT, LATENTS, METHODS, NO_LATENT, TRAINED, XKV
+from lckv.config.names import AUTO_LATENT, LATENTS, METHODS, TRAINED, XKV
 from lckv.config.pretrained import CalibrationConfig, InitConfig, TeacherConfig
 from lckv.config.training import (
     LoggerConfig,
@@ -129,14 +129,9 @@ class SearchConfig(Group):
     latent: LatentConfig = field(default_factory=LatentConfig)
 
     @property
-    def has_latents(self) -> bool:
-        """Whether layers are to share latents, not keys and values."""
-        return self.latent.name != NO_LATENT
-
-    @property
     def converted_by(self) -> str:
         """The method, or the kind of latents."""
-        return f"latent={self.latent.name}" if self.has_latents else self.method
+        return f"latent={self.latent.name}" if self.latent.is_used else self.method
 
     def check(self, prefix: str) -> None:
         """Refuses a budget that is none, and methods that are no way to try many patterns."""

@@ -194,3 +194,8 @@ class LatentConfig(Group):
     skip_layers: int = key(0, at_least(0), only_with={"name": (*LATENTS, AUTO_LATENT)})
     group_size: int = key(2, at_least(), only_with={"name": (XKV,)})
     warmup_layers: int = key(0, at_least(0), only_with={"name": (XKV,)})
+
+    @property
+    def is_used(self) -> bool:
+        """Whether owners are to keep latents, not keys and values."""
+        return self.name != NO_LATENT

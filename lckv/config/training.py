@@ -14,7 +14,6 @@ from lckv.config.names import (
     AUTO_LATENT,
     CALIBRATED,
     LATENTS,
-    NO_LATENT,
     OPTIMIZERS,
     RANDOM,
     RIEMANNIAN,
@@ -335,7 +334,7 @@ class TrainConfig(RunConfig):
         if self.init.source is None:  # else the sizes are the source's
             self.check_sizes()
             self.check_latents(own=model.kv_latents is not None)
-        elif self.init.method in CALIBRATED and self.latent.name == NO_LATENT and not self.init.calibration_tokens:
+        elif self.init.method in CALIBRATED and not self.latent.is_used and not self.init.calibration_tokens:
             raise UserError(f"init.calibration_tokens=0: {self.init.method} looks at text; allowed is 1 or more")
 
     def _check_kind_of_latents(self) -> None:
@@ -373,7 +372,7 @@ class TrainConfig(RunConfig):
         Raises:
             UserError: naming the key.
         """
-        if own or self.latent.name != NO_LATENT:
+        if own or self.latent.is_used:
             if self.sharing.is_random:
                 given = "a model with latents" if own else f"latent={self.latent.name}"
                 raise UserError(f"sharing={RANDOM}: not with {given}, of which only the layers made for it make keys")

@@ -21,7 +21,7 @@ from lckv.config.generation import BenchmarkConfig, ChatConfig, GenerateConfig
 from lckv.config.hints import HintsConfig
 from lckv.config.keys import Group, keys_of
 from lckv.config.model import KEPT_WITH_SOURCE
-from lckv.config.names import CALIBRATED, NO_CACHE, NO_LATENT, TRAINED
+from lckv.config.names import CALIBRATED, NO_CACHE, TRAINED
 from lckv.config.sft import SFTConfig
 from lckv.config.training import TrainConfig
 from lckv.errors import UserError
@@ -118,14 +118,9 @@ _NO_TEXT = f"with method={{cfg.method}}, which looks at no text ({', '.join(sort
 _LATENT_FIT = "with latent={cfg.latent.name}, which has a fit of its own; leave it out"
 
 
-def has_latents(cfg: TrainConfig | ConvertConfig) -> bool:
-    """Whether owners are to keep latents."""
-    return cfg.latent.name != NO_LATENT
-
-
 def _fits_by_method(cfg: TrainConfig | ConvertConfig) -> bool:
     """Whether a conversion is done by the method, or at least trained by it."""
-    return not has_latents(cfg) or (cfg.method if isinstance(cfg, ConvertConfig) else cfg.init.method) in TRAINED
+    return not cfg.latent.is_used or (cfg.method if isinstance(cfg, ConvertConfig) else cfg.init.method) in TRAINED
 
 
 _NO_TRAINING = f"with method={{cfg.method}}, which does not train ({', '.join(sorted(TRAINED))} does); leave it out"
@@ -234,7 +229,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
     ConvertConfig: (
         *_MODEL,
         _unless("method", _fits_by_method, _LATENT_FIT),
-        _unless("init data", lambda cfg: cfg.method in CALIBRATED or has_latents(cfg), _NO_TEXT, is_preset=True),
+        _unless("init data", lambda cfg: cfg.method in CALIBRATED or cfg.latent.is_used, _NO_TEXT, is_preset=True),
         _unless(
             "trainer optim teacher logger evaluation seed run_name "
             "model.dtype model.attention_dropout model.attn_implementation",
@@ -251,12 +246,10 @@ TABLE: dict[type, tuple[Unused, ...]] = {
         *_LOOP,
     ),
     SearchConfig: (
-        _unless(
-            "calibration_tokens ridge", lambda cfg: cfg.method in CALIBRATED or cfg.latent.name != NO_LATENT, _NO_TEXT
-        ),
+        _unless("calibration_tokens ridge", lambda cfg: cfg.method in CALIBRATED or cfg.latent.is_used, _NO_TEXT),
         _unless(
             "method directions split_sources beam shortlist",
-            lambda cfg: cfg.latent.name == NO_LATENT,
+            lambda cfg: not cfg.latent.is_used,
             "with latent={cfg.latent.name}, whose groups are a shortest path; leave it out",
         ),
         Unused(

@@ -95,9 +95,9 @@ def fit_latents(
     fit = LatentFit(budget, tensors, source, groups, sensitivity, ridge, num_unturned, known)
     kv_latents = fit.sizes()
 
-    def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
+    def make(owner: int) -> dict[str, Tensor]:
         if kv_latents[owner] is None:  # skipped
-            return make_tensors("average", Group(owner, readers, budget.plan, tensors, source))
+            return make_tensors("average", Group(owner, budget.plan, tensors, source))
         return refuse_not_finite(f"latent={budget.kind}", fit.make(kv_latents, owner))
 
     labels = rope_labels(source, budget.plan, kv_latents)

@@ -21,6 +21,7 @@ from torch import Tensor
 from lckv.config.names import XKV
 from lckv.conversion.fitting import predictor
 from lckv.conversion.heads import Tensors, layer_prefix, read_finite
+from lckv.conversion.methods import sources_before
 from lckv.conversion.sensitivity import KEYS, VALUES, Sensitivity
 from lckv.latents import LatentBudget
 from lckv.layout import KEY_LATENT, LATENT, PLANES, VALUE_LATENT
@@ -48,9 +49,11 @@ Sources = Mapping[str, Sequence[int]]
 
 def stream_sources(plan: SharingPlan, own: SharingPlan, owners: Iterable[int]) -> dict[int, Sources]:
     """For each of these owners, the layers whose keys and whose values its readers read in the source."""
-    names = KEYS, VALUES
     return {
-        owner: {name: sorted({*_sources_by_reader(plan, own, owner, name).values()}) for name in names}
+        owner: {
+            name: sorted({*sources.values()})
+            for name, sources in zip((KEYS, VALUES), sources_before(plan, own, owner), strict=True)
+        }
         for owner in owners
     }
 
@@ -59,13 +62,6 @@ def sources_of(plan: SharingPlan, own: SharingPlan, owners: Iterable[int]) -> di
     """The same for keys and values together."""
     found = stream_sources(plan, own, owners)
     return {owner: tuple(sorted({*sources[KEYS], *sources[VALUES]})) for owner, sources in found.items()}
-
-
-def _sources_by_reader(plan: SharingPlan, own: SharingPlan, owner: int, name: str) -> dict[int, int]:
-    """For each layer that reads an owner's keys, or values, the one whose it reads in the source."""
-    index = (KEYS, VALUES).index(name)
-    readers = (layer.layer_idx for layer in plan.layers if layer.sources[index] == owner)
-    return {reader: own.sources[reader][index] for reader in readers}
 
 
 @dataclass(frozen=True)
@@ -253,7 +249,7 @@ class LatentFit:
                 zeros = torch.zeros(latents[LATENT], dtype=torch.float64)
                 made[f"{prefix}kv_a_proj.bias"] = torch.cat([zeros, as_rows(pairs.bias[:count])])
         made[f"{prefix}kv_a_proj.weight"] = torch.cat(down)
-        of_keys, of_values = (_sources_by_reader(self.plan, self.own, owner, name) for name in (KEYS, VALUES))
+        of_keys, of_values = sources_before(self.plan, self.own, owner)
         beside = ("k_proj.bias", of_keys), ("v_proj.bias", of_values), ("k_norm.weight", of_keys)
         for factors in cut.values():
             for (layer, name), up in factors.up.items():

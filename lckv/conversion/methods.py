@@ -26,7 +26,6 @@ class Group:
 
     Attributes:
         owner: the layer that computes them.
-        readers: the layers that attend to them, perhaps without the owner itself.
         plan: whose keys and values each layer is to read.
         tensors: of the source.
         config: the source's.
@@ -35,7 +34,6 @@ class Group:
     """
 
     owner: int
-    readers: tuple[int, ...]
     plan: SharingPlan
     tensors: Tensors
     config: LCKVLlamaConfig
@@ -43,16 +41,14 @@ class Group:
     ridge: float = 0.0
 
     @cached_property
-    def key_sources(self) -> dict[int, int]:
-        """For each reader of the owner's keys, the layer whose keys it reads in the source."""
-        own, now = self.config.sharing_plan.layers, self.plan.layers
-        return {reader: own[reader].key_source for reader in self.readers if now[reader].key_source == self.owner}
+    def before(self) -> tuple[dict[int, int], dict[int, int]]:
+        """See [`sources_before`]."""
+        return sources_before(self.plan, self.config.sharing_plan, self.owner)
 
-    @cached_property
-    def value_sources(self) -> dict[int, int]:
-        """For each reader of the owner's values, the layer whose values it reads in the source."""
-        own, now = self.config.sharing_plan.layers, self.plan.layers
-        return {reader: own[reader].value_source for reader in self.readers if now[reader].value_source == self.owner}
+    @property
+    def readers(self) -> list[int]:
+        """The layers that attend to the owner's keys or values, perhaps without itself."""
+        return [layer.layer_idx for layer in self.plan.readers(self.owner)]
 
     @cached_property
     def heads(self) -> dict[int, AttentionHeads]:
@@ -97,7 +93,7 @@ class Group:
 
     def merged_norm(self) -> Tensor | None:
         """The mean of the key norms, `(head_dim,)`, behind what the readers read in the source, if there are any."""
-        names = [self.name(source, "k_norm.weight") for source in self.key_sources.values()]
+        names = [self.name(source, "k_norm.weight") for source in self.before[0].values()]
         return _mean([self.tensors[name] for name in names]) if names[0] in self.tensors else None
 
 
@@ -109,7 +105,6 @@ Those are the owner's KV, and what its readers read them with. Each is written i
 
 METHODS: Registry[Method] = Registry("conversion method")
 """By the names in `lckv.config.names.METHODS`; those that are calibrated there get `Group.moments`."""
-register = METHODS.register
 
 # Of the mean size of an input norm's entries: what is smaller stands for an input that the layer does not look at.
 _NO_SCALE = 1e-3
@@ -140,18 +135,18 @@ def refuse_not_finite(made_by: str, tensors: dict[str, Tensor]) -> dict[str, Ten
     return tensors
 
 
-@register("inherit")
+@METHODS.register("inherit")
 def inherit(group: Group) -> dict[str, Tensor]:
     """The owner keeps its own keys and values."""
     return {}
 
 
-@register("average")
+@METHODS.register("average")
 def average(group: Group) -> dict[str, Tensor]:
     """The mean of what makes the readers' keys and values: projections, biases and key norms (Wu and Tu, ACL 2024)."""
     tensors = {}
-    of_keys, of_values = ("k_proj.weight", "k_proj.bias", "k_norm.weight"), ("v_proj.weight", "v_proj.bias")
-    for names, sources in (of_keys, group.key_sources), (of_values, group.value_sources):
+    of_both = ("k_proj.weight", "k_proj.bias", "k_norm.weight"), ("v_proj.weight", "v_proj.bias")
+    for names, sources in zip(of_both, group.before, strict=True):
         for name in names:
             if sources and group.name(group.owner, name) in group.tensors:
                 merged = _mean([group.tensors[group.name(source, name)] for source in sources.values()])
@@ -159,7 +154,7 @@ def average(group: Group) -> dict[str, Tensor]:
     return tensors
 
 
-@register("aligned")
+@METHODS.register("aligned")
 def aligned(group: Group) -> dict[str, Tensor]:
     """The mean of projections whose heads were first permuted and rotated towards the owner's.
 
@@ -177,67 +172,67 @@ def aligned(group: Group) -> dict[str, Tensor]:
         torch.stack([getattr(turned[reader], name) for reader in sources]).mean(0) * _reciprocal(scales[group.owner])
         if sources
         else None
-        for name, sources in (("key", group.key_sources), ("value", group.value_sources))
+        for name, sources in zip(("key", "value"), group.before, strict=True)
     )
     return _tensors(group, key, value, turned)
 
 
-@register("activation")
+@METHODS.register("activation")
 def activation(group: Group) -> dict[str, Tensor]:
     """Keys and values that come closest, in the mean square, to what all readers computed on calibration text."""
     assert group.moments is not None
-    of_both = *group.key_sources.values(), *group.value_sources.values()
+    of_both = [source for sources in group.before for source in sources.values()]
     predictors = predict_from(group.owner, of_both, group.moments, group.ridge)
     key, value = (
         fit_mean({reader: getattr(group.heads[reader], name) for reader in sources}, sources, predictors)
         if sources
         else None
-        for name, sources in (("key", group.key_sources), ("value", group.value_sources))
+        for name, sources in zip(("key", "value"), group.before, strict=True)
     )
     return _tensors(group, key, value, {})
 
 
-@register("distill")  # which then learns from the source; see `lckv.training.distillation`
-@register("subspace")
+@METHODS.register("distill")  # which then learns from the source; see `lckv.training.distillation`
+@METHODS.register("subspace")
 def subspace(group: Group) -> dict[str, Tensor]:
     """Alignment and fit in one: the shared keys and values from which all readers' own can best be made.
 
     Heads are matched first. See [`lckv.conversion.fitting.fit_subspace`].
     """
     assert group.moments is not None
-    key, value, changed = fit_subspace(
-        group.matched, group.key_sources, group.value_sources, group.owner, group.moments, group.ridge
-    )
+    key, value, changed = fit_subspace(group.matched, *group.before, group.owner, group.moments, group.ridge)
     return _tensors(group, key, value, changed)
 
 
-def groups_of(
-    plan: SharingPlan, source: SharingPlan, changed: Collection[int | None] = ()
-) -> list[tuple[int, tuple[int, ...]]]:
-    """The owner and its readers, for every owner one of whose readers read others in the source, or in `changed`.
+def sources_before(plan: SharingPlan, source: SharingPlan, owner: int) -> tuple[dict[int, int], dict[int, int]]:
+    """For each layer that is to read an owner's keys, whose keys it reads in the source; and the same of values."""
+    keys, values = (
+        {layer: source.sources[layer][stream] for layer, now in enumerate(plan.sources) if now[stream] == owner}
+        for stream in (0, 1)
+    )
+    return keys, values
+
+
+def changed_owners(plan: SharingPlan, source: SharingPlan, changed: Collection[int | None] = ()) -> list[int]:
+    """Every owner one of whose readers reads others in the source, or that is in `changed`.
 
     Both owners of a layer with two are among them if either is new to it, as its heads have one order for both.
     """
-    groups = [(owner, tuple(layer.layer_idx for layer in plan.readers(owner))) for owner in plan.kv_owners]
     return [
-        (owner, readers)
-        for owner, readers in groups
-        if owner in changed or any(source.sources[reader] != plan.sources[reader] for reader in readers)
+        owner
+        for owner in plan.kv_owners
+        if owner in changed or any(source.sources[layer.layer_idx] != layer.sources for layer in plan.readers(owner))
     ]
 
 
 def needed_pairs(plan: SharingPlan, source: SharingPlan) -> list[Pair]:
     """The pairs of layers whose inputs a calibrated method multiplies."""
     pairs = set()
-    for owner, readers in groups_of(plan, source):
-        sources = {
-            before
-            for reader in readers
-            for before, now in zip(source.sources[reader], plan.sources[reader], strict=True)
-            if now == owner
-        }
+    for owner in changed_owners(plan, source):
+        keys, values = sources_before(plan, source, owner)
+        sources = {*keys.values(), *values.values()}
         pairs |= {(owner, owner)} | {(layer, owner) for layer in sources}
-        pairs |= {(layer, layer) for layer in (*readers, *sources)}
+        pairs |= {(layer, layer) for layer in {*keys, *values, *sources}}
     return sorted(pairs)
 
 
@@ -251,8 +246,8 @@ def _tensors(
     if value is not None:
         made[group.owner] = made.get(group.owner, {}) | replace(owner, value=value).value_tensors()
     for reader, heads in readers.items():
-        of_keys = heads.query_tensors() if reader in group.key_sources else {}
-        of_values = heads.output_tensors() if reader in group.value_sources else {}
+        of_keys = heads.query_tensors() if reader in group.before[0] else {}
+        of_values = heads.output_tensors() if reader in group.before[1] else {}
         made[reader] = made.get(reader, {}) | of_keys | of_values
     tensors = {group.name(layer, name): tensor for layer, each in made.items() for name, tensor in each.items()}
     return {name: tensor.to(group.dtype(name)).contiguous() for name, tensor in tensors.items()}

@@ -11,17 +11,17 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from lckv.config import TrainConfig
-from lckv.config.names import CALIBRATED, NO_LATENT, TRAINED
+from lckv.config.names import CALIBRATED, TRAINED
 from lckv.console import Bar
 from lckv.conversion.calibration import batches_of, calibrate, choose_blocks
 from lckv.conversion.latent_models import budget_of, fit_latents, measure
 from lckv.conversion.latents import sources_of
-from lckv.conversion.methods import groups_of, needed_pairs
+from lckv.conversion.methods import changed_owners, needed_pairs
 from lckv.conversion.sensitivity import assume_sensitivity
 from lckv.conversion.settings import adopt_source, check_block_size, model_settings
 from lckv.conversion.source import Source
-from lckv.conversion.target import converted_config, source_config_of, write_converted
-from lckv.data.dataset import build_dataset
+from lckv.conversion.target import Make, converted_config, source_config_of, write_converted
+from lckv.data.dataset import TokenizedData, build_dataset
 from lckv.errors import UserError
 from lckv.loading import find_device
 from lckv.model_arguments import resolve_plan
@@ -45,48 +45,43 @@ def convert(
         UserError: for wrong settings, text or weights.
     """
     find_device(device)
-    plan, own, method = resolve_plan(cfg), source.config.sharing_plan, cfg.init.method
+    plan, own, method, ridge = resolve_plan(cfg), source.config.sharing_plan, cfg.init.method, cfg.init.ridge
     config = converted_config(source.config, plan, **model_settings(cfg))
-    if cfg.latent.name != NO_LATENT:
-        convert_to_latents(cfg, source, config, out, console, device=device, max_shard_size=max_shard_size)
-        return
-    moments, record = None, {}
-    if method in CALIBRATED and groups_of(plan, own):
-        check_block_size(cfg.data, source.config)
-        data = build_dataset(cfg.data, source.load_tokenizer())
-        chosen = choose_blocks(data.train, cfg.init.calibration_tokens)
+    make, moments, record = None, None, dict[str, Any]()
+    if cfg.latent.is_used:
+        method = cfg.latent.name
+        config, make, record = _fit_latents(cfg, source, config, console, device)
+    elif method in CALIBRATED and changed_owners(plan, own):
+        data, chosen, record = _calibration_text(cfg, source)
         moments = calibrate(source.load_for_text(device), data.train, chosen, needed_pairs(plan, own), console)
-        record = {
-            "data": cfg.data.name,
-            "data_fingerprint": data.fingerprint,
-            "calibration_tokens": moments.num_tokens,
-            "ridge": cfg.init.ridge,
-        }
+        record |= {"calibration_tokens": moments.num_tokens, "ridge": ridge}
     with Bar(console, "writing", "parameters") as bar:
         write_converted(
             source,
             config,
             method,
             out,
+            make=make,
             moments=moments,
-            ridge=cfg.init.ridge,
+            ridge=ridge,
             max_shard_size=max_shard_size,
             record=record,
             on_parameters=bar.update,
         )
 
 
-def convert_to_latents(
-    cfg: TrainConfig,
-    source: Source,
-    config: LCKVLlamaConfig,
-    out: Path,
-    console: Console,
-    *,
-    device: str,
-    max_shard_size: int,
-) -> None:
-    """The same for a model whose owners keep latents; `config` is that of the model without them."""
+def _calibration_text(cfg: TrainConfig, source: Source) -> tuple[TokenizedData, list[int], dict[str, Any]]:
+    """The text, the numbers of the blocks of it that are looked at, and what is noted of it."""
+    check_block_size(cfg.data, source.config)
+    data = build_dataset(cfg.data, source.load_tokenizer())
+    chosen = choose_blocks(data.train, cfg.init.calibration_tokens)
+    return data, chosen, {"data": cfg.data.name, "data_fingerprint": data.fingerprint}
+
+
+def _fit_latents(
+    cfg: TrainConfig, source: Source, config: LCKVLlamaConfig, console: Console, device: str
+) -> tuple[LCKVLlamaConfig, Make, dict[str, Any]]:
+    """For a model whose configuration without latents is `config`: that with them, what makes them, and a record."""
     latent, budget = cfg.latent, budget_of(cfg.latent, config)
     if 0 < cfg.init.calibration_tokens < config.hidden_size:
         raise UserError(
@@ -96,29 +91,16 @@ def convert_to_latents(
     tensors = source.tensors()
     record: dict[str, Any] = {"latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio}}
     if cfg.init.calibration_tokens:
-        check_block_size(cfg.data, source.config)
-        data = build_dataset(cfg.data, source.load_tokenizer())
-        chosen = choose_blocks(data.train, cfg.init.calibration_tokens)
+        data, chosen, of_text = _calibration_text(cfg, source)
         with Bar(console, "calibrating", "tokens", len(chosen) * data.train.block_size) as bar:
             batches = batches_of(data.train, chosen, num_tokens=1)  # activations are most of what the way back takes
             sensitivity = measure(source.load_for_text(device), budget, batches, bar.advance)
-        record |= {"data": cfg.data.name, "data_fingerprint": data.fingerprint}
+        record |= of_text
     else:
         groups = sources_of(budget.plan, source.config.sharing_plan, budget.owners)
         sensitivity = assume_sensitivity(tensors, source.config, groups)
     record |= {"calibration_tokens": sensitivity.num_tokens, "ridge": cfg.init.ridge}
-    config, make = fit_latents(tensors, source.config, config, budget, sensitivity, cfg.init.ridge)
-    with Bar(console, "writing", "parameters") as bar:
-        write_converted(
-            source,
-            config,
-            latent.name,
-            out,
-            make=make,
-            max_shard_size=max_shard_size,
-            record=record,
-            on_parameters=bar.update,
-        )
+    return *fit_latents(tensors, source.config, config, budget, sensitivity, cfg.init.ridge), record
 
 
 def adopt_init(cfg: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, Source | None]:

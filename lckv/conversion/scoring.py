@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import Tensors
-from lckv.conversion.methods import Group, groups_of, make_tensors
+from lckv.conversion.methods import Group, changed_owners, make_tensors
 from lckv.conversion.target import converted_config, converted_tensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import LayerPlan, SharingPlan, join_layer_types, parse_layer_types
 
-_GroupKey = tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]
-"""An owner, its readers, and what each of them reads."""
+_GroupKey = tuple[int, tuple[tuple[int, tuple[int, int]], ...]]
+"""An owner and its readers, with what each of them reads."""
 
 
 @dataclass
@@ -83,20 +83,20 @@ class Converter:
     def forget(self, plans: Sequence[SharingPlan]) -> None:
         """Drops what was made for owners and readers that none of these patterns has."""
         own = self.config.sharing_plan
-        kept = {_key_of(plan, *group) for plan in plans for group in groups_of(plan, own)}
+        kept = {_key_of(plan, owner) for plan in plans for owner in changed_owners(plan, own)}
         self._made = {key: made for key, made in self._made.items() if key in kept}
 
-    def _make(self, plan: SharingPlan, owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
-        key = _key_of(plan, owner, readers)
+    def _make(self, plan: SharingPlan, owner: int) -> dict[str, Tensor]:
+        key = _key_of(plan, owner)
         if key not in self._made:
-            group = Group(owner, readers, plan, self._on_cpu, self.config, self.moments, self.ridge)
+            group = Group(owner, plan, self._on_cpu, self.config, self.moments, self.ridge)
             made = make_tensors(self.method, group)
             self._made[key] = {name: tensor.to(self.model.device) for name, tensor in made.items()}
         return self._made[key]
 
 
-def _key_of(plan: SharingPlan, owner: int, readers: tuple[int, ...]) -> _GroupKey:
-    return owner, readers, tuple(plan.sources[reader] for reader in readers)
+def _key_of(plan: SharingPlan, owner: int) -> _GroupKey:
+    return owner, tuple((layer.layer_idx, layer.sources) for layer in plan.readers(owner))
 
 
 @dataclass(frozen=True)

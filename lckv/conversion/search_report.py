@@ -251,7 +251,7 @@ def _experiment(point: Point, report: SearchReport) -> str:
     init = {
         "source": str(Path(source).resolve()) if Path(source).exists() else source,
         "revision": cfg.revision,
-        "method": InitConfig().method if cfg.has_latents else cfg.method,
+        "method": InitConfig().method if cfg.latent.is_used else cfg.method,
         "calibration_tokens": cfg.calibration_tokens,
         "ridge": cfg.ridge,
     }
@@ -262,7 +262,7 @@ def _experiment(point: Point, report: SearchReport) -> str:
         model |= iteration_settings(cfg)
     groups = [("data", cfg.data.name), *_UPTRAINING]
     latent = {}
-    if cfg.has_latents:
+    if cfg.latent.is_used:
         groups.append(("latent", cfg.latent.name))
         latent["ratio"] = point.num_owners * report.kv.bytes_of("0") / point.kv_bytes_per_token
     body = {
@@ -272,7 +272,7 @@ def _experiment(point: Point, report: SearchReport) -> str:
         "init": _changed(init, InitConfig()),
         "data": _changed(_with_absolute_files(asdict(cfg.data)), DataConfig(name=cfg.data.name)),
     }
-    kept = "Latents" if cfg.has_latents else "Keys and values"
+    kept = "Latents" if cfg.latent.is_used else "Keys and values"
     comment = (
         f"# {kept} of {point.num_owners} of {report.kv.num_owners} layers, {point.kv_bytes_per_token:,} bytes per "
         f"token: divergence from the source {point.loss:.4f}"

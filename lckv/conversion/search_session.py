@@ -272,7 +272,7 @@ def _pairs_within(plan: SharingPlan, reach: Reach) -> set[Pair]:
 def _scored_batch(blocks: BlockDataset, calibration: list[int], cfg: SearchConfig) -> dict[str, Tensor]:
     """Blocks to score patterns on, evenly among those that nothing is fitted to, if there are any."""
     free = sorted(set(range(len(blocks))) - set(calibration))
-    if not free and (cfg.method in CALIBRATED or cfg.has_latents):
+    if not free and (cfg.method in CALIBRATED or cfg.latent.is_used):
         logger.warning(
             "all %d tokens of the training split are calibration text, so patterns are scored on what they were "
             "fitted to; give more text, or fewer calibration_tokens",

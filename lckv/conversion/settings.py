@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from lckv.config import DataConfig, ModelConfig, TrainConfig
 from lckv.config.model import KEPT_WITH_SOURCE
-from lckv.config.names import AUTO_LATENT, NO_LATENT, RANDOM, XKV
+from lckv.config.names import AUTO_LATENT, RANDOM, XKV
 from lckv.errors import UserError
 from lckv.latents import refuse_latents, suit_source
 from lckv.model_arguments import iteration_settings, plan_from_source
@@ -31,7 +31,7 @@ def adopt_source(cfg: AnyTrainConfig, source: LCKVLlamaConfig) -> AnyTrainConfig
         UserError: if the sharing pattern does not fit the model.
     """
     own = source.sharing_plan
-    if cfg.latent.name != NO_LATENT:
+    if cfg.latent.is_used:
         refuse_latents(cfg.latent, source)
     if cfg.latent.name == AUTO_LATENT:
         cfg = replace(cfg, latent=suit_source(cfg.latent, own, source, may_group=cfg.given_pattern is None))

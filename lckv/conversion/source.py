@@ -17,7 +17,7 @@ from lckv.data.tokenizer import check_tokenizer
 from lckv.errors import UserError
 from lckv.families import LazyTensors
 from lckv.loading import Checkpoint, find_checkpoint, find_device, load_weights
-from lckv.model_files import TOKENIZER_FILES
+from lckv.model_files import CHAT_TEMPLATE_FILES, TOKENIZER_FILES
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.stored_weights import map_weights, stored_type
 
@@ -25,18 +25,9 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *(*TOKENIZER_FILES, *CHAT_TEMPLATE_FILES),
 )
-_COPIED_FOLDERS = ("additional_chat_templates",)
 EMBEDDINGS = "model.embed_tokens.weight"
 """The tensor whose type is the model's."""
 
@@ -120,15 +111,14 @@ class Source:
         if not any((origin / name).is_file() for name in TOKENIZER_FILES):
             logger.warning("%s: holds no tokenizer (%s), nor does what is made", self.checkpoint, TOKENIZER_FILES[0])
         for name in _COPIED:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, folder / name)
-        for name in _COPIED_FOLDERS:
             if (origin / name).is_dir():
                 shutil.copytree(origin / name, folder / name)
+            elif (origin / name).is_file():
+                shutil.copyfile(origin / name, folder / name)
 
     def _folder(self) -> Path:
         """Where its files are; those of the Hub are fetched first, if they are not there yet."""
-        return self.checkpoint.fetch([*_COPIED, *(f"{name}/*" for name in _COPIED_FOLDERS)])
+        return self.checkpoint.fetch([*_COPIED, *(f"{name}/*" for name in CHAT_TEMPLATE_FILES)])
 
     def _untied(self, tensors: LazyTensors) -> LazyTensors:
         """Of tied embeddings one tensor, whichever the file has, and both where they are not the same after all."""

@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME
 import lckv
 from lckv.conversion.calibration import InputMoments
 from lckv.conversion.heads import Tensors
-from lckv.conversion.methods import Group, groups_of, make_tensors
+from lckv.conversion.methods import Group, changed_owners, make_tensors
 from lckv.conversion.source import EMBEDDINGS, HEAD, Source, expected_shapes
 from lckv.conversion.weights import write_weights
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
@@ -27,7 +27,7 @@ from lckv.stored_weights import map_weights
 RECORD = "conversion.json"
 """The file that says where a converted model comes from."""
 
-Make = Callable[[int, tuple[int, ...]], dict[str, Tensor]]
+Make = Callable[[int], dict[str, Tensor]]
 """Gives what a method makes for an owner and its readers."""
 
 
@@ -60,8 +60,8 @@ def converted_tensors(
     changed = {
         _layer_of(name) for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape
     }
-    # What belongs to no layer, any group may make.
-    to_make = dict(groups_of(plan, source_plan, plan.kv_owners if None in changed else changed))
+    # What belongs to no layer, any owner may make.
+    to_make = changed_owners(plan, source_plan, plan.kv_owners if None in changed else changed)
     made: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         layer_idx = _layer_of(name)
@@ -72,7 +72,8 @@ def converted_tensors(
             owners = [] if name in tensors else list(to_make)
         for owner in owners:
             if owner in to_make and name not in made:
-                made |= make(owner, to_make.pop(owner))
+                to_make.remove(owner)
+                made |= make(owner)
         if name not in made and name not in tensors:
             raise ValueError(f"method={method} makes no {name}, which the source lacks")
         tensor = made.pop(name) if name in made else tensors[name]
@@ -144,8 +145,8 @@ def write_converted(
     shapes = expected_shapes(config, model_class)
     total = sum(shape.numel() for shape in shapes.values())
 
-    def by_method(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
-        return make_tensors(method, Group(owner, readers, plan, tensors, source.config, moments, ridge))
+    def by_method(owner: int) -> dict[str, Tensor]:
+        return make_tensors(method, Group(owner, plan, tensors, source.config, moments, ridge))
 
     def told() -> Iterator[tuple[str, Tensor]]:
         done = 0

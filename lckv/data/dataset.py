@@ -136,39 +136,19 @@ class RunData:
         return math.exp(self.unigram_loss)
 
 
-@dataclass(frozen=True)
 class TokenizedData(RunData):
-    """Training and validation blocks, and what the validation figures need.
+    """Blocks of text, in a folder: the tokens behind the last full block of the training text are left out.
 
-    Attributes:
-        train: the training blocks; the tokens behind the last full block are left out.
-        validation: the validation blocks; the last one is padded with tokens that are neither predicted nor seen.
-        fingerprint: a short name for text, split, tokenizer and block size.
+    The last validation block is padded with tokens that are neither predicted nor seen.
     """
 
-    train: BlockDataset
-    validation: BlockDataset
-    fingerprint: str
-
-    @property
-    def block_size(self) -> int:  # type: ignore[override]
-        """Tokens of a block."""
-        return self.train.block_size
-
-    @property
-    def num_tokens(self) -> int:  # type: ignore[override]
-        """Tokens in the training blocks."""
-        return self.train.statistics.num_tokens
-
-    @property
-    def num_predicted_tokens(self) -> int:  # type: ignore[override]
-        """Validation labels that are not ignored."""
-        return self.validation.statistics.num_predicted_tokens
-
-    @property
-    def validation_num_bytes(self) -> int:  # type: ignore[override]
-        """UTF-8 bytes of the text that the validation labels stand for."""
-        return self.validation.statistics.num_bytes
+    def __init__(self, folder: Path, key: str, *, document_mask: bool) -> None:
+        self.train: BlockDataset = BlockDataset(folder / TRAIN, document_mask=document_mask)
+        self.validation: BlockDataset = BlockDataset(folder / VALIDATION, document_mask=document_mask)
+        self.fingerprint, self.block_size = key, self.train.block_size
+        self.num_tokens = self.train.statistics.num_tokens
+        self.num_predicted_tokens = self.validation.statistics.num_predicted_tokens
+        self.validation_num_bytes = self.validation.statistics.num_bytes
 
     @property
     def unigram_loss(self) -> float:  # type: ignore[override]
@@ -214,13 +194,7 @@ def build_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Tok
     def build(folder: Path) -> None:
         _build_blocks(folder, source, encoder, config.block_size)
 
-    def load(folder: Path) -> TokenizedData:
-        train, validation = (
-            BlockDataset(folder / split, document_mask=config.document_mask) for split in (TRAIN, VALIDATION)
-        )
-        return TokenizedData(train, validation, key)
-
-    data = load_or_build(folder, build, load)
+    data = load_or_build(folder, build, lambda folder: TokenizedData(folder, key, document_mask=config.document_mask))
     if source.cut is not None:
         logger.warning(
             "%s: has too few documents to hold out whole ones, so that the end of the text is held out: "

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, near_file, near_miss
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -74,8 +74,7 @@ def _match(pattern: str, key: str) -> list[Path]:
         raise UserError(f"{key}={pattern!r}: matches no file (looked from {str(Path.cwd())!r})")
     if not path.parent.is_dir():
         raise UserError(f"{key}={pattern!r}: there is no folder {str(path.parent)!r}")
-    siblings = [sibling.name for sibling in path.parent.iterdir()]
-    raise UserError(f"{key}={pattern!r}: there is no such file{near_miss(path.name, siblings)}")
+    raise UserError(f"{key}={pattern!r}: there is no such file{near_file(path)}")
 
 
 def kind_of(path: Path) -> str:

@@ -6,22 +6,22 @@ import random
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
-from lckv.charts import save_chart
+from lckv.charts import draw_cells, new_chart, save_chart
 from lckv.config import EvaluationConfig, NeedleConfig
 from lckv.console import track
 from lckv.data.tokenizer import text_prefix
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Subject
-from lckv.evaluation.heatmap import draw_needle
 from lckv.evaluation.text import validation_documents
 
 NUM_CANDIDATES = 10
@@ -313,3 +313,22 @@ def _score_rows(
             subject.last_log_probabilities(input_ids, num_kept=num_kept, num_cached=num_cached),
             strict=True,
         )
+
+
+def draw_needle(figures: Mapping[str, Any]) -> Figure:
+    """Draws both accuracies over the length of the prompt and the depth of the needle, in colours from 0 to 1."""
+    panels = {
+        "accuracy": "greedy decoding says the word",
+        "choice_accuracy": f"likeliest of {1 / figures['chance']:.0f} words (chance: {figures['chance']:.2g})",
+    }
+    lengths, depths = [f"{length:,}" for length in figures["lengths"]], [f"{depth:.0%}" for depth in figures["depths"]]
+    size = 2 * (1.6 + 0.62 * max(4, len(lengths))), 1.5 + 0.42 * max(4, len(depths))
+    figure, all_axes = new_chart(size, num_columns=len(panels), sharey=True)
+    for axes, (name, subtitle) in zip(all_axes, panels.items(), strict=True):
+        cells = draw_cells(axes, np.array(figures[name]), lengths, depths)
+        axes.set_title(subtitle, loc="left", fontsize=10)
+        axes.set_xlabel("prompt (tokens)")
+    all_axes[0].set_ylabel("depth of the needle")
+    figure.colorbar(cells, ax=all_axes, label=f"part of {figures['num_samples']} prompts")
+    figure.suptitle("needle in a haystack", x=0.01, ha="left", fontsize=11)
+    return figure

@@ -1,13 +1,25 @@
-"""Finds the architecture of llama.cpp that computes what a model does."""
+"""Finds the architecture of llama.cpp that computes what a model does: Llama's, Qwen3's or Gemma 4's."""
 
 from __future__ import annotations
 
+from lckv.errors import UserError
 from lckv.exporting.gguf_gemma4 import describe_gemma4
-from lckv.exporting.gguf_llama import describe_llama
-from lckv.exporting.gguf_plain import Description, check_finite, check_no_biases, check_parts, plain_weights
+from lckv.exporting.gguf_plain import (
+    ROPE_DIVISORS,
+    Description,
+    Weights,
+    check_finite,
+    check_no_biases,
+    check_parts,
+    common_settings,
+    find_rotation,
+    named,
+    plain_weights,
+)
 from lckv.exporting.gguf_reuse import find_reuse, is_llama
 from lckv.exporting.gguf_silu import approximate_silu
-from lckv.models import LCKVLlamaForCausalLM
+from lckv.gguf_weights import side_by_side
+from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 
 def describe(model: LCKVLlamaForCausalLM, *, approximates_silu: bool = False) -> Description:
@@ -31,3 +43,24 @@ def describe(model: LCKVLlamaForCausalLM, *, approximates_silu: bool = False) ->
     if approximates_silu:
         config, weights = approximate_silu(config, weights)
     return describe_gemma4(config, weights, reuse)
+
+
+def describe_llama(config: LCKVLlamaConfig, weights: Weights) -> Description:
+    """A model whose layers read themselves, without windows, as Llama; as Qwen3 if queries and keys are normalised."""
+    architecture = "qwen3" if config.use_qk_norm else "llama"
+    if config.final_logit_softcapping is not None:
+        raise UserError(
+            f"final_logit_softcapping={config.final_logit_softcapping}: llama.cpp's {architecture} has none"
+        )
+    if len(config.rotations) > 1:
+        raise UserError(f"rope_layer_types: llama.cpp's {architecture} has one rotary embedding for all layers")
+    rotation = find_rotation(config, next(iter(config.rotations)))
+    divisors = {} if rotation.is_plain else {ROPE_DIVISORS: rotation.divisors}
+    if architecture == "llama":
+        weights = {name: side_by_side(tensor, name, config) for name, tensor in weights.items()}
+    elif divisors:
+        raise UserError("rope_parameters: llama.cpp's qwen3 scales no frequencies")
+    else:
+        check_no_biases(config, architecture)
+    settings = common_settings(config) | {"rope.freq_base": rotation.theta}
+    return Description(architecture, settings, named(architecture, weights) | divisors)

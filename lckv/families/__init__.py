@@ -3,7 +3,7 @@
 [`FAMILIES`] and [`TENSORS`] are where a family is registered; one that nobody has registered is tried and proven.
 """
 
-from lckv.families.registered import FAMILIES, Reading, read_config, read_model
+from lckv.families.registered import FAMILIES, Reading, read_model
 from lckv.families.tensors import TENSORS, LazyTensors
 
-__all__ = ["FAMILIES", "TENSORS", "LazyTensors", "Reading", "read_config", "read_model"]
+__all__ = ["FAMILIES", "TENSORS", "LazyTensors", "Reading", "read_model"]

@@ -89,11 +89,6 @@ def read_model(given: Mapping[str, Any] | PretrainedConfig, settings: Mapping[st
     return Reading(config, None if is_turned_whole(config) else llama_tensors)
 
 
-def read_config(given: Mapping[str, Any] | PretrainedConfig) -> LCKVLlamaConfig:
-    """The configuration of a model of any family as one of ours; see [`read_model`]."""
-    return read_model(given).config
-
-
 @cache
 def _load_entry_point(model_type: str) -> None:
     """Imports what an installed package has to say of a family.

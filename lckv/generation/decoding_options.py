@@ -18,15 +18,7 @@ _SMALLEST, _LARGEST = 1e-6, 1e6
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        greedy: take the likeliest token; by default unless one of `temperature`, `top_k`, `top_p` and `seed` is given.
-        temperature: logits are divided by it; None: 1.
-        top_k: only among the so many likeliest tokens; None: all.
-        top_p: only among the likeliest tokens that together have this probability; None: all.
-        seed: where the random numbers start; None: somewhere else each time.
-        repetition_penalty: above 1, tokens that occurred already become less likely.
+    """How the next token is chosen, by the settings of these names in [`lckv.config.GenerateConfig`].
 
     Raises:
         UserError: for values out of range, and an option that would have no effect beside another.

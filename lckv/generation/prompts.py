@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lckv.chat_templates import render_chat
 from lckv.data.readers import join_line_ends
-from lckv.errors import UserError, near_miss
+from lckv.errors import UserError, near_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,9 +59,7 @@ def _read(key: str, path: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={path}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        folder = Path(path).expanduser().parent
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        hint = near_miss(Path(path).name, names) if isinstance(error, FileNotFoundError) else ""
+        hint = near_file(Path(path).expanduser()) if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"{key}={path}: {error.strerror}{hint}") from None
 
 

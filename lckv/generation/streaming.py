@@ -71,9 +71,14 @@ class TextPieces:
         self._context: list[int] = next((end for end in ends if _is_whole(self._decode(end))), [])
         self._pending: list[int] = []
 
+    def each(self, token_ids: Iterable[int]) -> Iterator[str]:
+        """The pieces of text, none of them empty, as their tokens come."""
+        yield from filter(None, map(self.push, token_ids))
+        yield from filter(None, [self.flush()])
+
     def all_of(self, token_ids: Iterable[int]) -> str:
         """The text of tokens that are all there."""
-        return "".join(map(self.push, token_ids)) + self.flush()
+        return "".join(self.each(token_ids))
 
     def push(self, token_id: int) -> str:
         """The text that is whole with this token; empty if a character is not."""
@@ -222,13 +227,7 @@ def stream_text(
         token_ids = tokenizer(join_line_ends(prompt))["input_ids"]
         prompt = torch.tensor([token_ids], dtype=torch.long)
     text = TextPieces(tokenizer, skip_special_tokens, prompt[0].tolist())
-    tokens = stream(model, prompt, past_key_values, **options)
-
-    def pieces() -> Iterator[str]:
-        yield from map(text.push, tokens)
-        yield text.flush()
-
-    return filter(None, pieces())
+    return text.each(stream(model, prompt, past_key_values, **options))
 
 
 def score_stream(

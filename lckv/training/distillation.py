@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -218,18 +217,11 @@ def check_teacher_fits(
         )
 
 
-@dataclass
-class Seen:
-    """What was seen of a model's call.
-
-    Attributes:
-        outputs: what the call returned.
-        attention: of each layer, what its attention put out, `(batch, q_len, hidden_size)`; if that is looked at.
-        inputs: of each layer, what its attention was given, like `attention`; if that is looked at.
-    """
+class Seen(NamedTuple):
+    """What a model's call returned; and of each layer, if it is looked at, what attention put out and was given."""
 
     outputs: Any
-    attention: list[Tensor]
+    attention: list[Tensor]  # `(batch, q_len, hidden_size)` each
     inputs: list[Tensor]
 
 

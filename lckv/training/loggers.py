@@ -19,8 +19,6 @@ from lckv.training.run_folder import RunFolder
 LOGGERS: Registry[Callable[[RunConfig, RunFolder, int], TrainerCallback]] = Registry("logger")
 """Builders of tracker callbacks by name: `builder(cfg, folder, first_step)`; the session logs what is behind that."""
 
-register_logger = LOGGERS.register
-
 
 def check_loggers(cfg: LoggerConfig) -> None:
     """Raises a UserError that says what to install, where a tracker is missing."""
@@ -29,7 +27,7 @@ def check_loggers(cfg: LoggerConfig) -> None:
             raise UserError(f"logger.names={name}: is not installed; pip install 'lckv[track]'")
 
 
-@register_logger("tensorboard")
+@LOGGERS.register("tensorboard")
 def tensorboard(cfg: RunConfig, folder: RunFolder, first_step: int) -> TrainerCallback:
     """Event files in the run folder: `tensorboard --logdir <run folder>`."""
     from torch.utils.tensorboard import SummaryWriter
@@ -38,7 +36,7 @@ def tensorboard(cfg: RunConfig, folder: RunFolder, first_step: int) -> TrainerCa
     return TensorBoardCallback(SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1))
 
 
-@register_logger("wandb")
+@LOGGERS.register("wandb")
 def wandb(cfg: RunConfig, folder: RunFolder, first_step: int) -> TrainerCallback:
     """Weights & Biases; offline data lies in the run folder until `wandb sync` uploads it."""
     import wandb as wandb_package

@@ -20,8 +20,6 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 OPTIMIZERS: Registry[Callable[[nn.Module, OptimConfig], Optimizer]] = Registry("optimizer")
 """Builders of optimizers by name: `builder(model, cfg) -> Optimizer`, of the parameters that have gradients."""
 
-register_optimizer = OPTIMIZERS.register
-
 SCHEDULES = {
     "cosine": "cosine_with_min_lr",
     "wsd": "warmup_stable_decay",
@@ -62,7 +60,7 @@ def trainable_parameters(model: nn.Module) -> NamedParameters:
     return [item for item in model.named_parameters() if item[1].requires_grad]
 
 
-@register_optimizer("adamw")
+@OPTIMIZERS.register("adamw")
 def adamw(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """AdamW (Loshchilov and Hutter, ICLR 2019), all parameters in one kernel where torch can."""
     return adamw_for(trainable_parameters(model), cfg)
@@ -92,7 +90,7 @@ def adamw_for(named_parameters: NamedParameters, cfg: OptimConfig) -> Optimizer:
     )
 
 
-@register_optimizer("muon")
+@OPTIMIZERS.register("muon")
 def muon(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for embeddings, head, norms and biases."""
     if not hasattr(torch.optim, "Muon"):
@@ -113,7 +111,7 @@ def muon(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     return JointOptimizer([by_muon, *([adamw_for(others, cfg)] if others else [])])
 
 
-@register_optimizer(RIEMANNIAN)
+@OPTIMIZERS.register(RIEMANNIAN)
 def riemannian_adam(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """Riemannian Adam for the up-projections of latents, which keep orthonormal columns; AdamW for the rest."""
     stacks = stacks_of(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -82,8 +82,6 @@ class BaseSession(ABC):
     folder: RunFolder
     console: Console
 
-    evaluations: ours.EvaluationsCallback | None = field(default=None, init=False)
-
     def __post_init__(self) -> None:
         cfg, args, model, folder = self.cfg, self.args, self.model, self.folder
         self.checkpoint = folder.checkpoints.latest()
@@ -99,6 +97,7 @@ class BaseSession(ABC):
         freeze_all_but(model, cfg.trainer.trainable)
         self.progress = ours.ProgressCallback(self.console)
         self.trainer = self.build_trainer()
+        self.evaluations = self.build_evaluations()
         self.num_trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
         if args.fsdp and not self.trainer.is_fsdp_enabled:
             raise UserError("trainer.hf.fsdp: accelerate shards on accelerators only, in two or more processes")
@@ -112,6 +111,10 @@ class BaseSession(ABC):
     @abstractmethod
     def build_trainer(self) -> RunMixin:
         """The trainer of the model."""
+
+    def build_evaluations(self) -> ours.EvaluationsCallback | None:
+        """What evaluates the model beside the validation loss; `None`: nothing does."""
+        return None
 
     @abstractmethod
     def sample(self, model: PreTrainedModel) -> str:
@@ -206,25 +209,25 @@ class Session(BaseSession):
     evaluate: ours.Evaluate | None = None
 
     def build_trainer(self) -> RunMixin:
-        """The trainer of the model, and what evaluates it beside the validation loss."""
+        """The trainer of the model."""
         cfg = cast(TrainConfig, self.cfg)
         trainer_class: Callable[..., LCKVTrainer] = LCKVTrainer
         if self.teacher is not None:
             check_teacher_fits(self.teacher, self.model, cfg.teacher, self.data.block_size)
             trainer_class = partial(DistillationTrainer, teacher=self.teacher, distillation=cfg.teacher)
-        periods = (cfg.trainer.sample_steps, cfg.trainer.evaluation_steps)
-        trainer = trainer_class(
+        return trainer_class(
             self.model,
             self.args,
-            periods=periods,
+            periods=(cfg.trainer.sample_steps, cfg.trainer.evaluation_steps),
             random_sharing=random_sharing(cfg, sharing_plan_of(self.model)),
             data_collator=collate,
             **self.common_arguments(),
         )
-        self.evaluations = self.evaluate and ours.EvaluationsCallback(
-            self.evaluate, cfg.trainer.evaluation_steps, trainer.accelerator.wait_for_everyone, self.progress.paused
-        )
-        return trainer
+
+    def build_evaluations(self) -> ours.EvaluationsCallback | None:
+        """What evaluates the model while it is trained, if anything is to."""
+        wait, every = self.trainer.accelerator.wait_for_everyone, self.cfg.trainer.evaluation_steps
+        return self.evaluate and ours.EvaluationsCallback(self.evaluate, every, wait, self.progress.paused)
 
     def sample(self, model: PreTrainedModel) -> str:
         """A text that begins with `trainer.sample_prompt`."""

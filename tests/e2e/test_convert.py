@@ -35,9 +35,9 @@ import sys, time
 from pathlib import Path
 from lckv import cli, convert
 from lckv.config import names
-from lckv.conversion.methods import register
+from lckv.conversion.methods import METHODS
 
-@register("slow")
+@METHODS.register("slow")
 def slow(group):
     Path("is_slow").touch()
     time.sleep(100)

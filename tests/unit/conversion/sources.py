@@ -79,8 +79,8 @@ def convert_tensors(
     plan = parse_layer_types(layer_types)
     target = LCKVLlamaForCausalLM(LCKVLlamaConfig.from_dict(config.to_dict(), layer_types=layer_types)).eval()
 
-    def make(owner: int, readers: tuple[int, ...]) -> dict[str, Tensor]:
-        return make_tensors(method, Group(owner, readers, plan, tensors, config, **options))
+    def make(owner: int) -> dict[str, Tensor]:
+        return make_tensors(method, Group(owner, plan, tensors, config, **options))
 
     return dict(
         converted_tensors(tensors, config.sharing_plan, plan, expected_shapes(target.config), method, make)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lckv.conversion.methods import METHODS, groups_of
+from lckv.conversion.methods import METHODS, changed_owners
 from lckv.patterns import parse_layer_types
 from tests.unit.conversion.sources import (
     KINDS,
@@ -95,8 +95,8 @@ def test_inherit_keeps_what_the_owner_had():
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_leaves_a_layer_alone_that_only_it_reads(method):
-    assert groups_of(parse_layer_types("0_1_2"), parse_layer_types("0_1_2")) == []
-    assert groups_of(parse_layer_types("2_0_0_3"), parse_layer_types("0_1_2_3")) == [(0, (1, 2)), (2, (0,))]
+    assert changed_owners(parse_layer_types("0_1_2"), parse_layer_types("0_1_2")) == []
+    assert changed_owners(parse_layer_types("2_0_0_3"), parse_layer_types("0_1_2_3")) == [0, 2]
     model = random_source(3)
     converted, _ = convert_tensors(model.state_dict(), model.config, "0_1_2", method)
     assert_identical(converted, model.state_dict())

@@ -1,7 +1,5 @@
 """Moments of calibration text, and what is fitted to them: against direct computations, and better than averages."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from lckv.conversion.alignment import match_heads
 from lckv.conversion.calibration import InputMoments, collect_moments
 from lckv.conversion.fitting import fit_mean, fit_subspace, predict_from, predictor
 from lckv.conversion.heads import AttentionHeads, to_planes
-from lckv.conversion.methods import METHODS, Group, groups_of, needed_pairs
+from lckv.conversion.methods import METHODS, Group, changed_owners, needed_pairs
 from lckv.errors import UserError
 from lckv.patterns import parse_layer_types
 from tests.reference import token_ids
@@ -71,7 +69,7 @@ def test_batches_add_up():
 def test_needed_pairs():
     plan = parse_layer_types("0_0_4_4_3")
     own = parse_layer_types("0_1_2_3_4")
-    assert groups_of(plan, own) == [(0, (0, 1)), (3, (4,)), (4, (2, 3))]
+    assert changed_owners(plan, own) == [0, 3, 4]
     assert needed_pairs(plan, own) == [(0, 0), (1, 0), (1, 1), (2, 2), (2, 4), (3, 3), (3, 4), (4, 3), (4, 4)]
 
 
@@ -279,7 +277,8 @@ def test_activation_recovers_what_depends_linearly_on_what_the_owner_sees(kind):
     assert (model.model.layers[1].input_layernorm.weight - first.input_layernorm.weight).abs().max() > 0.1
     moments = moments_of(model, "0_0_2", input_ids)
     # Layer 0 does not say anything, so it does not matter what it reads: layer 1 alone decides.
-    only_reader = replace(moments_group(model, moments), readers=(1,))
+    only_layer_1 = parse_layer_types("1_0_2")
+    only_reader = Group(0, only_layer_1, model.state_dict(), model.config, moments, RIDGE)
     tensors = model.state_dict() | METHODS["activation"](only_reader)
     scale = model.model.layers[1].input_layernorm.weight / first.input_layernorm.weight
     for name in ("k_proj", "v_proj"):
@@ -289,10 +288,6 @@ def test_activation_recovers_what_depends_linearly_on_what_the_owner_sees(kind):
     torch.testing.assert_close(converted(input_ids).logits, before, atol=1e-4, rtol=0)
     averaged = convert_model(model, "0_0_2", "average")
     assert (averaged(input_ids).logits - before).abs().max() > 1e-2
-
-
-def moments_group(model, moments):
-    return Group(0, (0, 1), parse_layer_types("0_0_2"), model.state_dict(), model.config, moments, RIDGE)
 
 
 def convert_model_with(tensors, model, layer_types):

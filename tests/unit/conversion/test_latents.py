@@ -59,7 +59,7 @@ def converted(model, fit, kv_latents):
         fit.plan,
         expected_shapes(config, has_head=True),
         "latents",
-        lambda owner, readers: fit.make(kv_latents, owner),
+        lambda owner: fit.make(kv_latents, owner),
     )
     other = LCKVLlamaForCausalLM(config).eval()
     other.load_state_dict(dict(made))

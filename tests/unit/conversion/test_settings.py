@@ -11,7 +11,7 @@ from lckv.conversion.calibration import batches_of, choose_blocks, collect_momen
 from lckv.conversion.settings import adopt_source
 from lckv.data.dataset import build_dataset
 from lckv.errors import UserError
-from lckv.families import read_config
+from lckv.families import read_model
 from lckv.loading import load_model
 from lckv.model_arguments import resolve_plan
 from tests.reference import tiny_config, token_ids
@@ -40,7 +40,7 @@ def adopted(source, *arguments, config_name="convert"):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sizes_are_the_sources_and_every_layer_reads_itself(name):
     config, layer_types = CONFIGS[name]
-    source = read_config(config.to_dict())
+    source = read_model(config.to_dict()).config
     cfg = adopted(source)
     assert resolve_plan(cfg).layer_types == layer_types
     assert cfg.model.hidden_size == 32 and cfg.model.num_hidden_layers == 3 and cfg.model.vocab_size == 300
@@ -79,20 +79,20 @@ def test_a_source_that_hides_a_tokens_own_key_stays_so(tmp_path):
 
 @pytest.mark.parametrize(("given", "window"), [([], 5), (["model.sliding_window=3"], 3)])
 def test_windows_are_the_sources_where_the_pattern_has_them(given, window, tmp_path, caplog):
-    source = read_config(CONFIGS["mistral"][0].to_dict())
+    source = read_model(CONFIGS["mistral"][0].to_dict()).config
     cfg = adopted(source, "model.layer_types=0s_0s_2s", *given)
     assert cfg.model.sliding_window == window and caplog.text == ""
 
 
 def test_lost_windows_are_warned_of_with_what_keeps_them(caplog):
-    source = read_config(CONFIGS["mistral"][0].to_dict())
+    source = read_model(CONFIGS["mistral"][0].to_dict()).config
     adopted(source, "model.layer_types=0_0s_2")
     assert "2 layers see a window of 5 tokens in the source and all tokens in this pattern, such as layer 0" in (
         caplog.text
     )
     assert "an s keeps the window: model.layer_types=0s_0s_2s" in caplog.text
     caplog.clear()
-    adopted(read_config(CONFIGS["qwen2 with windows"][0].to_dict()), "model.layer_types=0_0_2s")
+    adopted(read_model(CONFIGS["qwen2 with windows"][0].to_dict()).config, "model.layer_types=0_0_2s")
     assert "1 layers see a window of 4" in caplog.text and "model.layer_types=0_0s_2s" in caplog.text
 
 

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot
 
 from lckv.charts import save_chart
-from lckv.evaluation.heatmap import draw_needle
+from lckv.evaluation.needle import draw_needle
 
 
 def figures(num_lengths: int = 4, num_depths: int = 5) -> dict:

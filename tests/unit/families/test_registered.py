@@ -27,7 +27,7 @@ from lckv.config.names import LATENTS, XKV
 from lckv.conversion.latent_models import to_latents
 from lckv.costs import ModelSizes, count_parameters
 from lckv.errors import UserError
-from lckv.families import FAMILIES, read_config, read_model
+from lckv.families import FAMILIES, read_model
 from lckv.loading import load_model
 from lckv.models import LCKVLlamaForCausalLM
 from tests.tiny import byte_tokenizer
@@ -160,7 +160,7 @@ def test_same_logits_from_the_same_tensors(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_latents_of_full_rank_give_the_original_logits(name, kind):
     original = random_model(CONFIGS[name][0])
-    if kind == "decoupled_rope" and read_config(original.config.to_dict()).use_qk_norm:
+    if kind == "decoupled_rope" and read_model(original.config.to_dict()).config.use_qk_norm:
         pytest.skip("normalised keys are no sum of two projections")
     if kind == "decoupled_rope" and name.startswith("gpt2"):
         pytest.skip("no plane of the keys turns")
@@ -176,7 +176,7 @@ def test_latents_of_full_rank_give_the_original_logits(name, kind):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_are_counted(name):
-    config = read_config(CONFIGS[name][0].to_dict())
+    config = read_model(CONFIGS[name][0].to_dict()).config
     model = LCKVLlamaForCausalLM(config)
     assert count_parameters(config.sharing_plan, ModelSizes.from_config(config)) == model.num_parameters()
 
@@ -234,7 +234,7 @@ def test_a_part_of_each_head_is_rotated_where_the_family_does_so(name):
             with pytest.raises(RuntimeError, match="must match the size"):
                 original(input_ids)
             with pytest.raises(UserError, match=r"says partial_rotary_factor=0.5 with rope_type=linear.*allowed is"):
-                read_config(values)
+                read_model(values)
 
 
 @torch.no_grad()
@@ -250,7 +250,7 @@ def test_the_class_that_transformers_makes_of_a_file_decides(tmp_path):
     torch.testing.assert_close(model(input_ids).logits, theirs(input_ids).logits, atol=2e-5, rtol=0)
     assert model.config.kv_sharing == "0s_1_2s"
     # A model that was made of the one class stays what it is.
-    assert read_config(MistralConfig.from_dict(values)).kv_sharing == "0s_1s_2s"
+    assert read_model(MistralConfig.from_dict(values)).config.kv_sharing == "0s_1s_2s"
 
 
 def test_every_family_is_tested():
@@ -258,7 +258,7 @@ def test_every_family_is_tested():
 
 
 def test_a_shared_model_of_a_family_keeps_what_is_its_own():
-    config = read_config(CONFIGS["qwen3 with biases"][0].to_dict() | {"num_hidden_layers": 3})
+    config = read_model(CONFIGS["qwen3 with biases"][0].to_dict() | {"num_hidden_layers": 3}).config
     shared = type(config).from_dict(config.to_dict(), layer_types="0_0_2")
     model = LCKVLlamaForCausalLM(shared)
     assert not hasattr(model.model.layers[1].self_attn, "k_norm") and hasattr(
@@ -298,7 +298,7 @@ def test_folders_of_other_families_can_be_generated_from(name, tmp_path):
 )
 def test_others_are_refused_by_name(config, reason):
     with pytest.raises(UserError, match=f"is of model_type {reason}"):
-        read_config(config.to_dict())
+        read_model(config.to_dict())
 
 
 @pytest.mark.parametrize(
@@ -313,22 +313,22 @@ def test_others_are_refused_by_name(config, reason):
 )
 def test_settings_that_our_models_lack_are_refused_by_name(config, reason):
     with pytest.raises(UserError, match=f"says {reason}, which the models here do not have; allowed is none"):
-        read_config(config.to_dict())
+        read_model(config.to_dict())
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "smollm3", "gemma 3"])
 def test_windows_of_no_length_are_refused(name):
     values = CONFIGS[name][0].to_dict() | {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}
     with pytest.raises(UserError, match=r"has layers with windows \(sliding_attention in layer_types\), but no slid"):
-        read_config(values)
+        read_model(values)
 
 
 def test_attention_that_looks_ahead_is_refused():
     with pytest.raises(UserError, match="says is_causal=False, which the models here do not have; allowed is True"):
-        read_config(LlamaConfig(**SIZES, is_causal=False).to_dict())
+        read_model(LlamaConfig(**SIZES, is_causal=False).to_dict())
 
 
 def test_quantised_weights_are_refused():
     values = LlamaConfig(**SIZES).to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     with pytest.raises(UserError, match=r"its weights are quantised \(gptq\)"):
-        read_config(values)
+        read_model(values)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from lckv.errors import UserError
-from lckv.families import FAMILIES, TENSORS, read_config, read_model
+from lckv.families import FAMILIES, TENSORS, read_model
 from lckv.families.unregistered import read_unregistered
 from lckv.loading import load_model
 from tests.tiny import byte_tokenizer
@@ -59,7 +59,7 @@ def test_what_computes_something_else_is_refused(model_type):
     values = {"model_type": model_type} if settings or model_type == "gema" else tiny(model_type).to_dict()
     expected = f"is of model_type '{model_type}'; allowed are lckv-llama, .*which this does not: {reason}.*register"
     with pytest.raises(UserError, match=expected) as error:
-        read_config(values)
+        read_model(values)
     assert "\n" not in str(error.value)
 
 
@@ -132,7 +132,7 @@ def test_installed_packages_register_families(its_package):
 def test_an_entry_point_that_cannot_be_imported_is_named(its_package):
     its_package.write_text("import nothing_of_this_name", encoding="utf-8")
     with pytest.raises(UserError) as error:
-        read_config(tiny("gemma").to_dict())
+        read_model(tiny("gemma").to_dict())
     assert str(error.value) == (
         "the entry point gemma = its_family of the group lckv.families cannot be imported: "
         "ModuleNotFoundError: No module named 'nothing_of_this_name'"

@@ -1,4 +1,4 @@
-"""For scripts that set ways of doing one thing side by side: the ways take turns, and rows and curves are shown."""
+"""For scripts that set ways of doing one thing side by side: they take turns, and rows and curves are shown."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-
-from lckv.benchmarking.ways import draw, milliseconds, read_arguments, show, take_turns
+from ways import draw, milliseconds, read_arguments, show, take_turns
 
 
 def test_ways_take_turns_behind_rounds_that_do_not_count():
