@@ -39,7 +39,11 @@ as transformers' `return_assistant_tokens_mask` needs it, and so TRL's `assistan
 CHAT_TEMPLATES = {"chatml": CHATML}
 """Jinja texts by the names that `chat_template=<name>` gives."""
 
-HOW_TO_GIVE_ONE = f"chat_template={' or '.join(CHAT_TEMPLATES)}, or chat_template=FILE"
+
+def no_chat_template(given: str) -> UserError:
+    """What is said of a model without a template; the message begins with `given`."""
+    how = f"chat_template={' or '.join(CHAT_TEMPLATES)}, or chat_template=FILE"
+    return UserError(f"{given}: its tokenizer has no chat template; give one: {how}")
 
 
 def read_chat_template(choice: str | None, key: str = "chat_template") -> str | None:
@@ -82,7 +86,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None, 
     if template is not None:
         tokenizer.chat_template = template
     if tokenizer.chat_template is None:
-        raise UserError(f"{given}: its tokenizer has no chat template; give one: {HOW_TO_GIVE_ONE}")
+        raise no_chat_template(given)
     try:
         turn_end(tokenizer)
     except UserError as error:

@@ -81,6 +81,7 @@ def test_templates(run, tmp_path):
     ]
     assert texts[0] != texts[1]
     (tmp_path / "mine.jinja").write_text("{% if %}")
+    (tmp_path / "model.safetensors").write_text("torn")  # which is not looked at before the template
     with pytest.raises(UserError, match=r"^chat_template=.*mine.jinja: the chat template fails: "):
         run("", f"chat_template={tmp_path}/mine.jinja", model=str(tmp_path))
 
