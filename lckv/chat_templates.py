@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -123,10 +123,33 @@ def render_chat(
     return text
 
 
+class AnswerEnd(NamedTuple):
+    """What ends an answer beside eos: a token, or a text that the tokenizer spells in several; or neither.
+
+    Where it is no token, tuning has eos follow the last answer.
+    """
+
+    token: int | None
+    text: str
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> AnswerEnd:
+    """What the template ends an answer with, which need not be eos: the one place that says so.
+
+    Of several tokens, the first is enough where it is one of those that no text is made of.
+
+    Raises:
+        UserError: for the reasons of [`turn_end`].
+    """
+    text = turn_end(tokenizer)
+    first, *others = tokenizer(text, add_special_tokens=False)["input_ids"] or [None]
+    if first is None or (others and first not in tokenizer.added_tokens_decoder):
+        return AnswerEnd(None, text)
+    return AnswerEnd(first, "")
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template writes behind an answer, without white space around it; empty if there is nothing.
-
-    An answer is over where the model writes that, which need not be the tokenizer's eos.
 
     Raises:
         UserError: if the template cannot render a question and its answer, or leaves the answer out.
