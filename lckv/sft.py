@@ -6,19 +6,19 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lckv import cli
-from lckv.config import SFTConfig, validate
+from lckv.config import SFTConfig
 from lckv.console import new_console
 from lckv.data.conversations import check_conversations
 from lckv.errors import UserError
 from lckv.model_files import check_model, choose_chat_template
-from lckv.processes import check_launch, is_main_process, num_processes, prepare_process
+from lckv.processes import is_main_process, num_processes, prepare_process
+from lckv.runs import claim, claim_data, in_run_folder
 from lckv.storage import check_folder
 from lckv.training.adapters import check_adapter_pattern, read_adapter
-from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder, recorded_failure
+from lckv.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,13 +36,7 @@ def main(cfg: SFTConfig, folder: RunFolder | None = None) -> float | None:
     Returns:
         The validation loss at the end, for sweepers that look for a low one; `None` in every process but the first.
     """
-    check_launch("lckv.sft")
-    assert cfg.run_dir is not None  # filled in with the run's name
-    folder = folder or RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
-    with folder, recorded_failure(folder, cfg, cli.task_overrides()):
-        validate(cfg)
-        results = _tune(cfg, folder)
-    return None if results is None else float(results["eval_loss"])
+    return in_run_folder("lckv.sft", cfg, folder, _tune)
 
 
 def _tune(cfg: SFTConfig, folder: RunFolder) -> dict[str, Any] | None:
@@ -67,8 +61,7 @@ def _tune(cfg: SFTConfig, folder: RunFolder) -> dict[str, Any] | None:
     console = new_console(is_quiet=not is_main_process())
     args = build_sft_arguments(cfg)
     check_loggers(cfg.logger)
-    if is_main_process():
-        folder.claim(asdict(cfg), resume=cfg.trainer.resume, wait=FOREVER if cli.is_in_a_sweep() else A_MOMENT)
+    claim(folder, cfg)
     assert cfg.model is not None  # checked
     model, loaded = load_model(
         cfg.model, revision=cfg.revision, dtype=cfg.dtype, device="cpu", on_tokenizer=use_template
@@ -77,11 +70,7 @@ def _tune(cfg: SFTConfig, folder: RunFolder) -> dict[str, Any] | None:
     tokenizer = check_tokenizer(loaded, f"model={cfg.model}")
     max_length = _choose_max_length(cfg, model.config.max_position_embeddings)
     data = build_conversation_data(cfg, tokenizer, max_length, multiple_of=model.config.cyclic_groups)
-    if is_main_process():
-        folder.claim_data(data.fingerprint)
-    if (results := folder.finished_results()) is not None:
-        console.print(f"this run is finished: {folder.path}", style="bold")
-    else:
+    if (results := claim_data(folder, data.fingerprint, console)) is None:
         set_seed(cfg.seed)
         results = SFTSession(cfg, args, model, tokenizer, data, folder, console).run()
     if results is not None:

@@ -76,6 +76,19 @@ def test_killed_and_gone_on_with_and_used(finished_run: FinishedRun, conversatio
     assert "chat_template.jinja" in {path.name for path in (tmp_path / "hub").iterdir()}
 
 
+def test_a_finished_job_of_a_sweep_is_skipped_unread(
+    finished_run: FinishedRun, conversations: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    cfg = cli.compose(
+        arguments(finished_run.folder, conversations, tmp_path / "run", "trainer.max_steps=1")[3:], "sft"
+    )
+    loss = sft.main(cfg)
+    monkeypatch.setattr(cli, "is_in_a_sweep", lambda: True)
+    conversations.unlink()
+    assert sft.main(cfg) == loss
+    assert f"finished: skipped {tmp_path / 'run'}" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(250)
 @pytest.mark.parametrize("lora", [[], ["lora.rank=2"]], ids=["all", "lora"])
