@@ -40,7 +40,7 @@ def in_run_folder(
     check_launch(command)
     assert cfg.run_dir is not None  # filled in with the run's name
     folder = folder or RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
-    with folder, recorded_failure(folder, cfg, cli.task_overrides()):
+    with folder, recorded_failure(folder, cfg, cli.task_overrides(), keeps_mistakes=cli.is_in_a_sweep()):
         validate(cfg)
         results = _finished_in_a_sweep(cfg, folder, adopt) or work(cfg, folder)
     return None if results is None else float(results["eval_loss"])
