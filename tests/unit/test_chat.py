@@ -139,7 +139,7 @@ def test_a_terminal(terminal, folder):
         terminal.wait_for("/help.*>").split()
     )
     terminal.type("Why?\r")
-    terminal.wait_for(r"Why\?\s+\S")  # the answer has begun
+    terminal.wait_for(r"Why\?\r\r\n[^\s>]")  # the answer has begun, not only what was typed been drawn again
     terminal.type("\x03")
     answer = terminal.wait_for(r"\(stopped\).*>").partition("^C")[0]
     assert max(map(len, answer.splitlines())) <= COLUMNS
