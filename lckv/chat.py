@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 
 from lckv import cli
-from lckv.chat_templates import read_chat_template, set_chat_template
 from lckv.config import ChatConfig, validate
 from lckv.console import new_console
 from lckv.generation.decoding_options import Sampling
-from lckv.model_files import check_model
+from lckv.model_files import check_model, choose_chat_template
 
 
 def main(cfg: ChatConfig) -> None:
@@ -17,8 +16,8 @@ def main(cfg: ChatConfig) -> None:
     validate(cfg)
     assert cfg.model is not None  # checked
     sampling = Sampling.from_config(cfg)
-    template = read_chat_template(cfg.chat_template)
     check_model(cfg.model, revision=cfg.revision)
+    use_template = choose_chat_template(cfg.chat_template, cfg.model, revision=cfg.revision)
 
     # Behind the checks: importing torch and transformers takes seconds.
     import torch
@@ -32,9 +31,8 @@ def main(cfg: ChatConfig) -> None:
     check_offloading(cfg.cache.offloading)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
-    model, tokenizer = load_model(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device)
-    set_chat_template(
-        tokenizer, template, f"model={cfg.model}" if template is None else f"chat_template={cfg.chat_template}"
+    model, tokenizer = load_model(
+        cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device, on_tokenizer=use_template
     )
     session = ChatSession(
         model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -39,7 +39,11 @@ as transformers' `return_assistant_tokens_mask` needs it, and so TRL's `assistan
 CHAT_TEMPLATES = {"chatml": CHATML}
 """Jinja texts by the names that `chat_template=<name>` gives."""
 
-HOW_TO_GIVE_ONE = f"chat_template={' or '.join(CHAT_TEMPLATES)}, or chat_template=FILE"
+
+def no_chat_template(given: str) -> UserError:
+    """What is said of a model without a template; the message begins with `given`."""
+    how = f"chat_template={' or '.join(CHAT_TEMPLATES)}, or chat_template=FILE"
+    return UserError(f"{given}: its tokenizer has no chat template; give one: {how}")
 
 
 def read_chat_template(choice: str | None, key: str = "chat_template") -> str | None:
@@ -81,7 +85,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None, 
     if template is not None:
         tokenizer.chat_template = template
     if tokenizer.chat_template is None:
-        raise UserError(f"{given}: its tokenizer has no chat template; give one: {HOW_TO_GIVE_ONE}")
+        raise no_chat_template(given)
     try:
         turn_end(tokenizer)
     except UserError as error:
@@ -118,10 +122,33 @@ def render_chat(
     return text
 
 
+class AnswerEnd(NamedTuple):
+    """What ends an answer beside eos: a token, or a text that the tokenizer spells in several; or neither.
+
+    Where it is no token, tuning has eos follow the last answer.
+    """
+
+    token: int | None
+    text: str
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> AnswerEnd:
+    """What the template ends an answer with, which need not be eos: the one place that says so.
+
+    Of several tokens, the first is enough where it is one of those that no text is made of.
+
+    Raises:
+        UserError: for the reasons of [`turn_end`].
+    """
+    text = turn_end(tokenizer)
+    first, *others = tokenizer(text, add_special_tokens=False)["input_ids"] or [None]
+    if first is None or (others and first not in tokenizer.added_tokens_decoder):
+        return AnswerEnd(None, text)
+    return AnswerEnd(first, "")
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template writes behind an answer, without white space around it; empty if there is nothing.
-
-    An answer is over where the model writes that, which need not be the tokenizer's eos.
 
     Raises:
         UserError: if the template cannot render a question and its answer, or leaves the answer out.

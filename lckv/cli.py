@@ -40,6 +40,11 @@ logger = logging.getLogger(__name__)
 _CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)  # ValueError: Hydra's own checks
 _NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
+_WRONG_TYPE = re.compile(
+    r"Value '(.*)' (?:of type|is not a valid)|Cannot convert '\w+' to string: '(.*)'$|field '.*' is not Optional"
+)
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
 _EXTRAS = {
     "hydra/launcher": {"joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"},
     "hydra/sweeper": {"optuna": "sweep"},
@@ -339,12 +344,38 @@ def describe(error: Exception, schema: type) -> str:
     if isinstance(cause, OmegaConfBaseException) and "is not a ListConfig, list or tuple" in str(cause):
         return f"{cause.full_key or cause.key}: is a list; write {cause.full_key or cause.key}=[...], in brackets"
     if isinstance(cause, OmegaConfBaseException) and (full_key := re.search(r"^ *full_key: (\S+)", str(cause), re.M)):
-        return f"{full_key[1]}: {str(cause).splitlines()[0]}{_where(error)}"
+        key, reason = full_key[1], str(cause).splitlines()[0]
+        return f"{_describe_wrong_type(key, reason, schema) or f'{key}: {reason}'}{_where(error)}"
     lines = [line for line in str(error).splitlines() if line.strip(" ^") and not line.startswith("See https://")]
     if isinstance(error, OverrideParseException):
         reasons = [line for line in lines if error.override not in line]
         lines = [f"{error.override}: cannot be read as key=value", *reasons]
     return "; ".join(lines)
+
+
+def _describe_wrong_type(key: str, reason: str, schema: type) -> str | None:
+    """What is allowed where a value is not of its key's type; `None` where the reason of an error is another."""
+    found, declared = _WRONG_TYPE.match(reason), keys_of(schema).get(re.sub(r"\[\d+\]$", "", key))
+    if found is None or declared is None:
+        return None
+    given = next((text for text in found.groups() if text is not None), None)
+    if given is None and declared.type not in _WORDS:  # null in the place of a list
+        return None
+    for rule in declared.traits.get("rules", ()) if key in keys_of(schema) else ():
+        try:
+            rule(key, given)
+        except UserError as error:
+            return str(error)
+        except TypeError:  # a rule for numbers alone
+            pass
+    kind, *others = _kinds_of(declared.type)
+    return f"{key}={given or 'null'}: allowed is {_WORDS[kind]}{', or null' * (type(None) in others)}"
+
+
+def _kinds_of(declared: Any) -> list[type]:
+    """The types that are in one such as `list[float] | None`."""
+    inner = typing.get_args(declared)
+    return [kind for each in inner for kind in _kinds_of(each)] if inner else [declared]
 
 
 def _describe_flag(flag: str, value: str | None, schema: type) -> str:

@@ -68,4 +68,5 @@ def check_choice(key: str, value: object, allowed: Iterable[object]) -> None:
     choices = list(allowed)
     if value not in choices:
         names = [str(choice) for choice in choices]
-        raise UserError(f"{key}={value!r}: allowed are {', '.join(names)}{near_miss(str(value), names)}")
+        hint = near_miss(value, names) if isinstance(value, str) else ""
+        raise UserError(f"{key}={value!r}: allowed are {', '.join(names)}{hint}")

@@ -9,7 +9,7 @@ from lckv.console import new_console
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prompts import encode_prompts, read_prompts
-from lckv.model_files import check_model
+from lckv.model_files import check_model, choose_chat_template
 
 
 def main(cfg: GenerateConfig) -> None:
@@ -19,6 +19,9 @@ def main(cfg: GenerateConfig) -> None:
     decoding = DecodingOptions.from_config(cfg)
     prompts = read_prompts(cfg.prompt, cfg.prompt_file, cfg.prompts_file)
     check_model(cfg.model, revision=cfg.revision)
+    use_template = None
+    if cfg.chat or cfg.chat_template is not None:
+        use_template = choose_chat_template(cfg.chat_template, cfg.model, revision=cfg.revision)
 
     # Behind the checks: importing torch and transformers takes seconds.
     import torch
@@ -30,7 +33,9 @@ def main(cfg: GenerateConfig) -> None:
     check_offloading(cfg.cache.offloading)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
-    model, tokenizer = load_model(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device)
+    model, tokenizer = load_model(
+        cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device, on_tokenizer=use_template
+    )
     encoded = encode_prompts(prompts, tokenizer, chat=cfg.chat, system=cfg.system)
     generator = TextGenerator(cfg, decoding, model, tokenizer, new_console(to_stderr=True))
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,13 @@ def evaluation_folder(checkpoint: Checkpoint, run: RunFolder | None) -> Path:
 
 
 def load_model(
-    name: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto", key: str = "model"
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    key: str = "model",
+    on_tokenizer: Callable[[PreTrainedTokenizerBase], object] | None = None,
 ) -> tuple[LCKVLlamaForCausalLM, PreTrainedTokenizerBase]:
     """Loads a model, in evaluation mode, and its tokenizer.
 
@@ -202,6 +208,7 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto": as it was saved.
         device: such as "cpu" or "cuda:1", or "auto": an accelerator, if there is one.
         key: what the user gave the name under, for error messages.
+        on_tokenizer: what is done with the tokenizer, and may refuse it, before the weights are read.
 
     Raises:
         UserError: if there is no such model, something of it is missing or broken, it is of another architecture, or
@@ -213,6 +220,8 @@ def load_model(
     config = checkpoint.load_config()
     checkpoint.check_files()
     tokenizer = checkpoint.load_tokenizer()
+    if on_tokenizer is not None:
+        on_tokenizer(tokenizer)
     model = load_weights(checkpoint, config, dtype)
     _tidy_generation_config(model, tokenizer)
     return model.eval().to(target), tokenizer

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lckv.chat_templates import no_chat_template, read_chat_template, set_chat_template
 from lckv.errors import UserError, near_miss
 from lckv.model_values import check_family, stored_plan
 from lckv.patterns import SharingPlan
 from lckv.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -157,13 +163,24 @@ def keeps_latents(name: str, key: str) -> bool | None:
     return found.stored_values().get("kv_latents") is not None if found.is_folder else None
 
 
-def lacks_chat_template(name: str, *, revision: str | None = None) -> bool:
-    """Whether the tokenizer in a model's folder has no chat template; of what lies elsewhere nothing is known here.
+def choose_chat_template(
+    choice: str | None, model: str, *, revision: str | None = None
+) -> Callable[[PreTrainedTokenizerBase], None]:
+    """What gives a model's tokenizer the template that `chat_template=` chose, or sees to it that its own is of use.
 
     Raises:
-        UserError: if there is no such model, or a file cannot be read.
+        UserError: if the choice is none, or there is none and the model's folder has none either. Of models elsewhere,
+            and of what templates make of a conversation, what is returned tells, once there is a tokenizer.
     """
-    found = find_files(name, revision=revision)
+    template = read_chat_template(choice)
+    given = f"model={model}" if template is None else f"chat_template={choice}"
+    if template is None and _lacks_chat_template(find_files(model, revision=revision)):
+        raise no_chat_template(given)
+    return partial(set_chat_template, template=template, given=given)
+
+
+def _lacks_chat_template(found: ModelFiles) -> bool:
+    """Whether the tokenizer in a model's folder has no chat template; of what lies elsewhere nothing is known here."""
     folder, settings = Path(found.path), Path(found.path, "tokenizer_config.json")
     if not found.is_folder or any((folder / template).exists() for template in CHAT_TEMPLATE_FILES):
         return False

@@ -5,20 +5,23 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from lckv import cli
-from lckv.chat_templates import HOW_TO_GIVE_ONE, read_chat_template, set_chat_template
-from lckv.config import SFTConfig, validate
+from lckv.config import SFTConfig
 from lckv.console import new_console
 from lckv.data.conversations import check_conversations
 from lckv.errors import UserError
-from lckv.model_files import check_model, lacks_chat_template
-from lckv.processes import check_launch, is_main_process, num_processes, prepare_process
+from lckv.model_files import check_model, choose_chat_template
+from lckv.processes import is_main_process, num_processes, prepare_process
+from lckv.runs import claim, claim_data, in_run_folder
 from lckv.storage import check_folder
 from lckv.training.adapters import check_adapter_pattern, read_adapter
-from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder, recorded_failure
+from lckv.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -33,18 +36,12 @@ def main(cfg: SFTConfig, folder: RunFolder | None = None) -> float | None:
     Returns:
         The validation loss at the end, for sweepers that look for a low one; `None` in every process but the first.
     """
-    check_launch("lckv.sft")
-    assert cfg.run_dir is not None  # filled in with the run's name
-    folder = folder or RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
-    with folder, recorded_failure(folder, cfg, cli.task_overrides()):
-        validate(cfg)
-        results = _tune(cfg, folder)
-    return None if results is None else float(results["eval_loss"])
+    return in_run_folder("lckv.sft", cfg, folder, _tune)
 
 
 def _tune(cfg: SFTConfig, folder: RunFolder) -> dict[str, Any] | None:
     """Builds everything that the configuration names, tunes, and shows and returns the results."""
-    template = _check_files(cfg, folder)
+    use_template = _check_files(cfg, folder)
 
     # Behind the checks: importing torch and transformers takes seconds.
     from datasets import disable_progress_bars
@@ -64,20 +61,16 @@ def _tune(cfg: SFTConfig, folder: RunFolder) -> dict[str, Any] | None:
     console = new_console(is_quiet=not is_main_process())
     args = build_sft_arguments(cfg)
     check_loggers(cfg.logger)
-    if is_main_process():
-        folder.claim(asdict(cfg), resume=cfg.trainer.resume, wait=FOREVER if cli.is_in_a_sweep() else A_MOMENT)
+    claim(folder, cfg)
     assert cfg.model is not None  # checked
-    model, loaded_tokenizer = load_model(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device="cpu")
+    model, loaded = load_model(
+        cfg.model, revision=cfg.revision, dtype=cfg.dtype, device="cpu", on_tokenizer=use_template
+    )
     set_attention(model, cfg.attn_implementation)
-    tokenizer = check_tokenizer(loaded_tokenizer, f"model={cfg.model}")
-    set_chat_template(tokenizer, template, f"chat_template={cfg.chat_template}" if template else f"model={cfg.model}")
+    tokenizer = check_tokenizer(loaded, f"model={cfg.model}")
     max_length = _choose_max_length(cfg, model.config.max_position_embeddings)
     data = build_conversation_data(cfg, tokenizer, max_length, multiple_of=model.config.cyclic_groups)
-    if is_main_process():
-        folder.claim_data(data.fingerprint)
-    if (results := folder.finished_results()) is not None:
-        console.print(f"this run is finished: {folder.path}", style="bold")
-    else:
+    if (results := claim_data(folder, data.fingerprint, console)) is None:
         set_seed(cfg.seed)
         results = SFTSession(cfg, args, model, tokenizer, data, folder, console).run()
     if results is not None:
@@ -85,23 +78,20 @@ def _tune(cfg: SFTConfig, folder: RunFolder) -> dict[str, Any] | None:
     return results
 
 
-def _check_files(cfg: SFTConfig, folder: RunFolder) -> str | None:
+def _check_files(cfg: SFTConfig, folder: RunFolder) -> Callable[[PreTrainedTokenizerBase], None]:
     """Finds mistakes in folder, model, adapter and files before anything slow is imported; returns the template."""
     for package in ("trl", "peft"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed; pip install 'lckv[sft]'")
     check_folder(folder.path, f"run_dir={folder.path}", folder.instead)
     cfg.trainer.cut_batch(num_processes())
-    template = read_chat_template(cfg.chat_template)
     assert cfg.model is not None  # checked
     plan = check_model(cfg.model, revision=cfg.revision)
     if cfg.lora.adapter is not None and plan is not None:
         check_adapter_pattern(read_adapter(cfg.lora.adapter), plan, f"lora.adapter={cfg.lora.adapter}")
     if not folder.results.is_file():
         check_conversations(cfg.data)
-    if template is None and lacks_chat_template(cfg.model, revision=cfg.revision):
-        raise UserError(f"model={cfg.model}: its tokenizer has no chat template; give one: {HOW_TO_GIVE_ONE}")
-    return template
+    return choose_chat_template(cfg.chat_template, cfg.model, revision=cfg.revision)
 
 
 def _choose_max_length(cfg: SFTConfig, limit: int) -> int:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from lckv import cli
-from lckv.config import TokenizerConfig, TrainConfig, validate
+from lckv.config import TokenizerConfig, TrainConfig
 from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.model_arguments import model_arguments, plan_from_source, resolve_plan
 from lckv.model_files import check_model, check_tokenizer_name, keeps_latents
-from lckv.processes import check_launch, is_main_process, num_processes, prepare_process
+from lckv.processes import is_main_process, num_processes, prepare_process
+from lckv.runs import claim, claim_data, in_run_folder
 from lckv.storage import check_folder
-from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder, recorded_failure
+from lckv.training.run_folder import RunFolder
 
 
 def main(cfg: TrainConfig, folder: RunFolder | None = None) -> float | None:
@@ -26,28 +27,16 @@ def main(cfg: TrainConfig, folder: RunFolder | None = None) -> float | None:
     Returns:
         The validation loss at the end, for sweepers that look for a low one; `None` in every process but the first.
     """
-    check_launch("lckv.train")
-    assert cfg.run_dir is not None  # filled in with the run's name
-    folder = folder or RunFolder(cfg.run_dir, cfg.trainer.save_total_limit)
-    with folder, recorded_failure(folder, cfg, cli.task_overrides()):
-        validate(cfg)
-        results = _finished_in_a_sweep(cfg, folder) or _train(cfg, folder)
-    return None if results is None else float(results["eval_loss"])
+    return in_run_folder("lckv.train", cfg, folder, _train, _adopt)
 
 
-def _finished_in_a_sweep(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
-    """The results of a job of a sweep that need not run again, found before anything heavy is imported or read."""
-    if not (cli.is_in_a_sweep() and cfg.trainer.resume and folder.results.is_file()):
-        return None
-    if cfg.init.source is not None:
-        from lckv.conversion.pipeline import adopt_init
+def _adopt(cfg: TrainConfig, folder: RunFolder) -> TrainConfig:
+    """The configuration with the sizes of the model that the run starts from, if there is one."""
+    if cfg.init.source is None:
+        return cfg
+    from lckv.conversion.pipeline import adopt_init
 
-        cfg, _ = adopt_init(cfg, folder)
-    if not folder.holds(asdict(cfg)):
-        return None
-    if (results := folder.finished_results()) is not None:
-        new_console().print(f"finished: skipped {folder.path}")
-    return results
+    return adopt_init(cfg, folder)[0]
 
 
 def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
@@ -72,18 +61,12 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     cfg, source = adopt_init(cfg, folder)
     args = build_training_arguments(cfg)
     check_loggers(cfg.logger)
-    if is_main_process():
-        # Two jobs of a sweep may be the same run: the second one waits, and finds it finished.
-        folder.claim(asdict(cfg), resume=cfg.trainer.resume, wait=FOREVER if cli.is_in_a_sweep() else A_MOMENT)
+    claim(folder, cfg)
     init = convert_init(cfg, source, folder, args, console)
     tokenizer = choose_tokenizer(cfg.tokenizer if init is None else TokenizerConfig(str(init)), cfg.data)
     check_sample_prompt(tokenizer, cfg.trainer.sample_prompt)
     data = build_dataset(cfg.data, tokenizer)
-    if is_main_process():
-        folder.claim_data(data.fingerprint)
-    if (results := folder.finished_results()) is not None:
-        console.print(f"this run is finished: {folder.path}", style="bold")
-    else:
+    if (results := claim_data(folder, data.fingerprint, console)) is None:
         teacher = build_teacher(cfg.teacher, tokenizer)
         set_seed(cfg.seed)
         model = build_model(cfg, tokenizer, init)

@@ -19,20 +19,54 @@ _OF_HUB: dict[str, Any] = {"only_with": {"name": ("hub",)}}
 
 
 @dataclass
-class DataConfig(Group):
-    """Where the text comes from and how it becomes blocks of tokens.
+class SourceConfig(Group):
+    """Where documents or conversations come from.
 
     Attributes:
         name: the source: "bible" (embedded), "files" or "hub".
+        files: source "files": a path, a glob or a list of these; jsonl (also compressed) and parquet.
+        validation_files: source "files": the same for the validation split.
+        dataset: source "hub": name of the data set on the Hub, or a local folder of one.
+        subset: source "hub": its configuration, such as "en".
+        revision: source "hub": branch, tag or commit; a commit makes certain what is read.
+        split: source "hub": the split to train on.
+        validation_split: source "hub": the split for validation (None: a part of `split`).
+        validation_fraction: sources "files" and "hub", where nothing is named for validation: the part that is held
+            out, chosen by a hash of each conversation.
+        cache_dir: where what is tokenised is kept (None: $LCKV_CACHE, or ~/.cache/lckv).
+    """
+
+    name: str = key("files", one_of(SOURCES))
+    files: Any = key(None, **_OF_FILES)
+    validation_files: Any = key(None, **_OF_FILES)
+    dataset: str | None = key(None, **_OF_HUB)
+    subset: str | None = key(None, **_OF_HUB)
+    revision: str | None = key(None, **_OF_HUB)
+    split: str = "train"
+    validation_split: str | None = key(None, **_OF_HUB)
+    validation_fraction: float = key(0.05, such_that(lambda value: 0 < value <= 1, NO_FRACTION))
+    cache_dir: str | None = None
+
+    def check_hub(self, prefix: str, example: str) -> None:
+        """Refuses a data set of the Hub that is not named, and one split for both; `example` is the name of one."""
+        if self.name == "hub" and not self.dataset:
+            raise UserError(
+                f"{prefix}dataset: is not set; give the name of a data set, such as {prefix}dataset={example}"
+            )
+        if self.name == "hub" and self.split == self.validation_split:
+            given = f"{prefix}validation_split={self.split!r}"
+            raise UserError(f"{given}: is the training split too; name another, or null")
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    """Where the text comes from and how it becomes blocks of tokens.
+
+    Attributes:
         files: source "files": a path, a glob or a list of these; text, jsonl (also compressed) and parquet.
         validation_files: source "files": the same for the validation split; `files` is then training text only (but
             for documents that are in both), which evaluation does without.
         document_separator: source "files": what stands between the documents of one txt file (None: one document).
-        dataset: source "hub": name of the data set on the Hub, or a local folder of one.
-        subset: source "hub": its configuration, such as "en".
-        revision: source "hub": branch, tag or commit; a commit makes the text certain.
-        split: source "hub": the split with the training text.
-        validation_split: source "hub": the split with the validation text (None: a part of `split`, by document).
         streaming: source "hub": read without downloading everything first; needs `max_documents`.
         text_field: sources "files" (jsonl, parquet) and "hub": the field that holds the text.
         validation_fraction: sources "files" and "hub", where no validation text is named: the part of the documents
@@ -42,42 +76,25 @@ class DataConfig(Group):
         block_size: tokens per block.
         document_mask: whether position ids restart at each document, so that no token attends to another document;
             else each block is one sequence (the predicted tokens stay the same).
-        cache_dir: where tokenised blocks and trained tokenizers are kept (None: $LCKV_CACHE, or ~/.cache/lckv).
     """
 
     name: str = key("bible", one_of(SOURCES))
-    files: Any = key(None, **_OF_FILES)
-    validation_files: Any = key(None, **_OF_FILES)
     document_separator: str | None = key(None, **_OF_FILES)
-    dataset: str | None = key(None, **_OF_HUB)
-    subset: str | None = key(None, **_OF_HUB)
-    revision: str | None = key(None, **_OF_HUB)
-    split: str = "train"
-    validation_split: str | None = key(None, **_OF_HUB)
     streaming: bool = key(False, **_OF_HUB)
     text_field: str = "text"
-    validation_fraction: float = key(0.05, such_that(lambda value: 0 < value <= 1, NO_FRACTION))
     max_documents: int | None = key(None, at_least(or_null=True))
     block_size: int = key(256, at_least(2))
     document_mask: bool = True
-    cache_dir: str | None = None
 
     def check(self, prefix: str) -> None:
         """Refuses a source that lacks what it needs."""
         if self.name == "files" and not self.files and not self.validation_files:
             example = f"such as {prefix}files='texts/*.jsonl'"
             raise UserError(f"{prefix}files: is not set; give a path, a glob or a list, {example}")
-        if self.name != "hub":
-            return
-        if not self.dataset:
-            example = f"such as {prefix}dataset=roneneldan/TinyStories"
-            raise UserError(f"{prefix}dataset: is not set; give the name of a data set, {example}")
-        if self.streaming and self.max_documents is None:
+        self.check_hub(prefix, "roneneldan/TinyStories")
+        if self.name == "hub" and self.streaming and self.max_documents is None:
             number = "the number of documents to read from the stream"
             raise UserError(f"{prefix}streaming=true: needs {prefix}max_documents, {number}")
-        if self.split == self.validation_split:
-            given = f"{prefix}validation_split={self.split!r}"
-            raise UserError(f"{given}: is the training split too; name another, or null")
 
     def check_trains(self, prefix: str) -> None:
         """Refuses text of which none is left to train on, which is enough for evaluation.

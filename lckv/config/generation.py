@@ -87,7 +87,7 @@ class ChatConfig(_DecodingConfig):
         max_new_tokens: where to cut an answer at the latest.
     """
 
-    chat_template: str | None = literal()
+    chat_template: str | None = literal(is_named)
     max_new_tokens: int = key(1024, at_least())
 
 
@@ -106,8 +106,8 @@ class GenerateConfig(_DecodingConfig):
             `prefill_chunk` then says how many tokens of all texts to run in one step; None: 512.
         batch_size: with `prompts_file`, how many prompts to continue at once; None: all, and with
             `batching=continuous` 64.
-        chat: whether the prompt is a message that the tokenizer's chat template makes a prompt of; None: if it has
-            one.
+        chat: whether the prompt is a message that a chat template makes a prompt of; None: if there is one.
+        chat_template: the template, in the place of the tokenizer's: a name, such as "chatml", or a file.
         max_new_tokens: where to stop at the latest; None: at 256, and with `stream=endless` nowhere.
         num_beams: how many continuations beam search pursues; 1: no beam search.
         stream: "tokens" prints the text as it comes, "off" at the end; "endless" goes on until Ctrl-C, with
@@ -122,6 +122,7 @@ class GenerateConfig(_DecodingConfig):
     batching: str | None = key(None, one_of(BATCHINGS))
     batch_size: int | None = key(None, at_least())
     chat: bool | None = None
+    chat_template: str | None = literal(is_named, only_with={"chat": (None, True)})
     max_new_tokens: int | None = key(None, at_least())
     num_beams: int = key(1, at_least())
     stream: str | None = key(None, one_of(STREAMS))

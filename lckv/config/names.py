@@ -19,9 +19,7 @@ LOSS_PARTS = ("logits", "attention", "reconstruction", "labels")
 
 TRACKERS = ("tensorboard", "wandb")
 SOURCES = ("bible", "files", "hub")
-CONVERSATIONS = ("bible", "files", "hub")
-"""Sources of conversations, the names of which are options of the same group."""
-
+"""Of text, and of conversations as well."""
 
 CACHES = ("dynamic", "static", "sink", "paged", "quantized")
 NO_CACHE = "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lckv.config.data import NO_FRACTION
+from lckv.config.data import NO_FRACTION, SourceConfig
 from lckv.config.keys import (
     MODEL_REQUIRED,
     Group,
@@ -18,7 +18,7 @@ from lckv.config.keys import (
     one_of,
     such_that,
 )
-from lckv.config.names import ATTENTIONS, CONVERSATIONS, DTYPES, RIEMANNIAN
+from lckv.config.names import ATTENTIONS, DTYPES, RIEMANNIAN
 from lckv.config.training import LoggerConfig, OptimConfig, RunConfig, TrainerConfig, seed_of_32_bits
 from lckv.errors import UserError
 
@@ -36,52 +36,28 @@ def _module_names(name: str, value: Any) -> None:
 
 
 @dataclass
-class ConversationsConfig(Group):
+class ConversationsConfig(SourceConfig):
     """Where conversations come from: `{"messages": [{"role": ..., "content": ...}, ...]}` each.
 
     Attributes:
         name: the source: "files", "hub", or "bible" (questions about the embedded text, and their answers).
-        files: source "files": a path, a glob or a list of these; jsonl (also compressed) and parquet.
-        validation_files: source "files": the same for the validation split.
-        dataset: source "hub": name of the data set on the Hub, or a local folder of one.
-        subset: source "hub": its configuration.
-        revision: source "hub": branch, tag or commit.
-        split: source "hub": the split with the conversations to train on.
-        validation_split: source "hub": the split for validation; None: a part of `split`.
         messages_field: sources "files" and "hub": the field that holds the messages.
-        validation_fraction: sources "files" and "hub", where no validation conversations are named: the part that is
-            held out, chosen by a hash of each conversation.
         max_conversations: read at most so many conversations of each split (None: all).
-        cache_dir: where tokenised conversations are kept (None: $LCKV_CACHE, or ~/.cache/lckv).
     """
 
-    name: str = key("files", one_of(CONVERSATIONS))
-    files: Any = key(None, only_with={"name": ("files",)})
-    validation_files: Any = key(None, only_with={"name": ("files",)})
-    dataset: str | None = key(None, only_with={"name": ("hub",)})
-    subset: str | None = key(None, only_with={"name": ("hub",)})
-    revision: str | None = key(None, only_with={"name": ("hub",)})
     split: str = key("train", only_with={"name": ("hub",)})
-    validation_split: str | None = key(None, only_with={"name": ("hub",)})
     messages_field: str = key("messages", only_with={"name": ("files", "hub")})
     validation_fraction: float = key(
         0.05, such_that(lambda value: 0 < value < 1, NO_FRACTION), only_with={"name": ("files", "hub")}
     )
     max_conversations: int | None = key(None, at_least(or_null=True))
-    cache_dir: str | None = None
 
     def check(self, prefix: str) -> None:
         """Refuses a source that lacks what it needs."""
         if self.name == "files" and not self.files:
             example = f"such as {prefix}files=conversations.jsonl"
             raise UserError(f"{prefix}files: is not set; give a path, a glob or a list, {example}, or data=bible")
-        if self.name == "hub" and not self.dataset:
-            raise UserError(
-                f"{prefix}dataset: is not set; give the name of a data set, such as HuggingFaceTB/smoltalk"
-            )
-        if self.name == "hub" and self.split == self.validation_split:
-            given = f"{prefix}validation_split={self.split!r}"
-            raise UserError(f"{given}: is the training split too; name another, or null")
+        self.check_hub(prefix, "HuggingFaceTB/smoltalk")
 
 
 @dataclass

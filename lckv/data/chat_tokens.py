@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lckv.chat_templates import Message, explain_template_errors, turn_end
+from lckv.chat_templates import Message, end_of_answer, explain_template_errors
 from lckv.config.sft import ASSISTANT, DROP, REFUSE
 from lckv.console import track
 from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
@@ -54,7 +54,7 @@ class ChatEncoder:
         multiple_of: every conversation is filled up to such a number of tokens, which are neither learnt nor seen by
             any that is: so that its tokens take the same turns in a cycle wherever in a row they stand.
         max_length: most tokens of a conversation.
-        end: what follows the last answer where the template has no token of its own for that; `None`: nothing.
+        end: what follows the last answer where no token of the template ends it; `None`: nothing.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -98,13 +98,6 @@ def pad_token_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def end_of_answer(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The token with which the chat template ends an answer; `None` if it has none, or several together say it."""
-    text = turn_end(tokenizer)
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    return int(tokens[0]) if len(tokens) == 1 else None
-
-
 def build_encoder(
     tokenizer: PreTrainedTokenizerFast, cfg: SFTConfig, max_length: int, multiple_of: int
 ) -> ChatEncoder:
@@ -126,14 +119,15 @@ def build_encoder(
                 f"{given}: does not mark what the assistant says with {{% generation %}}, nor does TRL know it; give "
                 "one that does (chat_template=chatml, or a file), or loss=all"
             ) from None
-    end = tokenizer.eos_token_id if end_of_answer(tokenizer) is None else None
-    encoder = ChatEncoder(tokenizer, template, is_assistant_only, multiple_of, max_length, end)
+    end = end_of_answer(tokenizer)
+    behind = tokenizer.eos_token_id if end.token is None else None
+    encoder = ChatEncoder(tokenizer, template, is_assistant_only, multiple_of, max_length, behind)
     probe = [{"role": role, "content": "A"} for role in ("user", "assistant", "user")]
     ids, labels = encoder.encode(probe)
     learnt = str(tokenizer.decode([token for token, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]))
     if not learnt.strip():
         raise UserError(f"{given}: marks nothing that the assistant says; see {{% generation %}}, or give loss=all")
-    if turn_end(tokenizer) not in learnt:
+    if end.text not in learnt or (end.token is not None and end.token not in labels):
         logger.warning("%s: how an answer ends is not among what is learnt, so that the model may not stop", given)
     return encoder
 

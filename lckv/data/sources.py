@@ -35,7 +35,8 @@ from lckv.errors import UserError
 from lckv.registry import Registry
 
 if TYPE_CHECKING:
-    from lckv.config import ConversationsConfig, DataConfig
+    from lckv.config import DataConfig
+    from lckv.config.data import SourceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -373,7 +374,7 @@ def _read_hub(config: DataConfig, split: str | None) -> Iterator[str]:
 
 
 @contextmanager
-def explain_hub_errors(config: DataConfig | ConversationsConfig) -> Iterator[None]:
+def explain_hub_errors(config: SourceConfig) -> Iterator[None]:
     """Turns what `datasets` raises about a wrong name or a missing connection into one line."""
     try:
         yield

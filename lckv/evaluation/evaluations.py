@@ -106,7 +106,13 @@ def run_evaluations(
         config: which evaluations, and their settings.
         settings: further settings on which the figures depend, noted with them.
     """
-    common = {"batch_size": config.batch_size, "seed": subject.seed, "data": asdict(subject.data), **settings}
+    common = {
+        "batch_size": config.batch_size,
+        "forward_passes": config.forward_passes,
+        "seed": subject.seed,
+        "data": asdict(subject.data),
+        **settings,
+    }
     if subject.folder is not None:
         subject.folder.mkdir(parents=True, exist_ok=True)
     for name in config.evals:

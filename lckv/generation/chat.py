@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lckv.cache import KVCache, build_cache
 from lckv.cache.paged.pages import OutOfPagesError
-from lckv.chat_templates import Message, render_chat, turn_end
+from lckv.chat_templates import Message, end_of_answer, render_chat
 from lckv.data.readers import join_line_ends
 from lckv.data.sources import SURROGATES
 from lckv.errors import UserError
@@ -122,7 +122,7 @@ class ChatSession:
             self.limit = min(self.limit, self.cache_options.setdefault("max_length", self.limit))
         elif cache == "sink":
             self.limit = None
-        self._stop_ids, self._stop_text = _stops(tokenizer)
+        self._end = end_of_answer(tokenizer)
         self.messages: list[Message] = []
         self.last: Turn | None = None
         self.cache: KVCache
@@ -228,7 +228,7 @@ class ChatSession:
         most = min(self.max_new_tokens, room)
         tokens = self._record(self._stream(new[:, -1:], prompt[:-1], most), turn, start_time)
         text = TextPieces(self.tokenizer, prompt=prompt)
-        for piece in filter(None, _until(_pieces(tokens, text), self._stop_text)):
+        for piece in filter(None, _until(_pieces(tokens, text), self._end.text)):
             turn.text += piece
             write(piece)
         turn.ending = STOPPED if turn.num_new_tokens < most else CUT if most == self.max_new_tokens else FULL
@@ -236,6 +236,7 @@ class ChatSession:
     def _stream(self, last: torch.Tensor, past_ids: list[int], most: int) -> Iterator[int]:
         """The tokens of an answer, without the one that ends it."""
         sampling, eos = self.sampling, self.model.generation_config.eos_token_id
+        ends = {self._end.token, *([eos] if isinstance(eos, int) else eos or ())} - {None}
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + self.num_turns) % 2**64)
         return stream(
@@ -246,7 +247,7 @@ class ChatSession:
             history=self.model.config.max_position_embeddings,
             past_ids=past_ids,
             max_new_tokens=most,
-            stop_ids={*self._stop_ids, *([eos] if isinstance(eos, int) else eos or ())},
+            stop_ids=ends,
             **self.prefill.iteration,
         )
 
@@ -310,15 +311,6 @@ class ChatSession:
         self.cache = build_cache(self.cache_name, self.model.config, **self.cache_options)
         self._tokens = []
         self._snapshot = None
-
-
-def _stops(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """What ends an answer beside eos: a token, or a text where the tokenizer spells it in several."""
-    end = turn_end(tokenizer)
-    first, *others = tokenizer(end, add_special_tokens=False)["input_ids"] or [None]
-    if first is None or not others or first in tokenizer.added_tokens_decoder:
-        return [] if first is None else [first], ""
-    return [], end
 
 
 def _message(role: str, content: str) -> Message:

@@ -69,11 +69,9 @@ def encode_prompts(
     """Turns prompts into tokens, each as a message for the tokenizer's chat template if `chat` says so, or it has one.
 
     Raises:
-        UserError: if there is no chat to have, or a prompt makes no token.
+        UserError: if the template refuses a prompt or `system`, there is no chat for that, or a prompt makes no token.
     """
     has_template = tokenizer.chat_template is not None
-    if chat and not has_template:
-        raise UserError("chat=true: this model's tokenizer has no chat template; leave it out to continue the text")
     is_chat = has_template if chat is None else chat
     if system is not None and not is_chat:
         reason = "chat=false" if has_template else "a tokenizer that has no chat template"

@@ -180,7 +180,7 @@ def warnings_of(runs: DataFrame) -> list[str]:
             holders.setdefault(name, {}).setdefault(value, []).append(run.name)
     return [
         f"not comparable: {_WORDS.get(name, name)} differs: "
-        + "; ".join(f"{_show(name, value)} in {_list(runs)}" for value, runs in names.items())
+        + "; ".join(f"{_show(name, value)} in {list_names(runs)}" for value, runs in names.items())
         for name, names in holders.items()
         if len(names) > 1
     ]
@@ -192,6 +192,7 @@ def _show(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _list(names: Sequence[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
+    """The first few names of runs, and how many more there are."""
     shown = ", ".join(names[:_MAX_NAMES])
     return shown if len(names) <= _MAX_NAMES else f"{shown} and {len(names) - _MAX_NAMES} more"

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from itertools import groupby
 from typing import NamedTuple
 
+from lckv.config import EvaluationConfig
+from lckv.config.evaluation import EVALUATIONS
+from lckv.config.names import NO_CACHE
 from lckv.iteration import CONVERGE
 from lckv.reporting.analysis import Budget, Cohort, Report, show_fraction
+from lckv.reporting.grouping import list_names
 from lckv.reporting.metrics import SIGNIFICANT, Comparison, Metric
+from lckv.training.run_folder import flatten
+
+_CHANGES_NO_FIGURE = (
+    *("seed", "batch_size", "num_threads", "data.cache_dir", "log_samples", "output_path", "bootstrap_iters"),
+)
+"""Settings of evaluations; of `speed`, which counts time, the first alone."""
 
 
 class Answer(NamedTuple):
@@ -109,6 +121,7 @@ def method_notes(report: Report) -> list[str]:
         "machine did falls into it. "
         f"{_hardware(report)}",
         *_passes(report),
+        *(note for evaluation in EVALUATIONS for note in _settings(report, evaluation)),
         _versions(report),
     ]
 
@@ -147,6 +160,27 @@ def _passes(report: Report) -> Iterator[str]:
         f"Where layers read upward, losses are exact, but for those of {names}, which are of the passes of their "
         "training: decoding may do better or worse."
     )
+
+
+def _settings(report: Report, evaluation: str) -> Iterator[str]:
+    """With which settings an evaluation was made, where they are not the default ones, or not the same for all."""
+    holders: dict[str, dict[str, list[str]]] = {}
+    for run in report.finished:
+        figures = run.evaluations.get(evaluation)
+        settings = figures.get("settings") if isinstance(figures, Mapping) else None
+        for key, value in flatten(settings if isinstance(settings, Mapping) else {}):
+            holders.setdefault(key, {}).setdefault(json.dumps(value).strip('"'), []).append(run.name)
+    config = EvaluationConfig()
+    defaults = {"cache.name": NO_CACHE, "forward_passes": config.forward_passes, **asdict(getattr(config, evaluation))}
+    ignored = _CHANGES_NO_FIGURE[: 1 if evaluation == "speed" else None]
+    told = [
+        f"{key}={value} in {list_names(names)}"
+        for key, values in holders.items()
+        for value, names in values.items()
+        if key not in ignored and (len(values) > 1 or value != json.dumps(defaults.get(key, value)).strip('"'))
+    ]
+    if told:
+        yield f"Settings of {evaluation}, where not the default ones or not the same for all: {'; '.join(told)}."
 
 
 def _versions(report: Report) -> str:

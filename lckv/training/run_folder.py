@@ -71,6 +71,7 @@ class RunFolder(ExitStack):
         self.adapter = self.path / "adapter"
         self.tensorboard = self.path / "tensorboard"
         self.init = self.path / "init"
+        self._lock = self.path / ".lock"
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", save_total_limit)
         self.is_claimed = False
         self.is_in_use = False
@@ -99,11 +100,19 @@ class RunFolder(ExitStack):
         self.failure.unlink(missing_ok=True)
         self.is_claimed = True
 
+    def withdraw(self) -> None:
+        """Takes back a claim on a folder where no run has begun, with all that it has made."""
+        if self.is_claimed:
+            shutil.rmtree(self.init, ignore_errors=True)
+            for path in self.config, self.data, self._lock:
+                path.unlink(missing_ok=True)
+            self.path.rmdir()
+
     def _acquire(self, wait: float) -> None:
         tell = partial(logger.info, "another process trains in %s: waiting for it", self.path)
         try:  # a process may claim what it holds already
             self.path.mkdir(parents=True, exist_ok=True)
-            self.enter_context(locked(self.path / ".lock", wait=wait, on_wait=tell))
+            self.enter_context(locked(self._lock, wait=wait, on_wait=tell))
         except TimeoutError:
             self.is_in_use = True
             raise UserError(
@@ -241,16 +250,27 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 @contextmanager
-def recorded_failure(folder: RunFolder, cfg: RunConfig, overrides: Sequence[str]) -> Iterator[None]:
+def recorded_failure(
+    folder: RunFolder, cfg: RunConfig, overrides: Sequence[str], *, keeps_mistakes: bool = True
+) -> Iterator[None]:
     """Leaves `failure.json` in the run folder where an exception ends the run, and passes the exception on.
 
     A folder that holds another run, or this one finished, stays as it is.
+
+    Args:
+        folder: the run folder.
+        cfg: the configuration of the run.
+        overrides: what the command line says of it.
+        keeps_mistakes: whether that goes for mistakes of the user, too, that are found before a run has begun; else
+            these leave no trace.
     """
     try:
         yield
     except Exception as error:
         with suppress(OSError):  # a folder that cannot be written to is often the reason itself
-            if folder.is_open_to(asdict(cfg)):
+            if isinstance(error, UserError) and not keeps_mistakes and not folder.holds_a_run():
+                folder.withdraw()
+            elif folder.is_open_to(asdict(cfg)):
                 folder.path.mkdir(parents=True, exist_ok=True)
                 failure = {
                     "error": " ".join(str(error).split()) or type(error).__name__,

@@ -9,10 +9,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
-from lckv.chat_templates import turn_end
+from lckv.chat_templates import end_of_answer
 from lckv.config import SFTConfig
 from lckv.console import command
-from lckv.data.chat_tokens import ConversationCollator, ConversationData, end_of_answer, pad_token_of
+from lckv.data.chat_tokens import ConversationCollator, ConversationData, pad_token_of
 from lckv.storage import new_folder
 from lckv.training.adapters import build_lora_config, check_adapter_fits, read_adapter
 from lckv.training.arguments import build_training_arguments
@@ -102,8 +102,7 @@ class SFTSession(BaseSession):
             model = cast(Any, PeftModel.from_pretrained(model, lora.adapter, is_trainable=True))
         elif lora.rank is not None:
             peft_config = build_lora_config(lora, model)
-        own_end = end_of_answer(self.tokenizer)
-        ends = {self.tokenizer.eos_token_id, own_end} - {None}
+        ends = {self.tokenizer.eos_token_id, end_of_answer(self.tokenizer).token} - {None}
         assert self.model.generation_config is not None
         self.model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
         return build_trainer_class()(
@@ -125,7 +124,9 @@ class SFTSession(BaseSession):
         )
         start = inputs["input_ids"].shape[1]
         answer = sample_text(model, self.tokenizer, inputs, self.cfg.trainer.sample_tokens, start=start)
-        return answer.partition(turn_end(self.tokenizer) or "\0")[0]
+        end = end_of_answer(self.tokenizer)
+        mark = end.text if end.token is None else str(self.tokenizer.decode([end.token]))
+        return answer.partition(mark or "\0")[0]
 
 
 def next_commands(cfg: SFTConfig, folder: RunFolder) -> list[str]:

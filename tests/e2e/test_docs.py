@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lckv.chat_templates import CHATML
 from lckv.config.names import CALIBRATED
 from tests import commands
 from tests.docs import BLOCKS, Block, entry_point
@@ -43,8 +44,12 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name = f"runs/demo_{pattern}"
         run(folder, "train", [f"sharing={pattern}", "debug=cpu_smoke", *TEXTS, f"run_dir={name}"])
         shutil.copytree(folder / name, folder / "runs" / "sweep" / pattern)
-    for name in ("MODEL", "HuggingFaceTB/SmolLM2-135M"):
+    for name in ("MODEL", "FOLDER", "HuggingFaceTB/SmolLM2-135M"):
         shutil.copytree(folder / "runs" / "demo_llama" / "model", folder / name)
+    (folder / "FOLDER" / "chat_template.jinja").write_text(CHATML)
+    talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+    rows = ({"messages": [talk[0] | {"content": f"Who, {number}?"}, talk[1]]} for number in range(20))
+    (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(folder, "convert", ["source=MODEL", "latent=joint", "latent.ratio=2", "out=CONVERTED", *TEXTS])
     return folder
 
@@ -68,6 +73,13 @@ def with_little(module: str, arguments: list[str]) -> list[str]:
     looks_at_text = "latent" in given or any(f"method={method}" in arguments for method in CALIBRATED)
     little = {
         "train": [*TEXTS, *(SHORT if "init.source" in given else ["debug=cpu_smoke"])],
+        "sft": [
+            *SHORT,
+            "too_long=truncate",
+            "data.max_conversations=20",
+            # Each is a run of its own.
+            *([] if "experiment" in given else [f"run_name={'-'.join(arguments[2:]) or 'plain'}"]),
+        ],
         "convert": [
             *([*TEXTS, "init.calibration_tokens=1024"] if looks_at_text else []),
             *(SHORT if "method=distill" in arguments else []),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lckv import cli, evaluate, export, sft
+from lckv.errors import UserError
 from tests import commands
 from tests.e2e import training
 from tests.e2e.conftest import FinishedRun
@@ -74,6 +75,35 @@ def test_killed_and_gone_on_with_and_used(finished_run: FinishedRun, conversatio
     assert (folder / "evaluation" / "results.json").is_file()
     export.main(cli.compose([f"model={folder}", "format=hub", f"out={tmp_path / 'hub'}"], "export"))
     assert "chat_template.jinja" in {path.name for path in (tmp_path / "hub").iterdir()}
+
+
+def test_conversations_that_are_refused_leave_no_folder(
+    finished_run: FinishedRun, conversations: Path, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"messages": [{"role": "assistant", "content": "I."}]}\n')
+    for file, settings, said in (
+        (wrong, [], "wrong.jsonl:1: message 1, of the assistant, stands first"),
+        (conversations, ["max_length=20"], "max_length=20, as are"),  # found once there are tokens
+    ):
+        run_dir = tmp_path / "run"
+        given = arguments(finished_run.folder, file, run_dir, *settings)[3:]
+        with pytest.raises(UserError, match=said):
+            sft.main(cli.compose(given, "sft"))
+        assert not run_dir.exists()
+
+
+def test_a_finished_job_of_a_sweep_is_skipped_unread(
+    finished_run: FinishedRun, conversations: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    cfg = cli.compose(
+        arguments(finished_run.folder, conversations, tmp_path / "run", "trainer.max_steps=1")[3:], "sft"
+    )
+    loss = sft.main(cfg)
+    monkeypatch.setattr(cli, "is_in_a_sweep", lambda: True)
+    conversations.unlink()
+    assert sft.main(cfg) == loss
+    assert f"finished: skipped {tmp_path / 'run'}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -124,7 +124,7 @@ FIRST_LINE = "# @package _global_\n"
         ),
         (
             "model:\n  hidden_size: big",
-            "model.hidden_size: Value 'big' of type 'str' could not be converted to Integer (in exper",
+            "model.hidden_size='big': allowed is a whole number, 1 or more (in exper",
         ),
         ("model: [", "mine.yaml"),
         ("seed: 3", "error: in experiment/mine.yaml: needs '# @package _global_' as its first line\n"),

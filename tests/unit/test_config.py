@@ -115,7 +115,7 @@ def test_what_is_known_of_names_before_torch_is_what_is_registered_behind_it():
         (names.OPTIMIZERS, OPTIMIZERS),
         (names.SCHEDULES, SCHEDULES),
         (names.SOURCES, SOURCES),
-        (names.CONVERSATIONS, CONVERSATIONS),
+        (names.SOURCES, CONVERSATIONS),
         (names.TRACKERS, LOGGERS),
         (names.TRAINABLE, TRAINABLE),
         (EVALUATIONS, FUNCTIONS),

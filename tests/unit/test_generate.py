@@ -418,7 +418,13 @@ def test_chat(run, tmp_path, folder):
     assert "system: has no effect with chat=false" in message_of(
         run, "prompt=hi", "chat=false", "system=x", model=model
     )
-    assert "chat=true: this model's tokenizer has no chat template" in message_of(run, "prompt=hi", "chat=true")
+    assert "its tokenizer has no chat template; give one: chat" in message_of(run, "prompt=hi", "chat=true")
+    (tmp_path / "mine.jinja").write_text(TEMPLATE.replace(">", "?"))
+    given = f"chat_template={tmp_path}/mine.jinja"
+    assert run("prompt=hi", given, "max_new_tokens=4")[0] == continuation("[user]hi?", 4) + "\n"
+    (tmp_path / "mine.jinja").write_text("{% if %}")
+    (tmp_path / "model.safetensors").write_text("torn")  # which is not looked at before the template
+    assert f"{given}: the chat template fails: " in message_of(run, "prompt=hi", given, model=model)
     assert "system: has no effect with a tokenizer that" in message_of(run, "prompt=hi", "system=x")
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
     refusing = byte_tokenizer(chat_template=refusal)

@@ -37,6 +37,7 @@ LAYERS = [
     ["benchmarking", "exporting", "reporting"],
     [
         "cli",
+        "runs",
         "plan",
         "train",
         "sft",

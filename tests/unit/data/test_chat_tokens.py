@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lckv.chat_templates import read_chat_template, set_chat_template
+from lckv.chat_templates import end_of_answer, read_chat_template, set_chat_template
 from lckv.config import ConversationsConfig, SFTConfig
-from lckv.data.chat_tokens import ConversationCollator, build_conversation_data, build_encoder, end_of_answer
+from lckv.data.chat_tokens import ConversationCollator, build_conversation_data, build_encoder
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaForCausalLM
 from tests.reference import tiny_config
@@ -78,7 +78,7 @@ def test_with_merged_tokens_what_is_learnt_reads_as_the_answers(has_own_end):
     if has_own_end:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer = with_chatml(tokenizer)
-    assert (end_of_answer(tokenizer) is not None) == has_own_end
+    assert (end_of_answer(tokenizer).token is not None) == has_own_end
     ids, labels = build_encoder(tokenizer, SFTConfig(), 500, 1).encode(TALK)
     others, answers = learnt_runs(tokenizer, ids, labels)
     end = "" if has_own_end else "<eos>"

@@ -7,6 +7,8 @@ import torch
 
 from lckv.cache import build_cache
 from lckv.chat_templates import render_chat
+from lckv.config import SFTConfig
+from lckv.data.chat_tokens import build_encoder
 from lckv.errors import UserError
 from lckv.generation.batch import PrefillOptions, generate
 from lckv.generation.chat import CUT, FULL, INTERRUPTED, STOPPED, ChatSession, ContextFull
@@ -213,15 +215,41 @@ def test_answers_end_where_the_template_says():
     """The tokenizer does not know what ends a message: only the text shows it."""
     template = TEMPLATE.replace("eos_token", "'<|end|>'")
     session = make_session(chat_model(), letter_tokenizer(chat_template=template), max_new_tokens=25)
-    spoken = iter(session.tokenizer("?so<|en <|end|>and")["input_ids"])
+    turn, _ = answer_by_rote(session, "", session.tokenizer("so<|en <|end|>and")["input_ids"])
+    assert turn.text == "so<|en " and turn.ending == STOPPED
+
+
+def answer_by_rote(session, message, tokens):
+    """Has the model choose these tokens; returns its turn, and what it has not come to."""
+    spoken = iter([0, *tokens])  # the first one where the prompt is read
 
     def say(module, args, logits):
         return torch.nn.functional.one_hot(torch.tensor([[next(spoken)]]), logits.shape[-1]).float()
 
     handle = session.model.lm_head.register_forward_hook(say)
-    turn = session.answer("", lambda piece: None)
+    turn = session.answer(message, lambda piece: None)
     handle.remove()
-    assert turn.text == "so<|en " and turn.ending == STOPPED
+    return turn, list(spoken)
+
+
+@pytest.mark.parametrize(
+    ("end", "unread"),
+    [("{{ eos_token }}", ""), ("<|eot|>", ""), ("<|eot|><|sep|>", "<|sep|>"), ("<end>", "<eos>"), ("", "")],
+)
+def test_answers_end_where_tuning_ends_them(end, unread):
+    pytest.importorskip("trl", reason="needs the extra 'sft'")
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}?{{ m.content }}\n{% else %}!{% generation %}{{ m.content }}"
+        f"{end}{{% endgeneration %}}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}!{{% endif %}}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template)
+    tokenizer.add_tokens(["<|eot|>", "<|sep|>"])
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me <en"}]
+    _, labels = build_encoder(tokenizer, SFTConfig(), 500, 1).encode(messages)
+    learnt = [label for label in labels if label != -100]
+    session = make_session(chat_model(tokenizer=tokenizer), tokenizer, max_new_tokens=40)
+    turn, left = answer_by_rote(session, "Who?", [*learnt, *tokenizer("so on")["input_ids"]])
+    assert (turn.text, turn.ending, tokenizer.decode(left)) == ("Me <en", STOPPED, f"{unread}so on")
 
 
 def test_sampling_with_a_seed_and_penalties():

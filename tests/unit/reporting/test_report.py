@@ -339,6 +339,24 @@ def test_mistakes_are_one_line(sweep, tmp_path):
         assert message in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_notes_say_with_which_settings_evaluations_were_made(tmp_path):
+    usual = {"seed": 0, "cache": {"name": "none"}, "max_documents": None, "data": {"name": "bible"}}
+    for seed, settings in enumerate(
+        ({}, {"seed": 1}, {"max_documents": 20, "cache": {"name": "quantized", "bits": 4}})
+    ):
+        run = write_run(tmp_path / "sweep" / f"run{seed}", "cla", seed)
+        write_evaluations(run, {"perplexity": {"loss": 3.0, "settings": usual | settings}})
+        if seed == 1:
+            assert "Settings of" not in texts_of(tmp_path / "sweep")[1]
+    note = "Settings of perplexity, where not the default ones or not the same for all: "
+    sides = ("cache.name=none in run0, run1", "cache.name=quantized in run2", "max_documents=null in run0, run1")
+    told = f"{note}{'; '.join((*sides, 'max_documents=20 in run2'))}."
+    assert told in texts_of(tmp_path / "sweep")[1].replace("\\_", "_")
+    write_run(tmp_path / "alone" / "run", "cla")
+    write_evaluations(tmp_path / "alone" / "run", {"perplexity": {"settings": usual | {"cache": {"name": "sink"}}}})
+    assert f"{note}cache.name=sink in run." in texts_of(tmp_path / "alone")[1]
+
+
 def test_notes_say_by_which_passes_losses_were_measured(tmp_path):
     write_run(tmp_path / "sweep" / "plain", "cla")
     write_run(tmp_path / "sweep" / "exact", "lckv", eval_forward_passes="converge")

@@ -40,6 +40,15 @@ def test_a_lowest_layer_that_looks_up_is_advised_against(small_config: MakeConfi
     assert ("note: layer 0 reads layer 3, above it, which does worst" in out) == is_bad
 
 
+def test_text_that_is_refused_leaves_no_folder(small_config: MakeConfig, corpus, tmp_path: Path):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "and one more"}\n{"text": 3}\n')  # of which only reading all of it tells
+    cfg = small_config(data=replace(corpus.config, files=str(text)))
+    with pytest.raises(UserError, match=r"text.jsonl:2: field 'text' must be text"):
+        train.main(cfg)
+    assert not Path(cfg.run_dir).exists()
+
+
 def test_finished_run_on_text_that_has_changed_is_refused(small_config: MakeConfig, corpus, tmp_path: Path):
     text = tmp_path / "text.jsonl"
     shutil.copy(corpus.config.files, text)

@@ -13,8 +13,8 @@ from lckv.training.run_folder import RunFolder, recorded_failure
 CONFIG = TrainConfig(sharing=SharingConfig("cla"), model=ModelConfig(num_hidden_layers=4), run_name="mine")
 
 
-def fail(folder: RunFolder, error: BaseException, cfg: TrainConfig = CONFIG) -> None:
-    with pytest.raises(type(error)), recorded_failure(folder, cfg, ["seed=1", "sharing=cla"]):
+def fail(folder: RunFolder, error: BaseException, cfg: TrainConfig = CONFIG, **options: bool) -> None:
+    with pytest.raises(type(error)), recorded_failure(folder, cfg, ["seed=1", "sharing=cla"], **options):
         raise error
 
 
@@ -46,6 +46,36 @@ def test_a_pattern_that_cannot_be_known_is_left_out(folder):
 def test_whoever_stops_a_run_makes_no_failure(folder):
     fail(folder, KeyboardInterrupt())
     assert not folder.path.exists()
+
+
+def test_mistakes_leave_no_trace_where_none_is_asked_for(folder):
+    fail(folder, UserError("x"), keeps_mistakes=False)
+    assert not folder.path.exists()
+    with folder:
+        folder.claim(asdict(CONFIG))
+        folder.claim_data("text")
+        fail(folder, UserError("x"), keeps_mistakes=False)
+    assert not folder.path.exists()
+    fail(folder, RuntimeError("x"), keeps_mistakes=False)
+    assert [path.name for path in folder.path.iterdir()] == ["failure.json"]
+    fail(folder, UserError("y"), keeps_mistakes=False)
+    assert json.loads(folder.failure.read_text())["error"] == "x"
+
+
+def test_of_a_run_that_has_begun_mistakes_are_told_and_nothing_is_lost(folder):
+    folder.claim(asdict(CONFIG))
+    folder.append_metrics({"step": 1})
+    fail(folder, UserError("x"), keeps_mistakes=False)
+    assert json.loads(folder.failure.read_text())["error"] == "x"
+    assert folder.config.is_file() and folder.read_metrics() == [{"step": 1}]
+
+
+def test_what_others_have_put_into_a_folder_stays_there(folder):
+    folder.path.mkdir()
+    (folder.path / "notes.txt").touch()
+    folder.claim(asdict(CONFIG))
+    fail(folder, UserError("x"), keeps_mistakes=False)
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
 
 
 def test_it_is_gone_once_the_run_goes_on(folder):

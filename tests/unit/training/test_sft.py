@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from lckv.chat_templates import read_chat_template, set_chat_template
-from lckv.config import ConversationsConfig, LoraConfig, OptimConfig, SFTConfig, TrainerConfig
+from lckv.config import ConversationsConfig, LoggerConfig, LoraConfig, OptimConfig, SFTConfig, TrainerConfig
 from lckv.data.chat_tokens import build_conversation_data, build_encoder
 from lckv.errors import UserError
 from lckv.patterns import parse_layer_types
@@ -152,6 +152,25 @@ def test_a_run_is_like_any_other(make_session, tokenizer):
     # Generation stops at the end of an answer as well as at that of a text.
     assert model.generation_config.eos_token_id == [1, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert (session.folder.model / "chat_template.jinja").read_text() == session.tokenizer.chat_template
+
+
+@pytest.mark.timeout(60)
+def test_trackers_get_what_the_metrics_file_gets(make_session):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("wandb")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    session = make_session(max_steps=2, logger=LoggerConfig(names=["tensorboard", "wandb"]))
+    session.run()
+    events = EventAccumulator(str(session.folder.tensorboard))
+    events.Reload()
+    lines = [line for line in session.folder.read_metrics() if "loss" in line]
+    for name in "loss", "mean_token_accuracy":
+        assert [event.value for event in events.Scalars(f"train/{name}")] == pytest.approx(
+            [line[name] for line in lines]
+        )
+    assert len(events.Scalars("eval/loss")) == 1
+    assert list(session.folder.path.glob("wandb/offline-run-*"))
 
 
 def test_neither_accumulation_nor_recomputing_changes_the_curve(make_session):
