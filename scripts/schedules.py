@@ -15,7 +15,7 @@ import math
 import time
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -82,11 +82,41 @@ def batches(blocks: BlockDataset, batch_size: int, steps: int, seed: int) -> Ite
     return DataLoader(Subset(blocks, torch.cat(rounds)[:num_blocks].tolist()), batch_size)
 
 
-def train(arguments: Namespace, data: TokenizedData, layer_types: str, schedule: str, seed: int) -> Row:
+class Learner:
+    """How a model learns from a batch; another way is a subclass."""
+
+    def __init__(self, model: LCKVLlamaForCausalLM) -> None:
+        self.model = model
+        self.num_passes: list[int] = []
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained."""
+        return list(self.model.parameters())
+
+    def backward(self, batch: dict[str, torch.Tensor], progress: float) -> None:
+        """Adds to the gradients; `progress` is the part of all steps that is behind."""
+        self.learn(batch)
+
+    def learn(self, batch: dict[str, torch.Tensor], retain_graph: bool = False, **given: Any) -> None:
+        """Adds the gradient of a batch, with other passes than the schedule's if they are given."""
+        output = self.model(**batch, **given)
+        self.num_passes.append(output.num_passes)
+        output.loss.backward(retain_graph=retain_graph)
+
+
+def train(
+    arguments: Namespace,
+    data: TokenizedData,
+    layer_types: str,
+    schedule: str,
+    seed: int,
+    new_learner: Callable[[LCKVLlamaForCausalLM], Learner] = Learner,
+) -> Row:
     """Trains a model, and measures the exact loss again and again."""
     model, steps = build_model(arguments, layer_types, schedule, seed), arguments.steps
+    learner = new_learner(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(), arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        learner.parameters(), arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     heldout = Subset(data.validation, range(arguments.num_heldout))
@@ -94,7 +124,7 @@ def train(arguments: Namespace, data: TokenizedData, layer_types: str, schedule:
     for step, batch in enumerate(batches(data.train, arguments.batch_size, steps, seed), 1):
         start = time.process_time()
         model.train()
-        model(**batch).loss.backward()
+        learner.backward(batch, step / steps)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
@@ -108,6 +138,7 @@ def train(arguments: Namespace, data: TokenizedData, layer_types: str, schedule:
         "seed": seed,
         "curve": curve,
         "exact": curve[-1][1],
+        "passes": mean(learner.num_passes),
         "own": loss(model, heldout, arguments, forward_passes=None),
         "token_by_token": abs(_of_one_block(model, heldout, sequential=True) - _of_one_block(model, heldout)),
     }

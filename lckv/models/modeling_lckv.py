@@ -87,6 +87,9 @@ class LCKVPreTrainedModel(PreTrainedModel):
 class LCKVLlamaModel(LCKVPreTrainedModel):
     """Llama's decoder stack with shared keys and values."""
 
+    stack_class: type[Stack] = Stack
+    """What runs the layers; another way to iterate is a subclass."""
+
     def __init__(self, config: LCKVLlamaConfig) -> None:
         super().__init__(config)
         self.vocab_size = config.vocab_size
@@ -180,7 +183,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         trace.note(inputs_embeds)
         positions = Positions(position_ids, partial(self._rotate, inputs_embeds), has_past)
-        stack = Stack(
+        stack = self.stack_class(
             self.layers,
             self.sharing_plan,
             self.layout,
