@@ -22,6 +22,7 @@ from lckv.conversion.settings import adopt_source, check_block_size, model_setti
 from lckv.conversion.source import Source
 from lckv.conversion.target import converted_config, source_config_of, write_converted
 from lckv.data.dataset import build_dataset
+from lckv.environment import describe_hardware
 from lckv.errors import UserError
 from lckv.loading import find_device
 from lckv.model_arguments import resolve_plan
@@ -44,19 +45,19 @@ def convert(
     Raises:
         UserError: for wrong settings, text or weights.
     """
-    find_device(device)
+    record: dict[str, Any] = {"hardware": describe_hardware(find_device(device))}
     plan, own, method = resolve_plan(cfg), source.config.sharing_plan, cfg.init.method
     config = converted_config(source.config, plan, **model_settings(cfg))
     if cfg.latent.name != NO_LATENT:
-        convert_to_latents(cfg, source, config, out, console, device=device, max_shard_size=max_shard_size)
+        convert_to_latents(cfg, source, config, out, console, record, device=device, max_shard_size=max_shard_size)
         return
-    moments, record = None, {}
+    moments = None
     if method in CALIBRATED and groups_of(plan, own):
         check_block_size(cfg.data, source.config)
         data = build_dataset(cfg.data, source.load_tokenizer())
         chosen = choose_blocks(data.train, cfg.init.calibration_tokens)
         moments = calibrate(source.load_for_text(device), data.train, chosen, needed_pairs(plan, own), console)
-        record = {
+        record |= {
             "data": cfg.data.name,
             "data_fingerprint": data.fingerprint,
             "calibration_tokens": moments.num_tokens,
@@ -82,6 +83,7 @@ def convert_to_latents(
     config: LCKVLlamaConfig,
     out: Path,
     console: Console,
+    record: dict[str, Any],
     *,
     device: str,
     max_shard_size: int,
@@ -94,7 +96,7 @@ def convert_to_latents(
             f"numbers, {config.hidden_size}, better ten times that; 0 does without text"
         )
     tensors = source.tensors()
-    record: dict[str, Any] = {"latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio}}
+    record |= {"latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio}}
     if cfg.init.calibration_tokens:
         check_block_size(cfg.data, source.config)
         data = build_dataset(cfg.data, source.load_tokenizer())
