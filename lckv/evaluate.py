@@ -126,7 +126,7 @@ def _cache_maker(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> Callable[[
 
 def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dict[str, Any]:
     """What `results.json` holds beside the evaluations."""
-    from lckv.environment import versions
+    from lckv.environment import describe_hardware, versions
     from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
     from lckv.training.run_summary import median_speed
 
@@ -141,6 +141,7 @@ def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dic
             "train_tokens_per_second": None if run is None else median_speed(run.read_metrics()),
         },
         "settings": asdict(cfg),
+        "hardware": describe_hardware(model.device),
         "versions": versions(),
     }
 

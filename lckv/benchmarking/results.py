@@ -125,6 +125,7 @@ def environment_of(device: torch.device) -> dict[str, Any]:
     return {
         "device": f"{device} ({hardware['device']})",
         "num_threads": hardware["num_threads"],
+        "spin_count": hardware["spin_count"],
         **{f"{name}_version": version for name, version in versions().items()},
         "system": platform.platform(),
     }

@@ -69,10 +69,10 @@ class KeyRotation:
         return rotary_frequencies(self.config, self.label).tolist()  # head_dim / 2 numbers
 
     def _make_tables(self, shifts: list[int], dtype: torch.dtype, device: torch.device) -> PositionEmbeddings:
-        """Cosines and sines `(batch or 1, 1, head_dim)`; float64 keeps the angles exact for shifts of any size."""
+        """Cosines and sines `(batch or 1, 1, 1, head_dim)`; float64 keeps the angles exact for shifts of any size."""
         frequencies = torch.tensor(self._frequencies, dtype=torch.float64)
-        angles = torch.tensor(shifts, dtype=torch.float64)[:, None, None] * frequencies
-        angles = torch.cat([angles, angles], dim=-1)
+        angles = torch.tensor(shifts, dtype=torch.float64)[:, None, None, None] * frequencies
+        angles = torch.cat([-angles, angles], dim=-1)  # as a model's tables are
         return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 

@@ -22,6 +22,7 @@ from lckv.conversion.settings import adopt_source, check_block_size, model_setti
 from lckv.conversion.source import Source
 from lckv.conversion.target import Make, converted_config, source_config_of, write_converted
 from lckv.data.dataset import TokenizedData, build_dataset
+from lckv.environment import describe_hardware
 from lckv.errors import UserError
 from lckv.loading import find_device
 from lckv.model_arguments import resolve_plan
@@ -44,7 +45,7 @@ def convert(
     Raises:
         UserError: for wrong settings, text or weights.
     """
-    find_device(device)
+    hardware = describe_hardware(find_device(device))
     plan, own, method, ridge = resolve_plan(cfg), source.config.sharing_plan, cfg.init.method, cfg.init.ridge
     config = converted_config(source.config, plan, **model_settings(cfg))
     make, moments, record = None, None, dict[str, Any]()
@@ -65,7 +66,7 @@ def convert(
             moments=moments,
             ridge=ridge,
             max_shard_size=max_shard_size,
-            record=record,
+            record=record | {"hardware": hardware},
             on_parameters=bar.update,
         )
 

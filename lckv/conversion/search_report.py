@@ -19,6 +19,8 @@ from lckv.config import DataConfig, InitConfig, SearchConfig
 from lckv.console import command
 from lckv.conversion.pattern_search import ScoredPattern, SearchTrace
 from lckv.costs import DTYPE_BYTES, ModelSizes, count_kv_bytes
+from lckv.environment import describe_hardware
+from lckv.loading import find_device
 from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaConfig
 from lckv.patterns import parse_layer_types
@@ -187,6 +189,7 @@ class SearchReport:
             "frontier": list(map(asdict, self.frontier)),
             "baselines": list(map(asdict, self.baselines)),
             "candidates": list(map(asdict, self.trace.candidates)),
+            "hardware": describe_hardware(find_device(self.cfg.device)),
             "lckv_version": lckv.__version__,
         }
 

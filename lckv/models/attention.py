@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
 from lckv.layout import KEYS, VALUES, Stream
 from lckv.models.configuration_lckv import LCKVLlamaConfig
@@ -156,13 +156,14 @@ class LCKVAttention(nn.Module):
 def apply_rotary(states: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
     """Rotates queries or keys `(batch, num_heads, q_len, head_dim)` by the positions of their tokens."""
     cos, sin = position_embeddings
-    return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)  # tables: (batch, 1, q_len, head_dim)
+    real, imaginary = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((imaginary, real), dim=-1) * sin  # whose first half is negated
 
 
 def last_positions(position_embeddings: PositionEmbeddings, num_tokens: int) -> PositionEmbeddings:
     """The cosines and sines of the last `num_tokens` tokens."""
     cos, sin = position_embeddings
-    return cos[:, -num_tokens:], sin[:, -num_tokens:]
+    return cos[:, :, -num_tokens:], sin[:, :, -num_tokens:]
 
 
 def attend(

@@ -50,7 +50,7 @@ class GroupKeys:
         sees = build_rule(at, kind.hides_own_token, kind.window, padding, documents, allowed)
         batch_idx = torch.arange(builder.batch_size, device=device)[:, None, None]
         new = torch.arange(builder.num_new_tokens, device=device)
-        q_idx = group.pick(new[None])[..., None] + at.q_offset
+        q_idx = group.pick(new[None, :, None]) + at.q_offset
         kv_idx = torch.arange(at.kv_length, device=device)[None, None, :] + at.kv_offset
         visible = sees(batch_idx, None, q_idx, kv_idx)
         if at.key_positions is not None:

@@ -23,8 +23,8 @@ class Group:
     num_groups: int
 
     def pick(self, states: torch.Tensor) -> torch.Tensor:
-        """Its tokens' part of `(batch, num_tokens, ...)`."""
-        return states if self.num_groups == 1 else states[:, self.index :: self.num_groups]
+        """Its tokens' part of `(..., num_tokens, width)`."""
+        return states if self.num_groups == 1 else states[..., self.index :: self.num_groups, :]
 
     def put(self, states: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         """A copy of streams `(batch, num_heads, num_tokens, head_dim)` with its tokens' part replaced."""

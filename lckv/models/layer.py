@@ -117,7 +117,7 @@ class LCKVDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """Attends to streams, and computes what leaves the layer, `(batch, num_queries, hidden_size)`."""
         num_queries = visible_keys.num_queries
-        if num_queries < position_embeddings[0].shape[1]:  # the hidden states may have been cut by a layer below
+        if num_queries < position_embeddings[0].shape[2]:  # the hidden states may have been cut by a layer below
             hidden_states, normed = hidden_states[:, -num_queries:], normed[:, -num_queries:]
             position_embeddings = last_positions(position_embeddings, num_queries)
         attn_output, attn_weights = self.self_attn(normed, streams, visible_keys, position_embeddings, **kwargs)

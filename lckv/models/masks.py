@@ -94,8 +94,8 @@ class VisibleKeys:
         window: as in [`MaskKind`]; flash attention applies it itself.
         reach: how many keys up to its own each query looks back at most, where `mask` is long enough to be cut into
             blocks; the last key is the last query's own.
-        key_rotation: cosines and sines for the positions of the keys, each `(batch or 1, kv_len, head_dim)`, where
-            layers make keys of what was not rotated when it was written.
+        key_rotation: cosines and sines for the positions of the keys, each `(batch or 1, 1, kv_len, head_dim)`,
+            where layers make keys of what was not rotated when it was written.
     """
 
     num_queries: int

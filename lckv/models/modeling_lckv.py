@@ -209,8 +209,9 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
     def _rotate(self, like: torch.Tensor, positions: torch.Tensor, label: str | None) -> PositionEmbeddings:
         """Cosines and sines for positions `(batch or 1, num_tokens)`, of the type of another tensor."""
         embedding = self.rotary_emb if label is None else cast(nn.ModuleDict, self.rotary_emb)[label]
-        tables: PositionEmbeddings = embedding(like, position_ids=positions)
-        return tables
+        cos, sin = embedding(like, position_ids=positions)
+        first, second = sin.chunk(2, dim=-1)
+        return cos[:, None], torch.cat((-first, second), dim=-1)[:, None]
 
     def _choose_cache(self, past_key_values: Cache | None, use_cache: bool) -> Cache | None:
         """The cache of the call: the given one, or a new one if one is to be returned."""
@@ -351,7 +352,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
             token_stack = replace(
                 stack,
                 position_embeddings={
-                    label: (cos[:, token], sin[:, token]) for label, (cos, sin) in stack.position_embeddings.items()
+                    label: (cos[:, :, token], sin[:, :, token])
+                    for label, (cos, sin) in stack.position_embeddings.items()
                 },
                 visible_keys=visible_keys,
                 cache=cache,

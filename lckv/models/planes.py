@@ -72,13 +72,13 @@ class PlaneProjection(nn.Module):
         )
         weight = self.weight.unflatten(0, (self.num_heads, 1, -1))  # (num_kv_heads, 1, num_unrotated, size)
         cos, sin = (
-            table.index_select(-1, indices(self.planes, query_states))[:, None, None] for table in position_embeddings
+            table.index_select(-1, indices(self.planes, query_states))[:, :, None] for table in position_embeddings
         )
         # The conjugate of the key's factor, times the query, turned by its position.
         a, b = (part[:, None, None] for part in self.rotated.unbind(1))
         real, imaginary = real * a + imaginary * b, imaginary * a - real * b
-        pairs = (real * cos - imaginary * sin, imaginary * cos + real * sin)
-        unrotated = unrotated * scale_of(position_embeddings)[:, None, None]
+        pairs = (real * cos + imaginary * sin, imaginary * cos - real * sin)  # sines are negated in this half
+        unrotated = unrotated * scale_of(position_embeddings)[:, :, None]
         return torch.cat([unrotated @ weight, *pairs], dim=-1).flatten(1, 2)
 
 
@@ -86,8 +86,9 @@ def rotate_planes(states: torch.Tensor, position_embeddings: PositionEmbeddings,
     """Rotates the last `2 * len(planes)` numbers of `(batch, num_heads, q_len, size)`, each pair by its plane."""
     num_pairs = len(planes)
     kept, real, imaginary = states.split([states.shape[-1] - 2 * num_pairs, num_pairs, num_pairs], dim=-1)
-    cos, sin = (table.index_select(-1, indices(planes, states))[:, None] for table in position_embeddings)
-    return torch.cat([kept, real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
+    cos, sin = (table.index_select(-1, indices(planes, states)) for table in position_embeddings)
+    # Sines are negated in this half.
+    return torch.cat([kept, real * cos + imaginary * sin, imaginary * cos - real * sin], dim=-1)
 
 
 def only_planes(position_embeddings: PositionEmbeddings, planes: Planes) -> PositionEmbeddings:
@@ -100,7 +101,7 @@ def only_planes(position_embeddings: PositionEmbeddings, planes: Planes) -> Posi
 
 
 def scale_of(position_embeddings: PositionEmbeddings) -> torch.Tensor:
-    """What rotations of a query and a key together scale their score by, `(batch or 1, q_len, 1)`: 1 but for YaRN."""
+    """What rotations of query and key together scale their score by, `(batch or 1, 1, q_len, 1)`: 1 but for YaRN."""
     cos, sin = (table[..., :1] for table in position_embeddings)
     return cos.square() + sin.square()
 

@@ -11,7 +11,10 @@ from transformers import Cache
 from lckv.models.sharing_cache import SharingCache
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines of the rotary embedding, each `(batch or 1, num_tokens, head_dim)`."""
+"""Cosines and sines of the rotary embedding, each `(batch or 1, 1, num_tokens, head_dim)`.
+
+The first half of the sines is negated, as they are subtracted there; so a layer has less to do.
+"""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ import torch
 from torch.nn.functional import pad
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lckv.models.positions import PositionEmbeddings
-
 PARTIAL = "partial_rotary_factor"
 """The key of `rope_parameters` that says which part of a head's planes turns."""
 
@@ -38,7 +36,7 @@ class PartialRotaryEmbedding(LlamaRotaryEmbedding):
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> PositionEmbeddings:
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines `(batch or 1, num_tokens, head_dim)` in the type of `x`; all are scaled alike (YaRN)."""
         cos, sin = super().forward(x, position_ids)
         return self._fill(cos, self.attention_scaling), self._fill(sin, 0.0)

@@ -55,7 +55,7 @@ def read(path: str) -> dict:
 def test_quality_and_costs_are_in_one_file(run, folder: str):
     printed = run("perplexity.context_length=32")
     results = read("runs/evaluation/mine")
-    assert list(results) == ["model", "evaluations", "layer_types", "costs", "settings", "versions"]
+    assert list(results) == ["model", "evaluations", "layer_types", "costs", "settings", "hardware", "versions"]
     assert results["model"]["name"] == folder and results["layer_types"] == PATTERN
     costs, figures = results["costs"], results["evaluations"]["perplexity"]
     assert costs["kv_bytes_context_length"] == figures["context_length"] == 32

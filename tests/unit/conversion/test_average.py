@@ -54,6 +54,7 @@ def test_the_example_of_the_method(tmp_path):
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert record["source"] == str(source) and record["method"] == "average"
     assert record["layer_types"] == "0_6_6_6_6_6_6_7"
+    assert record["hardware"]["num_threads"] == 1 and "spin_count" in record["hardware"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

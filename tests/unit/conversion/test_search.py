@@ -261,6 +261,7 @@ def test_a_report_and_configurations_that_train(folder, tmp_path, monkeypatch):
     assert [each["kv_bytes_per_token"] for each in figures["frontier"]] == [768, 640, 512, 384]
     assert [each["fraction"] for each in figures["frontier"]] == [1, 5 / 6, 4 / 6, 0.5]
     assert len(figures["candidates"]) > 4 and not figures["is_interrupted"]
+    assert "spin_count" in figures["hardware"]
     assert all(math.isfinite(each["perplexity"]) for each in figures["frontier"] + figures["baselines"])
     assert {each["num_owners"] for each in figures["baselines"]} == {3}
     assert "cla, groups of 2" in (first / "frontier.md").read_text()
