@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from schedules import Learner, Row, prepare, table, train
+from ways import read_arguments, show
 
-from lckv.benchmarking.ways import read_arguments, show
 from lckv.console import track
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.models.stack import Stack, States, Turn

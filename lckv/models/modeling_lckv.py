@@ -184,7 +184,7 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         trace.note(inputs_embeds)
         positions = Positions(position_ids, partial(self._rotate, inputs_embeds), has_past)
         stack = self.stack_class(
-            self.layers,
+            list(self.layers),  # which finds one sooner
             self.sharing_plan,
             self.layout,
             self.query_labels,
@@ -210,8 +210,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         """Cosines and sines for positions `(batch or 1, num_tokens)`, of the type of another tensor."""
         embedding = self.rotary_emb if label is None else cast(nn.ModuleDict, self.rotary_emb)[label]
         cos, sin = embedding(like, position_ids=positions)
-        first, second = sin.chunk(2, dim=-1)
-        return cos[:, None], torch.cat((-first, second), dim=-1)[:, None]
+        sin.chunk(2, dim=-1)[0].neg_()
+        return cos[:, None], sin[:, None]
 
     def _choose_cache(self, past_key_values: Cache | None, use_cache: bool) -> Cache | None:
         """The cache of the call: the given one, or a new one if one is to be returned."""

@@ -87,7 +87,7 @@ class Stack:
         trace: where to note what is reported.
     """
 
-    layers: nn.ModuleList
+    layers: list[nn.Module]
     plan: SharingPlan
     layout: KVLayout
     query_labels: list[str | None]
