@@ -153,7 +153,7 @@ def peak_bytes(work: Callable[[Any], Any], device: torch.device, prepare: Callab
 
     On a GPU it is what CUDA's caching allocator counts. On a CPU torch's profiler records every allocation of tensors,
     those inside kernels among them, but not the scratch memory of BLAS libraries. Unlike the resident size of the
-    process, which never shrinks, it is the same at every run and belongs to `work` alone.
+    process, which never shrinks, it belongs to `work` alone, and is nearly always the same.
 
     Args:
         work: gets what `prepare` returns.
