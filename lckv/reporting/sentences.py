@@ -17,10 +17,16 @@ from lckv.reporting.grouping import list_names
 from lckv.reporting.metrics import SIGNIFICANT, Comparison, Metric
 from lckv.training.run_folder import flatten
 
-_CHANGES_NO_FIGURE = (
-    *("seed", "batch_size", "num_threads", "data.cache_dir", "log_samples", "output_path", "bootstrap_iters"),
-)
-"""Settings of evaluations; of `speed`, which counts time, the first alone."""
+_CHANGES_NO_FIGURE = {
+    "seed",
+    "batch_size",
+    "num_threads",
+    "data.cache_dir",
+    "log_samples",
+    "output_path",
+    "bootstrap_iters",
+}
+"""Settings of evaluations; of `speed`, which counts time, `seed` alone."""
 
 
 class Answer(NamedTuple):
@@ -172,7 +178,7 @@ def _settings(report: Report, evaluation: str) -> Iterator[str]:
             holders.setdefault(key, {}).setdefault(json.dumps(value).strip('"'), []).append(run.name)
     config = EvaluationConfig()
     defaults = {"cache.name": NO_CACHE, "forward_passes": config.forward_passes, **asdict(getattr(config, evaluation))}
-    ignored = _CHANGES_NO_FIGURE[: 1 if evaluation == "speed" else None]
+    ignored = {"seed"} if evaluation == "speed" else _CHANGES_NO_FIGURE
     told = [
         f"{key}={value} in {list_names(names)}"
         for key, values in holders.items()
