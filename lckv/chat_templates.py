@@ -135,14 +135,19 @@ class AnswerEnd(NamedTuple):
 def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> AnswerEnd:
     """What the template ends an answer with, which need not be eos: the one place that says so.
 
-    Of several tokens, the first is enough where it is one of those that no text is made of.
+    Of several tokens, the first is enough where it is a special one, of which no text is made.
 
     Raises:
         UserError: for the reasons of [`turn_end`].
     """
     text = turn_end(tokenizer)
-    first, *others = tokenizer(text, add_special_tokens=False)["input_ids"] or [None]
-    if first is None or (others and first not in tokenizer.added_tokens_decoder):
+    answer, whole = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in ("a", f"a{text}"))
+    is_behind = whole[: len(answer)] == answer  # a text may begin with another token than what follows another one
+    end = whole[len(answer) :] if is_behind else tokenizer(text, add_special_tokens=False)["input_ids"]
+    first, *others = end or [None]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    is_unknown = first == tokenizer.unk_token_id != tokenizer.eos_token_id
+    if is_unknown or (others and first not in special):
         return AnswerEnd(None, text)
     return AnswerEnd(first, "")
 

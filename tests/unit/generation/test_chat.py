@@ -234,7 +234,14 @@ def answer_by_rote(session, message, tokens):
 
 @pytest.mark.parametrize(
     ("end", "unread"),
-    [("{{ eos_token }}", ""), ("<|eot|>", ""), ("<|eot|><|sep|>", "<|sep|>"), ("<end>", "<eos>"), ("", "")],
+    [
+        ("{{ eos_token }}", ""),
+        ("<|eot|>", ""),
+        ("<|eot|><|sep|>", "<|sep|>"),
+        ("<end>", "<eos>"),
+        ("The end", "<eos>"),
+        ("", ""),
+    ],
 )
 def test_answers_end_where_tuning_ends_them(end, unread):
     pytest.importorskip("trl", reason="needs the extra 'sft'")
@@ -243,7 +250,8 @@ def test_answers_end_where_tuning_ends_them(end, unread):
         f"{end}{{% endgeneration %}}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}!{{% endif %}}"
     )
     tokenizer = byte_tokenizer(chat_template=template)
-    tokenizer.add_tokens(["<|eot|>", "<|sep|>"])
+    tokenizer.add_tokens(["<|eot|>", "<|sep|>"], special_tokens=True)
+    tokenizer.add_tokens(["The"])
     messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me <en"}]
     _, labels = build_encoder(tokenizer, SFTConfig(), 500, 1).encode(messages)
     learnt = [label for label in labels if label != -100]
