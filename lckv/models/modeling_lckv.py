@@ -210,8 +210,8 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
         """Cosines and sines for positions `(batch or 1, num_tokens)`, of the type of another tensor."""
         embedding = self.rotary_emb if label is None else cast(nn.ModuleDict, self.rotary_emb)[label]
         cos, sin = embedding(like, position_ids=positions)
-        sin.chunk(2, dim=-1)[0].neg_()
-        return cos[:, None], sin[:, None]
+        real, imaginary = sin.chunk(2, dim=-1)
+        return cos[:, None], torch.cat((-real, imaginary), dim=-1)[:, None]
 
     def _choose_cache(self, past_key_values: Cache | None, use_cache: bool) -> Cache | None:
         """The cache of the call: the given one, or a new one if one is to be returned."""
