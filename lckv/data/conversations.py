@@ -79,8 +79,10 @@ class Conversations:
         training = partial(self._pick, held_out, False)
         for read, what in (training, "to train on"), (validation, "for validation"):
             if not any(True for _ in read()):
-                given = ", and none that validation does not hold too" if held_out else ""
-                raise UserError(f"{self.name}: holds no conversation {what}{given}")
+                reason = f"{self.name}: holds no conversation {what}"
+                if held_out:
+                    reason += ", and none that validation does not hold too; give more, or data.validation_files"
+                raise UserError(reason)
         return training, validation
 
     def _pick(self, held_out: set[int], is_held_out: bool) -> Iterator[Conversation]:
@@ -151,8 +153,8 @@ def check_messages(messages: Any, where: str) -> list[Message]:
 def _check_row(row: dict[str, Any], where: str, field: str) -> Conversation:
     check_field(field, list(row), where, "data.messages_field")
     messages = check_messages(row[field], where)
-    if not any(message["role"] == ASSISTANT for message in messages):
-        raise UserError(f"{where}: has no message of the assistant, so that there is nothing to learn")
+    if not any(message["role"] == ASSISTANT and message["content"].strip() for message in messages):
+        raise UserError(f"{where}: the assistant says nothing, so that there is nothing to learn")
     return Conversation(where, messages)
 
 
