@@ -74,8 +74,8 @@ def encode_prompts(
     has_template = tokenizer.chat_template is not None
     is_chat = has_template if chat is None else chat
     if system is not None and not is_chat:
-        reason = "chat=false" if has_template else "a tokenizer that has no chat template"
-        raise UserError(f"system: has no effect with {reason}; leave it out")
+        reason = "chat=false" if has_template else "a tokenizer that has no chat template; give chat_template, or"
+        raise UserError(f"system: has no effect with {reason}{';' * has_template} leave it out")
     if is_chat:
         prompts = [_apply_template(tokenizer, prompt, system) for prompt in prompts]
     texts = [join_line_ends(prompt) for prompt in prompts]

@@ -159,12 +159,15 @@ def _passes(report: Report) -> Iterator[str]:
     if not iterating:
         return
     if all(exact):
-        yield "Where layers read upward, losses are exact: of as many passes as decoding token by token is worth."
+        yield (
+            "Where layers read upward, the validation losses of training are exact: of as many passes as decoding "
+            "token by token is worth."
+        )
         return
     names = ", ".join(run.name for run, is_exact in zip(iterating, exact, strict=True) if not is_exact)
     yield (
-        f"Where layers read upward, losses are exact, but for those of {names}, which are of the passes of their "
-        "training: decoding may do better or worse."
+        f"Where layers read upward, the validation losses of training are exact, but for those of {names}, which are "
+        "of the training's own passes: decoding may do better or worse."
     )
 
 

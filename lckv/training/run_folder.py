@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 from lckv.config import RunConfig, TrainConfig
-from lckv.errors import UserError
+from lckv.errors import UserError, first_line
 from lckv.model_arguments import resolve_layer_types
 from lckv.storage import locked, write_json, write_text
 from lckv.training.checkpoints import CheckpointFolder
@@ -213,10 +213,12 @@ class RunFolder(ExitStack):
     def _check_same_config(self, config: Mapping[str, Any]) -> None:
         try:
             stored = self.stored_config()
+        except FileNotFoundError:
+            raise UserError(f"run_dir={self.path}: holds a run, but no {self.config.name}; {self.instead}") from None
         except (OSError, yaml.YAMLError) as error:
             raise UserError(
-                f"run_dir={self.path}: holds a run, but {self.config.name} does not say which "
-                f"({type(error).__name__}); {self.instead}"
+                f"run_dir={self.path}: holds a run, but {self.config.name} cannot be read "
+                f"({first_line(error)}); {self.instead}"
             ) from error
         # Written and read like the stored one, so that a tuple is equal to its list.
         now = dict(flatten(yaml.safe_load(_to_yaml(config))))

@@ -360,7 +360,7 @@ def test_notes_say_with_which_settings_evaluations_were_made(tmp_path):
 def test_notes_say_by_which_passes_losses_were_measured(tmp_path):
     write_run(tmp_path / "sweep" / "plain", "cla")
     write_run(tmp_path / "sweep" / "exact", "lckv", eval_forward_passes="converge")
-    assert "losses are exact: of as many passes" in texts_of(tmp_path / "sweep")[1]
+    assert "of training are exact: of as many passes" in texts_of(tmp_path / "sweep")[1]
     write_run(tmp_path / "sweep" / "sharded", "lckv", seed=1, eval_forward_passes=7)
     write_run(tmp_path / "sweep" / "older", "lckv", seed=2)
-    assert "losses are exact, but for those of older, sharded, which" in texts_of(tmp_path / "sweep")[1]
+    assert "of training are exact, but for those of older, sharded, which" in texts_of(tmp_path / "sweep")[1]

@@ -95,10 +95,10 @@ def test_run_on_other_data_is_refused_and_left_as_it_is(folder: RunFolder):
 def test_run_without_readable_config_is_refused(folder: RunFolder):
     folder.append_metrics({"step": 1})
     folder.config.write_text("a: [")
-    with pytest.raises(UserError, match="does not say which"):
+    with pytest.raises(UserError, match="config.yaml"):
         folder.claim(CONFIG)
     folder.config.unlink()
-    with pytest.raises(UserError, match="does not say which"):
+    with pytest.raises(UserError, match="config.yaml"):
         folder.claim(CONFIG)
 
 
