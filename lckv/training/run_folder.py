@@ -101,9 +101,8 @@ class RunFolder(ExitStack):
         self.is_claimed = True
 
     def withdraw(self) -> None:
-        """Takes back a claim on a folder where no run has begun, with all that it has made."""
+        """Takes back a claim on a folder where nothing has been made."""
         if self.is_claimed:
-            shutil.rmtree(self.init, ignore_errors=True)
             for path in self.config, self.data, self._lock:
                 path.unlink(missing_ok=True)
             self.path.rmdir()
@@ -270,7 +269,8 @@ def recorded_failure(
         yield
     except Exception as error:
         with suppress(OSError):  # a folder that cannot be written to is often the reason itself
-            if isinstance(error, UserError) and not keeps_mistakes and not folder.holds_a_run():
+            has_begun = folder.holds_a_run() or folder.init.exists()  # a conversion may have taken minutes
+            if isinstance(error, UserError) and not keeps_mistakes and not has_begun:
                 folder.withdraw()
             elif folder.is_open_to(asdict(cfg)):
                 folder.path.mkdir(parents=True, exist_ok=True)

@@ -188,7 +188,7 @@ def test_sinks_count_the_tokens_that_are_left(kind):
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("kind", "layer_types"), zip(LATENTS, cycle(["0_3_3_3_4", "0s_1s_2_2"])))
+@pytest.mark.parametrize(("kind", "layer_types"), list(zip(LATENTS, cycle(["0_3_3_3_4", "0s_1s_2_2"]))))
 @torch.no_grad()
 def test_compiled_decoding_of_latents(kind, layer_types):
     torch._dynamo.reset()
