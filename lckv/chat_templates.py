@@ -57,13 +57,11 @@ def read_chat_template(choice: str | None, key: str = "chat_template") -> str | 
     path = Path(choice).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        hint = near_miss(choice, CHAT_TEMPLATES) or near_file(path)
-        raise UserError(
-            f"{key}={choice}: there is no such file; allowed are {', '.join(CHAT_TEMPLATES)} and files{hint}"
-        ) from None
     except OSError as error:
-        raise UserError(f"{key}={choice}: {error.strerror}") from None
+        is_missing = isinstance(error, FileNotFoundError)
+        reason = "there is no such file" if is_missing else error.strerror
+        hint = near_miss(choice, CHAT_TEMPLATES) or (near_file(path) if is_missing else "")
+        raise UserError(f"{key}={choice}: {reason}; allowed are {', '.join(CHAT_TEMPLATES)} and files{hint}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={choice}: is not UTF-8 text (byte {error.start})") from None
     if not text.strip():
