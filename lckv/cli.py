@@ -361,7 +361,8 @@ def _describe_wrong_type(key: str, reason: str, schema: type) -> str | None:
     given = next((text for text in found.groups() if text is not None), None)
     if given is None and declared.type not in _WORDS:  # null in the place of a list
         return None
-    for rule in declared.traits.get("rules", ()) if key in keys_of(schema) else ():
+    is_element = key.endswith("]")
+    for rule in () if is_element else declared.traits.get("rules", ()):
         try:
             rule(key, given)
         except UserError as error:

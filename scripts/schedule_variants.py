@@ -98,18 +98,11 @@ class GuessedStack(Stack):
         embeddings = self.position_embeddings[layer.key_label]
         return layer.write(layer.input_layernorm(hidden_states), embeddings, None)
 
-    def _run_pass(
-        self,
-        cycle: Segment,
-        hidden_states: torch.Tensor,
-        states: States,
-        before: States,
-        is_first: bool,
-        turns: list[Turn] | None = None,
-    ) -> States:
+    def _run_pass(self, cycle: Segment, hidden_states: torch.Tensor, states: States, *others: Any) -> States:
+        before, is_first, *turns = others
         if is_first:
             before = {owner: self.guess(owner, hidden_states) for owner in before}
-        return super()._run_pass(cycle, hidden_states, states, before, False, turns)
+        return super()._run_pass(cycle, hidden_states, states, before, False, *turns)
 
 
 class Guessed(WithStack):
