@@ -36,6 +36,7 @@ LAYERS = [
     ["conversion"],
     ["benchmarking", "exporting", "reporting"],
     [
+        "config_errors",
         "cli",
         "runs",
         "plan",
