@@ -312,9 +312,10 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
     ) -> torch.Tensor:
         """Runs all tokens together, and returns the hidden states `(batch, num_outputs or q_len, hidden_size)`."""
         builder = MaskBuilder(self.config, self.layout, inputs_embeds, attention_mask, stack.cache, document_ids)
-        visible_keys = build_visible_keys(builder, num_outputs, positions)
-        group_keys = GroupKeys(builder, visible_keys) if stack.passes.num_groups > 1 else None
-        return replace(stack, visible_keys=visible_keys, group_keys=group_keys).run(inputs_embeds)
+        stack.visible_keys = build_visible_keys(builder, num_outputs, positions)
+        if stack.passes.num_groups > 1:
+            stack.group_keys = GroupKeys(builder, stack.visible_keys)
+        return stack.run(inputs_embeds)
 
     def _run_token_by_token(
         self,

@@ -68,7 +68,7 @@ class Trace:
                 self.attentions[layer_idx] = None if parts[0] is None else interleave(parts, dim=2)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stack:
     """The layers of a decoder, and what they are given in one forward call, or for one of its tokens.
 
