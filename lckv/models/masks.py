@@ -32,7 +32,7 @@ from transformers.masking_utils import (
 
 from lckv.layout import KVLayout
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.positions import PositionEmbeddings, Positions
+from lckv.models.rotary import PositionEmbeddings, Positions
 from lckv.models.sharing_cache import SharingCache
 from lckv.models.varlen import VarlenBatch, cut_packed, cut_padded
 from lckv.patterns import LayerPlan

@@ -16,12 +16,11 @@ from transformers.utils import can_return_tuple
 
 from lckv.iteration import EXACT, Iteration, Passes
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.group_keys import GroupKeys
+from lckv.models.groups import GroupKeys
 from lckv.models.layer import LCKVDecoderLayer
 from lckv.models.masks import MaskBuilder, build_visible_keys, find_documents, has_cached_tokens
 from lckv.models.parts import build_embedding, build_head, build_norm
-from lckv.models.positions import PositionEmbeddings, Positions
-from lckv.models.rotary import rotary_embedding
+from lckv.models.rotary import PositionEmbeddings, Positions, rotary_embedding
 from lckv.models.sharing_cache import SharingCache
 from lckv.models.stack import Stack, Trace
 

@@ -22,7 +22,7 @@ LAYERS = [
     ["layout", "iteration", "model_values", "random_sharing"],
     ["costs", "iso", "config", "latents", "hydra_store", "run_names", "overrides", "drawing", "charts"],
     ["model_arguments"],
-    ["data", "models", "logits"],
+    ["data", "models", "logits", "padding"],
     ["families"],
     ["cache"],
     ["evaluation", "training"],
