@@ -12,24 +12,21 @@ import typing
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
-from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf.errors import OmegaConfBaseException
 
 from lckv import config, hydra_store, overrides
 from lckv.config import validate
 from lckv.config.keys import keys_of
-from lckv.config.training import OF_OURS
-from lckv.errors import UserError, near_miss
+from lckv.config_errors import CONFIG_ERRORS, describe, describe_flag, describe_key
+from lckv.errors import UserError
 from lckv.processes import hear_every_interrupt, share_cores
 from lckv.run_names import default_run_name, file_name
 from lckv.storage import CANNOT_WRITE
@@ -37,19 +34,7 @@ from lckv.training.run_folder import RunFolder, recorded_failure
 
 logger = logging.getLogger(__name__)
 
-_CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)  # ValueError: Hydra's own checks
 _NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-
-_WRONG_TYPE = re.compile(
-    r"Value '(.*)' (?:of type|is not a valid)|Cannot convert '\w+' to string: '(.*)'$|field '.*' is not Optional"
-)
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-_EXTRAS = {
-    "hydra/launcher": {"joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"},
-    "hydra/sweeper": {"optuna": "sweep"},
-}
-"""The extra of this package that brings an option of Hydra's own plugins."""
 
 
 def run(main: Callable[[Any], Any], config_name: str) -> None:
@@ -115,7 +100,7 @@ def compose(arguments: Sequence[str] = (), config_name: str = "train") -> Any:
         return prepare(composed, hydra_cfg)
     except UserError:
         raise
-    except _CONFIG_ERRORS as error:
+    except CONFIG_ERRORS as error:
         raise UserError(describe(error, hydra_store.SCHEMAS[config_name])) from error
 
 
@@ -127,7 +112,7 @@ def _prepare_arguments(arguments: Sequence[str], config_name: str) -> tuple[list
     """
     schema = hydra_store.SCHEMAS[config_name]
     if flag := overrides.find_foreign_flag(arguments):
-        raise UserError(_describe_flag(*flag, schema))
+        raise UserError(describe_flag(*flag, schema))
     others, literals = overrides.take_literals(arguments, literal_keys(schema))
     hydra_store.register_schema(config_name)
     hydra_store.register_literals({key: overrides.escape(text) for key, text in literals.items()})
@@ -236,7 +221,7 @@ def _mistake(error: Exception) -> str | None:
 
 def _mistake_in_the_configuration(error: Exception, schema: type) -> str | None:
     """The same for what Hydra finds wrong with the configuration, and launchers with the machine."""
-    if isinstance(error, _CONFIG_ERRORS):
+    if isinstance(error, CONFIG_ERRORS):
         return describe(error, schema)
     if isinstance(error, BrokenExecutor):
         return "a process of the sweep was killed; the same command again goes on with what is unfinished"
@@ -288,7 +273,7 @@ def _check_keys(composed: DictConfig, schema: type, prefix: str = "") -> None:
     known = keys_of(schema)
     for name in map(str, composed):
         if (key := prefix + name) not in known:
-            raise UserError(_describe_key(key, schema))
+            raise UserError(describe_key(key, schema))
         if known[key].is_group:
             _check_keys(composed[name], schema, f"{key}.")
 
@@ -319,120 +304,6 @@ def job_name(hydra_cfg: DictConfig) -> str:
         if key != "run_dir":
             parts.append(f"{key.rpartition('.')[2]}={value}")
     return file_name(re.sub(r"['\"]", "", ",".join(parts)))
-
-
-def describe(error: Exception, schema: type) -> str:
-    """What a Hydra, OmegaConf or YAML error means, in one line that names the key and the nearest allowed one."""
-    chain = (error, error.__cause__, error.__context__)
-    cause = next((each for each in chain if isinstance(each, OmegaConfBaseException)), error)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        if (extra := _EXTRAS.get(group, {}).get(option)) is not None:
-            return f"{group}={option}: is not installed; pip install 'lckv[{extra}]'"
-        options = [str(name) for name in error.options or ()]
-        if group == "cache" and not issubclass(schema, config.EvaluateConfig):
-            options.remove("none")  # generation cannot do without
-        allowed = f"; allowed are {', '.join(options)}" if options else ""
-        return f"{group or 'config'}={option}: there is no such option{allowed}{near_miss(option, options)}"
-    if found := re.match(r"In '(\w+)/(\w+)': Could not override '([^']+)'", str(error)):
-        given, group = f"{found[1]}={found[2]}", found[3]
-        return f"{given}: is for another command: it chooses {group}=..., and there is no such group here"
-    if found := re.match(r"Could not override '([^'.]+)'", str(error)):  # one that other commands have
-        return f"unknown key {found[1]!r}{_hint(found[1], schema)}"
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        return _describe_unknown_key(cause, error, schema)
-    if isinstance(cause, OmegaConfBaseException) and "is not a ListConfig, list or tuple" in str(cause):
-        return f"{cause.full_key or cause.key}: is a list; write {cause.full_key or cause.key}=[...], in brackets"
-    if isinstance(cause, OmegaConfBaseException) and (full_key := re.search(r"^ *full_key: (\S+)", str(cause), re.M)):
-        key, reason = full_key[1], str(cause).splitlines()[0]
-        return f"{_describe_wrong_type(key, reason, schema) or f'{key}: {reason}'}{_where(error)}"
-    lines = [line for line in str(error).splitlines() if line.strip(" ^") and not line.startswith("See https://")]
-    if isinstance(error, OverrideParseException):
-        reasons = [line for line in lines if error.override not in line]
-        lines = [f"{error.override}: cannot be read as key=value", *reasons]
-    return "; ".join(lines)
-
-
-def _describe_wrong_type(key: str, reason: str, schema: type) -> str | None:
-    """What is allowed where a value is not of its key's type; `None` where the reason of an error is another."""
-    found, declared = _WRONG_TYPE.match(reason), keys_of(schema).get(re.sub(r"\[\d+\]$", "", key))
-    if found is None or declared is None:
-        return None
-    given = next((text for text in found.groups() if text is not None), None)
-    if given is None and declared.type not in _WORDS:  # null in the place of a list
-        return None
-    is_element = key.endswith("]")
-    for rule in () if is_element else declared.traits.get("rules", ()):
-        try:
-            rule(key, given)
-        except UserError as error:
-            return str(error)
-        except TypeError:  # a rule for numbers alone
-            pass
-    kind, *others = _kinds_of(declared.type)
-    return f"{key}={given or 'null'}: allowed is {_WORDS[kind]}{', or null' * (type(None) in others)}"
-
-
-def _kinds_of(declared: Any) -> list[type]:
-    """The types that are in one such as `list[float] | None`."""
-    inner = typing.get_args(declared)
-    return [kind for each in inner for kind in _kinds_of(each)] if inner else [declared]
-
-
-def _describe_flag(flag: str, value: str | None, schema: type) -> str:
-    """What to write in place of `--name value`, where other tools have flags."""
-    name, known = flag.lstrip("-").replace("-", "_"), keys_of(schema)
-    keys = [key for key in (*known, *_groups_without_key(schema)) if f".{key}".endswith(f".{name}")]
-    if not keys and name in OF_OURS and (ours := OF_OURS[name]) in known:
-        keys, value = [ours], "..."  # which may count something else
-    if not keys:
-        begun = [each for each in overrides.FLAGS if each.startswith(flag) and flag.startswith("--")]
-        hint = f"; did you mean {begun[0]!r}?" if begun else ""
-        return f"{flag}: there is no such flag; settings are given as key=value{hint or _hint(name, schema)}"
-    if value is None:
-        value = "true" if all(key in known and known[key].type is bool for key in keys) else "..."
-    exact = [key for key in keys if key == name] or keys
-    return f"{flag}: settings are given as key=value: write {' or '.join(f'{key}={value}' for key in exact)}"
-
-
-def _describe_unknown_key(cause: OmegaConfBaseException, error: Exception, schema: type) -> str:
-    key = str(cause.full_key or cause.key)
-    where = _where(error)
-    if key in _groups_without_key(schema) and where:
-        return f"{where.strip(' ()')}: needs '# @package _global_' as its first line"
-    return f"{_describe_key(key, schema)}{where}"
-
-
-def _describe_key(key: str, schema: type) -> str:
-    """What an unknown key is to be."""
-    if key not in _groups_without_key(schema):
-        return f"unknown key {key!r}{_hint(key, schema)}"
-    options = sorted(file.stem for file in (hydra_store.config_dir() / key).glob("*.yaml"))
-    return f"{key}: has no keys of its own; allowed are {', '.join(f'{key}={option}' for option in options)}"
-
-
-def _groups_without_key(schema: type) -> tuple[str, ...]:
-    """Groups whose options are settings of other groups."""
-    names = ("experiment", "debug") if "trainer" in keys_of(schema) else ()
-    return names[:1] if issubclass(schema, config.SFTConfig) else names
-
-
-def _hint(key: str, schema: type) -> str:
-    """The known key most like `key`: one of (nearly) the same last part anywhere, else one like it in its group."""
-    parent, _, name = key.rpartition(".")
-    keys = [*keys_of(schema), *_groups_without_key(schema)]
-    siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
-    anywhere = {known.rpartition(".")[2]: known for known in reversed(keys)} | siblings
-    for names, cutoff in (anywhere, 1.0), (siblings, 0.7), (anywhere, 0.8), (siblings, 0.6):
-        for match in get_close_matches(name, names, n=1, cutoff=cutoff):
-            return f"; did you mean {names[match]!r}?"
-    return f"; allowed are {', '.join(siblings)}" if siblings else ""
-
-
-def _where(error: Exception) -> str:
-    """The YAML file that Hydra says an error is in."""
-    found = re.match(r"In '([^']+)'", str(error))
-    return f" (in {found[1]}.yaml)" if found else ""
 
 
 def open_keys(schema: type) -> list[str]:

@@ -31,7 +31,8 @@ FLAGS = (
 
 _KEY = re.compile(rf"(?:\+\+|[+~])?(?:[\w$/-]+\.)*(?:{'|'.join(_TEXT_KEYS)})(?:@[\w.]*)?=\s*", re.ASCII)
 _OPTIONAL_GROUP = re.compile(r"^\+(?=(?:experiment|debug)=)")
-_OPTION_LIKE_A_NUMBER = re.compile(r"(?P<key>(?:experiment|debug)=)(?P<text>\d+|true|false)", re.IGNORECASE)
+_GROUPS = "experiment|debug|model|sharing|latent|cache|data|tokenizer|trainer|optim|logger|suite"
+_OPTION_LIKE_A_NUMBER = re.compile(rf"(?P<key>(?:{_GROUPS})=)(?P<text>\d+|true|false)", re.IGNORECASE)
 # Text such as the folders of a sweep, `runs/sweep/sharing=cla,seed=0`: in what Hydra's grammar allows, a value has an
 # equals sign only in quotes, behind a backslash, or among the arguments of a function.
 _TEXT_WITH_EQUALS = re.compile(r"""(?P<key>[^=]+=)(?P<text>[^\s'"\\(\[{$][^'"\\(\[{$]*=[^'"\\(\[{$]*)""")

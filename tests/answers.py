@@ -23,7 +23,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from lckv import cli, hydra_store, overrides
+from lckv import cli, config_errors, hydra_store, overrides
 from lckv.errors import UserError
 
 FILE = Path(__file__).with_name("mistakes.txt")
@@ -59,8 +59,8 @@ def answer_to(command: str, arguments: str) -> str:
         main(_prepared(command, schema, given))
     except UserError as error:
         return " ".join(str(error).split()).replace(f"{Path.cwd()}/", "")
-    except cli._CONFIG_ERRORS as error:
-        return cli.describe(error, schema)
+    except config_errors.CONFIG_ERRORS as error:
+        return config_errors.describe(error, schema)
     return ""
 
 

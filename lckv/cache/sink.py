@@ -19,11 +19,10 @@ from lckv.errors import UserError, check_whole_number
 from lckv.layout import Store
 from lckv.models.attention import apply_rotary
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.padding import count_padding
 from lckv.models.planes import Planes, rotate_planes
-from lckv.models.positions import PositionEmbeddings
-from lckv.models.rotary import rotary_frequencies
+from lckv.models.rotary import PositionEmbeddings, rotary_frequencies
 from lckv.models.sharing_cache import Streams
+from lckv.padding import count_padding
 
 GROWING_ROPE_TYPES = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the text, so that no key can be moved."""

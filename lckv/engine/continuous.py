@@ -26,7 +26,7 @@ from lckv.engine.requests import BatchStatistics, OnToken, Request, make_request
 from lckv.errors import UserError, check_whole_number
 from lckv.iteration import exact_unless
 from lckv.logits import NOT_FINITE, are_finite, choose_token
-from lckv.models.padding import pad_left
+from lckv.padding import pad_left
 
 
 class ContinuousBatcher:

@@ -26,7 +26,7 @@ from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.perplexity import Perplexity
 from lckv.evaluation.text import validation_documents
 from lckv.logits import check_logits
-from lckv.models.padding import positions
+from lckv.padding import positions
 
 DEFAULT_CACHE_CHUNK = 32
 

@@ -17,7 +17,7 @@ from lckv.errors import UserError
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prefill import PrefillOptions, prefill
 from lckv.logits import check_logits
-from lckv.models.padding import pad_left
+from lckv.padding import pad_left
 
 logger = logging.getLogger(__name__)
 

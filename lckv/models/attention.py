@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from lckv.layout import KEYS, VALUES, Stream
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.masks import FLASH_ATTENTION, VisibleKeys
-from lckv.models.positions import PositionEmbeddings
+from lckv.models.rotary import PositionEmbeddings
 from lckv.models.sharing_cache import Streams
 
 MIN_BLOCK = 128

@@ -30,7 +30,7 @@ from lckv.layout import PLANES, Stream
 from lckv.models.attention import LCKVAttention, apply_rotary
 from lckv.models.masks import VisibleKeys
 from lckv.models.planes import PlaneProjection, only_planes, rotate_planes
-from lckv.models.positions import PositionEmbeddings
+from lckv.models.rotary import PositionEmbeddings
 from lckv.models.sharing_cache import Streams
 
 _ABSORBING = ("eager", "sdpa")

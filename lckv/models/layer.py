@@ -17,7 +17,7 @@ from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.latent_attention import LatentAttention
 from lckv.models.masks import VisibleKeys
 from lckv.models.parts import build_mlp, build_norm
-from lckv.models.positions import PositionEmbeddings
+from lckv.models.rotary import PositionEmbeddings
 from lckv.models.sharing_cache import CacheWriter, Streams
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -32,7 +32,7 @@ from transformers.masking_utils import (
 
 from lckv.layout import KVLayout
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.positions import PositionEmbeddings, Positions
+from lckv.models.rotary import PositionEmbeddings, Positions
 from lckv.models.sharing_cache import SharingCache
 from lckv.models.varlen import VarlenBatch, cut_packed, cut_padded
 from lckv.patterns import LayerPlan
@@ -43,9 +43,8 @@ MaskFunction = Callable[..., Any]
 """Transformers' kind: `(batch_idx, head_idx, q_idx, kv_idx)`, with positions as indices, to whether the query sees."""
 
 
-@dataclass(frozen=True)
-class MaskKind:
-    """Layers with equal kinds share one mask.
+class MaskKind(NamedTuple):
+    """Layers with equal kinds share one mask. A tuple, as each layer's is made and looked up for every token.
 
     Attributes:
         hides_own_token: queries see `k < q` instead of `k <= q`.

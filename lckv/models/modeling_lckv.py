@@ -16,12 +16,11 @@ from transformers.utils import can_return_tuple
 
 from lckv.iteration import EXACT, Iteration, Passes
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.group_keys import GroupKeys
+from lckv.models.groups import GroupKeys
 from lckv.models.layer import LCKVDecoderLayer
 from lckv.models.masks import MaskBuilder, build_visible_keys, find_documents, has_cached_tokens
 from lckv.models.parts import build_embedding, build_head, build_norm
-from lckv.models.positions import PositionEmbeddings, Positions
-from lckv.models.rotary import rotary_embedding
+from lckv.models.rotary import PositionEmbeddings, Positions, rotary_embedding
 from lckv.models.sharing_cache import SharingCache
 from lckv.models.stack import Stack, Trace
 
@@ -312,9 +311,10 @@ class LCKVLlamaModel(LCKVPreTrainedModel):
     ) -> torch.Tensor:
         """Runs all tokens together, and returns the hidden states `(batch, num_outputs or q_len, hidden_size)`."""
         builder = MaskBuilder(self.config, self.layout, inputs_embeds, attention_mask, stack.cache, document_ids)
-        visible_keys = build_visible_keys(builder, num_outputs, positions)
-        group_keys = GroupKeys(builder, visible_keys) if stack.passes.num_groups > 1 else None
-        return replace(stack, visible_keys=visible_keys, group_keys=group_keys).run(inputs_embeds)
+        stack.visible_keys = build_visible_keys(builder, num_outputs, positions)
+        if stack.passes.num_groups > 1:
+            stack.group_keys = GroupKeys(builder, stack.visible_keys)
+        return stack.run(inputs_embeds)
 
     def _run_token_by_token(
         self,

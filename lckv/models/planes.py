@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from lckv.models.positions import PositionEmbeddings
+from lckv.models.rotary import PositionEmbeddings
 
 Planes = tuple[int, ...]
 """For each pair of numbers, which of the `head_dim / 2` rotary frequencies turns it."""

@@ -12,10 +12,9 @@ from transformers import Cache
 
 from lckv.iteration import Passes
 from lckv.layout import KVLayout
-from lckv.models.group_keys import GroupKeys
-from lckv.models.groups import Group, groups_of, interleave
+from lckv.models.groups import Group, GroupKeys, groups_of, interleave
 from lckv.models.masks import VisibleKeys
-from lckv.models.positions import PositionEmbeddings
+from lckv.models.rotary import PositionEmbeddings
 from lckv.models.sharing_cache import CachePeeker, CacheWriter, Streams
 from lckv.patterns import Segment, SharingPlan
 
@@ -68,7 +67,7 @@ class Trace:
                 self.attentions[layer_idx] = None if parts[0] is None else interleave(parts, dim=2)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stack:
     """The layers of a decoder, and what they are given in one forward call, or for one of its tokens.
 

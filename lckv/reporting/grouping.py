@@ -67,16 +67,19 @@ def group_runs(runs: DataFrame) -> tuple[list[Group], list[str]]:
     parts = [_parts(run) for run in runs.itertuples()]
     runs = runs.assign(**{name: [each[name] for each in parts] for name in _PARTS}, key=[*map(json.dumps, parts)])
     kept = runs.drop_duplicates(["key", "seed"])
-    first = {(run.key, run.seed): run.name for run in kept.itertuples()}
-    notes = [
-        f"{run.name} repeats {first[run.key, run.seed]} (same pattern, same settings, same seed) and is left out"
-        for run in runs.drop(kept.index).itertuples()
-    ]
+    first = {(run.key, run.seed): run for run in kept.itertuples()}
+    notes = [_repeated(run, first[run.key, run.seed]) for run in runs.drop(kept.index).itertuples()]
     groups = [_group(alike) for _, alike in kept.groupby("key", sort=False)]
     groups.sort(
         key=lambda each: (not each["is_llama"], -(each["written"] or 0), each["layer_types"] or "", each["label"])
     )
     return _in_sets(_with_labels(groups)), notes
+
+
+def _repeated(run: Row, first: Row) -> str:
+    lost = [name for name in run.evaluations if name not in first.evaluations]
+    figures = f", with its figures of {', '.join(lost)}, which {first.name} has not" if lost else ""
+    return f"{run.name} repeats {first.name} (same pattern, same settings, same seed) and is left out{figures}"
 
 
 def _parts(run: Row) -> dict[str, dict[str, str]]:

@@ -173,20 +173,24 @@ def _passes(report: Report) -> Iterator[str]:
 
 def _settings(report: Report, evaluation: str) -> Iterator[str]:
     """With which settings an evaluation was made, where they are not the default ones, or not the same for all."""
+    config = EvaluationConfig()
+    defaults = {"cache.name": NO_CACHE, "forward_passes": config.forward_passes, **asdict(getattr(config, evaluation))}
+    ignored = {"seed"} if evaluation == "speed" else _CHANGES_NO_FIGURE
     holders: dict[str, dict[str, list[str]]] = {}
+    unusual = set()
     for run in report.finished:
         figures = run.evaluations.get(evaluation)
         settings = figures.get("settings") if isinstance(figures, Mapping) else None
         for key, value in flatten(settings if isinstance(settings, Mapping) else {}):
-            holders.setdefault(key, {}).setdefault(json.dumps(value).strip('"'), []).append(run.name)
-    config = EvaluationConfig()
-    defaults = {"cache.name": NO_CACHE, "forward_passes": config.forward_passes, **asdict(getattr(config, evaluation))}
-    ignored = {"seed"} if evaluation == "speed" else _CHANGES_NO_FIGURE
+            holders.setdefault(key, {}).setdefault(text := json.dumps(value).strip('"'), []).append(run.name)
+            # The text is by default the one that the run was trained on.
+            if value != defaults.get(key, run.config.get(key, value)):
+                unusual.add((key, text))
     told = [
         f"{key}={value} in {list_names(names)}"
         for key, values in holders.items()
         for value, names in values.items()
-        if key not in ignored and (len(values) > 1 or value != json.dumps(defaults.get(key, value)).strip('"'))
+        if key not in ignored and (len(values) > 1 or (key, value) in unusual)
     ]
     if told:
         yield f"Settings of {evaluation}, where not the default ones or not the same for all: {'; '.join(told)}."

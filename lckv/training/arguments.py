@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -22,6 +22,7 @@ from lckv.processes import num_processes
 from lckv.training.optim import schedule_arguments
 
 _TRUE = ("true", "1", "yes")
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 _USES_OF_ACCELERATE = ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM")
 
 
@@ -42,7 +43,7 @@ def build_training_arguments(
 
     Raises:
         UserError: if the sizes do not go together, transformers has no such activation function, a switch cannot work
-            on this machine, or `trainer.hf` has an unknown field.
+            on this machine, or `trainer.hf` has an unknown field or one of a wrong type.
     """
     trainer = cfg.trainer
     if isinstance(cfg, TrainConfig):
@@ -53,11 +54,13 @@ def build_training_arguments(
         raise UserError(
             f"optim.name={RIEMANNIAN}: needs geoopt, which is not installed; pip install 'lckv[riemannian]'"
         )
-    for name in trainer.hf:
+    types = get_type_hints(kind)
+    for name, value in trainer.hf.items():
         if name not in (allowed := _fields() | {*left_open}):
             raise UserError(
                 f"trainer.hf.{name}: transformers' TrainingArguments has no such field{near_miss(name, allowed)}"
             )
+        _check_type(f"trainer.hf.{name}", value, types[name])
     if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else processes under torchrun do not find each other
     fields = _fields_set_here(cfg) | own | trainer.hf
@@ -73,6 +76,13 @@ def build_training_arguments(
             "`accelerate launch`, which set RANK and LOCAL_RANK, and with as many processes as there are devices"
         )
     return args
+
+
+def _check_type(key: str, value: Any, declared: Any) -> None:
+    """Refuses what is not of a field's type, if that is a number or a switch: transformers itself does not look."""
+    kinds = get_args(declared) or (declared,)
+    if set(kinds) <= _WORDS.keys() and type(value) not in kinds and (type(value), *kinds[:1]) != (int, float):
+        raise UserError(f"{key}={value!r}: allowed is {', or '.join(_WORDS[kind] for kind in kinds)}")
 
 
 def _check_accelerate(args: TrainingArguments, precision: str) -> None:

@@ -117,7 +117,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             "validation loss",
             f"{results['eval_loss']:.4f}  (unigram {results['unigram_loss']:.4f}; nats per token{passes})",
         ),
-        ("bits per byte", "unknown" if bits is None else f"{bits:.4f}"),
+        *([] if bits is None else [("bits per byte", f"{bits:.4f}")]),
         ("parameters", f"{num_parameters:,}{trained}"),
         (
             "KV bytes per token",

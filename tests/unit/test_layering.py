@@ -22,7 +22,7 @@ LAYERS = [
     ["layout", "iteration", "model_values", "random_sharing"],
     ["costs", "iso", "config", "latents", "hydra_store", "run_names", "overrides", "drawing", "charts"],
     ["model_arguments"],
-    ["data", "models", "logits"],
+    ["data", "models", "logits", "padding"],
     ["families"],
     ["cache"],
     ["evaluation", "training"],
@@ -36,6 +36,7 @@ LAYERS = [
     ["conversion"],
     ["benchmarking", "exporting", "reporting"],
     [
+        "config_errors",
         "cli",
         "runs",
         "plan",

@@ -30,7 +30,7 @@ from lckv.cache.paged.pages import BlockTable, PagedSequence, PageGroup, extend_
 from lckv.errors import UserError, check_whole_number
 from lckv.layout import Store
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.padding import count_padding
+from lckv.padding import count_padding
 
 
 @CACHES.register("paged")

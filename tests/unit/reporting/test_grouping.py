@@ -4,7 +4,7 @@ import pytest
 
 from lckv.reporting.analysis import analyse, llama_flops
 from lckv.reporting.runs import read_runs
-from tests.unit.reporting.sweeps import VERSIONS, write_run
+from tests.unit.reporting.sweeps import VERSIONS, write_evaluations, write_run
 
 
 def analysed(folder):
@@ -75,7 +75,11 @@ def test_the_same_run_twice_counts_once(tmp_path):
     write_run(tmp_path / "b", "cla", 0)
     report = analysed(tmp_path)
     assert [run.name for run in report.finished] == ["a"]
-    assert report.notes == ["b repeats a (same pattern, same settings, same seed) and is left out"]
+    left_out = "b repeats a (same pattern, same settings, same seed) and is left out"
+    assert report.notes == [left_out]
+    write_evaluations(tmp_path / "a", {"perplexity": {"loss": 3.0}})
+    write_evaluations(tmp_path / "b", {"perplexity": {"loss": 3.0}, "needle": {"accuracy": 0.5}})
+    assert analysed(tmp_path).notes == [f"{left_out}, with its figures of needle, which a has not"]
 
 
 @pytest.mark.parametrize(

@@ -355,6 +355,9 @@ def test_notes_say_with_which_settings_evaluations_were_made(tmp_path):
     write_run(tmp_path / "alone" / "run", "cla")
     write_evaluations(tmp_path / "alone" / "run", {"perplexity": {"settings": usual | {"cache": {"name": "sink"}}}})
     assert f"{note}cache.name=sink in run." in texts_of(tmp_path / "alone")[1]
+    foreign = usual | {"data": {"name": "files", "files": ["a.txt"]}}
+    write_evaluations(tmp_path / "alone" / "run", {"perplexity": {"settings": foreign}})
+    assert f"{note}data.name=files in run" in texts_of(tmp_path / "alone")[1]
 
 
 def test_notes_say_by_which_passes_losses_were_measured(tmp_path):

@@ -108,6 +108,27 @@ def test_accelerate_does_not_cut_batches_up(
         build_training_arguments(make_config(trainer__hf={"accelerator_config": given}))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("ddp_timeout", "abc", "a whole number"),
+        ("ddp_timeout", 2.5, "a whole number"),
+        ("neftune_noise_alpha", "5", "a number, or null"),
+        ("full_determinism", 3, "true or false"),
+        ("adam_epsilon", None, "a number"),
+    ],
+)
+def test_numbers_and_switches_of_transformers_are_such(make_config: MakeConfig, field: str, value: Any, allowed: str):
+    with pytest.raises(UserError) as caught:
+        build_training_arguments(make_config(trainer__hf={field: value}))
+    assert str(caught.value) == f"trainer.hf.{field}={value!r}: allowed is {allowed}"
+
+
+def test_a_whole_number_is_a_number_to_transformers(make_config: MakeConfig):
+    args = build_training_arguments(make_config(trainer__hf={"neftune_noise_alpha": 5, "ddp_timeout": 60}))
+    assert (args.neftune_noise_alpha, args.ddp_timeout) == (5, 60)
+
+
 def test_accelerate_may_load_as_it_likes(make_config: MakeConfig):
     given = {"dispatch_batches": False, "non_blocking": True}
     args = build_training_arguments(make_config(trainer__hf={"accelerator_config": given}))

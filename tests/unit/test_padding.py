@@ -2,7 +2,7 @@
 
 import torch
 
-from lckv.models.padding import pad_left, positions
+from lckv.padding import pad_left, positions
 
 
 def test_rows_are_padded_to_the_longest_or_as_told():
