@@ -51,10 +51,11 @@ NINE := pizza_bottom,pizza_top,pizza_middle,sandwich_bottom,sandwich_top,sandwic
 
 # Llama has two seeds, so that one sees how far apart equal models end. A run that fails stops no other: what failed and
 # why is in the report, and in the exit code.
-study: $(STAMP) ## compare Llama and nine patterns at two KV budgets on the embedded text (about an hour)
+study: $(STAMP) ## compare Llama and ten patterns at two KV budgets on the embedded text (about an hour)
 	@status=0; \
 	"$(RUN)" $(STUDY) sharing=llama seed=0,1 $(STUDY_ARGS) || status=$$?; \
 	"$(RUN)" $(STUDY) sharing=$(NINE) sharing.num_kv_layers=6,3 seed=$(STUDY_SEEDS) $(STUDY_ARGS) || status=$$?; \
+	"$(RUN)" $(STUDY) sharing=fusedkv_lite sharing.num_self_layers=6,3 seed=$(STUDY_SEEDS) $(STUDY_ARGS) || status=$$?; \
 	"$(RUN)" -m lckv.report runs/study || status=$$?; \
 	exit $$status
 
