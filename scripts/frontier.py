@@ -34,7 +34,7 @@ NUM_LAYERS = 8
 GROUP_SIZES = (1, 2, 4, 8)
 SETTINGS = (
     *("experiment=study", f"model.num_hidden_layers={NUM_LAYERS}", "trainer.eval_steps=null"),
-    "trainer.save_steps=100",
+    *("trainer.save_steps=100", "evaluation.evals=[]"),
 )
 OWN, ALL, AFTERWARDS = "own", "random", "llama"
 LABELS = {
