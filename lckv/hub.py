@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached."""
+"""Whether the Hub can be asked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from huggingface_hub import constants
 
 
 def hub_answers(timeout: float = 10.0) -> bool:
-    """Whether the Hub can be reached at all, asked once, where its own client would try again and again."""
+    """Whether the Hub may be asked and can be reached, tried once, where its own client would try again and again."""
+    if constants.HF_HUB_OFFLINE:
+        return False
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=timeout).close()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -166,8 +166,7 @@ def find_checkpoint(name: str, *, revision: str | None = None, key: str = "model
         UserError: if there is none.
     """
     found = find_files(name, revision=revision, key=key)
-    offline = found.is_local or constants.HF_HUB_OFFLINE or not hub_answers()
-    return Checkpoint(**vars(found), local_files_only=bool(offline))
+    return Checkpoint(**vars(found), local_files_only=found.is_local or not hub_answers())
 
 
 def find_run(checkpoint: Checkpoint) -> RunFolder | None:

@@ -89,7 +89,7 @@ def _fit_latents(
             f"init.calibration_tokens={cfg.init.calibration_tokens}: latents need as many as a layer's input has "
             f"numbers, {config.hidden_size}, better ten times that; 0 does without text"
         )
-    tensors = source.tensors()
+    tensors = source.tensors
     record: dict[str, Any] = {"latent": {"name": latent.name, "ratio": None if budget.dims else latent.ratio}}
     if cfg.init.calibration_tokens:
         data, chosen, of_text = _calibration_text(cfg, source)

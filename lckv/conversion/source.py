@@ -56,6 +56,7 @@ class Source:
         checkpoint.check_files(needs_tokenizer=False)
         return cls(checkpoint, config)
 
+    @cached_property
     def tensors(self) -> Tensors:
         """Its tensors under our names, each read when it is used; those of a GGUF file are the model's.
 

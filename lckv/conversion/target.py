@@ -140,7 +140,7 @@ def write_converted(
     Raises:
         UserError: if the source's weights do not fit its configuration, or cannot be read, or cannot be merged.
     """
-    tensors, source_plan, plan = source.tensors(), source.config.sharing_plan, config.sharing_plan
+    tensors, source_plan, plan = source.tensors, source.config.sharing_plan, config.sharing_plan
     config.tie_word_embeddings &= HEAD not in tensors
     shapes = expected_shapes(config, model_class)
     total = sum(shape.numel() for shape in shapes.values())

@@ -24,7 +24,7 @@ from lckv.config.sft import ASSISTANT, DROP, REFUSE
 from lckv.console import track
 from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
 from lckv.data.conversations import Conversation, build_conversations
-from lckv.data.dataset import TRAIN, VALIDATION, RunData, unigram_loss
+from lckv.data.dataset import TRAIN, VALIDATION, RunData
 from lckv.data.packing import IGNORE_INDEX
 from lckv.data.tokenizer import vocab_size_of
 from lckv.errors import UserError
@@ -166,15 +166,10 @@ class ConversationData(RunData):
         self.validation: Dataset = datasets.load_from_disk(str(folder / VALIDATION))
         stored = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
         self.counts = {split: SplitCounts(**counts) for split, counts in stored.items()}
-        self._label_counts = {split: np.load(folder / f"{split}.npy") for split in stored}
+        self.label_counts = np.load(folder / f"{TRAIN}.npy"), np.load(folder / f"{VALIDATION}.npy")
         self.num_tokens = self.counts[TRAIN].num_tokens
         self.num_predicted_tokens = self.counts[VALIDATION].num_predicted_tokens
         self.validation_num_bytes = 0
-
-    @property
-    def unigram_loss(self) -> float:  # type: ignore[override]
-        """Validation loss, in nats per predicted token, of a unigram model of the training labels."""
-        return unigram_loss(self._label_counts[TRAIN], self._label_counts[VALIDATION])
 
 
 @dataclass(frozen=True)

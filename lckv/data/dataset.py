@@ -113,7 +113,7 @@ class RunData:
         num_tokens: tokens in the training blocks.
         num_predicted_tokens: validation labels that are not ignored.
         validation_num_bytes: UTF-8 bytes of the text that these labels stand for; 0 where it is not known.
-        unigram_loss: validation loss, in nats per predicted token, of a unigram model of the training labels.
+        label_counts: how often each token is predicted, in training and in validation: `(vocab_size,)` each.
     """
 
     train: Sized
@@ -123,12 +123,17 @@ class RunData:
     num_tokens: int
     num_predicted_tokens: int
     validation_num_bytes: int
-    unigram_loss: float
+    label_counts: tuple[np.ndarray, np.ndarray]
 
     @property
     def tokens_per_block(self) -> float:
         """Tokens in a training block, on average."""
         return self.num_tokens / len(self.train)
+
+    @property
+    def unigram_loss(self) -> float:
+        """Validation loss, in nats per predicted token, of a unigram model of the training labels."""
+        return unigram_loss(*self.label_counts)
 
     @property
     def unigram_perplexity(self) -> float:
@@ -149,11 +154,7 @@ class TokenizedData(RunData):
         self.num_tokens = self.train.statistics.num_tokens
         self.num_predicted_tokens = self.validation.statistics.num_predicted_tokens
         self.validation_num_bytes = self.validation.statistics.num_bytes
-
-    @property
-    def unigram_loss(self) -> float:  # type: ignore[override]
-        """Validation loss, in nats per predicted token, of a unigram model of the training labels."""
-        return unigram_loss(self.train.label_counts, self.validation.label_counts)
+        self.label_counts = self.train.label_counts, self.validation.label_counts
 
 
 def unigram_loss(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:

@@ -10,8 +10,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
-
 from lckv.config import HarnessConfig
 from lckv.errors import UserError, near_miss
 from lckv.hub import hub_answers
@@ -164,7 +162,7 @@ class LoadedTasks:
 
     @cached_property
     def _is_offline(self) -> bool:
-        return constants.HF_HUB_OFFLINE or not hub_answers()
+        return not hub_answers()
 
     def _dataset_path(self, name: str) -> str:
         entry = self.manager.task_index.get(name)

@@ -105,7 +105,7 @@ def write_model(folder: Path, source: Source, plain: PretrainedConfig | None, ma
     from lckv.conversion.weights import write_weights
     from lckv.exporting.bundle import bundle
 
-    tensors, config = source.tensors(), source.config if plain is None else plain
+    tensors, config = source.tensors, source.config if plain is None else plain
     write_weights(folder, tensors.items(), max_shard_size)
     source.copy_rest(folder)
     if plain is None:

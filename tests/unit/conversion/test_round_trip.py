@@ -172,7 +172,7 @@ def test_a_gguf_file(tmp_path):
     assert converted_tokenizer("abc")["input_ids"] == tokenizer("abc")["input_ids"]
     assert converted.generation_config.eos_token_id == model.generation_config.eos_token_id
     read = Source.find(str(path))  # in memory once, however often it is asked for
-    assert read.tensors()[EMBEDDINGS].data_ptr() == read.load_for_text("cpu").model.embed_tokens.weight.data_ptr()
+    assert read.tensors[EMBEDDINGS].data_ptr() == read.load_for_text("cpu").model.embed_tokens.weight.data_ptr()
 
     run_convert(path, tmp_path / "shared", "model.layer_types=1_1_2")
     average = read_folder(tmp_path / "shared")["model.layers.1.self_attn.v_proj.weight"]

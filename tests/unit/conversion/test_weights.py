@@ -133,8 +133,9 @@ class CountingSource(Source):
 
     given: ClassVar[list[CountingTensors]] = []
 
+    @property
     def tensors(self):
-        CountingSource.given.append(CountingTensors(super().tensors()))
+        CountingSource.given.append(CountingTensors(super().tensors))
         return CountingSource.given[-1]
 
 

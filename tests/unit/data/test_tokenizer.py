@@ -261,6 +261,8 @@ def test_only_a_hub_that_says_nothing_is_left_alone(
         raise error
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert hub_answers() is False  # tests run with HF_HUB_OFFLINE
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert hub_answers() is answers
 
 

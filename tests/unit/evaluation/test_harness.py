@@ -512,7 +512,6 @@ def test_a_task_may_be_given_as_a_pattern_or_file():
 
 def test_the_hub_is_asked_once_and_not_for_what_is_at_hand(tmp_path, monkeypatch):
     questions = []
-    monkeypatch.setattr(harness_tasks.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(harness_tasks, "hub_answers", lambda: questions.append("?"))
     for name in ("one", "two"):
         missing_task(tmp_path, name, f"nobody/{name}")
