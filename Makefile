@@ -60,7 +60,7 @@ study: $(STAMP) ## compare Llama and ten patterns at two KV budgets on the embed
 	exit $$status
 
 test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (about 8 minutes)
-	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --durations=15
+	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 test-slow: $(STAMP) ## run the slow tests
 	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m slow --timeout=900 --durations=15

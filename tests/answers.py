@@ -1,10 +1,5 @@
-"""What entry points answer to mistakes on their command lines, all in one process: `python -m tests.answers`.
+"""What entry points answer to mistakes on their command lines, all in one process: `python -m tests.answers`."""
 
-Hydra takes a quarter of a second to compose a configuration from its groups, so that is done once for each choice of
-groups; single values are then set by the function with which Hydra sets them.
-"""
-
-import copy
 import io
 import json
 import os
@@ -13,18 +8,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf, flag_override
-
-from lckv import cli, config_errors, hydra_store, overrides
+from lckv import cli
 from lckv.errors import UserError
+from tests.composing import compose
 
 FILE = Path(__file__).with_name("mistakes.txt")
 
@@ -54,13 +44,10 @@ def answer_to(command: str, arguments: str) -> str:
     main, given = import_module(f"lckv.{command}").main, shlex.split(arguments)
     if any(argument.startswith("-") for argument in given):  # Hydra's own flags
         return _answer_of_the_command_line(command, given)
-    schema = hydra_store.SCHEMAS[command]
     try:
-        main(_prepared(command, schema, given))
+        main(compose(given, command))
     except UserError as error:
         return " ".join(str(error).split()).replace(f"{Path.cwd()}/", "")
-    except config_errors.CONFIG_ERRORS as error:
-        return config_errors.describe(error, schema)
     return ""
 
 
@@ -74,35 +61,6 @@ def _answer_of_the_command_line(command: str, given: Sequence[str]) -> str:
         pass
     begin = f"lckv.{command}: error: "
     return next((line[len(begin) :] for line in stderr.getvalue().splitlines() if line.startswith(begin)), "")
-
-
-def _prepared(command: str, schema: type, given: Sequence[str]):
-    others, literals = overrides.take_literals(given, cli.literal_keys(schema))
-    quoted = overrides.quote_overrides(others, cli.open_keys(schema))
-    parsed = OverridesParser.create().parse_overrides(quoted)
-    groups = [each.input_line for each in parsed if _is_group(each.key_or_group)]
-    values = [each for each in parsed if each.input_line not in groups]
-    composed = copy.deepcopy(_composed(command, tuple(map(str, groups))))
-    for key, text in literals.items():
-        OmegaConf.update(composed, key, overrides.escape(text))
-    ConfigLoaderImpl._apply_overrides_to_config(values, composed)
-    hydra_cfg = composed.hydra
-    with flag_override(composed, ["struct", "readonly"], False):
-        del composed["hydra"]
-    with flag_override(hydra_cfg, ["struct", "readonly"], False):
-        hydra_cfg.overrides.task = quoted
-    return cli.prepare(composed, hydra_cfg)
-
-
-def _is_group(key: str) -> bool:
-    return key in hydra_store.NAMED_OPTIONS or (hydra_store.config_dir() / key).is_dir()
-
-
-@cache
-def _composed(command: str, groups: tuple[str, ...]) -> DictConfig:
-    hydra_store.register_schema(command)
-    with initialize_config_dir(str(hydra_store.config_dir()), version_base="1.3"):
-        return compose(command, list(groups), return_hydra_config=True)
 
 
 class _Absent:

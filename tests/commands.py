@@ -4,6 +4,7 @@ Importing torch and transformers takes ten times as long as what most tests then
 from a server that has imported them, one for each test process. The package itself is imported by every command.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -119,6 +120,7 @@ def run(
 
 def _run(command: list[str], cwd: Path, environment: dict[str, str], streams: list[Path]) -> None:
     """What the forked process does: it becomes the command, with its streams in files."""
+    gc.freeze()  # as in `conftest.py`
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

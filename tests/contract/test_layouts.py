@@ -12,6 +12,7 @@ from tests.contract.caches import LOSSY, VARIANTS, assert_close, feed, live_byte
 from tests.layouts import KINDS, LATENTS, layout_model
 from tests.reference import PATTERNS as ALL_PATTERNS
 from tests.reference import SHAPES, exact_logits, token_ids
+from tests.samples import pairwise
 
 PATTERNS = ["0_1_1_3", "0s_0_2s_2", "0_2_2_3", "2s_1s_2_1"]
 LENGTH = 9
@@ -157,15 +158,14 @@ def test_latents_are_what_the_plain_reading_says(kind, number):
     assert_close(logits[1], expected[1])
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", LATENTS)
+@pytest.mark.parametrize(("options", "kind", "half"), pairwise(list(OPTIONS), list(LATENTS), [0, 1]))
 @torch.no_grad()
-def test_cached_latents_equal_uncached_ones(kind, options):
+def test_cached_latents_equal_uncached_ones(options, kind, half):
     if kind == "decoupled" and OPTIONS[options].get("use_qk_norm"):
         pytest.skip("normalised keys are no sum of two projections")
     model, input_ids = layout_model(kind, "0_1s_1_3", **OPTIONS[options]), token_ids(2, 40)
     expected = model(input_ids, use_cache=False).logits
-    for name, settings in VARIANTS.values():
+    for name, settings in list(VARIANTS.values())[half::2]:
         settings = settings | ({"max_length": 48} if "max_length" in settings else {})
         if name != "sink":  # whose text is cut
             cache = build_cache(name, model.config, **settings)
@@ -188,7 +188,7 @@ def test_sinks_count_the_tokens_that_are_left(kind):
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("kind", "layer_types"), list(zip(LATENTS, cycle(["0_3_3_3_4", "0s_1s_2_2"]))))
+@pytest.mark.parametrize(("kind", "layer_types"), list(zip(LATENTS, cycle(["0_2_2", "0s_1s_1"]))))
 @torch.no_grad()
 def test_compiled_decoding_of_latents(kind, layer_types):
     torch._dynamo.reset()

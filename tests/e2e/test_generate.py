@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests.e2e.conftest import FinishedRun
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -81,24 +82,21 @@ def test_ctrl_c_leaves_the_terminal_clean(finished_run: FinishedRun, tmp_path: P
     (folder / "generation_config.json").write_text(json.dumps(generation_config | {"eos_token_id": 10**6}))
     options = ["max_new_tokens=2000"] if cache == "dynamic" else ["cache=sink", "cache.window=20", "stream=endless"]
     arguments = [f"model={folder}", "prompt=in the beginning", "temperature=1.0", *options]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "lckv.generate", *arguments])
+    terminal, theirs = pty.openpty()
+    command = [sys.executable, "-m", "lckv.generate", *arguments]
+    process = commands.Command(command, tmp_path, terminal=Path(os.ttyname(theirs)))
     output, is_interrupted, deadline = b"", False, time.monotonic() + 50
     while time.monotonic() < deadline:
-        if not select.select([terminal], [], [], 0.1)[0]:
-            continue
-        try:
-            piece = os.read(terminal, 4096)
-        except OSError:  # how a terminal says that its process is gone
+        has_ended = process.poll() is not None
+        if select.select([terminal], [], [], 0.1)[0]:
+            output += os.read(terminal, 4096)
+        elif has_ended:
             break
-        output += piece
         # A warning about the model's few positions comes first.
         if not is_interrupted and len(output.rpartition(b"bad\r\n")[2]) > 100:
             os.write(terminal, b"\x03")
             is_interrupted = True
-    _, status = os.waitpid(pid, 0)
     text = output.decode("utf-8", errors="replace")
-    assert is_interrupted and os.waitstatus_to_exitcode(status) == 130, text
+    assert is_interrupted and process.finish(10).returncode == 130, text
     assert "Traceback" not in text and text.endswith("\n")
     assert "\x1b[?25l" not in text  # no cursor that was hidden and is not shown again

@@ -18,6 +18,7 @@ def test_run_folder_has_everything(finished_run: FinishedRun) -> None:
     names = {path.name for path in folder.iterdir()}
     files = {"config.yaml", "data.json", "metrics.jsonl", "results.json", "loss.png"}
     assert names == files | {".lock", "checkpoints", "model"}
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["layer_types"] == "0_2_2_3"
     assert config["trainer"]["max_steps"] == 60

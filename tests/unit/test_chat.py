@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lckv import chat, cli
+from lckv import chat
 from lckv.errors import UserError
 from tests.commands import Command
+from tests.composing import compose
 from tests.tiny import letter_tokenizer
 from tests.unit.generation.test_chat import TEMPLATE, chat_model, make_session
 
@@ -47,7 +48,7 @@ def run(folder, capsys, monkeypatch):
 
     def run(text: str, *arguments: str, model: str = folder) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-        chat.main(cli.compose([f"model={model}", "max_new_tokens=12", *arguments], "chat"))
+        chat.main(compose([f"model={model}", "max_new_tokens=12", *arguments], "chat"))
         out = capsys.readouterr()
         return out.out, out.err
 

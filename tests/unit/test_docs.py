@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from lckv import cli
 from lckv.config import TrainConfig
 from lckv.config.keys import keys_of
 from lckv.config.model import ModelConfig
@@ -22,6 +21,7 @@ from lckv.iteration import Iteration
 from lckv.model_arguments import resolve_layer_types
 from lckv.overrides import flags_first, name_the_first
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
+from tests.composing import compose
 from tests.docs import BLOCKS, PAGES, ROOT, entry_point
 
 SHELL = [block for block in BLOCKS if block.language == "sh"]
@@ -76,7 +76,7 @@ def test_commands_compose(command: str) -> None:
     if module == "report":
         given = name_the_first(given, "folder")
     for job in sweep([word for word in flags_first(given) if not word.startswith("-")]):
-        cfg = cli.compose(job, module)
+        cfg = compose(job, module)
         assert not isinstance(cfg, TrainConfig) or cfg.init.source is not None or resolve_layer_types(cfg)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lckv import cli, evaluate
+from lckv import evaluate
 from lckv.config import DataConfig
 from lckv.data.sources import build_source
 from lckv.errors import UserError
@@ -15,6 +15,7 @@ from lckv.evaluation import evaluations
 from lckv.evaluation.model_costs import llama_sizes_of
 from lckv.evaluation.text import choose_text, validation_documents
 from lckv.training.run_folder import RunFolder
+from tests.composing import compose
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer
 
@@ -42,7 +43,7 @@ def run(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     text = ["data=files", "data.files=training.txt", "data.validation_files=validation.txt"]
 
     def run(*arguments: str, model: str = folder) -> str:
-        evaluate.main(cli.compose([f"model={model}", *text, *arguments], "evaluate"))
+        evaluate.main(compose([f"model={model}", *text, *arguments], "evaluate"))
         return capsys.readouterr().out
 
     return run
@@ -140,15 +141,15 @@ def trained_run(run, tmp_path: Path) -> RunFolder:
     ],
 )
 def test_all_of_a_text_is_scored_but_of_the_training_text_what_was_held_out(
-    trained_run: RunFolder, run_module, arguments: list[str], num_words: int, told: str
+    trained_run: RunFolder, capsys, caplog, arguments: list[str], num_words: int, told: str
 ):
     (trained_run.path.parent / "other.txt").write_text("Something else.")
     texts = "Something else.", (trained_run.path.parent / "corpus.txt").read_text()
     (trained_run.path.parent / "copy.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    process = run_module("lckv.evaluate", "model=trained", "json=true", *arguments)
-    assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout)["evaluations"]["perplexity"]["num_words"] == num_words
-    assert told in process.stderr
+    with caplog.at_level("INFO"):
+        evaluate.main(compose(["model=trained", "json=true", *arguments], "evaluate"))
+    assert json.loads(capsys.readouterr().out)["evaluations"]["perplexity"]["num_words"] == num_words
+    assert told in caplog.text
 
 
 def lines_of(name: str, **settings) -> DataConfig:

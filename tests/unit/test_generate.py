@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from lckv import cli, generate
+from lckv import generate
 from lckv.cache import CACHES, build_cache
 from lckv.engine.continuous import ContinuousBatcher
 from lckv.errors import UserError
@@ -19,6 +19,7 @@ from lckv.generation.batch import generate as generate_batch
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prompts import encode_prompts, read_prompts
 from lckv.generation.streaming import Sampling, stream_text
+from tests.composing import compose
 from tests.reference import tiny_model, token_ids
 from tests.unit.test_loading import byte_tokenizer
 
@@ -45,7 +46,7 @@ def run(folder, capsys):
     """Runs `main` as the command line would; returns what it printed to stdout and stderr."""
 
     def run(*arguments: str, model: str = folder) -> tuple[str, str]:
-        generate.main(cli.compose([f"model={model}", *arguments], "generate"))
+        generate.main(compose([f"model={model}", *arguments], "generate"))
         out = capsys.readouterr()
         return out.out, out.err
 

@@ -4,18 +4,18 @@ import json
 
 import pytest
 
-from lckv import cli
 from lckv.hints import build_hint, main
 from lckv.serving.hints import hinted_layer_types
+from tests.composing import compose
 
 
 def hint_of(*arguments: str):
-    return build_hint(cli.compose(arguments, "hints"))
+    return build_hint(compose(arguments, "hints"))
 
 
 def test_groups_of_a_number_of_layers(capsys, tmp_path):
     arguments = ["num_layers=12", "role=retriever", "thinking=false", "group_size=2", "direction=upper"]
-    main(cli.compose([*arguments, "min_layer=2", "max_layer=11", f"out={tmp_path}/hint.json"], "hints"))
+    main(compose([*arguments, "min_layer=2", "max_layer=11", f"out={tmp_path}/hint.json"], "hints"))
     printed = capsys.readouterr().out
     hint = json.loads(printed)
     assert hint["kv_source"] == [0, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11]

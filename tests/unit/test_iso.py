@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from lckv import cli, plan
+from lckv import plan
 from lckv.costs import ModelSizes, count_kv_bytes, count_parameters, llama_plan
 from lckv.iso import match_llama, matching_intermediate_size, matching_kv_heads
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
+from tests.composing import compose
 
 SIZES = ModelSizes(
     64, hidden_size=24, intermediate_size=40, num_attention_heads=12, num_key_value_heads=2, head_dim=2,
@@ -19,7 +20,7 @@ SIZES = ModelSizes(
 
 
 def num_parameters(*settings: str) -> int:
-    arguments = model_arguments(cli.compose(["model=nano", *settings]), 64)
+    arguments = model_arguments(compose(["model=nano", *settings]), 64)
     return LCKVLlamaForCausalLM(LCKVLlamaConfig(**arguments)).num_parameters()
 
 
@@ -50,7 +51,7 @@ def test_models_that_are_built_have_llamas_parameters():
     assert llama - num_parameters("sharing=cla") > 10 * step
     # Two of four layers lose 2 * 32 * 64 parameters each: 10 2/3 units of MLP for every layer.
     assert (
-        model_arguments(cli.compose(["model=nano", "sharing=cla", "iso=params", "iso_multiple=1"]), 64)[
+        model_arguments(compose(["model=nano", "sharing=cla", "iso=params", "iso_multiple=1"]), 64)[
             "intermediate_size"
         ]
         == 176 + 11
@@ -89,12 +90,12 @@ def test_what_could_not_be_matched_is_said_with_both_figures(caplog):
 
 
 def test_plan_compares_with_the_llama_that_was_asked_for():
-    report = plan.build_report(cli.compose(["model=nano", "sharing=cla", "iso=kv"], "plan"))
+    report = plan.build_report(compose(["model=nano", "sharing=cla", "iso=kv"], "plan"))
     assert report.sizes.num_key_value_heads == 4
     assert report.costs.kv_bytes.written == report.llama_costs.kv_bytes.written
-    report = plan.build_report(cli.compose(["model=nano", "sharing=cla"], "plan"))
+    report = plan.build_report(compose(["model=nano", "sharing=cla"], "plan"))
     assert report.costs.kv_bytes.written * 2 == report.llama_costs.kv_bytes.written
 
 
 def test_runs_with_and_without_have_folders_of_their_own():
-    assert cli.compose(["sharing=cla", "iso=params"]).run_name == "tiny-cla-iso_params-seed0"
+    assert compose(["sharing=cla", "iso=params"]).run_name == "tiny-cla-iso_params-seed0"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from lckv import cli
 from lckv.hydra_store import SCHEMAS
+from tests.composing import compose
 from tests.docs import ROOT, entry_point
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -34,7 +34,7 @@ def test_commands_compose(stem: str) -> None:
     for command in commands:
         module, given = entry_point(command) or ("", [])
         assert module in SCHEMAS
-        cli.compose(given, module)
+        compose(given, module)
 
 
 @pytest.mark.parametrize("stem", CELLS)

@@ -6,16 +6,16 @@ import json
 import pytest
 from rich.console import Console
 
-from lckv import cli
 from lckv.costs import ModelSizes, count_costs
 from lckv.errors import UserError
 from lckv.iteration import Iteration
 from lckv.patterns import parse_layer_types
 from lckv.plan import as_dict, build_report, main, print_report
+from tests.composing import compose
 
 
 def report_on(*arguments: str):
-    return build_report(cli.compose(arguments, "plan"))
+    return build_report(compose(arguments, "plan"))
 
 
 def printed(report) -> str:
@@ -106,8 +106,8 @@ def test_defaults_come_from_the_rest_of_the_configuration():
 
 
 def test_json_and_drawing(tmp_path, capsys):
-    main(cli.compose(["sharing=cla", "json=true", f"draw={tmp_path}/x.svg"], "plan"))
+    main(compose(["sharing=cla", "json=true", f"draw={tmp_path}/x.svg"], "plan"))
     assert json.loads(capsys.readouterr().out)["layer_types"] == "0_0_2_2_4_4_6_6"
     assert (tmp_path / "x.svg").is_file()
-    main(cli.compose(["sharing=cla", f"draw={tmp_path}/y.svg"], "plan"))
+    main(compose(["sharing=cla", f"draw={tmp_path}/y.svg"], "plan"))
     assert f"drawn into {tmp_path}/y.svg" in capsys.readouterr().out

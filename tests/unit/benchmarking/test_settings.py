@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lckv import cli
 from lckv.benchmark import load_models
 from lckv.benchmarking.settings import (
     DEFAULT_PATTERNS,
@@ -16,11 +15,12 @@ from lckv.config import BenchmarkConfig
 from lckv.errors import UserError
 from lckv.hydra_store import config_dir
 from lckv.patterns import build_layer_types
+from tests import composing
 from tests.reference import tiny_model
 
 
 def compose(*arguments):
-    return cli.compose(arguments, "benchmark")
+    return composing.compose(arguments, "benchmark")
 
 
 def test_the_defaults():

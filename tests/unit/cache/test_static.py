@@ -16,7 +16,7 @@ def buffer_addresses(cache):
     return [tensor.data_ptr() for layer in cache.owners().values() for tensor in (*layer.streams, layer.num_seen)]
 
 
-@pytest.mark.parametrize("layer_types", ["0_3_3_3_4", "0s_1s_2_2", "1s_1s_3s_3s"])  # cycles, rings, both
+@pytest.mark.parametrize("layer_types", ["0_2_2", "0s_1s_1", "1s_1s"])  # cycles, rings, both
 @torch.no_grad()
 def test_decoding_is_compiled_once_without_graph_breaks(layer_types):
     torch._dynamo.reset()

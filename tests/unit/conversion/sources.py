@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from lckv import cli, convert
+from lckv import convert
 from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, make_tensors
 from lckv.conversion.source import expected_shapes
 from lckv.conversion.target import converted_tensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import parse_layer_types
+from tests.composing import compose
 from tests.reference import tiny_config
 from tests.tiny import byte_tokenizer
 
@@ -52,7 +53,7 @@ def save_source(folder: Path, model: PreTrainedModel, **options: Any) -> Path:
 
 def run_convert(source: Path, out: Path, *arguments: str) -> None:
     """What `python -m lckv.convert` does."""
-    convert.main(cli.compose([f"source={source}", f"out={out}", *arguments], "convert"))
+    convert.main(compose([f"source={source}", f"out={out}", *arguments], "convert"))
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

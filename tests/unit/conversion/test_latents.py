@@ -28,6 +28,7 @@ from lckv.loading import load_model
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.patterns import parse_layer_types
 from tests.reference import SHAPES, token_ids
+from tests.samples import pairwise
 from tests.unit.conversion.sources import KINDS, random_source, run_convert, save_source
 
 ALONE = {kind: {"group_size": 1} if kind == "xkv" else {} for kind in LATENTS}
@@ -66,9 +67,10 @@ def converted(model, fit, kv_latents):
     return other
 
 
-@pytest.mark.parametrize("layer_types", [None, "0_1s_1_3", "0_2_1_3", "0_2_2_3"])
-@pytest.mark.parametrize("kind", LATENTS)
-@pytest.mark.parametrize("family", [*KINDS, "gpt2", "stablelm", "gemma"])
+@pytest.mark.parametrize(
+    ("family", "kind", "layer_types"),
+    pairwise([*KINDS, "gpt2", "stablelm", "gemma"], LATENTS, [None, "0_1s_1_3", "0_2_1_3", "0_2_2_3"]),
+)
 @torch.no_grad()
 def test_full_rank_gives_the_original_logits(family, kind, layer_types):
     settings = (KINDS | SHAPES)[family]
@@ -287,8 +289,12 @@ def test_convert_writes_what_was_asked_for(source, tmp_path, arguments, expected
     cache = build_cache("dynamic", model.config)
     model(token_ids(1, 10), past_key_values=cache)
     assert cache.num_bytes() == 10 * expected * 4
+
+
+def test_what_keeps_latents_already_is_not_converted_again(source, tmp_path):
+    run_convert(source, tmp_path / "out", "latent=joint", *TEXT)
     with pytest.raises(UserError, match="the source keeps latents already"):
-        run_convert(out, tmp_path / "again", "latent=joint", *TEXT)
+        run_convert(tmp_path / "out", tmp_path / "again", "latent=joint", *TEXT)
     assert not (tmp_path / "again").exists()
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from lckv import cli
 from lckv.conversion.calibration import batches_of, choose_blocks, collect_moments
 from lckv.conversion.settings import adopt_source
 from lckv.data.dataset import build_dataset
@@ -14,6 +13,7 @@ from lckv.errors import UserError
 from lckv.families import read_model
 from lckv.loading import load_model
 from lckv.model_arguments import resolve_plan
+from tests.composing import compose
 from tests.reference import tiny_config, token_ids
 from tests.tiny import byte_tokenizer
 from tests.unit.conversion.sources import (
@@ -33,8 +33,8 @@ TEXT = "\n\n".join(
 
 def adopted(source, *arguments, config_name="convert"):
     if config_name == "convert":
-        return adopt_source(cli.compose(["source=x", "out=y", *arguments], config_name).training(), source)
-    return adopt_source(cli.compose(["init.source=x", *arguments], config_name), source)
+        return adopt_source(compose(["source=x", "out=y", *arguments], config_name).training(), source)
+    return adopt_source(compose(["init.source=x", *arguments], config_name), source)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -74,7 +74,7 @@ def test_a_source_that_hides_a_tokens_own_key_stays_so(tmp_path):
     torch.testing.assert_close(converted(token_ids(1, 9)).logits, expected(token_ids(1, 9)).logits, atol=1e-4, rtol=0)
     for config_name, key in ("convert", "source"), ("train", "init.source"):
         with pytest.raises(UserError, match="^model.force_nodiag=false: has no effect on the model x, which brings"):
-            cli.compose([f"{key}=x", "model.force_nodiag=false"], config_name)
+            compose([f"{key}=x", "model.force_nodiag=false"], config_name)
 
 
 @pytest.mark.parametrize(("given", "window"), [([], 5), (["model.sliding_window=3"], 3)])
@@ -121,7 +121,7 @@ def test_calibrated_methods_look_at_the_training_split(tmp_path, text, method, k
     settings = ["model.layer_types=0_0_2_2", f"method={method}", "init.calibration_tokens=250", "init.ridge=0.02"]
     run_convert(source, tmp_path / "out", *settings, *text)
 
-    data = build_dataset(cli.compose(text, "train").data, byte_tokenizer())
+    data = build_dataset(compose(text, "train").data, byte_tokenizer())
     assert len(data.train) > 8
     chosen = choose_blocks(data.train, 250)
     assert len(chosen) == 8 and chosen[0] == 0 and chosen[-1] == len(data.train) - 1
@@ -160,7 +160,7 @@ def test_more_tokens_than_there_are():
 
 
 def test_batches_hold_a_few_thousand_tokens(text):
-    blocks = build_dataset(cli.compose(text, "train").data, byte_tokenizer()).train
+    blocks = build_dataset(compose(text, "train").data, byte_tokenizer()).train
     sizes = [batch["input_ids"].shape for batch in batches_of(blocks, list(range(70)))]
     assert sizes == [(64, 32), (6, 32)]
     again = np.concatenate([batch["input_ids"] for batch in batches_of(blocks, [3, 1])])

@@ -16,6 +16,7 @@ from lckv.data.dataset import TokenizedData, build_dataset
 from lckv.data.tokenizer import build_tokenizer
 from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.training import session
 from lckv.training.arguments import build_training_arguments
 from lckv.training.callbacks import build_evaluate
 from lckv.training.run_folder import RunFolder
@@ -45,6 +46,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Corpus:
 def set_key(cfg: Any, key: str, value: Any) -> None:
     group, _, name = key.rpartition(".")
     setattr(getattr(cfg, group) if group else cfg, name, value)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw a loss curve takes half as long as a tiny run; `test_loss_plot.py` and the end-to-end tests do."""
+    monkeypatch.setattr(session, "plot_loss", lambda lines, path, **_: path.touch())
 
 
 @pytest.fixture

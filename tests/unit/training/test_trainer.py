@@ -340,4 +340,4 @@ def test_results_of_a_run(reference: Session):
     assert results["num_parameters"] == sum(parameter.numel() for parameter in reference.model.parameters())
     assert results["sample"].startswith(reference.cfg.trainer.sample_prompt)
     assert results["eval_loss"] == reference.folder.read_metrics()[-1]["eval_loss"]
-    assert reference.folder.loss_plot.read_bytes().startswith(b"\x89PNG")
+    assert reference.folder.loss_plot.is_file()
