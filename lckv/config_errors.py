@@ -12,7 +12,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from lckv import config, hydra_store, overrides
-from lckv.config.keys import keys_of
+from lckv.config.keys import WORDS, keys_of
 from lckv.config.training import OF_OURS
 from lckv.errors import UserError, near_miss
 
@@ -22,7 +22,6 @@ _WRONG_TYPE = re.compile(
     r"Value '(.*)' (?:of type|is not a valid)|Cannot convert '\w+' to string: '(.*)'$|field '.*' is not Optional"
     r"|is not a ListConfig, list or tuple|is not a subclass of|Cannot assign \w+ to Dict"
 )
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 _EXTRAS = {
     "hydra/launcher": {"joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"},
@@ -80,8 +79,8 @@ def _describe_wrong_type(key: str, reason: str, schema: type) -> str | None:
             return str(error)
         except TypeError:  # a rule for numbers alone
             pass
-    kind, *others = _kinds_of(declared.type)
-    return f"{key}={given or 'null'}: allowed is {_WORDS[kind]}{', or null' * (type(None) in others)}"
+    allowed = dict.fromkeys(WORDS[kind] for kind in _kinds_of(declared.type))
+    return f"{key}={given or 'null'}: allowed is {', or '.join(allowed)}"
 
 
 def _kinds_of(declared: Any) -> list[type]:

@@ -16,13 +16,13 @@ from transformers.activations import ACT2FN
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lckv.config import RunConfig, TrainConfig, TrainerConfig
+from lckv.config.keys import WORDS
 from lckv.config.names import RIEMANNIAN
 from lckv.errors import UserError, check_choice, near_miss
 from lckv.processes import num_processes
 from lckv.training.optim import schedule_arguments
 
 _TRUE = ("true", "1", "yes")
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 _USES_OF_ACCELERATE = ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM")
 
 
@@ -81,8 +81,8 @@ def build_training_arguments(
 def _check_type(key: str, value: Any, declared: Any) -> None:
     """Refuses what is not of a field's type, if that is a number or a switch: transformers itself does not look."""
     kinds = get_args(declared) or (declared,)
-    if set(kinds) <= _WORDS.keys() and type(value) not in kinds and (type(value), *kinds[:1]) != (int, float):
-        raise UserError(f"{key}={value!r}: allowed is {', or '.join(_WORDS[kind] for kind in kinds)}")
+    if set(kinds) <= WORDS.keys() - {str} and type(value) not in kinds and (type(value), *kinds[:1]) != (int, float):
+        raise UserError(f"{key}={value!r}: allowed is {', or '.join(WORDS[kind] for kind in kinds)}")
 
 
 def _check_accelerate(args: TrainingArguments, precision: str) -> None:
