@@ -107,6 +107,12 @@ def _list_groups(*names: str) -> str:
     return "".join(f"{name}: {', '.join(found)}\n" for name, found in options.items())
 
 
+@cache
+def groups() -> frozenset[str]:
+    """The names of all groups of options."""
+    return frozenset((*NAMED_OPTIONS, *(folder.name for folder in config_dir().iterdir() if folder.is_dir())))
+
+
 def config_dir() -> Path:
     """The folder with the YAML files: inside the installed package, or beside it in a checkout.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from lckv import hydra_store
 from lckv.errors import UserError
 
 # Keys (their last part) whose value is text, though digits and underscores may be all that it has.
@@ -31,8 +32,7 @@ FLAGS = (
 
 _KEY = re.compile(rf"(?:\+\+|[+~])?(?:[\w$/-]+\.)*(?:{'|'.join(_TEXT_KEYS)})(?:@[\w.]*)?=\s*", re.ASCII)
 _OPTIONAL_GROUP = re.compile(r"^\+(?=(?:experiment|debug)=)")
-_GROUPS = "experiment|debug|model|sharing|latent|cache|data|tokenizer|trainer|optim|logger|suite"
-_OPTION_LIKE_A_NUMBER = re.compile(rf"(?P<key>(?:{_GROUPS})=)(?P<text>\d+|true|false)", re.IGNORECASE)
+_LIKE_A_NUMBER = re.compile(r"\d+|true|false", re.IGNORECASE)
 # Text such as the folders of a sweep, `runs/sweep/sharing=cla,seed=0`: in what Hydra's grammar allows, a value has an
 # equals sign only in quotes, behind a backslash, or among the arguments of a function.
 _TEXT_WITH_EQUALS = re.compile(r"""(?P<key>[^=]+=)(?P<text>[^\s'"\\(\[{$][^'"\\(\[{$]*=[^'"\\(\[{$]*)""")
@@ -139,7 +139,10 @@ def unescape(text: str | None) -> str | None:
 
 def _quote_override(override: str) -> str:
     override = _OPTIONAL_GROUP.sub("", override)
-    if pair := _TEXT_WITH_EQUALS.fullmatch(override) or _OPTION_LIKE_A_NUMBER.fullmatch(override):
+    name, _, text = override.partition("=")
+    if name in hydra_store.groups() and _LIKE_A_NUMBER.fullmatch(text):
+        return f"{name}='{text}'"
+    if pair := _TEXT_WITH_EQUALS.fullmatch(override):
         return f"{pair['key']}'{pair['text']}'"
     key = _KEY.match(override)
     if key is None:

@@ -37,7 +37,7 @@ def _prepared(command: str, schema: type, arguments: Sequence[str]) -> Any:
     others, literals = overrides.take_literals(arguments, cli.literal_keys(schema))
     quoted = overrides.quote_overrides(others, cli.open_keys(schema))
     parsed = OverridesParser.create().parse_overrides(quoted)
-    groups = [each.input_line for each in parsed if _is_group(each.key_or_group)]
+    groups = [each.input_line for each in parsed if each.key_or_group in hydra_store.groups()]
     values = [each for each in parsed if each.input_line not in groups]
     composed = pickle.loads(_composed(command, tuple(map(str, groups))))
     for key, text in literals.items():
@@ -49,10 +49,6 @@ def _prepared(command: str, schema: type, arguments: Sequence[str]) -> Any:
     with flag_override(hydra_cfg, ["struct", "readonly"], False):
         hydra_cfg.overrides.task = quoted
     return cli.prepare(composed, hydra_cfg)
-
-
-def _is_group(key: str) -> bool:
-    return key in hydra_store.NAMED_OPTIONS or (hydra_store.config_dir() / key).is_dir()
 
 
 @cache
