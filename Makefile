@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
     $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
     && echo $$python && break; done)
 
-# Threads that wait leave their core to others soon; the commands say so themselves (lckv/processes.py).
+# Threads that wait leave their core to others soon; the commands say so themselves (lckv/utils/processes.py).
 export GOMP_SPINCOUNT ?= 1000
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed

@@ -6,11 +6,11 @@ import json
 import os
 from typing import Any
 
-from lckv import cli
 from lckv.benchmarking.settings import OutputFolder, build_workload, check_iteration, checkpoint_labels, random_models
+from lckv.commands import cli
 from lckv.config import BenchmarkConfig, validate
-from lckv.console import new_console
-from lckv.model_files import check_model
+from lckv.loading.model_files import check_model
+from lckv.utils.console import new_console
 
 # Read once, when torch is loaded: its profiler, which counts memory, would write lines of its own to stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -31,7 +31,7 @@ def main(cfg: BenchmarkConfig) -> None:
     # Behind the checks: importing torch and transformers takes seconds.
     from lckv.benchmarking.measuring import choose_caches, combine, measure
     from lckv.benchmarking.results import as_dict, draw_results, environment_of, print_report
-    from lckv.charts import save_chart
+    from lckv.utils.charts import save_chart
 
     caches = choose_caches(cfg.caches or [cfg.cache.name], cfg.cache.options())
     models = load_models(cfg, arguments)
@@ -57,7 +57,7 @@ def load_models(cfg: BenchmarkConfig, arguments: dict[str, dict[str, Any]]) -> d
     """All models by their labels, on the device."""
     import torch
 
-    from lckv.loading import find_device, load_model
+    from lckv.loading.models import find_device, load_model
     from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
     if cfg.num_threads is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from lckv import cli
+from lckv.commands import cli
 from lckv.config import ChatConfig, validate
-from lckv.console import new_console
 from lckv.generation.decoding_options import Sampling
-from lckv.model_files import check_model, choose_chat_template
+from lckv.loading.model_files import check_model, choose_chat_template
+from lckv.utils.console import new_console
 
 
 def main(cfg: ChatConfig) -> None:
@@ -26,7 +26,7 @@ def main(cfg: ChatConfig) -> None:
     from lckv.generation.chat import ChatSession
     from lckv.generation.chat_loop import ChatLoop, piped_lines, typed_messages
     from lckv.generation.limits import check_span, prefill_options
-    from lckv.loading import load_model
+    from lckv.loading.models import load_model
 
     check_offloading(cfg.cache.offloading)
     if cfg.num_threads is not None:

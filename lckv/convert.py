@@ -6,17 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lckv import cli, train
-from lckv.byte_sizes import parse_bytes
+from lckv import train
+from lckv.commands import cli
 from lckv.config import ConvertConfig, TrainConfig, validate
+from lckv.config.model_arguments import plan_from_source
 from lckv.config.names import CALIBRATED, TRAINED
-from lckv.console import new_console
+from lckv.config.run_names import default_run_name
 from lckv.data.sources import check_text_files
-from lckv.model_arguments import plan_from_source
-from lckv.model_files import check_model, keeps_latents
-from lckv.processes import check_launch, is_main_process, num_processes, set_num_threads
-from lckv.run_names import default_run_name
-from lckv.storage import check_new_folder
+from lckv.loading.model_files import check_model, keeps_latents
+from lckv.utils.byte_sizes import parse_bytes
+from lckv.utils.console import new_console
+from lckv.utils.processes import check_launch, is_main_process, num_processes, set_num_threads
+from lckv.utils.storage import check_new_folder
 
 if TYPE_CHECKING:
     from lckv.models import LCKVLlamaConfig

@@ -10,19 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lckv import cli
+from lckv.commands import cli
 from lckv.config import EvaluateConfig, validate
 from lckv.config.names import NO_CACHE
-from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.errors import UserError
-from lckv.model_files import check_model
-from lckv.storage import check_folder
+from lckv.loading.model_files import check_model
+from lckv.utils.console import new_console
+from lckv.utils.storage import check_folder
 
 if TYPE_CHECKING:
     from lckv.evaluation.evaluations import Subject
     from lckv.evaluation.results_file import ResultsFile
-    from lckv.loading import Checkpoint
+    from lckv.loading.models import Checkpoint
     from lckv.models import LCKVLlamaForCausalLM
     from lckv.training.run_folder import RunFolder
 
@@ -50,7 +50,7 @@ def main(cfg: EvaluateConfig) -> None:
     from lckv.evaluation.evaluations import Subject, run_evaluations
     from lckv.evaluation.results_file import show_results
     from lckv.evaluation.text import choose_text
-    from lckv.loading import find_checkpoint, find_run, load_model, set_attention
+    from lckv.loading.models import find_checkpoint, find_run, load_model, set_attention
 
     check_offloading(cfg.cache.offloading)
     if cfg.num_threads is not None:
@@ -104,7 +104,7 @@ def _is_text_named(cfg: EvaluateConfig) -> bool:
 def _results_file(cfg: EvaluateConfig, checkpoint: Checkpoint, run: RunFolder | None) -> ResultsFile:
     """Where the results go, checked to be this model's."""
     from lckv.evaluation.results_file import ResultsFile
-    from lckv.loading import evaluation_folder
+    from lckv.loading.models import evaluation_folder
 
     folder = evaluation_folder(checkpoint, run) if cfg.out is None else Path(cfg.out).expanduser()
     identity = {"name": checkpoint.given, "revision": checkpoint.revision, "fingerprint": checkpoint.fingerprint()}
@@ -126,9 +126,9 @@ def _cache_maker(cfg: EvaluateConfig, model: LCKVLlamaForCausalLM) -> Callable[[
 
 def _common(cfg: EvaluateConfig, subject: Subject, run: RunFolder | None) -> dict[str, Any]:
     """What `results.json` holds beside the evaluations."""
-    from lckv.environment import describe_hardware, versions
     from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
     from lckv.training.run_summary import median_speed
+    from lckv.utils.environment import describe_hardware, versions
 
     model, config = subject.model, {} if run is None else run.stored_config()
     limit = model.config.max_position_embeddings

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lckv import cli
+from lckv.commands import cli
 from lckv.config import ExportConfig, validate
-from lckv.console import new_console
 from lckv.exporting import FORMATS
-from lckv.model_files import check_model
+from lckv.loading.model_files import check_model
+from lckv.utils.console import new_console
 
 
 def main(cfg: ExportConfig) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lckv import cli
+from lckv.commands import cli
 from lckv.config import GenerateConfig, validate
 from lckv.config.names import ENDLESS, TOKENS
-from lckv.console import new_console
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prompts import encode_prompts, read_prompts
-from lckv.model_files import check_model, choose_chat_template
+from lckv.loading.model_files import check_model, choose_chat_template
+from lckv.utils.console import new_console
 
 
 def main(cfg: GenerateConfig) -> None:
@@ -28,7 +28,7 @@ def main(cfg: GenerateConfig) -> None:
 
     from lckv.cache.base import check_offloading
     from lckv.generation.generator import TextGenerator
-    from lckv.loading import load_model
+    from lckv.loading.models import load_model
 
     check_offloading(cfg.cache.offloading)
     if cfg.num_threads is not None:

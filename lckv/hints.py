@@ -6,12 +6,12 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from lckv import cli
+from lckv.commands import cli
 from lckv.config import GroupConfig, HintsConfig, validate
-from lckv.console import new_console
-from lckv.patterns import parse_layer_types
 from lckv.serving.hints import ModelKV, SharingHint, emit_hint, find_model
-from lckv.storage import check_new_file, write_json
+from lckv.sharing.patterns import parse_layer_types
+from lckv.utils.console import new_console
+from lckv.utils.storage import check_new_file, write_json
 
 
 def main(cfg: HintsConfig) -> None:

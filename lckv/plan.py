@@ -11,16 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lckv import cli
+from lckv.commands import cli
 from lckv.config import PlanConfig, validate
-from lckv.console import new_console
-from lckv.costs import Costs, ModelSizes, count_costs, llama_plan
-from lckv.drawing import describe_layer, draw_in_terminal, save_drawing
+from lckv.config.model_arguments import model_arguments, plan_from_source
 from lckv.errors import UserError
-from lckv.iteration import CONVERGE, Iteration
-from lckv.model_arguments import model_arguments, plan_from_source
-from lckv.model_files import check_model
-from lckv.patterns import LayerPlan, SharingPlan, advice_on, parse_layer_types
+from lckv.loading.model_files import check_model
+from lckv.sharing.costs import Costs, ModelSizes, count_costs, llama_plan
+from lckv.sharing.drawing import describe_layer, draw_in_terminal, save_drawing
+from lckv.sharing.iteration import CONVERGE, Iteration
+from lckv.sharing.patterns import LayerPlan, SharingPlan, advice_on, parse_layer_types
+from lckv.utils.console import new_console
 
 _COSTS = {
     "KV bytes written per new token": "kv_bytes.written",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lckv import cli
+from lckv.commands import cli
+from lckv.commands.overrides import name_the_first
 from lckv.config import ReportConfig, validate
-from lckv.console import new_console
-from lckv.overrides import name_the_first
+from lckv.utils.console import new_console
 
 
 def main(cfg: ReportConfig) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lckv import cli
+from lckv.commands import cli
 from lckv.config import SearchConfig, validate
-from lckv.console import new_console
 from lckv.data.sources import check_text_files
 from lckv.errors import UserError
-from lckv.model_files import check_model
-from lckv.storage import check_new_folder
+from lckv.loading.model_files import check_model
+from lckv.utils.console import new_console
+from lckv.utils.storage import check_new_folder
 
 
 def main(cfg: SearchConfig) -> None:
@@ -28,7 +28,7 @@ def main(cfg: SearchConfig) -> None:
     from lckv.conversion.search_report import write_report
     from lckv.conversion.search_session import SearchOfLatents, SharingSearch
     from lckv.conversion.source import Source
-    from lckv.processes import set_num_threads
+    from lckv.utils.processes import set_num_threads
 
     set_num_threads(cfg.num_threads)
     console = new_console(to_stderr=True)

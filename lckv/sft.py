@@ -8,17 +8,17 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lckv import cli
+from lckv.commands import cli
+from lckv.commands.runs import claim, claim_data, in_run_folder
 from lckv.config import SFTConfig
-from lckv.console import new_console
 from lckv.data.conversations import check_conversations
 from lckv.errors import UserError
-from lckv.model_files import check_model, choose_chat_template
-from lckv.processes import is_main_process, num_processes, prepare_process
-from lckv.runs import claim, claim_data, in_run_folder
-from lckv.storage import check_folder
+from lckv.loading.model_files import check_model, choose_chat_template
 from lckv.training.adapters import check_adapter_pattern, read_adapter
 from lckv.training.run_folder import RunFolder
+from lckv.utils.console import new_console
+from lckv.utils.processes import is_main_process, num_processes, prepare_process
+from lckv.utils.storage import check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def _tune(cfg: SFTConfig, folder: RunFolder) -> dict[str, Any] | None:
 
     from lckv.data.chat_tokens import build_conversation_data
     from lckv.data.tokenizer import check_tokenizer
-    from lckv.loading import load_model, set_attention
+    from lckv.loading.models import load_model, set_attention
     from lckv.training.loggers import check_loggers
     from lckv.training.run_summary import show_results
     from lckv.training.sft import SFTSession, build_sft_arguments, next_commands

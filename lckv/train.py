@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lckv import cli
+from lckv.commands import cli
+from lckv.commands.runs import claim, claim_data, in_run_folder
 from lckv.config import TokenizerConfig, TrainConfig
-from lckv.console import new_console
+from lckv.config.model_arguments import model_arguments, plan_from_source, resolve_plan
 from lckv.data.sources import check_text_files
-from lckv.model_arguments import model_arguments, plan_from_source, resolve_plan
-from lckv.model_files import check_model, check_tokenizer_name, keeps_latents
-from lckv.processes import is_main_process, num_processes, prepare_process
-from lckv.runs import claim, claim_data, in_run_folder
-from lckv.storage import check_folder
+from lckv.loading.model_files import check_model, check_tokenizer_name, keeps_latents
 from lckv.training.run_folder import RunFolder
+from lckv.utils.console import new_console
+from lckv.utils.processes import is_main_process, num_processes, prepare_process
+from lckv.utils.storage import check_folder
 
 
 def main(cfg: TrainConfig, folder: RunFolder | None = None) -> float | None:
@@ -46,10 +46,10 @@ def _train(cfg: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
     # Behind the checks: importing torch and transformers takes seconds.
     from transformers import set_seed
 
-    from lckv.building import build_model, build_teacher, choose_tokenizer
     from lckv.conversion.pipeline import adopt_init, convert_init
     from lckv.conversion.target import source_config_of
     from lckv.data.dataset import build_dataset
+    from lckv.loading.building import build_model, build_teacher, choose_tokenizer
     from lckv.training.arguments import build_training_arguments
     from lckv.training.callbacks import build_evaluate, check_sample_prompt
     from lckv.training.loggers import check_loggers

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ways import milliseconds, read_arguments, show, take_turns
 
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
 
 PATTERNS = (
     "0_1_2_3_4_5_6_7",

@@ -19,7 +19,7 @@ from ways import read_arguments, show, take_turns
 from lckv.benchmarking.results import median, ratio
 from lckv.cache import build_cache
 from lckv.generation.batch import compile_config
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 
 BASELINE = "transformers' Llama, dynamic"
 

@@ -18,7 +18,7 @@ from ways import milliseconds, read_arguments, show, take_turns
 
 from lckv.cache import KVCache, build_cache
 from lckv.generation.prefill import PrefillReport, prefill
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 
 BASELINE = "transformers' Llama"
 SIZES = (

@@ -25,7 +25,7 @@ from lckv.cache.quantization import GroupCodec
 from lckv.config import DataConfig
 from lckv.data.readers import read_documents
 from lckv.data.sources import build_source
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 
 LENGTHS = (2048, 4096, 8192)
 OPTIONS: dict[str, dict[str, Any]] = {

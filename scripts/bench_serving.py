@@ -21,8 +21,8 @@ from ways import read_arguments, show, take_turns
 
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.benchmarking.results import median, ratio
-from lckv.charts import new_chart, save_chart, tidy
-from lckv.patterns import build_layer_types
+from lckv.sharing.patterns import build_layer_types
+from lckv.utils.charts import new_chart, save_chart, tidy
 
 PATTERNS = {
     "Llama": build_layer_types("llama", 12),

@@ -16,11 +16,11 @@ from ways import draw, read_arguments, show
 
 from lckv.cache import DynamicKVCache, KVCache, SinkKVCache
 from lckv.config import DataConfig
-from lckv.console import track
 from lckv.data.readers import read_documents
 from lckv.data.sources import build_source
 from lckv.generation.streaming import score_stream
-from lckv.loading import load_model
+from lckv.loading.models import load_model
+from lckv.utils.console import track
 
 
 @torch.inference_mode()

@@ -20,9 +20,9 @@ import torch
 from ways import draw, read_arguments, show
 
 from lckv.cache import SinkKVCache
-from lckv.console import track
 from lckv.generation.streaming import Sampling, stream
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
+from lckv.utils.console import track
 
 
 def seconds_of(tokens: Iterator[int]) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
-from lckv.charts import new_chart, save_chart, tidy
-from lckv.console import new_console, python
+from lckv.utils.charts import new_chart, save_chart, tidy
+from lckv.utils.console import new_console, python
 
 ROWS = {
     "layer_types": "{layer_types}",

@@ -23,8 +23,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the package of this checkout, whatever is installed
 
+from lckv.commands.hydra_store import SCHEMAS  # noqa: E402
 from lckv.config.keys import keys_of  # noqa: E402
-from lckv.hydra_store import SCHEMAS  # noqa: E402
 
 OUTSIDE = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 """Pages whose text lies outside of `docs/`, where one looks for it without a site."""

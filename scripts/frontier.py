@@ -18,17 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lckv import cli
-from lckv.building import choose_tokenizer
-from lckv.charts import new_chart, save_chart, tidy
+from lckv.commands import cli
 from lckv.config.names import RANDOM
 from lckv.conversion.scoring import Converter
 from lckv.data.dataset import build_dataset
 from lckv.evaluation.perplexity import evaluate_perplexity
-from lckv.loading import load_model
-from lckv.patterns import build_layer_types, parse_layer_types
+from lckv.loading.building import choose_tokenizer
+from lckv.loading.models import load_model
 from lckv.reporting.pictures.base import PALETTE
-from lckv.storage import write_json
+from lckv.sharing.patterns import build_layer_types, parse_layer_types
+from lckv.utils.charts import new_chart, save_chart, tidy
+from lckv.utils.storage import write_json
 
 NUM_LAYERS = 8
 GROUP_SIZES = (1, 2, 4, 8)

@@ -25,11 +25,11 @@ from lckv.config.hints import DIRECTIONS, LOWER, UPPER, GroupConfig
 from lckv.conversion.calibration import collect_moments
 from lckv.conversion.methods import needed_pairs
 from lckv.conversion.scoring import Converter
-from lckv.iteration import CONVERGE
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.serving.hints import share_groups
-from lckv.storage import write_json
+from lckv.sharing.iteration import CONVERGE
+from lckv.utils.storage import write_json
 
 METHODS = ("inherit", "subspace")
 """The plain checkpoint, whose owners keep their projections, and the conversion that is best without training."""

@@ -27,7 +27,6 @@ from matplotlib.lines import Line2D
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lckv.cache import build_cache
-from lckv.charts import new_chart, save_chart, tidy
 from lckv.config.model import LatentConfig
 from lckv.config.names import NO_LATENT
 from lckv.conversion.calibration import collect_moments
@@ -39,11 +38,12 @@ from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.sensitivity import Sensitivity, measure_sensitivity
 from lckv.conversion.target import converted_config
 from lckv.evaluation.sliding import Window, score_windows
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from lckv.models import LCKVLlamaForCausalLM
-from lckv.patterns import build_layer_types, parse_layer_types
 from lckv.reporting.pictures.base import PALETTE
-from lckv.storage import write_json
+from lckv.sharing.patterns import build_layer_types, parse_layer_types
+from lckv.utils.charts import new_chart, save_chart, tidy
+from lckv.utils.storage import write_json
 
 RIDGE = 1e-2
 NUM_SCORED = 2

@@ -20,11 +20,11 @@ import torch
 from schedules import Learner, Row, prepare, table, train
 from ways import read_arguments, show
 
-from lckv.console import track
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.models.stack import Stack, States, Turn
-from lckv.patterns import Segment
-from lckv.storage import write_json
+from lckv.sharing.patterns import Segment
+from lckv.utils.console import track
+from lckv.utils.storage import write_json
 
 Batch = dict[str, torch.Tensor]
 

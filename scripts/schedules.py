@@ -27,15 +27,15 @@ from torch.utils.data import DataLoader, Subset
 from transformers import get_cosine_schedule_with_warmup, set_seed
 from ways import read_arguments, show
 
-from lckv.charts import new_chart, save_chart, tidy
 from lckv.config import DataConfig, TokenizerConfig
-from lckv.console import track
 from lckv.data.dataset import BlockDataset, TokenizedData, build_dataset
 from lckv.data.tokenizer import build_tokenizer
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.patterns import build_layer_types
-from lckv.storage import write_json
+from lckv.sharing.patterns import build_layer_types
+from lckv.utils.charts import new_chart, save_chart, tidy
+from lckv.utils.console import track
+from lckv.utils.storage import write_json
 
 PATTERNS = (
     "0_6_6_6_6_6_6_7",

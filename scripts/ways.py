@@ -12,9 +12,9 @@ import torch
 from rich.table import Table
 
 from lckv.benchmarking.results import median, ratio
-from lckv.charts import new_chart, save_chart
-from lckv.console import new_console, track
-from lckv.storage import write_json
+from lckv.utils.charts import new_chart, save_chart
+from lckv.utils.console import new_console, track
+from lckv.utils.storage import write_json
 
 K = TypeVar("K")
 

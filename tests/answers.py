@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from lckv import cli
+from lckv.commands import cli
 from lckv.errors import UserError
 from tests.composing import compose
 

@@ -1,4 +1,4 @@
-"""Configurations as `lckv.cli.compose` makes them, several times as fast.
+"""Configurations as `lckv.commands.cli.compose` makes them, several times as fast.
 
 Hydra takes a tenth of a second to compose a configuration from its groups, so that is done once for each choice of
 groups; single values are then set by the function with which Hydra sets them.
@@ -14,7 +14,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, flag_override
 
-from lckv import cli, config_errors, hydra_store, overrides
+from lckv.commands import cli, config_errors, hydra_store, overrides
 from lckv.errors import UserError
 
 

@@ -33,7 +33,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402
 
-from lckv import hydra_store  # noqa: E402
+from lckv.commands import hydra_store  # noqa: E402
 from tests import commands  # noqa: E402
 
 # A shell that starts the tests in the background makes them, and the processes they start, deaf to Ctrl-C.

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.layout import KVLayout, Stream, StreamSource, build_layout
-from lckv.models.attention import LCKVAttention, apply_rotary
-from lckv.patterns import parse_layer_types
+from lckv.models.attention import LCKVAttention
+from lckv.models.parts.rotary import apply_rotary
+from lckv.sharing.layout import KVLayout, Stream, StreamSource, build_layout
+from lckv.sharing.patterns import parse_layer_types
 from tests.reference import tiny_config
 
 LATENT = 96

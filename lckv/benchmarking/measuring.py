@@ -23,13 +23,13 @@ from lckv.benchmarking.settings import Workload
 from lckv.benchmarking.traffic import RecordsTraffic, peak_bytes, record_reads
 from lckv.cache import CACHES, KVCache, PagedKVCache, build_cache
 from lckv.config.keys import once
-from lckv.console import track
-from lckv.costs import ModelSizes, count_flops, count_kv_bytes
 from lckv.errors import UserError, is_out_of_memory
 from lckv.generation.prefill import PrefillReport, prefill
-from lckv.iteration import CONVERGE, Iteration
-from lckv.logits import check_logits
 from lckv.models import LCKVLlamaForCausalLM
+from lckv.sharing.costs import ModelSizes, count_flops, count_kv_bytes
+from lckv.sharing.iteration import CONVERGE, Iteration
+from lckv.utils.console import track
+from lckv.utils.logits import check_logits
 
 logger = logging.getLogger(__name__)
 

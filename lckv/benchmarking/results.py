@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lckv.benchmarking.settings import Workload
-from lckv.charts import new_chart, tidy
-from lckv.costs import FlopsPerToken, KVBytes
-from lckv.environment import describe_hardware, versions
+from lckv.sharing.costs import FlopsPerToken, KVBytes
+from lckv.utils.charts import new_chart, tidy
+from lckv.utils.environment import describe_hardware, versions
 
 if TYPE_CHECKING:
     import torch

@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lckv.byte_sizes import parse_bytes
 from lckv.config import BenchmarkConfig, ModelConfig, SharingConfig, TokenizerConfig, TrainConfig
+from lckv.config.model_arguments import model_arguments
 from lckv.errors import UserError, near_miss
-from lckv.iteration import CONVERGE
-from lckv.model_arguments import model_arguments
-from lckv.patterns import PATTERNS
-from lckv.storage import check_folder, numbered, write_json
+from lckv.sharing.iteration import CONVERGE
+from lckv.sharing.patterns import PATTERNS
+from lckv.utils.byte_sizes import parse_bytes
+from lckv.utils.storage import check_folder, numbered, write_json
 
 if TYPE_CHECKING:  # importing it takes seconds, and most mistakes are found without
     from lckv.models import LCKVLlamaConfig

@@ -11,10 +11,10 @@ from lckv.benchmarking.results import median, tokens_per_second
 from lckv.benchmarking.settings import Workload
 from lckv.cache import KVCache
 from lckv.config import EvaluationConfig
-from lckv.console import track
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Subject
 from lckv.models import LCKVLlamaForCausalLM
+from lckv.utils.console import track
 
 
 def evaluate_speed(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:

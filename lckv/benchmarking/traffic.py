@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lckv.cache import KVCache
 from lckv.cache.quantization import GroupCodec, Quantized
 from lckv.models.attention import LCKVAttention
-from lckv.models.sharing_cache import Streams
+from lckv.models.parts.sharing_cache import Streams
 
 _WORK = "lckv: work"  # in the trace
 

@@ -12,11 +12,11 @@ import torch
 
 from lckv.cache.layers import KVLayer, ReaderLayer
 from lckv.errors import UserError, near_miss
-from lckv.layout import KVLayout, Store, Stream
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.sharing_cache import SharingCache, Streams
-from lckv.patterns import SharingPlan
-from lckv.registry import Registry
+from lckv.models.parts.sharing_cache import SharingCache, Streams
+from lckv.sharing.layout import KVLayout, Store, Stream
+from lckv.sharing.patterns import SharingPlan
+from lckv.utils.registry import Registry
 
 CACHES: Registry[type[KVCache]] = Registry("cache")
 """Every cache class, by the name that `cache=<name>` gives."""

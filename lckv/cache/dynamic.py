@@ -6,8 +6,8 @@ import torch
 
 from lckv.cache.base import CACHES, KVCache
 from lckv.cache.layers import KVLayer, join, roll_ring, writable
-from lckv.layout import Store
-from lckv.models.sharing_cache import Streams
+from lckv.models.parts.sharing_cache import Streams
+from lckv.sharing.layout import Store
 
 
 class FullLayer(KVLayer):

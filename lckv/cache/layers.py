@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from lckv.layout import Store, StreamSource
-from lckv.models.sharing_cache import Streams
+from lckv.models.parts.sharing_cache import Streams
+from lckv.sharing.layout import Store, StreamSource
 
 
 class KVLayer(CacheLayerMixin):

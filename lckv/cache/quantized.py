@@ -18,8 +18,8 @@ from lckv.cache.base import CACHES, KVCache
 from lckv.cache.layers import KVLayer, join
 from lckv.cache.quantization import ALLOWED_BITS, GroupCodec, Quantized
 from lckv.errors import UserError, check_choice, check_whole_number
-from lckv.layout import Store, Stream
-from lckv.models.sharing_cache import Streams
+from lckv.models.parts.sharing_cache import Streams
+from lckv.sharing.layout import Store, Stream
 
 AXES = ("channel", "token")
 LAYOUTS = ("dynamic", "paged")

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from lckv.cache.base import KVCache, build_cache, describe_streams, plan_of
 from lckv.errors import UserError
-from lckv.layout import Stream
-from lckv.storage import new_file, save_tensors
+from lckv.sharing.layout import Stream
+from lckv.utils.storage import new_file, save_tensors
 
 FORMAT = "1"
 CHECKED_SIZES = ("num_key_value_heads", "head_dim", "sliding_window", "force_nodiag")

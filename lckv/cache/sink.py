@@ -16,13 +16,12 @@ from lckv.cache.base import CACHES, KVCache
 from lckv.cache.dynamic import RingLayer
 from lckv.cache.layers import KVLayer, check_crop, join, roll_ring, writable
 from lckv.errors import UserError, check_whole_number
-from lckv.layout import Store
-from lckv.models.attention import apply_rotary
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.planes import Planes, rotate_planes
-from lckv.models.rotary import PositionEmbeddings, rotary_frequencies
-from lckv.models.sharing_cache import Streams
-from lckv.padding import count_padding
+from lckv.models.parts.planes import Planes, rotate_planes
+from lckv.models.parts.rotary import PositionEmbeddings, apply_rotary, rotary_frequencies
+from lckv.models.parts.sharing_cache import Streams
+from lckv.sharing.layout import Store
+from lckv.utils.padding import count_padding
 
 GROWING_ROPE_TYPES = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the text, so that no key can be moved."""

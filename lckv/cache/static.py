@@ -10,9 +10,9 @@ import torch
 from lckv.cache.base import CACHES, KVCache
 from lckv.cache.layers import KVLayer, check_crop, join
 from lckv.errors import UserError, check_whole_number
-from lckv.layout import Store
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.sharing_cache import Streams
+from lckv.models.parts.sharing_cache import Streams
+from lckv.sharing.layout import Store
 
 
 class StaticLayer(KVLayer):

@@ -1,7 +1,8 @@
 """What can be configured: the dataclasses that own every key's name, type, default and check.
 
-The YAML files under `conf/` only choose among these values; `lckv.cli` composes them with Hydra and hands the result
-to an entry point as a root dataclass, see `lckv.hydra_store`. No torch here, so that mistakes are reported at once.
+The YAML files under `conf/` only choose among these values; `lckv.commands.cli` composes them with Hydra and hands the
+result to an entry point as a root dataclass, see `lckv.commands.hydra_store`. No torch here, so that mistakes are
+reported at once.
 """
 
 from lckv.config.cache import CacheConfig

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lckv.byte_sizes import parse_budget, parse_bytes
 from lckv.config.data import DataConfig
 from lckv.config.evaluation import EvaluationConfig
 from lckv.config.keys import Group, above_zero, at_least, key, literal, one_of, passes
@@ -21,6 +20,7 @@ from lckv.config.training import (
     seed_of_32_bits,
 )
 from lckv.errors import UserError
+from lckv.utils.byte_sizes import parse_budget, parse_bytes
 
 _GIVE_BOTH = "give one: python -m lckv.convert source=MODEL model.layer_types=... out=FOLDER"
 

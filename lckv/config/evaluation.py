@@ -26,7 +26,7 @@ from lckv.config.keys import (
 )
 from lckv.config.names import ATTENTIONS, DTYPES, NO_CACHE
 from lckv.errors import UserError, check_whole_number
-from lckv.iteration import CONVERGE
+from lckv.sharing.iteration import CONVERGE
 
 EVALUATIONS = ("perplexity", "harness", "needle", "recall", "speed")
 """Each has a group of settings of its name in [`EvaluationConfig`]."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lckv.byte_sizes import parse_bytes
 from lckv.config.keys import MODEL_REQUIRED, Group, key, literal, one_of
 from lckv.config.names import DTYPES, FORMATS, GGUF, HUB
+from lckv.utils.byte_sizes import parse_bytes
 
 _GGUF, _HUB = {"format": (GGUF,)}, {"format": (HUB,)}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lckv.byte_sizes import parse_bytes
 from lckv.config.cache import CacheConfig, one_of_several
 from lckv.config.keys import (
     MODEL_REQUIRED,
@@ -24,6 +23,7 @@ from lckv.config.keys import (
 from lckv.config.model import ModelConfig
 from lckv.config.names import BATCHINGS, CACHES, CONTINUOUS, DTYPES, ENDLESS, OFF, STATIC, STREAMS, TOKENS
 from lckv.errors import UserError, check_choice
+from lckv.utils.byte_sizes import parse_bytes
 
 DEFAULT_MAX_NEW_TOKENS = 256
 

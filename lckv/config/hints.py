@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lckv.config.keys import Group, at_least, key, literal, once, one_of
-from lckv.costs import DTYPE_BYTES
 from lckv.errors import UserError, check_choice
+from lckv.sharing.costs import DTYPE_BYTES
 
 UPPER, LOWER = DIRECTIONS = ("upper", "lower")
 """Whose keys and values a group of layers reads: its highest layer's, or its lowest's."""

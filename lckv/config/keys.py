@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, NamedTuple, cast, get_type_hints
 
 from lckv.errors import UserError, check_choice, check_positive, check_whole_number, near_miss
-from lckv.iteration import CONVERGE
+from lckv.sharing.iteration import CONVERGE
 
 Rule = Callable[[str, Any], object]
 """Refuses a wrong value of the key of this full name, with a `UserError`."""

@@ -8,8 +8,8 @@ from typing import Any
 from lckv.config.keys import Group, above_zero, at_least, each, fraction, key, one_of, passes, such_that
 from lckv.config.names import ATTENTIONS, AUTO_LATENT, DTYPES, LATENTS, NO_LATENT, RANDOM, XKV
 from lckv.errors import UserError, check_choice
-from lckv.model_values import NORM_TYPES, check_heads
-from lckv.patterns import PATTERNS
+from lckv.sharing.model_values import NORM_TYPES, check_heads
+from lckv.sharing.patterns import PATTERNS
 
 KEPT_WITH_SOURCE = (
     "name",

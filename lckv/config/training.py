@@ -24,8 +24,8 @@ from lckv.config.names import (
     XKV,
 )
 from lckv.config.pretrained import InitConfig, TeacherConfig
-from lckv.costs import DTYPE_BYTES
 from lckv.errors import UserError
+from lckv.sharing.costs import DTYPE_BYTES
 
 OF_OURS = {
     "output_dir": "run_dir",

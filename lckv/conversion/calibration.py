@@ -13,10 +13,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lckv.console import Bar
 from lckv.data.dataset import BlockDataset, collate
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaForCausalLM
+from lckv.utils.console import Bar
 
 Pair = tuple[int, int]
 """Two layers, by their indices."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lckv.config.latent_sizes import LatentBudget, group_layers, latent_budget, refuse_latents, suit_source
 from lckv.config.model import LatentConfig
 from lckv.config.names import AUTO_LATENT, LATENTS, XKV
 from lckv.conversion.heads import Tensors
@@ -20,11 +21,10 @@ from lckv.conversion.source import HEAD, expected_shapes
 from lckv.conversion.target import Make, converted_config, converted_tensors
 from lckv.errors import UserError, check_choice
 from lckv.families import read_model
-from lckv.latents import LatentBudget, group_layers, latent_budget, refuse_latents, suit_source
-from lckv.layout import PLANES
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.models.rotary import fastest_frequencies
-from lckv.patterns import SharingPlan, parse_layer_types
+from lckv.models.parts.rotary import fastest_frequencies
+from lckv.sharing.layout import PLANES
+from lckv.sharing.patterns import SharingPlan, parse_layer_types
 
 _MOST_TURNED = 2.0
 """By how many radians a rotary plane may turn over a text whose keys are made as if it did not."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lckv.config.latent_sizes import LatentBudget
 from lckv.conversion.heads import Tensors
 from lckv.conversion.latent_models import fit_latents, load_tensors, num_unturned_planes
 from lckv.conversion.latents import Factors, KnownBy, LatentFit, Pairs
@@ -24,9 +25,8 @@ from lckv.conversion.scoring import Scorer
 from lckv.conversion.sensitivity import KEYS, VALUES, Sensitivity
 from lckv.conversion.source import HEAD, expected_shapes
 from lckv.conversion.target import converted_config, converted_tensors
-from lckv.latents import LatentBudget
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.patterns import SharingPlan
+from lckv.sharing.patterns import SharingPlan
 
 MAX_DISTANCE = 3
 """How many owners of the source a group may reach up from its lowest one, where nothing else is said."""

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lckv.config.latent_sizes import LatentBudget
 from lckv.config.names import XKV
 from lckv.conversion.fitting import predictor
 from lckv.conversion.heads import Tensors, layer_prefix, read_finite
 from lckv.conversion.methods import sources_before
 from lckv.conversion.sensitivity import KEYS, VALUES, Sensitivity
-from lckv.latents import LatentBudget
-from lckv.layout import KEY_LATENT, LATENT, PLANES, VALUE_LATENT
 from lckv.models import LCKVLlamaConfig
-from lckv.patterns import SharingPlan
+from lckv.sharing.layout import KEY_LATENT, LATENT, PLANES, VALUE_LATENT
+from lckv.sharing.patterns import SharingPlan
 
 KnownBy = tuple[int, tuple[tuple[int, ...], ...], str]
 """An owner, the layers of which its latents are made, and one of these."""

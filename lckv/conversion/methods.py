@@ -16,8 +16,8 @@ from lckv.conversion.heads import AttentionHeads, Tensors, layer_prefix, read_fi
 from lckv.conversion.source import EMBEDDINGS
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaConfig
-from lckv.patterns import SharingPlan
-from lckv.registry import Registry
+from lckv.sharing.patterns import SharingPlan
+from lckv.utils.registry import Registry
 
 
 @dataclass(frozen=True)

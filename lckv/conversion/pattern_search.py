@@ -12,7 +12,7 @@ from typing import Any
 
 from lckv.conversion.scoring import Converter, Score, Scorer
 from lckv.errors import UserError
-from lckv.patterns import SharingPlan
+from lckv.sharing.patterns import SharingPlan
 
 
 @dataclass(frozen=True)

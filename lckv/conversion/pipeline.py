@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from lckv.config import TrainConfig
+from lckv.config.model_arguments import resolve_plan
 from lckv.config.names import CALIBRATED, TRAINED
-from lckv.console import Bar
 from lckv.conversion.calibration import batches_of, calibrate, choose_blocks
 from lckv.conversion.latent_models import budget_of, fit_latents, measure
 from lckv.conversion.latents import sources_of
@@ -22,13 +22,13 @@ from lckv.conversion.settings import adopt_source, check_block_size, model_setti
 from lckv.conversion.source import Source
 from lckv.conversion.target import Make, converted_config, source_config_of, write_converted
 from lckv.data.dataset import TokenizedData, build_dataset
-from lckv.environment import describe_hardware
 from lckv.errors import UserError
-from lckv.loading import find_device
-from lckv.model_arguments import resolve_plan
+from lckv.loading.models import find_device
 from lckv.models import LCKVLlamaConfig
-from lckv.processes import is_main_process
 from lckv.training.run_folder import RunFolder
+from lckv.utils.console import Bar
+from lckv.utils.environment import describe_hardware
+from lckv.utils.processes import is_main_process
 
 
 def convert(

@@ -16,7 +16,7 @@ from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, changed_owners, make_tensors
 from lckv.conversion.target import converted_config, converted_tensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.patterns import LayerPlan, SharingPlan, join_layer_types, parse_layer_types
+from lckv.sharing.patterns import LayerPlan, SharingPlan, join_layer_types, parse_layer_types
 
 _GroupKey = tuple[int, tuple[tuple[int, tuple[int, int]], ...]]
 """An owner and its readers, with what each of them reads."""

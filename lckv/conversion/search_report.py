@@ -14,18 +14,18 @@ import yaml
 from rich.table import Table
 
 import lckv
-from lckv.charts import new_chart, save_chart, tidy
 from lckv.config import DataConfig, InitConfig, SearchConfig
-from lckv.console import command
+from lckv.config.model_arguments import iteration_settings
+from lckv.config.run_names import file_name, source_name
 from lckv.conversion.pattern_search import ScoredPattern, SearchTrace
-from lckv.costs import DTYPE_BYTES, ModelSizes, count_kv_bytes
-from lckv.environment import describe_hardware
-from lckv.loading import find_device
-from lckv.model_arguments import iteration_settings
+from lckv.loading.models import find_device
 from lckv.models import LCKVLlamaConfig
-from lckv.patterns import parse_layer_types
-from lckv.run_names import file_name, source_name
-from lckv.storage import new_folder, numbered, write_json
+from lckv.sharing.costs import DTYPE_BYTES, ModelSizes, count_kv_bytes
+from lckv.sharing.patterns import parse_layer_types
+from lckv.utils.charts import new_chart, save_chart, tidy
+from lckv.utils.console import command
+from lckv.utils.environment import describe_hardware
+from lckv.utils.storage import new_folder, numbered, write_json
 
 _UPTRAINING = (("trainer", "uptrain"), ("optim", "uptrain"))
 """What keeps what the pretrained model knows."""

@@ -12,10 +12,10 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Subset
 
-from lckv.byte_sizes import parse_budget
 from lckv.config import SearchConfig
+from lckv.config.latent_sizes import num_least
+from lckv.config.model_arguments import iteration_settings
 from lckv.config.names import CALIBRATED
-from lckv.console import Bar
 from lckv.conversion.calibration import InputMoments, Pair, batches_of, calibrate, choose_blocks
 from lckv.conversion.latent_models import budget_of, check_num_tokens
 from lckv.conversion.latent_search import MAX_DISTANCE, LatentConverter, LatentSearch, groups_within
@@ -39,10 +39,10 @@ from lckv.conversion.split_search import SplitSearch
 from lckv.data.dataset import BlockDataset, build_dataset, collate
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
-from lckv.latents import num_least
-from lckv.model_arguments import iteration_settings
 from lckv.models import LCKVLlamaForCausalLM
-from lckv.patterns import SharingPlan, build_layer_types, describe_split, parse_layer_types
+from lckv.sharing.patterns import SharingPlan, build_layer_types, describe_split, parse_layer_types
+from lckv.utils.byte_sizes import parse_budget
+from lckv.utils.console import Bar
 
 _BASELINES = ("lasagna_bottom", "pizza_bottom", "sandwich_bottom")
 _VALIDATION_BATCH = 8

@@ -7,13 +7,13 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from lckv.config import DataConfig, ModelConfig, TrainConfig
+from lckv.config.latent_sizes import refuse_latents, suit_source
 from lckv.config.model import KEPT_WITH_SOURCE
+from lckv.config.model_arguments import iteration_settings, plan_from_source
 from lckv.config.names import AUTO_LATENT, RANDOM, XKV
 from lckv.errors import UserError
-from lckv.latents import refuse_latents, suit_source
-from lckv.model_arguments import iteration_settings, plan_from_source
 from lckv.models import LCKVLlamaConfig
-from lckv.patterns import SharingPlan, join_layer_types
+from lckv.sharing.patterns import SharingPlan, join_layer_types
 
 logger = logging.getLogger(__name__)
 

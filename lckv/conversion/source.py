@@ -16,10 +16,10 @@ from lckv.conversion.heads import Tensors
 from lckv.data.tokenizer import check_tokenizer
 from lckv.errors import UserError
 from lckv.families import LazyTensors
-from lckv.loading import Checkpoint, find_checkpoint, find_device, load_weights
-from lckv.model_files import CHAT_TEMPLATE_FILES, TOKENIZER_FILES
+from lckv.loading.model_files import CHAT_TEMPLATE_FILES, TOKENIZER_FILES
+from lckv.loading.models import Checkpoint, find_checkpoint, find_device, load_weights
+from lckv.loading.stored_weights import map_weights, stored_type
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.stored_weights import map_weights, stored_type
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Source:
 
     @classmethod
     def find(cls, name: str, *, revision: str | None = None, key: str = "source") -> Source:
-        """Finds a model that can be converted, without reading its weights; see [`lckv.loading.find_checkpoint`].
+        """Finds a model that can be converted, see [`lckv.loading.models.find_checkpoint`], and reads no weights.
 
         Raises:
             UserError: if there is none, it is of a family that is not supported, or its weights are quantised.

@@ -10,7 +10,7 @@ from typing import Any
 
 from lckv.conversion.pattern_search import Reach, ScoredPattern, SearchTrace, plan_of
 from lckv.conversion.scoring import Converter, Scorer
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
 
 _Sources = list[tuple[int, int]]
 """For each of the source's owners, by number, whose keys and whose values its layers read now."""

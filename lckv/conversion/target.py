@@ -19,10 +19,10 @@ from lckv.conversion.heads import Tensors
 from lckv.conversion.methods import Group, changed_owners, make_tensors
 from lckv.conversion.source import EMBEDDINGS, HEAD, Source, expected_shapes
 from lckv.conversion.weights import write_weights
+from lckv.loading.stored_weights import map_weights
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.patterns import SharingPlan
-from lckv.storage import new_folder, write_json
-from lckv.stored_weights import map_weights
+from lckv.sharing.patterns import SharingPlan
+from lckv.utils.storage import new_folder, write_json
 
 RECORD = "conversion.json"
 """The file that says where a converted model comes from."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lckv.model_files import index_name
-from lckv.storage import save_tensors, write_json
+from lckv.loading.model_files import index_name
+from lckv.utils.storage import save_tensors, write_json
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: int) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 
 from lckv.errors import UserError
-from lckv.storage import CANNOT_WRITE, locked, new_folder
+from lckv.utils.storage import CANNOT_WRITE, locked, new_folder
 
 logger = logging.getLogger(__name__)
 

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lckv.chat_templates import Message, end_of_answer, explain_template_errors
 from lckv.config.sft import ASSISTANT, DROP, REFUSE
-from lckv.console import track
 from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
+from lckv.data.chat_templates import Message, end_of_answer, explain_template_errors
 from lckv.data.conversations import Conversation, build_conversations
 from lckv.data.dataset import TRAIN, VALIDATION, RunData
 from lckv.data.packing import IGNORE_INDEX
 from lckv.data.tokenizer import vocab_size_of
 from lckv.errors import UserError
+from lckv.utils.console import track
 
 if TYPE_CHECKING:
     from datasets import Dataset

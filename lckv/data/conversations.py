@@ -15,12 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lckv.chat_templates import Message
 from lckv.data.cache import fingerprint
+from lckv.data.chat_templates import Message
 from lckv.data.readers import ROW_READERS, check_field, find_files, inspect_file, read_rows
 from lckv.data.sources import HELD_OUT_BOOKS, SURROGATES, explain_hub_errors, find_bible
 from lckv.errors import UserError, near_miss
-from lckv.registry import Registry
+from lckv.utils.registry import Registry
 
 if TYPE_CHECKING:
     from lckv.config import ConversationsConfig

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lckv.console import track
 from lckv.data.cache import NpyWriter, find_cache_dir, fingerprint, load_or_build
 from lckv.data.packing import TOKEN, Packer, labels_of, position_ids_of
 from lckv.data.sources import TextSource, build_source
 from lckv.data.tokenizer import DocumentEncoder
 from lckv.errors import UserError
+from lckv.utils.console import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -32,7 +32,7 @@ from lckv.data.readers import (
     read_documents,
 )
 from lckv.errors import UserError
-from lckv.registry import Registry
+from lckv.utils.registry import Registry
 
 if TYPE_CHECKING:
     from lckv.config import DataConfig

@@ -13,12 +13,12 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, pr
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lckv.config.data import BPE, SPECIAL_TOKENS
-from lckv.console import track
 from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
 from lckv.data.packing import mark_document
 from lckv.data.sources import TextSource, build_source
 from lckv.errors import UserError, near_miss
-from lckv.hub import hub_answers
+from lckv.utils.console import track
+from lckv.utils.hub import hub_answers
 
 if TYPE_CHECKING:
     from lckv.config import DataConfig, TokenizerConfig

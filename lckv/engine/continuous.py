@@ -24,9 +24,9 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from lckv.cache.paged import OutOfPagesError, PagedKVCache, extend_hashes
 from lckv.engine.requests import BatchStatistics, OnToken, Request, make_request
 from lckv.errors import UserError, check_whole_number
-from lckv.iteration import exact_unless
-from lckv.logits import NOT_FINITE, are_finite, choose_token
-from lckv.padding import pad_left
+from lckv.sharing.iteration import exact_unless
+from lckv.utils.logits import NOT_FINITE, are_finite, choose_token
+from lckv.utils.padding import pad_left
 
 
 class ContinuousBatcher:

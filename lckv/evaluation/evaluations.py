@@ -16,7 +16,7 @@ from lckv.config import DataConfig, EvaluationConfig
 from lckv.config.evaluation import default_context_length
 from lckv.errors import UserError, is_out_of_memory
 from lckv.evaluation.perplexity import in_eval_mode
-from lckv.logits import check_logits
+from lckv.utils.logits import check_logits
 
 
 @dataclass(frozen=True)

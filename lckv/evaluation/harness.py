@@ -22,8 +22,8 @@ from lckv.config import EvaluationConfig, HarnessConfig
 from lckv.errors import UserError, is_out_of_memory
 from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.harness_tasks import LoadedTasks, first_line, join_errors, load_tasks
-from lckv.logits import check_logits
-from lckv.storage import check_folder
+from lckv.utils.logits import check_logits
+from lckv.utils.storage import check_folder
 
 logger = logging.getLogger(__name__)
 

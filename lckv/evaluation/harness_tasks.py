@@ -12,7 +12,7 @@ from typing import Any
 
 from lckv.config import HarnessConfig
 from lckv.errors import UserError, near_miss
-from lckv.hub import hub_answers
+from lckv.utils.hub import hub_answers
 
 TASKS = Path(__file__).parent / "tasks"
 """The folder of the task and group files that come with this package."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lckv.costs import Costs, ModelSizes, count_costs, count_kv_bytes, llama_plan
-from lckv.iteration import Iteration
-from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
+from lckv.sharing.costs import Costs, ModelSizes, count_costs, count_kv_bytes, llama_plan
+from lckv.sharing.iteration import Iteration
+from lckv.sharing.patterns import SharingPlan, build_layer_types, parse_layer_types
 
 
 def sharing_plan_of(model: PreTrainedModel) -> SharingPlan:

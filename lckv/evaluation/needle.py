@@ -16,13 +16,13 @@ import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
-from lckv.charts import draw_cells, new_chart, save_chart
 from lckv.config import EvaluationConfig, NeedleConfig
-from lckv.console import track
 from lckv.data.tokenizer import text_prefix
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.text import validation_documents
+from lckv.utils.charts import draw_cells, new_chart, save_chart
+from lckv.utils.console import track
 
 NUM_CANDIDATES = 10
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from lckv.data.packing import IGNORE_INDEX
-from lckv.iteration import CONVERGE, EXACT
+from lckv.sharing.iteration import CONVERGE, EXACT
 
 
 class Blocks(Protocol):

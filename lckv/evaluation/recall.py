@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lckv.config import EvaluationConfig, RecallConfig
-from lckv.console import track
 from lckv.data.tokenizer import text_prefix
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Subject
+from lckv.utils.console import track
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lckv.errors import UserError
-from lckv.storage import check_folder, locked, write_json
+from lckv.utils.storage import check_folder, locked, write_json
 
 
 @dataclass

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from lckv.config import EvaluationConfig
-from lckv.console import track
 from lckv.data.packing import IGNORE_INDEX
 from lckv.data.tokenizer import DocumentEncoder, check_tokenizer
 from lckv.evaluation.evaluations import Subject
 from lckv.evaluation.perplexity import Perplexity
 from lckv.evaluation.text import validation_documents
-from lckv.logits import check_logits
-from lckv.padding import positions
+from lckv.utils.console import track
+from lckv.utils.logits import check_logits
+from lckv.utils.padding import positions
 
 DEFAULT_CACHE_CHUNK = 32
 

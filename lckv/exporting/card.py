@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from lckv.costs import ModelSizes, count_kv_bytes, llama_plan
 from lckv.exporting.provenance import Provenance
 from lckv.models import LCKVLlamaConfig
+from lckv.sharing.costs import ModelSizes, count_kv_bytes, llama_plan
 
 DRAWING = "pattern.png"
 """The picture of who reads whose keys and values, beside the card."""

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from lckv.config import ExportConfig
-from lckv.patterns import SharingPlan
-from lckv.registry import Registry
+from lckv.sharing.patterns import SharingPlan
+from lckv.utils.registry import Registry
 
 
 class ExportFormat(ABC):

@@ -10,10 +10,10 @@ from lckv.config.names import GGUF
 from lckv.errors import UserError
 from lckv.exporting.formats import FORMATS, ExportFormat
 from lckv.exporting.gguf_reuse import find_reuse, is_llama
-from lckv.model_files import find_files
-from lckv.model_values import OURS
-from lckv.patterns import SharingPlan
-from lckv.storage import check_new_file, new_file, why_not_written
+from lckv.loading.model_files import find_files
+from lckv.sharing.model_values import OURS
+from lckv.sharing.patterns import SharingPlan
+from lckv.utils.storage import check_new_file, new_file, why_not_written
 
 _INSTALL = "pip install 'lckv[llamacpp]'"
 _SIZES = {"sliding_window", "max_position_embeddings", "hidden_act"}
@@ -45,7 +45,7 @@ class GGUFFile(ExportFormat):
         from lckv.exporting.gguf_file import write_gguf
         from lckv.exporting.gguf_tokenizer import tokenizer_settings
         from lckv.exporting.gguf_verification import verify
-        from lckv.loading import load_model
+        from lckv.loading.models import load_model
 
         model, tokenizer = load_model(self.model, revision=self.cfg.revision, device="cpu")
         dtype = model.dtype if self.cfg.dtype == "auto" else getattr(torch, self.cfg.dtype)

@@ -18,7 +18,7 @@ from lckv.exporting.gguf_plain import (
 )
 from lckv.exporting.gguf_reuse import find_reuse, is_llama
 from lckv.exporting.gguf_silu import approximate_silu
-from lckv.gguf_weights import side_by_side
+from lckv.loading.gguf_weights import side_by_side
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from lckv.errors import UserError
-from lckv.gguf_weights import gguf_names
+from lckv.loading.gguf_weights import gguf_names
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.models.rotary import rotary_embedding, rotary_frequencies
+from lckv.models.parts.rotary import rotary_embedding, rotary_frequencies
 
 Weights = dict[str, torch.Tensor]
 """Tensors by name."""

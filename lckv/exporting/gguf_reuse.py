@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lckv.errors import UserError
-from lckv.patterns import LayerPlan, SharingPlan, describe_split
+from lckv.sharing.patterns import LayerPlan, SharingPlan, describe_split
 
 SILU = ("silu", "swish")
 """What transformers calls the activation of Llama's MLPs."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lckv.byte_sizes import parse_bytes
 from lckv.config.names import HUB
 from lckv.errors import UserError
 from lckv.exporting.formats import FORMATS, ExportFormat
-from lckv.model_files import find_files
-from lckv.model_values import OURS
-from lckv.patterns import SharingPlan
-from lckv.storage import check_new_folder, new_folder, write_text
+from lckv.loading.model_files import find_files
+from lckv.sharing.model_values import OURS
+from lckv.sharing.patterns import SharingPlan
+from lckv.utils.byte_sizes import parse_bytes
+from lckv.utils.storage import check_new_folder, new_folder, write_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -76,9 +76,9 @@ class HubFolder(ExportFormat):
 
     def _describe(self, folder: Path, source: Source, plain: PretrainedConfig | None) -> None:
         """Writes the card and the picture in it."""
-        from lckv.drawing import save_drawing
         from lckv.exporting.card import DRAWING, model_card
         from lckv.exporting.provenance import find_provenance
+        from lckv.sharing.drawing import save_drawing
 
         save_drawing(source.config.sharing_plan, folder / DRAWING)
         family = None if plain is None else plain.model_type

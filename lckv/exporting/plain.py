@@ -10,8 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lckv.errors import UserError
 from lckv.families import TENSORS, read_model
-from lckv.model_values import FAMILIES
 from lckv.models import LCKVLlamaConfig
+from lckv.sharing.model_values import FAMILIES
 
 _WITHOUT_MEANING = (
     *("forward_passes", "backward_passes", "converge_tolerance", "use_sequential"),  # where no layer reads upward

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lckv.config.run_names import source_name
 from lckv.conversion.target import RECORD
 from lckv.errors import UserError
 from lckv.evaluation.results_file import scalar_figures
-from lckv.loading import Checkpoint, evaluation_folder, find_run
-from lckv.model_files import is_of_training
-from lckv.run_names import source_name
+from lckv.loading.model_files import is_of_training
+from lckv.loading.models import Checkpoint, evaluation_folder, find_run
 from lckv.training.run_folder import RunFolder, flatten
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from lckv.errors import UserError, near_miss
-from lckv.model_values import FAMILIES, OURS
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.rotary import PARTIAL
-from lckv.patterns import join_layer_types
+from lckv.models.parts.rotary import PARTIAL
+from lckv.sharing.model_values import FAMILIES, OURS
+from lckv.sharing.patterns import join_layer_types
 
 _ALWAYS_READ = ("head_dim",)  # declared or not, by transformers' decoders
 _NOT_CARRIED_OVER = ("model_type", "architectures", "transformers_version", "layer_types", "sliding_window")

@@ -24,10 +24,10 @@ from lckv.families.tensors import (
     read_tensors,
 )
 from lckv.families.unregistered import read_unregistered
-from lckv.model_values import check_family
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.rotary import PARTIAL
-from lckv.registry import Registry
+from lckv.models.parts.rotary import PARTIAL
+from lckv.sharing.model_values import check_family
+from lckv.utils.registry import Registry
 
 FAMILIES: Registry[Callable[[PretrainedConfig], dict[str, Any]]] = Registry("family")
 """By transformers' `model_type`: what a family's configuration says in other words, or leaves unsaid.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.rotary import num_rotated, rotary_embedding
-from lckv.registry import Registry
+from lckv.models.parts.rotary import num_rotated, rotary_embedding
+from lckv.utils.registry import Registry
 
 Changes = Mapping[str, Callable[[Tensor], Tensor]]
 """What is made of a stored tensor: our names, and how each of these tensors comes from it."""

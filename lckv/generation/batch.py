@@ -16,8 +16,8 @@ from lckv.cache import KVCache
 from lckv.errors import UserError
 from lckv.generation.decoding_options import DecodingOptions
 from lckv.generation.prefill import PrefillOptions, prefill
-from lckv.logits import check_logits
-from lckv.padding import pad_left
+from lckv.utils.logits import check_logits
+from lckv.utils.padding import pad_left
 
 logger = logging.getLogger(__name__)
 

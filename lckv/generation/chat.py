@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lckv.cache import KVCache, build_cache
 from lckv.cache.paged.pages import OutOfPagesError
-from lckv.chat_templates import Message, end_of_answer, render_chat
+from lckv.data.chat_templates import Message, end_of_answer, render_chat
 from lckv.data.readers import join_line_ends
 from lckv.data.sources import SURROGATES
 from lckv.errors import UserError

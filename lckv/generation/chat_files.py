@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lckv.chat_templates import Message
+from lckv.data.chat_templates import Message
 from lckv.data.conversations import USER, check_messages
 from lckv.errors import UserError, near_miss
-from lckv.storage import check_folder, write_text
+from lckv.utils.storage import check_folder, write_text
 
 
 def save_conversation(path: Path, messages: list[Message], *, replaces: bool = False) -> None:

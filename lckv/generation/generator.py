@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from lckv.cache import KVCache, PagedKVCache, build_cache
 from lckv.config import DEFAULT_MAX_NEW_TOKENS, GenerateConfig
 from lckv.config.names import CONTINUOUS
-from lckv.console import Bar
 from lckv.engine.continuous import ContinuousBatcher
 from lckv.engine.requests import BatchStatistics
 from lckv.errors import UserError
@@ -30,6 +29,7 @@ from lckv.generation.limits import check_span, prefill_options
 from lckv.generation.loops import LONGEST_TAIL, is_looping
 from lckv.generation.streaming import Printer, TextPieces, stream_text
 from lckv.models import LCKVLlamaForCausalLM
+from lckv.utils.console import Bar
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from lckv.cache import KVCache, SinkKVCache
 from lckv.config import ChatConfig, GenerateConfig
 from lckv.errors import UserError
 from lckv.generation.prefill import PrefillOptions
-from lckv.iteration import CONVERGE
 from lckv.models import LCKVLlamaConfig
+from lckv.sharing.iteration import CONVERGE
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from transformers import Cache, PreTrainedModel
 
 from lckv.config.keys import passes
 from lckv.errors import UserError, check_positive, check_whole_number
-from lckv.iteration import exact_unless
-from lckv.models.sharing_cache import SharingCache
-from lckv.padding import positions
+from lckv.models.parts.sharing_cache import SharingCache
+from lckv.sharing.iteration import exact_unless
+from lckv.utils.padding import positions
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lckv.chat_templates import render_chat
+from lckv.data.chat_templates import render_chat
 from lckv.data.readers import join_line_ends
 from lckv.errors import UserError, near_file
 

@@ -30,8 +30,8 @@ from lckv.data.readers import join_line_ends
 from lckv.errors import UserError, check_whole_number
 from lckv.generation.decoding_options import Sampling
 from lckv.generation.prefill import num_at_once
-from lckv.iteration import EXACT
-from lckv.logits import check_logits, choose_token
+from lckv.sharing.iteration import EXACT
+from lckv.utils.logits import check_logits, choose_token
 
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:

@@ -9,10 +9,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, cache_utils
 
 from lckv.errors import UserError, check_choice
-from lckv.iteration import Iteration, check_iteration
-from lckv.layout import PLANES, KVLayout, check_latents, kv_layout, latents_read
-from lckv.model_values import NORM_TYPES
-from lckv.patterns import LayerPlan, SharingPlan, build_layer_types, parse_layer_types
+from lckv.sharing.iteration import Iteration, check_iteration
+from lckv.sharing.layout import PLANES, KVLayout, check_latents, kv_layout, latents_read
+from lckv.sharing.model_values import NORM_TYPES
+from lckv.sharing.patterns import LayerPlan, SharingPlan, build_layer_types, parse_layer_types
 
 # Older transformers have no cache layer for decoder layers without KV of their own. There, "moe" is the one name that
 # makes its caches keep nothing for a layer; newer ones ask `kv_sharing_modes`.

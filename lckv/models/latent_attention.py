@@ -26,12 +26,12 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lckv.layout import PLANES, Stream
-from lckv.models.attention import LCKVAttention, apply_rotary
-from lckv.models.masks import VisibleKeys
-from lckv.models.planes import PlaneProjection, only_planes, rotate_planes
-from lckv.models.rotary import PositionEmbeddings
-from lckv.models.sharing_cache import Streams
+from lckv.models.attention import LCKVAttention
+from lckv.models.parts.planes import PlaneProjection, only_planes, rotate_planes
+from lckv.models.parts.rotary import PositionEmbeddings, apply_rotary
+from lckv.models.parts.sharing_cache import Streams
+from lckv.models.visibility.masks import VisibleKeys
+from lckv.sharing.layout import PLANES, Stream
 
 _ABSORBING = ("eager", "sdpa")
 """Backends whose masks of a single query are tensors."""

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lckv.models.attention import LCKVAttention, last_positions
+from lckv.models.attention import LCKVAttention
 from lckv.models.configuration_lckv import LCKVLlamaConfig
 from lckv.models.latent_attention import LatentAttention
-from lckv.models.masks import VisibleKeys
-from lckv.models.parts import build_mlp, build_norm
-from lckv.models.rotary import PositionEmbeddings
-from lckv.models.sharing_cache import CacheWriter, Streams
+from lckv.models.parts.blocks import build_mlp, build_norm
+from lckv.models.parts.rotary import PositionEmbeddings, last_positions
+from lckv.models.parts.sharing_cache import CacheWriter, Streams
+from lckv.models.visibility.masks import VisibleKeys
 
 
 class LCKVDecoderLayer(GradientCheckpointingLayer):

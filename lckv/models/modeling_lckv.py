@@ -14,15 +14,15 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from lckv.iteration import EXACT, Iteration, Passes
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.groups import GroupKeys
 from lckv.models.layer import LCKVDecoderLayer
-from lckv.models.masks import MaskBuilder, build_visible_keys, find_documents, has_cached_tokens
-from lckv.models.parts import build_embedding, build_head, build_norm
-from lckv.models.rotary import PositionEmbeddings, Positions, rotary_embedding
-from lckv.models.sharing_cache import SharingCache
+from lckv.models.parts.blocks import build_embedding, build_head, build_norm
+from lckv.models.parts.rotary import PositionEmbeddings, Positions, rotary_embedding
+from lckv.models.parts.sharing_cache import SharingCache
 from lckv.models.stack import Stack, Trace
+from lckv.models.visibility.groups import GroupKeys
+from lckv.models.visibility.masks import MaskBuilder, build_visible_keys, find_documents, has_cached_tokens
+from lckv.sharing.iteration import EXACT, Iteration, Passes
 
 
 @dataclass

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from lckv.iteration import Passes
-from lckv.layout import KVLayout
-from lckv.models.groups import Group, GroupKeys, groups_of, interleave
-from lckv.models.masks import VisibleKeys
-from lckv.models.rotary import PositionEmbeddings
-from lckv.models.sharing_cache import CachePeeker, CacheWriter, Streams
-from lckv.patterns import Segment, SharingPlan
+from lckv.models.parts.rotary import PositionEmbeddings
+from lckv.models.parts.sharing_cache import CachePeeker, CacheWriter, Streams
+from lckv.models.visibility.groups import Group, GroupKeys, groups_of, interleave
+from lckv.models.visibility.masks import VisibleKeys
+from lckv.sharing.iteration import Passes
+from lckv.sharing.layout import KVLayout
+from lckv.sharing.patterns import Segment, SharingPlan
 
 States = dict[int, Streams]
 """Streams by the layer that writes them."""

@@ -13,9 +13,7 @@ from statistics import median
 
 from pandas import DataFrame
 
-from lckv.costs import ModelSizes, count_flops, llama_plan
-from lckv.iteration import Iteration
-from lckv.model_arguments import DEFAULT_SLIDING_WINDOW
+from lckv.config.model_arguments import DEFAULT_SLIDING_WINDOW
 from lckv.reporting.grouping import Group, Row, group_runs, warnings_of
 from lckv.reporting.metrics import (
     Comparison,
@@ -28,6 +26,8 @@ from lckv.reporting.metrics import (
     summarize,
 )
 from lckv.reporting.runs import table
+from lckv.sharing.costs import ModelSizes, count_flops, llama_plan
+from lckv.sharing.iteration import Iteration
 
 _MAX_BUDGETS = 6
 _TOLERANCE = 1e-9

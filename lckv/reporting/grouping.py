@@ -12,7 +12,7 @@ from typing import Any
 from pandas import DataFrame
 
 from lckv.config import TrainConfig
-from lckv.model_arguments import DEFAULT_SLIDING_WINDOW
+from lckv.config.model_arguments import DEFAULT_SLIDING_WINDOW
 from lckv.reporting.metrics import scalar
 from lckv.reporting.runs import FIGURES, first_known
 from lckv.training.run_folder import flatten

@@ -16,8 +16,8 @@ from pandas import DataFrame
 
 from lckv.config.names import RANDOM
 from lckv.errors import UserError, near_miss
-from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.reporting.metrics import metrics_of, number, scalar
+from lckv.sharing.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.training.run_folder import flatten
 
 # Of a run folder, no more than these is looked into; it holds no other runs.

@@ -11,10 +11,10 @@ from typing import NamedTuple
 from lckv.config import EvaluationConfig
 from lckv.config.evaluation import EVALUATIONS
 from lckv.config.names import NO_CACHE
-from lckv.iteration import CONVERGE
 from lckv.reporting.analysis import Budget, Cohort, Report, show_fraction
 from lckv.reporting.grouping import list_names
 from lckv.reporting.metrics import SIGNIFICANT, Comparison, Metric
+from lckv.sharing.iteration import CONVERGE
 from lckv.training.run_folder import flatten
 
 _CHANGES_NO_FIGURE = {

@@ -28,7 +28,7 @@ from lckv.reporting.pictures.needles import needle_maps
 from lckv.reporting.runs import first_known, table
 from lckv.reporting.sentences import answers, method_notes, status
 from lckv.reporting.tables import Table, main_table, tables_of, trouble_table
-from lckv.storage import check_folder, new_folder
+from lckv.utils.storage import check_folder, new_folder
 
 _MADE_BY = "lckv.report"
 _FIGURES = "report.json"

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from lckv.config.hints import UPPER, GroupConfig
-from lckv.costs import DTYPE_BYTES, ModelSizes
+from lckv.config.model_arguments import check_owners
 from lckv.errors import UserError, check_choice, check_whole_number
-from lckv.layout import kv_layout
-from lckv.model_arguments import check_owners
-from lckv.model_files import find_files
-from lckv.model_values import OURS, stored_plan
-from lckv.patterns import SharingPlan, build_layer_types, describe_split, parse_layer_types
+from lckv.loading.model_files import find_files
 from lckv.serving.schema import check_schema
+from lckv.sharing.costs import DTYPE_BYTES, ModelSizes
+from lckv.sharing.layout import kv_layout
+from lckv.sharing.model_values import OURS, stored_plan
+from lckv.sharing.patterns import SharingPlan, build_layer_types, describe_split, parse_layer_types
 
 VERSION = 1
 """Of the schema."""
@@ -145,7 +145,7 @@ def find_model(name: str, *, revision: str | None = None, key: str = "model") ->
         if needed is not None and needed.issubset(values):
             found.stored_plan()  # which names the model if it is wrong
             return ModelKV.from_values(values, name)
-    from lckv.loading import find_checkpoint
+    from lckv.loading.models import find_checkpoint
 
     return ModelKV.from_values(find_checkpoint(given, revision=revision, key=key).load_config().to_dict(), name)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lckv.config import LoraConfig
 from lckv.config.sft import ALL_LINEAR
 from lckv.errors import UserError, near_miss
-from lckv.patterns import SharingPlan
+from lckv.sharing.patterns import SharingPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

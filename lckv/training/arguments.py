@@ -19,8 +19,8 @@ from lckv.config import RunConfig, TrainConfig, TrainerConfig
 from lckv.config.keys import WORDS
 from lckv.config.names import RIEMANNIAN
 from lckv.errors import UserError, check_choice, near_miss
-from lckv.processes import num_processes
 from lckv.training.optim import schedule_arguments
+from lckv.utils.processes import num_processes
 
 _TRUE = ("true", "1", "yes")
 _USES_OF_ACCELERATE = ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM")

@@ -30,12 +30,12 @@ from transformers import TrainingArguments as Arguments
 
 from lckv.config import TrainConfig
 from lckv.config.names import LOSS_PARTS
-from lckv.environment import peak_flops, peak_memory_bytes
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Outcome, Subject, run_evaluations
 from lckv.evaluation.perplexity import in_eval_mode
 from lckv.evaluation.results_file import scalar_figures
 from lckv.training.run_folder import RunFolder
+from lckv.utils.environment import peak_flops, peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 

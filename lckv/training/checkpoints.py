@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lckv.errors import UserError
-from lckv.storage import clear_away, put_in_place, remove_folder, why_not_written, write_json
+from lckv.utils.storage import clear_away, put_in_place, remove_folder, why_not_written, write_json
 
 logger = logging.getLogger(__name__)
 

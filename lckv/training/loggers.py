@@ -13,8 +13,8 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from lckv.config import LoggerConfig, RunConfig
 from lckv.errors import UserError
-from lckv.registry import Registry
 from lckv.training.run_folder import RunFolder
+from lckv.utils.registry import Registry
 
 LOGGERS: Registry[Callable[[RunConfig, RunFolder, int], TrainerCallback]] = Registry("logger")
 """Builders of tracker callbacks by name: `builder(cfg, folder, first_step)`; the session logs what is behind that."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.ticker import EngFormatter
 
-from lckv.charts import new_chart, save_chart, tidy
 from lckv.training.callbacks import text_loss
+from lckv.utils.charts import new_chart, save_chart, tidy
 
 
 def plot_loss(lines: Sequence[dict[str, Any]], path: Path, *, title: str, unigram_loss: float | None) -> None:

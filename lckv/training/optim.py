@@ -12,8 +12,8 @@ from torch.optim import AdamW, Optimizer
 from lckv.config import OptimConfig
 from lckv.config.names import RIEMANNIAN
 from lckv.errors import UserError
-from lckv.registry import Registry
 from lckv.training.stiefel import StiefelAdam, stacks_of
+from lckv.utils.registry import Registry
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 

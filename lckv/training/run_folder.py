@@ -29,10 +29,10 @@ from typing import Any
 import yaml
 
 from lckv.config import RunConfig, TrainConfig
+from lckv.config.model_arguments import resolve_layer_types
 from lckv.errors import UserError, first_line
-from lckv.model_arguments import resolve_layer_types
-from lckv.storage import locked, write_json, write_text
 from lckv.training.checkpoints import CheckpointFolder
+from lckv.utils.storage import locked, write_json, write_text
 
 logger = logging.getLogger(__name__)
 

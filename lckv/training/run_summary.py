@@ -13,16 +13,16 @@ from transformers import PreTrainedModel
 
 from lckv.config import RunConfig, TrainerConfig
 from lckv.config.names import LOSS_PARTS
-from lckv.console import arguments_of_this_run, command
 from lckv.data.dataset import RunData
-from lckv.environment import describe_hardware, versions
 from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
 from lckv.evaluation.results_file import scalar_figures
-from lckv.iteration import CONVERGE
-from lckv.patterns import SharingPlan, build_layer_types, parse_layer_types
+from lckv.sharing.iteration import CONVERGE
+from lckv.sharing.patterns import SharingPlan, build_layer_types, parse_layer_types
 from lckv.training.callbacks import SAMPLING, SAMPLING_SEED, describe_loss_parts, format_duration
 from lckv.training.run_folder import RunFolder
 from lckv.training.trainer import RunMixin
+from lckv.utils.console import arguments_of_this_run, command
+from lckv.utils.environment import describe_hardware, versions
 
 _OF_CONVERT = {"source": "init.source", "revision": "init.revision", "method": "init.method"}
 """Settings of `lckv.convert` by what `lckv.train` calls them."""

@@ -13,14 +13,13 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
 from lckv.config import RunConfig, SFTConfig, TrainConfig
+from lckv.config.model_arguments import random_sharing
 from lckv.config.names import RIEMANNIAN
 from lckv.data.dataset import RunData, TokenizedData, collate
 from lckv.data.readers import join_line_ends
 from lckv.errors import UserError
 from lckv.evaluation.model_costs import costs_of, sharing_plan_of
-from lckv.model_arguments import random_sharing
-from lckv.patterns import advice_on
-from lckv.storage import write_json
+from lckv.sharing.patterns import advice_on
 from lckv.training import callbacks as ours
 from lckv.training.acceleration import compile_layers, use_liger_kernels
 from lckv.training.checkpoints import num_processes_of, step_of
@@ -32,6 +31,7 @@ from lckv.training.run_folder import RunFolder
 from lckv.training.run_summary import build_results
 from lckv.training.stiefel import orthonormalize
 from lckv.training.trainer import LCKVTrainer, RunMixin
+from lckv.utils.storage import write_json
 
 logger = logging.getLogger(__name__)
 

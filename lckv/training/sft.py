@@ -9,11 +9,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
-from lckv.chat_templates import end_of_answer
 from lckv.config import SFTConfig
-from lckv.console import command
+from lckv.data.chat_templates import end_of_answer
 from lckv.data.chat_tokens import ConversationCollator, ConversationData, pad_token_of
-from lckv.storage import new_folder
 from lckv.training.adapters import build_lora_config, check_adapter_fits, read_adapter
 from lckv.training.arguments import build_training_arguments
 from lckv.training.callbacks import sample_text
@@ -21,6 +19,8 @@ from lckv.training.checkpoints import saving
 from lckv.training.run_folder import RunFolder
 from lckv.training.session import BaseSession
 from lckv.training.trainer import RunMixin
+from lckv.utils.console import command
+from lckv.utils.storage import new_folder
 
 
 def build_sft_arguments(cfg: SFTConfig) -> TrainingArguments:

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import Blocks, evaluate_perplexity
-from lckv.iteration import CONVERGE
-from lckv.patterns import parse_layer_types
-from lckv.random_sharing import RandomSharing
-from lckv.storage import new_file, new_folder
+from lckv.sharing.iteration import CONVERGE
+from lckv.sharing.patterns import parse_layer_types
+from lckv.sharing.random_sharing import RandomSharing
 from lckv.training.checkpoints import CheckpointFolder, saving
 from lckv.training.optim import metrics_of
+from lckv.utils.storage import new_file, new_folder
 
 
 @dataclass(eq=False)

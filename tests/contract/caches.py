@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lckv.cache import CACHES, build_cache
-from lckv.layout import Store, Stream
+from lckv.sharing.layout import Store, Stream
 from tests.reference import tiny_model, token_ids
 
 OPTIONS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
 from tests.reference import PATTERNS, SHAPES, cross_entropy, exact_logits, plain_schedule_logits, tiny_model, token_ids
 from tests.samples import pairwise
 

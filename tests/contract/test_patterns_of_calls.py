@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from lckv.errors import UserError
-from lckv.patterns import build_layer_types, parse_layer_types
+from lckv.sharing.patterns import build_layer_types, parse_layer_types
 from tests.reference import PATTERNS, SHAPES, tiny_model, token_ids
 
 BOTH_OR_NONE = {"keys and values", "no keys and values"}

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from lckv import benchmark, cli
+from lckv import benchmark
 from lckv.benchmarking.measuring import Bench
-from lckv.costs import ModelSizes, count_kv_bytes
-from lckv.patterns import parse_layer_types
+from lckv.commands import cli
+from lckv.sharing.costs import ModelSizes, count_kv_bytes
+from lckv.sharing.patterns import parse_layer_types
 from tests.reference import tiny_model
 
 SHORT = ("num_threads=1", "prompt_length=20", "new_tokens=3", "rounds=2", "kv_budget=100kB")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from lckv.errors import UserError
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from tests import commands
 from tests.e2e import training
 from tests.e2e.conftest import write_corpus
@@ -33,7 +33,8 @@ SHARDS = "max_shard_size=40KB"
 SLOW = """
 import sys, time
 from pathlib import Path
-from lckv import cli, convert
+from lckv.commands import cli
+from lckv import convert
 from lckv.config import names
 from lckv.conversion.methods import METHODS
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lckv import cli, train
+from lckv import train
+from lckv.commands import cli
 from lckv.errors import UserError
 from tests.e2e import training
 from tests.e2e.conftest import FinishedRun

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lckv.chat_templates import CHATML
 from lckv.config.names import CALIBRATED
+from lckv.data.chat_templates import CHATML
 from tests import commands
 from tests.docs import BLOCKS, Block, entry_point
 from tests.e2e.conftest import write_corpus

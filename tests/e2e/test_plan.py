@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
-from lckv.costs import ModelSizes, count_parameters
-from lckv.patterns import parse_layer_types
+from lckv.sharing.costs import ModelSizes, count_parameters
+from lckv.sharing.patterns import parse_layer_types
 
 PATTERN = "2_2_2_5_5_5_8_8_8"
 

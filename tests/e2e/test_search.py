@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lckv import cli, search
+from lckv import search
+from lckv.commands import cli
 from tests.e2e.conftest import write_corpus
 from tests.unit.conversion.sources import random_source, save_source
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lckv import cli, evaluate, export, sft
+from lckv import evaluate, export, sft
+from lckv.commands import cli
 from lckv.errors import UserError
 from tests import commands
 from tests.e2e import training

@@ -18,7 +18,7 @@ from tests.e2e.test_resume import kill_when
 PROGRAM = """
 import os, signal
 from pathlib import Path
-from lckv import cli
+from lckv.commands import cli
 from lckv.errors import UserError
 
 def main(cfg):
@@ -29,7 +29,7 @@ def main(cfg):
     if cfg.seed == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     import torch
-    from lckv.processes import set_num_threads
+    from lckv.utils.processes import set_num_threads
     set_num_threads(cfg.trainer.num_threads)
     Path(cfg.run_dir + ".txt").write_text(f"{torch.get_num_threads()} {os.getpid()}")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lckv import cli, train
+from lckv import train
+from lckv.commands import cli
 from tests.e2e import training
 from tests.e2e.conftest import FinishedRun
 

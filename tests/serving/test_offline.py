@@ -9,11 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from lckv import LCKVLlamaForCausalLM
 from lckv.config.hints import GroupConfig
-from lckv.costs import ModelSizes, count_costs
 from lckv.errors import UserError
 from lckv.families import read_model
-from lckv.patterns import parse_layer_types
 from lckv.serving.hints import emit_hint
+from lckv.sharing.costs import ModelSizes, count_costs
+from lckv.sharing.patterns import parse_layer_types
 from tests.serving.models import SIZES, answer, assert_served_alike, engine, kv_tokens, prompts, save, tiny_model
 
 pytest.importorskip("vllm")

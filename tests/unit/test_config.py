@@ -10,8 +10,10 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from tokenizers.pre_tokenizers import ByteLevel
 
-from lckv import cli, train
+from lckv import train
 from lckv.cache import CACHES
+from lckv.commands import cli
+from lckv.commands.hydra_store import NAMED_OPTIONS, config_dir, register_schema
 from lckv.config import (
     EvaluateConfig,
     EvaluationConfig,
@@ -25,18 +27,17 @@ from lckv.config import (
 from lckv.config.cache import cache_options
 from lckv.config.data import SMALLEST_BPE, SPECIAL_TOKENS
 from lckv.config.evaluation import EVALUATIONS
+from lckv.config.latent_sizes import STREAMS
+from lckv.config.model_arguments import model_arguments, resolve_layer_types
+from lckv.config.run_names import default_run_name, file_name
 from lckv.conversion.latents import FITS
 from lckv.conversion.methods import METHODS
 from lckv.data.conversations import CONVERSATIONS
 from lckv.data.sources import SOURCES
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import FUNCTIONS
-from lckv.hydra_store import NAMED_OPTIONS, config_dir, register_schema
-from lckv.latents import STREAMS
-from lckv.model_arguments import model_arguments, resolve_layer_types
 from lckv.models import LCKVLlamaConfig
-from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
-from lckv.run_names import default_run_name, file_name
+from lckv.sharing.patterns import PATTERNS, build_layer_types, parse_layer_types
 from lckv.training.loggers import LOGGERS
 from lckv.training.optim import OPTIMIZERS, SCHEDULES, TRAINABLE
 
@@ -167,7 +168,7 @@ def test_the_wheel_is_preferred_over_the_checkout(tmp_path, monkeypatch):
     package = tmp_path / "lckv"
     (tmp_path / "conf").mkdir()
     (package / "conf").mkdir(parents=True)
-    monkeypatch.setattr("lckv.hydra_store.__file__", str(package / "hydra_store.py"))
+    monkeypatch.setattr("lckv.commands.hydra_store.__file__", str(package / "commands" / "hydra_store.py"))
     with pytest.raises(UserError, match="no configuration files"):
         config_dir()
     (tmp_path / "conf" / "train.yaml").write_text("")

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, MixtralConfig, Qwen2MoeConfig
 
-from lckv import cli, search, train
+from lckv import search, train
+from lckv.commands import cli
 from lckv.errors import UserError
 from tests.tiny import byte_tokenizer
 from tests.unit.conversion.sources import assert_identical, random_source, read_folder, run_convert, save_source

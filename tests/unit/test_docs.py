@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from lckv.commands.hydra_store import SCHEMAS
+from lckv.commands.overrides import flags_first, name_the_first
 from lckv.config import TrainConfig
 from lckv.config.keys import keys_of
 from lckv.config.model import ModelConfig
-from lckv.costs import ModelSizes, count_costs
+from lckv.config.model_arguments import resolve_layer_types
 from lckv.families import FAMILIES, TENSORS
-from lckv.hydra_store import SCHEMAS
-from lckv.iteration import Iteration
-from lckv.model_arguments import resolve_layer_types
-from lckv.overrides import flags_first, name_the_first
-from lckv.patterns import PATTERNS, build_layer_types, parse_layer_types
+from lckv.sharing.costs import ModelSizes, count_costs
+from lckv.sharing.iteration import Iteration
+from lckv.sharing.patterns import PATTERNS, build_layer_types, parse_layer_types
 from tests.composing import compose
 from tests.docs import BLOCKS, PAGES, ROOT, entry_point
 

@@ -21,7 +21,7 @@ from lckv.generation.prompts import encode_prompts, read_prompts
 from lckv.generation.streaming import Sampling, stream_text
 from tests.composing import compose
 from tests.reference import tiny_model, token_ids
-from tests.unit.test_loading import byte_tokenizer
+from tests.unit.loading.test_loading import byte_tokenizer
 
 PATTERN = "0_3_3_3_4"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lckv.hydra_store import SCHEMAS
+from lckv.commands.hydra_store import SCHEMAS
 from tests.answers import FILE, read_mistakes
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from lckv.hydra_store import SCHEMAS
+from lckv.commands.hydra_store import SCHEMAS
 from tests.composing import compose
 from tests.docs import ROOT, entry_point
 

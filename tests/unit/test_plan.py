@@ -1,4 +1,4 @@
-"""The report on a sharing plan: its figures are those of `lckv.costs`, and every part is there to read."""
+"""The report on a sharing plan: its figures are those of `lckv.sharing.costs`, and every part is there to read."""
 
 import io
 import json
@@ -6,11 +6,11 @@ import json
 import pytest
 from rich.console import Console
 
-from lckv.costs import ModelSizes, count_costs
 from lckv.errors import UserError
-from lckv.iteration import Iteration
-from lckv.patterns import parse_layer_types
 from lckv.plan import as_dict, build_report, main, print_report
+from lckv.sharing.costs import ModelSizes, count_costs
+from lckv.sharing.iteration import Iteration
+from lckv.sharing.patterns import parse_layer_types
 from tests.composing import compose
 
 

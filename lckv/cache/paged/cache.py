@@ -28,9 +28,9 @@ from lckv.cache.layers import KVLayer, check_crop
 from lckv.cache.paged.layer import PagedLayer, PageStep
 from lckv.cache.paged.pages import BlockTable, PagedSequence, PageGroup, extend_hashes
 from lckv.errors import UserError, check_whole_number
-from lckv.layout import Store
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.padding import count_padding
+from lckv.sharing.layout import Store
+from lckv.utils.padding import count_padding
 
 
 @CACHES.register("paged")

@@ -11,8 +11,8 @@ import torch
 
 from lckv.cache.layers import KVLayer, join
 from lckv.cache.paged.pages import BlockTable, capacity_for
-from lckv.layout import Store
-from lckv.models.sharing_cache import Streams
+from lckv.models.parts.sharing_cache import Streams
+from lckv.sharing.layout import Store
 
 if TYPE_CHECKING:
     from lckv.cache.paged.cache import PagedKVCache

@@ -21,8 +21,8 @@ from lckv.cache.paged.pages import capacity_for
 from lckv.cache.quantization import GroupCodec, Quantized
 from lckv.cache.quantized import EncodingLayer, QuantizedOptions
 from lckv.errors import UserError
-from lckv.layout import Store
-from lckv.models.sharing_cache import Streams
+from lckv.models.parts.sharing_cache import Streams
+from lckv.sharing.layout import Store
 
 Exact = tuple[int, ...]
 """The pages that lie as they are, in their order in the pools for those. Layers with equal ones share what follows."""

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 
-from lckv.charts import new_chart
 from lckv.reporting.grouping import Row
+from lckv.utils.charts import new_chart
 
 INK, MUTED, GRID, PAPER = "#1a1a1b", "#6b6b6c", "#e3e3e4", "#fffffe"
 """Colours that a page with a dark scheme replaces; none of them is used for anything else."""

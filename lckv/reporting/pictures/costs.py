@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from lckv.charts import tidy
 from lckv.reporting.analysis import Report
 from lckv.reporting.grouping import Row
 from lckv.reporting.pictures.base import GRID, INK, MUTED, PAPER, HitTexts, Panel, Picture, Style, add_hits
+from lckv.utils.charts import tidy
 
 
 def draw_costs(report: Report, styles: Mapping[str, Style]) -> Picture | None:

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 from pandas import DataFrame, concat
 
-from lckv.charts import tidy
 from lckv.reporting.analysis import Report
 from lckv.reporting.metrics import number
 from lckv.reporting.pictures.base import GRID, MUTED, PAPER, HitTexts, Panel, Picture, Style, add_hits
 from lckv.reporting.runs import first_known
+from lckv.utils.charts import tidy
 
 _SIZE = (2.9, 2.5)
 _WARM_UP = 0.12

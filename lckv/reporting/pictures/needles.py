@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy
 from matplotlib.axes import Axes
 
-from lckv.charts import draw_cells
 from lckv.reporting.analysis import Report
 from lckv.reporting.grouping import Row
 from lckv.reporting.pictures.base import PAPER, HitTexts, Panel, Picture, Style, add_hits
+from lckv.utils.charts import draw_cells
 
 
 class NeedleMap(NamedTuple):

@@ -14,11 +14,11 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from pandas import DataFrame
 from textalloc import allocate
 
-from lckv.charts import tidy
 from lckv.reporting.analysis import Report, show_fraction
 from lckv.reporting.grouping import Row
 from lckv.reporting.metrics import Metric
 from lckv.reporting.pictures.base import FONT_SIZE, GRID, MUTED, PAPER, HitTexts, Panel, Picture, Style, add_hits
+from lckv.utils.charts import tidy
 
 _SPACE_OF_A_TICK = 0.14
 _MAX_LABELS = 10  # more than these cannot stand beside their points

@@ -16,7 +16,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 
 from lckv.errors import UserError
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.models.rotary import rotary_embedding
+from lckv.models.parts.rotary import rotary_embedding
 from lckv.serving.vllm.strict_past import StrictPastAttention
 
 

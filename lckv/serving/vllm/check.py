@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lckv.errors import UserError
-from lckv.model_files import check_model, find_files
+from lckv.loading.model_files import check_model, find_files
 from lckv.serving.vllm import ARCHITECTURE, PATTERN_KEYS
 
 

@@ -18,11 +18,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from lckv.iteration import Iteration
 from lckv.models.configuration_lckv import LCKVLlamaConfig
-from lckv.patterns import Segment
 from lckv.serving.vllm.attention import LCKVAttention, TableRotaryEmbedding
 from lckv.serving.vllm.settings import check_engine, first_of_last_readers, num_passes, read_served
+from lckv.sharing.iteration import Iteration
+from lckv.sharing.patterns import Segment
 
 
 def build_norm(config: LCKVLlamaConfig) -> nn.Module:
@@ -138,7 +138,7 @@ class LCKVLlamaModel(nn.Module):
         embeds = self.embed_tokens(input_ids)
         if self.embedding_multiplier == 1.0:
             return embeds
-        # Rounded to the type of the weights first, as in `lckv.models.parts.ScaledEmbedding`.
+        # Rounded to the type of the weights first, as in `lckv.models.parts.blocks.ScaledEmbedding`.
         return embeds * torch.tensor(self.embedding_multiplier, dtype=embeds.dtype)
 
     def forward(

@@ -13,11 +13,11 @@ import torch
 from lckv.errors import UserError
 from lckv.families import Reading, read_model
 from lckv.families.tensors import our_tensors
-from lckv.iteration import Iteration
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.patterns import SharingPlan, describe_split
 from lckv.serving.hints import hinted_layer_types, read_hint
 from lckv.serving.vllm import HINT, PATTERN_KEYS
+from lckv.sharing.iteration import Iteration
+from lckv.sharing.patterns import SharingPlan, describe_split
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from lckv.benchmarking.measuring import Bench, CacheChoice, choose_caches, combi
 from lckv.benchmarking.settings import Workload
 from lckv.benchmarking.traffic import RecordsTraffic, record_reads
 from lckv.cache import CACHES, DynamicKVCache, StaticKVCache
-from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError
+from lckv.sharing.costs import ModelSizes, count_kv_bytes
 from tests.reference import PATTERNS, tiny_model, token_ids
 
 WORKLOAD = Workload(prompt_length=9, new_tokens=3, rounds=1)

@@ -18,9 +18,9 @@ from lckv.benchmarking.results import (
     tokens_per_second,
 )
 from lckv.benchmarking.settings import OutputFolder, Workload
-from lckv.charts import save_chart
-from lckv.costs import FlopsPerToken, KVBytes
 from lckv.errors import UserError
+from lckv.sharing.costs import FlopsPerToken, KVBytes
+from lckv.utils.charts import save_chart
 
 WORKLOAD = Workload(100, 10, batch_sizes=(1,), kv_budget=10_000, rounds=3)
 ENVIRONMENT = {"device": "cpu (x)", "num_threads": 1, "torch_version": "2.0"}

@@ -11,10 +11,10 @@ from lckv.benchmarking.settings import (
     checkpoint_labels,
     random_models,
 )
+from lckv.commands.hydra_store import config_dir
 from lckv.config import BenchmarkConfig
 from lckv.errors import UserError
-from lckv.hydra_store import config_dir
-from lckv.patterns import build_layer_types
+from lckv.sharing.patterns import build_layer_types
 from tests import composing
 from tests.reference import tiny_model
 
@@ -121,8 +121,8 @@ def test_every_suite_can_be_run(suite):
 
 def test_the_decode_suite_holds_whole_sequences_of_llama():
     """The batch must be able to grow by the plan's factor: 8 sequences of Llama, 21 of LCKV's 8/3 = 2.67 times."""
-    from lckv.costs import ModelSizes, count_kv_bytes
-    from lckv.patterns import parse_layer_types
+    from lckv.sharing.costs import ModelSizes, count_kv_bytes
+    from lckv.sharing.patterns import parse_layer_types
 
     cfg = compose("suite=decode")
     workload = build_workload(cfg)

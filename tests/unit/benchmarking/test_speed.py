@@ -7,9 +7,9 @@ import pytest
 from lckv.benchmarking.speed import evaluate_speed
 from lckv.cache import build_cache
 from lckv.config import DataConfig, EvaluationConfig, SpeedConfig
-from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import Subject
+from lckv.sharing.costs import ModelSizes, count_kv_bytes
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer
 

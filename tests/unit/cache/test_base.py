@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from lckv.cache import DynamicKVCache, build_cache, load_cache, save_cache
 from lckv.cache.base import KVCache
 from lckv.cache.layers import ReaderLayer
-from lckv.costs import ModelSizes, count_kv_bytes
 from lckv.errors import UserError
+from lckv.sharing.costs import ModelSizes, count_kv_bytes
 from tests.reference import tiny_config, tiny_model, token_ids
 from tests.strategies import layer_types as any_layer_types
 

@@ -14,7 +14,7 @@ from lckv.conversion.methods import Group, make_tensors
 from lckv.conversion.source import expected_shapes
 from lckv.conversion.target import converted_tensors
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
 from tests.composing import compose
 from tests.reference import tiny_config
 from tests.tiny import byte_tokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lckv.conversion.methods import METHODS, changed_owners
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
 from tests.unit.conversion.sources import (
     KINDS,
     assert_identical,

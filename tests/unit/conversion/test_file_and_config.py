@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lckv.errors import UserError
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from tests.reference import token_ids
 from tests.unit.conversion.sources import identity, random_source, run_convert, save_source
 

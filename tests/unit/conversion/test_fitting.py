@@ -12,7 +12,7 @@ from lckv.conversion.fitting import fit_mean, fit_subspace, predict_from, predic
 from lckv.conversion.heads import AttentionHeads, to_planes
 from lckv.conversion.methods import METHODS, Group, changed_owners, needed_pairs
 from lckv.errors import UserError
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
 from tests.reference import token_ids
 from tests.unit.conversion.sources import KINDS, convert_model, convert_tensors, random_source
 from tests.unit.conversion.test_alignment import model_with_scrambled_copies

@@ -9,9 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from lckv import cli
+from lckv.commands import cli
 from lckv.config import DataConfig, SearchConfig, validate
+from lckv.config.latent_sizes import latent_budget
 from lckv.config.model import LatentConfig
+from lckv.config.model_arguments import model_arguments
 from lckv.conversion.latent_search import ExpectedLoss, LatentConverter, LatentSearch, cheapest_spans, groups_within
 from lckv.conversion.pattern_search import SearchTrace, Span
 from lckv.conversion.scoring import Scorer
@@ -20,10 +22,8 @@ from lckv.conversion.search_session import SearchOfLatents
 from lckv.conversion.sensitivity import measure_sensitivity
 from lckv.conversion.source import Source
 from lckv.errors import UserError
-from lckv.latents import latent_budget
-from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
 from tests.e2e.conftest import write_corpus
 from tests.unit.conversion.sources import random_source, save_source
 from tests.unit.conversion.test_search import text, with_twins

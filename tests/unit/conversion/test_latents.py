@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lckv.cache import build_cache
+from lckv.config.latent_sizes import latent_budget, suit_source
 from lckv.config.model import LatentConfig
 from lckv.config.names import LATENTS
 from lckv.conversion.latent_models import num_unturned_planes, rope_labels, to_latents
@@ -21,12 +22,11 @@ from lckv.conversion.latents import Factors, LatentFit, Pairs, allot, roots, sou
 from lckv.conversion.sensitivity import KEYS, VALUES, measure_sensitivity
 from lckv.conversion.source import expected_shapes
 from lckv.conversion.target import converted_config, converted_tensors
-from lckv.costs import ModelSizes
 from lckv.errors import UserError
-from lckv.latents import latent_budget, suit_source
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
-from lckv.patterns import parse_layer_types
+from lckv.sharing.costs import ModelSizes
+from lckv.sharing.patterns import parse_layer_types
 from tests.reference import SHAPES, token_ids
 from tests.samples import pairwise
 from tests.unit.conversion.sources import KINDS, random_source, run_convert, save_source

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-from lckv.byte_sizes import parse_budget
 from lckv.conversion.pattern_search import (
     Reach,
     Span,
@@ -17,7 +16,8 @@ from lckv.conversion.pattern_search import (
     resolve_reach,
 )
 from lckv.errors import UserError
-from lckv.patterns import build_layer_types, parse_layer_types
+from lckv.sharing.patterns import build_layer_types, parse_layer_types
+from lckv.utils.byte_sizes import parse_budget
 
 
 def patterns(merges):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lckv.conversion.source import EMBEDDINGS, Source
 from lckv.families import read_model
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from lckv.models import LCKVLlamaForCausalLM
 from tests.reference import token_ids
 from tests.tiny import byte_tokenizer
@@ -23,7 +23,7 @@ from tests.unit.conversion.sources import (
     save_source,
 )
 from tests.unit.families.test_registered import CONFIGS, random_model
-from tests.unit.test_loading import llama_folder, write_gguf
+from tests.unit.loading.test_loading import llama_folder, write_gguf
 
 
 def save_torch(folder: Path, num_files: int) -> dict[str, torch.Tensor]:

@@ -12,8 +12,9 @@ import yaml
 from rich.console import Console
 from torch.nn import functional as F
 
-from lckv import cli
+from lckv.commands import cli
 from lckv.config import DataConfig, ModelConfig, SearchConfig, TrainConfig, validate
+from lckv.config.model_arguments import model_arguments, plan_from_source
 from lckv.conversion.calibration import collect_moments
 from lckv.conversion.pattern_search import PatternSearch, Reach, ScoredPattern, SearchLimits, SearchTrace
 from lckv.conversion.scoring import Converter, Scorer
@@ -24,10 +25,9 @@ from lckv.conversion.split_search import SplitSearch
 from lckv.conversion.target import converted_config, write_converted
 from lckv.data.readers import find_files
 from lckv.errors import UserError
-from lckv.loading import load_model
-from lckv.model_arguments import model_arguments, plan_from_source
+from lckv.loading.models import load_model
 from lckv.models import LCKVLlamaConfig
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
 from tests.reference import SHAPES, tiny_config, tiny_model, token_ids
 from tests.unit.conversion.sources import KINDS, random_source, save_source
 

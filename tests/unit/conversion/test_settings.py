@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from lckv.config.model_arguments import resolve_plan
 from lckv.conversion.calibration import batches_of, choose_blocks, collect_moments
 from lckv.conversion.settings import adopt_source
 from lckv.data.dataset import build_dataset
 from lckv.errors import UserError
 from lckv.families import read_model
-from lckv.loading import load_model
-from lckv.model_arguments import resolve_plan
+from lckv.loading.models import load_model
 from tests.composing import compose
 from tests.reference import tiny_config, token_ids
 from tests.tiny import byte_tokenizer

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lckv import cli, train
+from lckv import train
+from lckv.commands import cli
 from lckv.conversion.calibration import collect_moments
 from lckv.conversion.heads import AttentionHeads
 from lckv.conversion.latent_models import to_latents
@@ -15,8 +16,8 @@ from lckv.conversion.pattern_search import PatternSearch, Reach, SearchLimits, S
 from lckv.conversion.scoring import Converter, Scorer
 from lckv.conversion.settings import adopt_source
 from lckv.errors import UserError
-from lckv.loading import load_model
-from lckv.patterns import parse_layer_types
+from lckv.loading.models import load_model
+from lckv.sharing.patterns import parse_layer_types
 from tests.reference import tiny_config, token_ids
 from tests.unit.conversion.sources import (
     KINDS,

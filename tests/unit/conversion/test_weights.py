@@ -13,15 +13,15 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from safetensors.torch import load_file
 
-from lckv import storage
 from lckv.conversion.methods import METHODS
 from lckv.conversion.source import Source
 from lckv.conversion.target import RECORD, converted_config, write_converted, write_trained
 from lckv.conversion.weights import cut_into_shards, write_weights
 from lckv.errors import UserError
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from lckv.models import LCKVLlamaForCausalLM
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
+from lckv.utils import storage
 from tests.layouts import LATENT, LatentAttention, LatentConfig
 from tests.unit.conversion.sources import assert_identical, random_source, read_folder, run_convert, save_source
 

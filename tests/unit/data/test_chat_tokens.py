@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lckv.chat_templates import end_of_answer, read_chat_template, set_chat_template
 from lckv.config import ConversationsConfig, SFTConfig
+from lckv.data.chat_templates import end_of_answer, read_chat_template, set_chat_template
 from lckv.data.chat_tokens import ConversationCollator, build_conversation_data, build_encoder
 from lckv.errors import UserError
 from lckv.models import LCKVLlamaForCausalLM

@@ -25,7 +25,7 @@ from lckv.data.tokenizer import (
     vocab_size_of,
 )
 from lckv.errors import UserError
-from lckv.hub import hub_answers
+from lckv.utils.hub import hub_answers
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 

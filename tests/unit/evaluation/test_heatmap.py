@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from lckv.charts import save_chart
 from lckv.evaluation.needle import draw_needle
+from lckv.utils.charts import save_chart
 
 
 def figures(num_lengths: int = 4, num_depths: int = 5) -> dict:

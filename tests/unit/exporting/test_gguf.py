@@ -20,9 +20,9 @@ from lckv.exporting.gguf_reuse import find_reuse
 from lckv.exporting.gguf_silu import approximate_silu
 from lckv.exporting.gguf_tokenizer import _LLAMA3, tokenizer_settings
 from lckv.exporting.gguf_verification import run_llama_cpp
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from lckv.models import LCKVLlamaForCausalLM
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
 from tests.layouts import latent_config
 from tests.reference import SHAPES, tiny_config, tiny_model, token_ids
 from tests.tiny import byte_tokenizer, merging_tokenizer

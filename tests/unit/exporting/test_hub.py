@@ -23,7 +23,7 @@ from lckv.exporting import bundle as bundling
 from lckv.exporting.bundle import bundle
 from lckv.exporting.hub import requirements_of
 from lckv.exporting.provenance import public_name
-from lckv.loading import find_checkpoint, load_model
+from lckv.loading.models import find_checkpoint, load_model
 from lckv.models import LCKVLlamaConfig
 from tests.reference import SHAPES, tiny_config, tiny_model, token_ids
 from tests.tiny import byte_tokenizer

@@ -25,11 +25,11 @@ from transformers import (
 from lckv.cache import build_cache
 from lckv.config.names import LATENTS, XKV
 from lckv.conversion.latent_models import to_latents
-from lckv.costs import ModelSizes, count_parameters
 from lckv.errors import UserError
 from lckv.families import FAMILIES, read_model
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from lckv.models import LCKVLlamaForCausalLM
+from lckv.sharing.costs import ModelSizes, count_parameters
 from tests.tiny import byte_tokenizer
 
 SIZES = {

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from lckv.errors import UserError
 from lckv.families import FAMILIES, TENSORS, read_model
 from lckv.families.unregistered import read_unregistered
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from tests.tiny import byte_tokenizer
 from tests.unit.conversion.sources import run_convert, save_source
 from tests.unit.families.test_registered import LLAMA3_ROPE, SIZES, random_model, read_in_memory

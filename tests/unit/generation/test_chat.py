@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lckv.cache import build_cache
-from lckv.chat_templates import render_chat
 from lckv.config import SFTConfig
+from lckv.data.chat_templates import render_chat
 from lckv.data.chat_tokens import build_encoder
 from lckv.errors import UserError
 from lckv.generation.batch import PrefillOptions, generate

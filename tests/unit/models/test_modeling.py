@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from lckv import LCKVLlamaForCausalLM
 from lckv.cache import SinkKVCache
-from lckv.models.attention import attend, attend_with_one_query
-from lckv.models.masks import MaskBuilder, VarlenBatch, VisibleKeys, build_visible_keys
+from lckv.models.visibility.backends import attend, attend_with_one_query
+from lckv.models.visibility.masks import MaskBuilder, VarlenBatch, VisibleKeys, build_visible_keys
 from tests.reference import exact_logits, tiny_config, tiny_model, token_ids
 
 LENGTH = 9
@@ -386,7 +386,7 @@ def test_windows_in_blocks_equal_one_mask(layer_types, force_nodiag, monkeypatch
     for mask in (None, attention_mask):
         results = []
         for min_block in (4, 100):
-            monkeypatch.setattr("lckv.models.attention.MIN_BLOCK", min_block)
+            monkeypatch.setattr("lckv.models.visibility.backends.MIN_BLOCK", min_block)
             cache = DynamicCache(config=model.config)
             before = model(
                 input_ids[:, :7], attention_mask=None if mask is None else mask[:, :7], past_key_values=cache
@@ -399,7 +399,7 @@ def test_windows_in_blocks_equal_one_mask(layer_types, force_nodiag, monkeypatch
 
 def test_blocks_are_used_where_a_window_is_short(monkeypatch):
     model = tiny_model("0s_1s_2s_3s", sliding_window=3, attn_implementation="sdpa")
-    monkeypatch.setattr("lckv.models.attention.MIN_BLOCK", 4)
+    monkeypatch.setattr("lckv.models.visibility.backends.MIN_BLOCK", 4)
     lengths = []
     sdpa = torch.nn.functional.scaled_dot_product_attention
 

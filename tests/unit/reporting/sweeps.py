@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from lckv.config import ModelConfig, TrainConfig
-from lckv.costs import ModelSizes, count_costs, llama_plan
-from lckv.iteration import Iteration
-from lckv.model_arguments import model_arguments, resolve_layer_types
-from lckv.patterns import parse_layer_types
-from lckv.run_names import default_run_name
+from lckv.config.model_arguments import model_arguments, resolve_layer_types
+from lckv.config.run_names import default_run_name
+from lckv.sharing.costs import ModelSizes, count_costs, llama_plan
+from lckv.sharing.iteration import Iteration
+from lckv.sharing.patterns import parse_layer_types
 
 PENALTIES = {"llama": 0.0, "cla": 0.03, "yoco": 0.02, "lckv": 0.06, "sandwich_bottom": 0.08, "pizza_bottom": 0.15}
 """How much worse the loss of each family is made."""

@@ -11,9 +11,9 @@ import pytest
 from matplotlib import rc_context
 from PIL import Image
 
+from lckv.commands.overrides import name_the_first
 from lckv.config import ReportConfig, SharingConfig
 from lckv.errors import UserError
-from lckv.overrides import name_the_first
 from lckv.report import main
 from lckv.reporting.analysis import analyse
 from lckv.reporting.pictures import pictures_of

@@ -14,9 +14,9 @@ from lckv.cache import build_cache
 from lckv.config import GroupConfig
 from lckv.config.hints import DIRECTIONS
 from lckv.errors import UserError
-from lckv.patterns import parse_layer_types
 from lckv.serving.hints import ModelKV, SharingHint, emit_hint, find_model, hinted_layer_types, read_hint, schema
 from lckv.serving.schema import check_schema
+from lckv.sharing.patterns import parse_layer_types
 from tests.reference import tiny_config, tiny_model, token_ids
 from tests.strategies import layer_types
 

@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from lckv import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.errors import UserError
-from lckv.iteration import Iteration
 from lckv.serving.hints import emit_hint
 from lckv.serving.vllm import check
 from lckv.serving.vllm.settings import check_engine, num_passes, read_served
+from lckv.sharing.iteration import Iteration
 from tests.tiny import byte_tokenizer
 
 SIZES = dict(

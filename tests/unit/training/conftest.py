@@ -12,9 +12,9 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from lckv.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, TrainerConfig
+from lckv.config.model_arguments import model_arguments
 from lckv.data.dataset import TokenizedData, build_dataset
 from lckv.data.tokenizer import build_tokenizer
-from lckv.model_arguments import model_arguments
 from lckv.models import LCKVLlamaConfig, LCKVLlamaForCausalLM
 from lckv.training import session
 from lckv.training.arguments import build_training_arguments

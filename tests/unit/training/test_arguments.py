@@ -8,9 +8,9 @@ import torch
 
 from lckv.config import TrainConfig, TrainerConfig
 from lckv.errors import UserError
-from lckv.processes import set_num_threads
 from lckv.training import arguments
 from lckv.training.arguments import build_training_arguments
+from lckv.utils.processes import set_num_threads
 
 MakeConfig = Callable[..., TrainConfig]
 

@@ -8,8 +8,6 @@ from rich.console import Console
 from tokenizers import processors
 from transformers import TrainerControl, TrainerState
 
-from lckv import environment
-from lckv.console import new_console
 from lckv.errors import UserError
 from lckv.training import callbacks
 from lckv.training.callbacks import (
@@ -20,6 +18,8 @@ from lckv.training.callbacks import (
     format_duration,
     sample_text,
 )
+from lckv.utils import environment
+from lckv.utils.console import new_console
 
 
 class Clock:

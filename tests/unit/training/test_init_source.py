@@ -10,11 +10,12 @@ import pytest
 from transformers import TrainerCallback
 from transformers.utils.logging import enable_progress_bar
 
-from lckv import cli, plan, train
+from lckv import plan, train
+from lckv.commands import cli
 from lckv.config import InitConfig, ModelConfig, TokenizerConfig, TrainConfig
 from lckv.conversion.target import RECORD
 from lckv.errors import UserError
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from lckv.training.session import Session
 from tests.unit.conversion.sources import random_source, save_source
 

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lckv import cli, convert, train
+from lckv import convert, train
+from lckv.commands import cli
 from lckv.config import InitConfig, ModelConfig, SharingConfig, TokenizerConfig
 from lckv.conversion.settings import adopt_source
 from lckv.errors import UserError
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from lckv.models import LCKVLlamaConfig
-from lckv.patterns import parse_layer_types
-from lckv.random_sharing import RandomSharing
+from lckv.sharing.patterns import parse_layer_types
+from lckv.sharing.random_sharing import RandomSharing
 from lckv.training.session import Session
 from tests.unit.conversion.sources import random_source, save_source
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lckv.config import TeacherConfig
 from lckv.conversion.latent_models import to_latents
 from lckv.errors import UserError
-from lckv.loading import load_model
+from lckv.loading.models import load_model
 from lckv.models import LCKVLlamaForCausalLM
 from lckv.training.distillation import check_teacher_fits, keys_and_values
 from lckv.training.session import Session

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lckv import cli
-from lckv.model_arguments import plan_from_source
-from lckv.patterns import SharingPlan, parse_layer_types
+from lckv.commands import cli
+from lckv.config.model_arguments import plan_from_source
+from lckv.sharing.patterns import SharingPlan, parse_layer_types
 from lckv.training.run_folder import RunFolder
 from lckv.training.run_summary import _evaluation, next_commands
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lckv.chat_templates import read_chat_template, set_chat_template
 from lckv.config import ConversationsConfig, LoggerConfig, LoraConfig, OptimConfig, SFTConfig, TrainerConfig
+from lckv.data.chat_templates import read_chat_template, set_chat_template
 from lckv.data.chat_tokens import build_conversation_data, build_encoder
 from lckv.errors import UserError
-from lckv.patterns import parse_layer_types
+from lckv.sharing.patterns import parse_layer_types
 from lckv.training.adapters import check_adapter_pattern, read_adapter
 from lckv.training.run_folder import RunFolder
 from tests.reference import tiny_model

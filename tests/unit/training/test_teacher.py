@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from lckv.building import check_tokenizers
 from lckv.config import TeacherConfig, TrainConfig, validate
 from lckv.errors import UserError
+from lckv.loading.building import check_tokenizers
 from lckv.training.distillation import check_teacher_fits
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer

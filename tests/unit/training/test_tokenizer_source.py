@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lckv.building import choose_tokenizer
 from lckv.config import DataConfig, TokenizerConfig
 from lckv.errors import UserError
+from lckv.loading.building import choose_tokenizer
 from lckv.training.run_folder import RunFolder
 from tests.reference import tiny_model
 from tests.tiny import byte_tokenizer

@@ -1,0 +1,1 @@
+"""What the entry points share: Hydra, command lines, mistakes in one line, and run folders around the work."""

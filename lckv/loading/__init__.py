@@ -1,0 +1,1 @@
+"""Finds, reads and builds models by what the user calls them."""

@@ -1,0 +1,1 @@
+"""Which keys each query sees, and how the attention backends take that."""

@@ -1,0 +1,1 @@
+"""What a sharing pattern means and costs, by arithmetic alone: no torch, no model."""

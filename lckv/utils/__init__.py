@@ -1,0 +1,1 @@
+"""What all rooms use and none owns: files, consoles, processes, pictures, padding."""
