@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lckv.commands import cli
 from lckv.commands.runs import claim, claim_data, in_run_folder
 from lckv.config import SFTConfig
+from lckv.config.sft import DPO
 from lckv.data.conversations import check_conversations
 from lckv.errors import UserError
 from lckv.loading.model_files import check_model, choose_chat_template
@@ -90,7 +91,7 @@ def _check_files(cfg: SFTConfig, folder: RunFolder) -> Callable[[PreTrainedToken
     if cfg.lora.adapter is not None and plan is not None:
         check_adapter_pattern(read_adapter(cfg.lora.adapter), plan, f"lora.adapter={cfg.lora.adapter}")
     if not folder.results.is_file():
-        check_conversations(cfg.data)
+        check_conversations(cfg.data, is_paired=cfg.loss == DPO)
     return choose_chat_template(cfg.chat_template, cfg.model, revision=cfg.revision)
 
 

@@ -24,7 +24,7 @@ from lckv.errors import UserError
 
 ALL_LINEAR = "all-linear"
 REFUSE, TRUNCATE, DROP = TOO_LONG = ("refuse", "truncate", "drop")
-ASSISTANT, ALL = LOSSES = ("assistant", "all")
+ASSISTANT, ALL, DPO = LOSSES = ("assistant", "all", "dpo")
 
 
 def _module_names(name: str, value: Any) -> None:
@@ -39,10 +39,12 @@ def _module_names(name: str, value: Any) -> None:
 class ConversationsConfig(SourceConfig):
     """Where conversations come from: `{"messages": [{"role": ..., "content": ...}, ...]}` each.
 
+    For `loss=dpo` they are pairs: `{"prompt": ..., "chosen": ..., "rejected": ...}`.
+
     Attributes:
         name: the source: "files", "hub", or "bible" (questions about the embedded text, and their answers).
-        messages_field: sources "files" and "hub": the field that holds the messages.
-        max_conversations: read at most so many conversations of each split (None: all).
+        messages_field: sources "files" and "hub": the field that holds the messages; pairs have fields of their own.
+        max_conversations: read at most so many conversations, or pairs, of each split (None: all).
     """
 
     split: str = key("train", only_with={"name": ("hub",)})
@@ -92,7 +94,9 @@ class SFTConfig(RunConfig):
         model: what is tuned: a run folder, a folder with a model and its tokenizer, a GGUF file, or a name on the Hub.
         revision: only for the Hub: branch, tag or commit.
         chat_template: a file with a Jinja template, or "chatml"; None: the tokenizer's own.
-        loss: which tokens are learnt: "assistant" (what the assistant says and how it ends) or "all".
+        loss: which tokens are learnt: "assistant" (what the assistant says and how it ends) or "all"; or "dpo": of
+            pairs of answers, which is the better one (Rafailov et al., NeurIPS 2023).
+        beta: loss "dpo": how dearly it is paid for to become unlike the model that training starts from.
         packing: whether several conversations share a row, none of which sees another; else each has its own.
         max_length: tokens of a row; None: 1024, or as many as the model allows if that is fewer.
         too_long: what becomes of longer conversations: "refuse" ends the run, "truncate" cuts their ends off, "drop"
@@ -108,7 +112,8 @@ class SFTConfig(RunConfig):
     chat_template: str | None = literal(is_named)
     data: ConversationsConfig = field(default_factory=ConversationsConfig)
     loss: str = key(ASSISTANT, one_of(LOSSES))
-    packing: bool = True
+    beta: float = key(0.1, above_zero, only_with={"loss": (DPO,)})
+    packing: bool = key(True, only_with={"loss": (ASSISTANT, ALL)})
     max_length: int | None = key(None, at_least(8))
     too_long: str = key(REFUSE, one_of(TOO_LONG))
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -22,7 +22,7 @@ from lckv.config.hints import HintsConfig
 from lckv.config.keys import Group, keys_of
 from lckv.config.model import KEPT_WITH_SOURCE
 from lckv.config.names import CALIBRATED, NO_CACHE, TRAINED
-from lckv.config.sft import SFTConfig
+from lckv.config.sft import DPO, SFTConfig
 from lckv.config.training import TrainConfig
 from lckv.errors import UserError
 
@@ -223,6 +223,11 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             "trainer.trainable",
             lambda cfg: not cfg.lora.is_used,
             "beside adapters, which alone are trained; leave it out (lora.target_modules says where they are)",
+        ),
+        _unless(
+            "data.messages_field",
+            lambda cfg: cfg.loss != DPO,
+            "with loss={cfg.loss}, whose lines have prompt, chosen and rejected; leave it out",
         ),
         Unused("trainer.evaluation_steps", lambda cfg, key: "here; run lckv.evaluate on the tuned model"),
     ),

@@ -3,12 +3,15 @@
 A row is `input_ids` and `labels`, and `seq_lengths`, the tokens of each conversation in it, as TRL's `pack_dataset`
 makes it. Position ids restart at each conversation, which is how a model tells them apart; the first token of each has
 the label -100, as nothing stands before it.
+
+A row of a pair of answers is `prompt_ids`, `chosen_ids` and `rejected_ids`, as TRL's `DPOTrainer` takes it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lckv.config.sft import ASSISTANT, DROP, REFUSE
+from lckv.config.sft import ALL, DPO, DROP, REFUSE
 from lckv.data.cache import find_cache_dir, fingerprint, load_or_build
 from lckv.data.chat_templates import Message, end_of_answer, explain_template_errors
 from lckv.data.conversations import Conversation, build_conversations
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COLUMNS = ("input_ids", "labels", "seq_lengths")
+_PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _ROWS_AT_ONCE = 1000
 _VERSION = 1  # part of the cache's key: raise it when what is stored, or how conversations become rows, changes
 
@@ -87,6 +91,20 @@ class ChatEncoder:
         labels = [token if learnt else IGNORE_INDEX for token, learnt in zip(ids, is_learnt, strict=True)]
         return ids, [IGNORE_INDEX, *labels[1:]]
 
+    def encode_pair(self, conversation: Conversation) -> list[list[int]]:
+        """Tokens of what was asked, of the better answer behind it, and of the worse one, up to where these end."""
+        assert conversation.worse is not None
+        sides = []
+        for answer in conversation.messages[-1], conversation.worse:
+            ids, labels = self.encode([*conversation.messages[:-1], answer])
+            learnt = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
+            sides.append((ids[: learnt[-1] + 1], labels) if learnt else ([], labels))
+        (chosen, labels), (rejected, _) = sides
+        start = len(os.path.commonprefix([chosen, rejected]))
+        while start and labels[start - 1] != IGNORE_INDEX:  # back to where the answers begin, which may be alike
+            start -= 1
+        return [chosen[:start], chosen[start:], rejected[start:]]
+
     def fill_up(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """What is no longer than `max_length`, filled up as `multiple_of` asks for."""
         num_more = min(-len(ids) % self.multiple_of, self.max_length - len(ids))
@@ -108,7 +126,7 @@ def build_encoder(
     """
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    is_assistant_only = cfg.loss == ASSISTANT
+    is_assistant_only = cfg.loss != ALL
     given = f"chat_template={cfg.chat_template or 'null'}"
     template = None
     if is_assistant_only and not has_generation_markers(tokenizer.chat_template):
@@ -207,7 +225,7 @@ def build_conversation_data(
         UserError: if they cannot be read, are too long, or none is left; or the cache cannot be written.
     """
     encoder = build_encoder(tokenizer, cfg, max_length, multiple_of)
-    source = build_conversations(cfg.data)
+    source = build_conversations(cfg.data, is_paired=cfg.loss == DPO)
     tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, encoder.template, encoder.end]
     key = fingerprint(
         *(_VERSION, source.content, cfg.data.validation_fraction, tokens, tokenizer.special_tokens_map),
@@ -219,7 +237,7 @@ def build_conversation_data(
         counts = {}
         for split, read in zip((TRAIN, VALIDATION), source.splits(), strict=True):
             writer = _SplitWriter(encoder, cfg.too_long, source.name)
-            writer.write(read, folder, split, is_packed=cfg.packing)
+            writer.write(read, folder, split, is_packed=cfg.packing and cfg.loss != DPO, is_paired=cfg.loss == DPO)
             counts[split] = asdict(writer.counts)
         (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
 
@@ -246,7 +264,15 @@ class _SplitWriter:
         self._first_too_long: tuple[Conversation, int] | None = None
         self.counts = SplitCounts()
 
-    def write(self, read: Callable[[], Iterable[Conversation]], folder: Path, split: str, *, is_packed: bool) -> None:
+    def write(
+        self,
+        read: Callable[[], Iterable[Conversation]],
+        folder: Path,
+        split: str,
+        *,
+        is_packed: bool,
+        is_paired: bool,
+    ) -> None:
         """Writes them below `folder`.
 
         Raises:
@@ -258,10 +284,11 @@ class _SplitWriter:
 
         work = folder / "work"
         work.mkdir()
-        schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in _COLUMNS})
+        columns, rows_of = (_PAIR_COLUMNS, self._pairs) if is_paired else (_COLUMNS, self._rows)
+        schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in columns})
         # Not by `Dataset.from_generator`, which wraps up what is raised in it.
         with pyarrow.ipc.new_stream(str(work / "rows.arrow"), schema) as stream:
-            for batch in _batches(self._rows(read()), _ROWS_AT_ONCE):
+            for batch in _batches(rows_of(read()), _ROWS_AT_ONCE):
                 stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
         rows: Any = datasets.Dataset.from_file(str(work / "rows.arrow"))
         if self._first_too_long is not None and self._too_long == REFUSE:
@@ -299,6 +326,28 @@ class _SplitWriter:
                 found["num_predicted_tokens"] += len(learnt)
                 ids, labels = self._encoder.fill_up(ids, labels)
                 yield {"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]}
+            else:
+                found["num_left_out"] += 1
+            self.counts = SplitCounts(**found)
+
+    def _pairs(self, conversations: Iterable[Conversation]) -> Iterator[dict[str, list[int]]]:
+        found = asdict(self.counts)
+        for conversation in track(conversations, "tokenising"):
+            with explain_template_errors(f"{conversation.where}: "):
+                asked, *answers = self._encoder.encode_pair(conversation)
+            longest, limit = len(asked) + max(map(len, answers)), self._encoder.max_length
+            found["num_conversations"] += 1
+            is_kept = min(map(len, answers)) > 0
+            if longest > limit:
+                found["num_too_long"] += 1
+                self._first_too_long = self._first_too_long or (conversation, longest)
+                answers = [ids[: max(0, limit - len(asked))] for ids in answers]
+                is_kept = self._too_long != DROP and len(asked) < limit and answers[0] != answers[1]
+            if is_kept:
+                self._label_counts += np.bincount(answers[0], minlength=len(self._label_counts))
+                found["num_tokens"] += 2 * len(asked) + sum(map(len, answers))
+                found["num_predicted_tokens"] += len(answers[0])
+                yield dict(zip(_PAIR_COLUMNS, (asked, *answers), strict=True))
             else:
                 found["num_left_out"] += 1
             self.counts = SplitCounts(**found)

@@ -1,7 +1,10 @@
 """Where conversations come from: messages of a system, users and an assistant, each fixed to training or validation.
 
-A source is one function `source(config) -> Conversations`, registered under the name that `data.name` chooses. No
-torch: what is wrong with a file is said before anything slow is imported.
+A source is one function `source(config, is_paired) -> Conversations`, registered under the name that `data.name`
+chooses. No torch: what is wrong with a file is said before anything slow is imported.
+
+Where they are paired, a conversation has two last answers, the better and the worse one, as TRL reads them: the fields
+`chosen` and `rejected`, each a text or messages, behind `prompt`, a text or messages, or with it inside of both.
 """
 
 from __future__ import annotations
@@ -27,20 +30,23 @@ if TYPE_CHECKING:
 
 SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
 
+PROMPT, CHOSEN, REJECTED = "prompt", "chosen", "rejected"
+
 _MAY_FOLLOW = {SYSTEM: (None,), USER: (None, SYSTEM, ASSISTANT), ASSISTANT: (USER,)}
 """Behind which role a message of each role may stand; `None` stands for the beginning."""
 
 
 class Conversation(NamedTuple):
-    """Messages, the oldest first, and where they are from, for error messages."""
+    """Messages, the oldest first, where they are from, for error messages, and perhaps a worse last message."""
 
     where: str
     messages: list[Message]
+    worse: Message | None = None
 
     @property
     def digest(self) -> int:
-        """A number that equal conversations share."""
-        text = json.dumps(self.messages, sort_keys=True)
+        """A number that equal conversations share; so do pairs of answers to the same."""
+        text = json.dumps(self.messages if self.worse is None else self.messages[:-1], sort_keys=True)
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -89,20 +95,20 @@ class Conversations:
         return (each for each in self.read_training() if (each.digest in held_out) == is_held_out)
 
 
-CONVERSATIONS: Registry[Callable[[ConversationsConfig], Conversations]] = Registry("source of conversations")
-"""Sources of conversations by name: `source(config) -> Conversations`."""
+CONVERSATIONS: Registry[Callable[[ConversationsConfig, bool], Conversations]] = Registry("source of conversations")
+"""Sources of conversations by name: `source(config, is_paired) -> Conversations`."""
 
 
-def build_conversations(config: ConversationsConfig) -> Conversations:
-    """Opens the source that `config.name` chooses; it is read later.
+def build_conversations(config: ConversationsConfig, is_paired: bool = False) -> Conversations:
+    """Opens the source that `config.name` chooses, of pairs of answers or not; it is read later.
 
     Raises:
         UserError: if it cannot be opened.
     """
-    return CONVERSATIONS[config.name](config)
+    return CONVERSATIONS[config.name](config, is_paired)
 
 
-def check_conversations(config: ConversationsConfig) -> None:
+def check_conversations(config: ConversationsConfig, is_paired: bool = False) -> None:
     """Reads all files, and refuses what cannot be trained on.
 
     Raises:
@@ -110,7 +116,7 @@ def check_conversations(config: ConversationsConfig) -> None:
     """
     if config.name == "files":
         for key, files in _find_files(config).items():
-            if not sum(1 for _ in _read_files(files, config)):
+            if not sum(1 for _ in _read_files(files, config, is_paired)):
                 raise UserError(f"data.{key}={getattr(config, key)!r}: holds no conversation")
 
 
@@ -150,12 +156,45 @@ def check_messages(messages: Any, where: str) -> list[Message]:
     return checked
 
 
-def _check_row(row: dict[str, Any], where: str, field: str) -> Conversation:
+def _check_row(row: dict[str, Any], where: str, field: str, is_paired: bool) -> Conversation:
+    if is_paired:
+        return _check_pair(row, where)
+    if field not in row and CHOSEN in row:
+        raise UserError(f"{where}: is a pair of answers, {', '.join(row)}; give loss=dpo, which learns from pairs")
     check_field(field, list(row), where, "data.messages_field")
     messages = check_messages(row[field], where)
     if not any(message["role"] == ASSISTANT and message["content"].strip() for message in messages):
         raise UserError(f"{where}: the assistant says nothing, so that there is nothing to learn")
     return Conversation(where, messages)
+
+
+def _check_pair(row: dict[str, Any], where: str) -> Conversation:
+    if missing := {CHOSEN, REJECTED} - row.keys():
+        raise UserError(
+            f"{where}: has no {' and no '.join(sorted(missing))}; a pair has {CHOSEN} and {REJECTED}, and {PROMPT} "
+            f"where it is not in both; here are {', '.join(row) or 'none'}"
+        )
+    (*asked, better), (*also_asked, worse) = (_side(row, name, where) for name in (CHOSEN, REJECTED))
+    if asked != also_asked:
+        raise UserError(f"{where}: {CHOSEN} and {REJECTED} part before the last message, which alone may differ")
+    if better == worse:
+        raise UserError(f"{where}: {CHOSEN} and {REJECTED} are the same, so that there is nothing to learn")
+    return Conversation(where, [*asked, better], worse)
+
+
+def _side(row: dict[str, Any], name: str, where: str) -> list[Message]:
+    """The conversation with one of the two answers, which is its last message."""
+    prompt, answer = row.get(PROMPT), row[name]
+    if isinstance(answer, str):
+        answer = [{"role": ASSISTANT, "content": answer}]
+    first = answer[0] if isinstance(answer, list) and answer else None
+    if prompt is not None and isinstance(first, dict) and first.get("role") == ASSISTANT:
+        asked = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
+        answer = (asked if isinstance(asked, list) else [asked]) + answer
+    messages = check_messages(answer, f"{where}: {name}")
+    if messages[-1]["role"] != ASSISTANT or not messages[-1]["content"].strip():
+        raise UserError(f"{where}: {name} does not end with something that the assistant says")
+    return messages
 
 
 def _find_files(config: ConversationsConfig) -> dict[str, list[Path]]:
@@ -167,14 +206,15 @@ def _find_files(config: ConversationsConfig) -> dict[str, list[Path]]:
     }
 
 
-def _read_files(files: Iterable[Path], config: ConversationsConfig) -> Iterator[Conversation]:
-    rows = (item for path in files for item in read_rows(path, config.messages_field))
+def _read_files(files: Iterable[Path], config: ConversationsConfig, is_paired: bool) -> Iterator[Conversation]:
+    field = None if is_paired else config.messages_field
+    rows = (item for path in files for item in read_rows(path, field))
     for where, row in islice(rows, config.max_conversations):
-        yield _check_row(row, where, config.messages_field)
+        yield _check_row(row, where, config.messages_field, is_paired)
 
 
 @CONVERSATIONS.register("files")
-def local_files(config: ConversationsConfig) -> Conversations:
+def local_files(config: ConversationsConfig, is_paired: bool) -> Conversations:
     """Local jsonl and parquet files."""
     found = _find_files(config)
     digests = {key: [inspect_file(path, None).digest for path in files] for key, files in found.items()}
@@ -182,14 +222,14 @@ def local_files(config: ConversationsConfig) -> Conversations:
     return Conversations(
         name=f"data.files={config.files!r}",
         content=fingerprint(digests, config.messages_field, config.max_conversations),
-        read_training=lambda: _read_files(found["files"], config),
-        read_validation=None if others is None else lambda: _read_files(others, config),
+        read_training=lambda: _read_files(found["files"], config, is_paired),
+        read_validation=None if others is None else lambda: _read_files(others, config, is_paired),
         validation_fraction=config.validation_fraction,
     )
 
 
 @CONVERSATIONS.register("hub")
-def hub(config: ConversationsConfig) -> Conversations:
+def hub(config: ConversationsConfig, is_paired: bool) -> Conversations:
     """A data set of the Hub, or a local folder of one."""
     with explain_hub_errors(config):
         import datasets
@@ -199,42 +239,48 @@ def hub(config: ConversationsConfig) -> Conversations:
     return Conversations(
         name=f"data.dataset={config.dataset!r}",
         content=fingerprint(config.dataset, version, config.messages_field, config.max_conversations),
-        read_training=lambda: _read_hub(config, config.split),
-        read_validation=(lambda: _read_hub(config, config.validation_split)) if config.validation_split else None,
+        read_training=lambda: _read_hub(config, config.split, is_paired),
+        read_validation=(
+            (lambda: _read_hub(config, config.validation_split, is_paired)) if config.validation_split else None
+        ),
         validation_fraction=config.validation_fraction,
     )
 
 
-def _read_hub(config: ConversationsConfig, split: str | None) -> Iterator[Conversation]:
+def _read_hub(config: ConversationsConfig, split: str | None, is_paired: bool) -> Iterator[Conversation]:
     import datasets
 
     with explain_hub_errors(config):
         rows: Any = datasets.load_dataset(config.dataset, config.subset, split=split, revision=config.revision)
         for number, row in enumerate(islice(rows, config.max_conversations)):
             where = f"data set {config.dataset!r}, split {split!r}, row {number}"
-            yield _check_row(row, where, config.messages_field)
+            yield _check_row(row, where, config.messages_field, is_paired)
 
 
 @CONVERSATIONS.register("bible")
-def bible(config: ConversationsConfig) -> Conversations:
-    """Questions about verses of the King James Bible; those about whole books are held out, as in its text."""
+def bible(config: ConversationsConfig, is_paired: bool) -> Conversations:
+    """Questions about verses of the King James Bible; those about whole books are held out, as in its text.
+
+    The worse answer to a question is that to the one before.
+    """
     raw = find_bible().read_bytes()
     verses = [json.loads(line) for line in raw.decode("utf-8").splitlines()]
     return Conversations(
         name="data.name='bible'",
         content=fingerprint(hashlib.blake2b(raw).hexdigest(), sorted(HELD_OUT_BOOKS), config.max_conversations),
-        read_training=lambda: _ask_about(verses, config.max_conversations, is_held_out=False),
-        read_validation=lambda: _ask_about(verses, config.max_conversations, is_held_out=True),
+        read_training=lambda: _ask_about(verses, config.max_conversations, is_paired, is_held_out=False),
+        read_validation=lambda: _ask_about(verses, config.max_conversations, is_paired, is_held_out=True),
     )
 
 
 def _ask_about(
-    verses: list[dict[str, Any]], max_conversations: int | None, *, is_held_out: bool
+    verses: list[dict[str, Any]], max_conversations: int | None, is_paired: bool, *, is_held_out: bool
 ) -> Iterator[Conversation]:
     """Asks what a verse says, and how the next one goes on behind its first half."""
     chosen = [verse for verse in verses if (verse["book"] in HELD_OUT_BOOKS) == is_held_out]
     if is_held_out:
         chosen = chosen[::10]  # two hundred, enough to tell and quick to measure
+    before = {"role": ASSISTANT, "content": chosen[-1]["text"]}
     for number, verse in enumerate(islice(chosen, max_conversations)):
         words = verse["text"].split()
         half = len(words) // 2
@@ -243,4 +289,5 @@ def _ask_about(
             question = f"How does this verse go on: {' '.join(words[:half])}"
             answer = " ".join(words[half:])
         messages = [{"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}]
-        yield Conversation(verse["citation"], messages)
+        yield Conversation(verse["citation"], messages, before if is_paired else None)
+        before = messages[-1]

@@ -156,8 +156,12 @@ def _read_txt(path: Path, text_field: str, document_separator: str | None) -> It
     yield from [text] if document_separator is None else text.split(document_separator)
 
 
-def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the rows of a file of [`ROW_READERS`], each behind where it is, for messages; `field` is all that counts.
+def read_rows(path: Path, field: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the rows of a file of [`ROW_READERS`], each behind where it is, for messages.
+
+    Args:
+        path: the file.
+        field: all of a row that counts; `None` if all of it does.
 
     Raises:
         UserError: if the file cannot be read as what its suffix says, naming the file and, in jsonl, the line.
@@ -170,7 +174,7 @@ def _read_jsonl(path: Path, text_field: str, document_separator: str | None) -> 
     yield from (pick_text(row, text_field, where) for where, row in _jsonl_rows(path, text_field))
 
 
-def _jsonl_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl_rows(path: Path, field: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -183,7 +187,8 @@ def _jsonl_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
                 raise UserError(f"{where}: is no JSON that can be read ({error})") from error
             if not isinstance(row, dict):
-                raise UserError(f"{where}: must be a JSON object with a field {field!r}, but is {row!r:.40}")
+                with_field = "" if field is None else f" with a field {field!r}"
+                raise UserError(f"{where}: must be a JSON object{with_field}, but is {row!r:.40}")
             yield where, row
 
 
@@ -192,7 +197,7 @@ def _read_parquet(path: Path, text_field: str, document_separator: str | None) -
     yield from (pick_text(row, text_field, where) for where, row in _parquet_rows(path, text_field))
 
 
-def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path, field: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     # Where the column is not there, whole rows, so that whoever asks for it can say what there is.
     file = _open_parquet(path)
     columns = [field] if field in file.schema_arrow.names else None
@@ -245,7 +250,7 @@ READERS: dict[str, Callable[[Path, str, str | None], Iterator[str]]] = {
 }
 """How to read a file, by its suffix."""
 
-ROW_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, dict[str, Any]]]]] = {
+ROW_READERS: dict[str, Callable[[Path, str | None], Iterator[tuple[str, dict[str, Any]]]]] = {
     **dict.fromkeys(_JSONL_SUFFIXES, _jsonl_rows),
     ".parquet": _parquet_rows,
 }

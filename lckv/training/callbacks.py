@@ -342,6 +342,8 @@ class ProgressCallback(TrainerCallback):
         if "eval_loss" in logs:
             bits = logs.get("eval_bits_per_byte")
             shown = f"validation: loss {logs['eval_loss']:.3f}  perplexity {logs['eval_perplexity']:,.2f}"
+            if "eval_preference_accuracy" in logs:
+                shown += f"  pairs ranked right {logs['eval_preference_accuracy']:.1%}"
             self._print(state, shown if bits is None else f"{shown}  bits per byte {bits:.3f}")
         elif "loss" in logs:
             shown = _describe_training(logs)

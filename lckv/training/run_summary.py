@@ -24,6 +24,9 @@ from lckv.training.trainer import RunMixin
 from lckv.utils.console import arguments_of_this_run, command
 from lckv.utils.environment import describe_hardware, versions
 
+PREFERENCES = ("eval_preference_accuracy", "eval_preference_margin")
+"""What an evaluation on pairs of answers says beside the loss of the better ones."""
+
 _OF_CONVERT = {"source": "init.source", "revision": "init.revision", "method": "init.method"}
 """Settings of `lckv.convert` by what `lckv.train` calls them."""
 
@@ -76,6 +79,7 @@ def build_results(
     }
     if sharing_plan_of(model).has_cycles:
         results["eval_forward_passes"] = trainer.eval_forward_passes
+    results |= {name: evaluation[name] for name in PREFERENCES if name in evaluation}
     where_measured = ("mfu", "kv_residual", "stiefel_deviation", *(f"loss_{name}" for name in LOSS_PARTS))
     return results | {name: train[-1][name] for name in where_measured if name in train[-1]}
 
@@ -132,6 +136,9 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("speed", f"{results['tokens_per_second']:,.0f} tokens/s{mfu}"),
         ("peak memory", f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ]
+    if "eval_preference_accuracy" in results:
+        ranked = f"{results['eval_preference_accuracy']:.1%}  (mean margin {results['eval_preference_margin']:.3f})"
+        rows.insert(2, ("pairs ranked right", ranked))
     if "loss_labels" in results:
         rows.insert(2, ("training loss", f"{results['train_loss']:.4f}  ({describe_loss_parts(results)})"))
     if "kv_residual" in results:

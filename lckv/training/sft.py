@@ -1,17 +1,23 @@
-"""Supervised fine-tuning: TRL's `SFTTrainer` with what a run asks of a trainer, and the session around it."""
+"""Tuning: TRL's `SFTTrainer` or `DPOTrainer` with what a run asks of a trainer, and the session around it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from lckv.config import SFTConfig
+from lckv.config.sft import DPO
 from lckv.data.chat_templates import end_of_answer
 from lckv.data.chat_tokens import ConversationCollator, ConversationData, pad_token_of
+from lckv.data.packing import IGNORE_INDEX
+from lckv.errors import UserError
+from lckv.evaluation.perplexity import in_eval_mode, token_losses
 from lckv.training.adapters import build_lora_config, check_adapter_fits, read_adapter
 from lckv.training.arguments import build_training_arguments
 from lckv.training.callbacks import sample_text
@@ -19,7 +25,7 @@ from lckv.training.checkpoints import saving
 from lckv.training.run_folder import RunFolder
 from lckv.training.session import BaseSession
 from lckv.training.trainer import RunMixin
-from lckv.utils.console import command
+from lckv.utils.console import command, track
 from lckv.utils.storage import new_folder
 
 
@@ -29,8 +35,22 @@ def build_sft_arguments(cfg: SFTConfig) -> TrainingArguments:
     Raises:
         UserError: for the reasons of [`build_training_arguments`].
     """
+    from trl import DPOConfig as DPOArguments
     from trl import SFTConfig as SFTArguments
 
+    if cfg.loss == DPO:
+        args = build_training_arguments(
+            cfg,
+            DPOArguments,
+            left_open=("loss_type", "loss_weights", "label_smoothing", "ld_alpha", "activation_offloading"),
+            beta=cfg.beta,
+            max_length=None,  # longer rows have been seen to
+            disable_dropout=False,  # what is configured is done
+            precompute_ref_log_probs=True,  # of the model as it is now, so that no copy of it is kept
+        )
+        if args.fsdp or args.deepspeed:
+            raise UserError("loss=dpo: compares with the whole model, which no process has under FSDP or DeepSpeed")
+        return args
     return build_training_arguments(
         cfg,
         SFTArguments,
@@ -39,11 +59,13 @@ def build_sft_arguments(cfg: SFTConfig) -> TrainingArguments:
     )
 
 
-def build_trainer_class() -> type[RunMixin]:
+def build_trainer_class(loss: str) -> type[RunMixin]:
     """TRL's trainer with what a run asks for; a function, as TRL is not always installed."""
-    from trl import SFTTrainer
+    from trl import DPOTrainer, SFTTrainer
 
-    class ConversationTrainer(RunMixin, SFTTrainer):
+    trls: Any = DPOTrainer if loss == DPO else SFTTrainer
+
+    class ConversationTrainer(RunMixin, trls):
         """TRL's loss over rows of conversations, in a run of ours."""
 
         def compute_loss(
@@ -79,7 +101,75 @@ def build_trainer_class() -> type[RunMixin]:
         def _send_telemetry(self) -> None:
             """Tells nobody of the run."""
 
-    return ConversationTrainer
+    return with_pairs(ConversationTrainer) if loss == DPO else ConversationTrainer
+
+
+def with_pairs(trainer: Any) -> type[RunMixin]:
+    """A trainer of rows of pairs of answers, which tells of the better ones' perplexity beside its own loss."""
+
+    class PreferenceTrainer(trainer):
+        """TRL's loss over pairs of answers."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+            """The rows are what TRL makes of texts."""
+            return dataset
+
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            """TRL's loss, whose metrics get the loss of the better answers, in nats per token."""
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            is_better = inputs["completion_mask"].chunk(2)[0]
+            metrics["loss_labels"].append(-metrics["logps/chosen"][-1] * len(is_better) / is_better.sum().item())
+            return loss
+
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            """Adds what the answers' log-probabilities are before training, so that no copy of the model is kept."""
+            before = torch.zeros(2, len(dataset), dtype=torch.float64)
+            for places in self._shares(len(dataset), batch_size, f"log-probabilities, {name}"):
+                before[:, places] = self._log_probabilities([dataset[place] for place in places])
+            better, worse = self._sum_over_processes(before).tolist()
+            return dataset.add_column("ref_chosen_logps", better).add_column("ref_rejected_logps", worse)
+
+        def _shares(self, num_rows: int, batch_size: int, what: str) -> Iterable[list[int]]:
+            """Which rows this process looks at, batch by batch."""
+            rank, world_size = self.args.process_index, self.args.world_size
+            starts = range(rank * batch_size, num_rows, world_size * batch_size)
+            return track(
+                (list(range(start, min(start + batch_size, num_rows))) for start in starts), what, len(starts)
+            )
+
+        def _log_probabilities(self, rows: list[dict[str, Any]]) -> Tensor:
+            """Of the better answers and of the worse ones, `(2, rows)`, after the passes of training."""
+            answers = self._prepare_inputs(self._collate_answers(rows))
+            with in_eval_mode(self.model, None), torch.no_grad(), self.accelerator.autocast():
+                losses = token_losses(self.model, answers)
+            return -losses.double().sum(dim=1).cpu().view(2, -1)
+
+        def _collate_answers(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+            """The better answers, then the worse ones, labelled behind what was asked."""
+            batch = self.data_collator(rows)
+            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
+            return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+        def collate_eval(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+            """The better answers alone."""
+            return {name: values.chunk(2)[0] for name, values in self._collate_answers(rows).items()}
+
+        def further_eval_metrics(self) -> dict[str, float]:
+            """The part of the pairs that are ranked right, and by how much."""
+            totals, rows = torch.zeros(2, dtype=torch.float64), self.eval_dataset
+            for places in self._shares(len(rows), self.args.per_device_eval_batch_size, "pairs"):
+                pairs = [rows[place] for place in places]
+                before = torch.tensor(
+                    [[pair[f"ref_{name}_logps"] for pair in pairs] for name in ("chosen", "rejected")]
+                )
+                better, worse = self._log_probabilities(pairs) - before
+                margins = self.beta * (better - worse)
+                totals += torch.stack([(margins > 0).sum(), margins.sum()])
+            num_right, margin = (self._sum_over_processes(totals) / len(rows)).tolist()
+            return {"eval_preference_accuracy": num_right, "eval_preference_margin": margin}
+
+    return PreferenceTrainer
 
 
 @dataclass(eq=False)
@@ -105,14 +195,15 @@ class SFTSession(BaseSession):
         ends = {self.tokenizer.eos_token_id, end_of_answer(self.tokenizer).token} - {None}
         assert self.model.generation_config is not None
         self.model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
-        return build_trainer_class()(
-            model,
-            self.args,
-            periods=(self.cfg.trainer.sample_steps,),
-            data_collator=ConversationCollator(pad_token_of(self.tokenizer)),
-            peft_config=peft_config,
-            **self.common_arguments(),
+        own = self.common_arguments()
+        if self.cfg.loss != DPO:  # else TRL's own collator does
+            own["data_collator"] = ConversationCollator(pad_token_of(self.tokenizer))
+        trainer = build_trainer_class(self.cfg.loss)(
+            model, args=self.args, periods=(self.cfg.trainer.sample_steps,), peft_config=peft_config, **own
         )
+        if self.cfg.loss == DPO and lora.adapter is not None:
+            model.delete_adapter("ref")  # TRL's copy to compare with, which has been done
+        return trainer
 
     def sample(self, model: PreTrainedModel) -> str:
         """The model's answer to `trainer.sample_prompt`."""

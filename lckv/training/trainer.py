@@ -92,7 +92,7 @@ class RunMixin(_AnyTrainer):
         random_sharing: RandomSharing | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, args, **kwargs)
+        super().__init__(model, args=args, **kwargs)
         # Blocks per optimizer step.
         self.global_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.order = TrainingOrder(
@@ -201,7 +201,7 @@ class RunMixin(_AnyTrainer):
             cast(Blocks, self.eval_dataset),
             batch_size=self.args.per_device_eval_batch_size,
             num_bytes=self._eval_num_bytes,
-            collate=self.data_collator,
+            collate=self.collate_eval,
             rank=self.args.process_index,
             world_size=self.args.world_size,
             reduce_sum=self._sum_over_processes,
@@ -211,9 +211,18 @@ class RunMixin(_AnyTrainer):
         metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         if result.bits_per_byte is not None:
             metrics["eval_bits_per_byte"] = result.bits_per_byte
+        metrics |= self.further_eval_metrics()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def collate_eval(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Makes a batch of rows of `eval_dataset`, whose `labels` are what perplexity is measured on."""
+        return self.data_collator(rows)
+
+    def further_eval_metrics(self) -> dict[str, float]:
+        """What is measured in an evaluation beside perplexity."""
+        return {}
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
         if self.args.world_size == 1:
