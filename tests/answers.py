@@ -151,6 +151,12 @@ def _make_conversations(folder: Path) -> None:
     for name, row in second.items():
         lines = [{"messages": [user, assistant]}, row]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    pairs = {"pairs": ("a", "b"), "alike": ("a", "a"), "half": ("a", None)}
+    for name, answers in pairs.items():
+        row = {"prompt": "?"} | {
+            field: text for field, text in zip(("chosen", "rejected"), answers, strict=True) if text
+        }
+        (folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n", encoding="utf-8")
     (folder / "torn.jsonl").write_text('\n{"messages": [', encoding="utf-8")
     (folder / "nothing.jsonl").touch()
 

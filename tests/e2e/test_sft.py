@@ -109,17 +109,24 @@ def test_a_finished_job_of_a_sweep_is_skipped_unread(
 
 @pytest.mark.slow
 @pytest.mark.timeout(250)
-@pytest.mark.parametrize("lora", [[], ["lora.rank=2"]], ids=["all", "lora"])
+@pytest.mark.parametrize("given", [[], ["lora.rank=2"], ["loss=dpo"]], ids=["all", "lora", "dpo"])
 def test_two_processes_give_the_curve_of_one(
-    finished_run: FinishedRun, conversations: Path, tmp_path: Path, lora: list[str]
+    finished_run: FinishedRun, conversations: Path, tmp_path: Path, given: list[str]
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
+    if "loss=dpo" in given:
+        pairs = ({"prompt": f"{n}?", "chosen": "the light " * (1 + n % 4), "rejected": "word"} for n in range(61))
+        conversations.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     model = shutil.copytree(finished_run.folder / "model", tmp_path / "model")
     settings = json.loads((model / "config.json").read_text())
     # Dropout draws other random numbers in every process.
     (model / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.0}))
-    sft.main(cli.compose(arguments(model, conversations, one, *lora)[3:], "sft"))
-    command = arguments(model, conversations, two, *lora, "trainer.micro_batch_size=1")
+    sft.main(cli.compose(arguments(model, conversations, one, *given)[3:], "sft"))
+    command = arguments(model, conversations, two, *given, "trainer.micro_batch_size=1")
     process = commands.run(command, tmp_path, timeout=200, num_processes=2)
     assert process.returncode == 0, process.stdout + process.stderr
     assert_same_curve(one, two)
+    accuracies = [
+        json.loads((each / "results.json").read_text()).get("eval_preference_accuracy") for each in (one, two)
+    ]
+    assert accuracies[0] == accuracies[1]
