@@ -17,7 +17,7 @@ SCHEDULES = ("cosine", "wsd", "linear", "constant")
 LOSS_PARTS = ("logits", "attention", "reconstruction", "labels")
 """What a loss against a teacher is the weighted sum of."""
 
-TRACKERS = ("tensorboard", "wandb")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 SOURCES = ("bible", "files", "hub")
 """Of text, and of conversations as well."""
 

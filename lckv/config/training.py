@@ -233,8 +233,8 @@ class LoggerConfig(Group):
     """Where the training curves go beside `metrics.jsonl`, which is always written.
 
     Attributes:
-        names: any of "tensorboard" and "wandb".
-        project: wandb's project.
+        names: any of "tensorboard", "wandb" and "trackio".
+        project: wandb's or trackio's project.
         mode: wandb's mode, "online" or "offline" (`wandb sync` uploads later).
     """
 

@@ -1,4 +1,4 @@
-"""Trackers that a run can log to, by name: TensorBoard and Weights & Biases."""
+"""Trackers that a run can log to, by name: TensorBoard, Weights & Biases and trackio."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from lckv.config import LoggerConfig, RunConfig
 from lckv.errors import UserError
@@ -58,5 +58,21 @@ def wandb(cfg: RunConfig, folder: RunFolder, first_step: int) -> TrainerCallback
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             super().on_train_end(*args, **kwargs)
             wandb_package.finish()
+
+    return Callback()
+
+
+@LOGGERS.register("trackio")
+def trackio(cfg: RunConfig, folder: RunFolder, first_step: int) -> TrainerCallback:
+    """trackio, on this machine: `trackio show --project lckv`; a run that goes on is the same one there."""
+    import trackio as trackio_package
+
+    class Callback(TrackioCallback):
+        """Begins the tracker's run with what ours is called, and its configuration."""
+
+        def setup(self, *args: Any, **kwargs: Any) -> None:
+            name = cfg.run_name or folder.path.name
+            trackio_package.init(project=cfg.logger.project, name=name, resume="allow", config=asdict(cfg))
+            self._initialized = True
 
     return Callback()

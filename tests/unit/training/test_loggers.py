@@ -33,3 +33,14 @@ def test_wandb_offline_keeps_its_data_in_the_run_folder(make_session, monkeypatc
     session = make_session(logger__names=["wandb"])
     session.run()
     assert list(session.folder.path.glob("wandb/offline-run-*"))
+
+
+@pytest.mark.timeout(60)
+def test_trackio_gets_the_curves(make_session, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    trackio = pytest.importorskip("trackio", reason="wants a Pillow below 13")
+    session = make_session(logger__names=["trackio"])
+    session.run()
+    lines = trackio.sqlite_storage.SQLiteStorage.get_logs("lckv", session.cfg.run_name or session.folder.path.name)
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses == pytest.approx([line["loss"] for line in session.folder.read_metrics() if "loss" in line])
