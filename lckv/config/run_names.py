@@ -9,12 +9,14 @@ from pathlib import Path
 from lckv.config import RunConfig, SFTConfig, TrainConfig
 from lckv.config.model import LatentConfig
 from lckv.config.names import XKV
+from lckv.config.sft import DPO
 
 
 def default_run_name(cfg: RunConfig) -> str:
     """A name for the run folder: the model's size or where it comes from, how it shares or is tuned, and the seed."""
     if isinstance(cfg, SFTConfig):
-        return file_name(f"{source_name(cfg.model or '')}-sft{'-lora' if cfg.lora.is_used else ''}-seed{cfg.seed}")
+        how = DPO if cfg.loss == DPO else "sft"
+        return file_name(f"{source_name(cfg.model or '')}-{how}{'-lora' if cfg.lora.is_used else ''}-seed{cfg.seed}")
     assert isinstance(cfg, TrainConfig)
     if cfg.model.layer_types is not None:
         sharing = str(cfg.model.layer_types).replace(":", "-")  # no file name has a colon, and "_" is between layers
