@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -125,18 +125,17 @@ def with_pairs(trainer: Any) -> type[RunMixin]:
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             """Adds what the answers' log-probabilities are before training, so that no copy of the model is kept."""
             before = torch.zeros(2, len(dataset), dtype=torch.float64)
-            for places in self._shares(len(dataset), batch_size, f"log-probabilities, {name}"):
-                before[:, places] = self._log_probabilities([dataset[place] for place in places])
+            needed = sorted(set(self.order_of(len(dataset)))) if name == "train" else range(len(dataset))
+            for places in self._shares(needed, batch_size, f"log-probabilities, {name}"):
+                before[:, list(places)] = self._log_probabilities([dataset[place] for place in places])
             better, worse = self._sum_over_processes(before).tolist()
             return dataset.add_column("ref_chosen_logps", better).add_column("ref_rejected_logps", worse)
 
-        def _shares(self, num_rows: int, batch_size: int, what: str) -> Iterable[list[int]]:
-            """Which rows this process looks at, batch by batch."""
+        def _shares(self, places: Sequence[int], batch_size: int, what: str) -> Iterable[Sequence[int]]:
+            """Which of the rows this process looks at, batch by batch."""
             rank, world_size = self.args.process_index, self.args.world_size
-            starts = range(rank * batch_size, num_rows, world_size * batch_size)
-            return track(
-                (list(range(start, min(start + batch_size, num_rows))) for start in starts), what, len(starts)
-            )
+            starts = range(rank * batch_size, len(places), world_size * batch_size)
+            return track((places[start : start + batch_size] for start in starts), what, len(starts))
 
         def _log_probabilities(self, rows: list[dict[str, Any]]) -> Tensor:
             """Of the better answers and of the worse ones, `(2, rows)`, after the passes of training."""
@@ -158,7 +157,7 @@ def with_pairs(trainer: Any) -> type[RunMixin]:
         def further_eval_metrics(self) -> dict[str, float]:
             """The part of the pairs that are ranked right, and by how much."""
             totals, rows = torch.zeros(2, dtype=torch.float64), self.eval_dataset
-            for places in self._shares(len(rows), self.args.per_device_eval_batch_size, "pairs"):
+            for places in self._shares(range(len(rows)), self.args.per_device_eval_batch_size, "pairs"):
                 pairs = [rows[place] for place in places]
                 before = torch.tensor(
                     [[pair[f"ref_{name}_logps"] for pair in pairs] for name in ("chosen", "rejected")]

@@ -93,13 +93,7 @@ class RunMixin(_AnyTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args=args, **kwargs)
-        # Blocks per optimizer step.
-        self.global_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.order = TrainingOrder(
-            num_blocks=len(cast(Blocks, self.train_dataset)),
-            num_samples=args.max_steps * self.global_batch_size,
-            seed=args.seed,
-        )
+        self.order = self.order_of(len(cast(Blocks, self.train_dataset)))
         self.on_eval_batch: Callable[[int, int], None] | None = None
         self._eval_num_bytes = eval_num_bytes
         self._build_optimizer = build_optimizer
@@ -117,6 +111,16 @@ class RunMixin(_AnyTrainer):
             # At the decoder: not every trainer hands on all that it returns. Adapters stand around the whole model.
             own = cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
             own.base_model.register_forward_hook(lambda module, args, outputs: self._keep_residual(outputs))
+
+    @property
+    def global_batch_size(self) -> int:
+        """Blocks per optimizer step."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def order_of(self, num_blocks: int) -> TrainingOrder:
+        """In which order a run trains on so many blocks."""
+        return TrainingOrder(num_blocks, self.args.max_steps * self.global_batch_size, self.args.seed)
 
     @property
     def is_sharded(self) -> bool:
