@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lckv import config, hydra_store, overrides
 from lckv.config import validate
 from lckv.config.keys import keys_of
-from lckv.config_errors import CONFIG_ERRORS, describe, describe_flag, describe_key
+from lckv.config_errors import CONFIG_ERRORS, check_elements, describe, describe_flag, describe_key
 from lckv.errors import UserError
 from lckv.processes import hear_every_interrupt, share_cores
 from lckv.run_names import default_run_name, file_name
@@ -252,6 +252,7 @@ def _to_dataclass(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
     if isinstance(model := getattr(cfg, "model", None), config.ModelConfig):
         overrides.check_is_text(model.layer_types, "model.layer_types", _config_files(hydra_cfg))
     _check_keys(composed, schema)
+    check_elements(cfg, schema)
     for key in literal_keys(schema):
         group, _, name = key.rpartition(".")
         parent = attrgetter(group)(cfg) if group else cfg

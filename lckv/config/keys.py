@@ -63,7 +63,7 @@ class Group:
             name, value = prefix + item.name, getattr(self, item.name)
             if isinstance(value, Group):
                 value.validate(f"{name}.")
-            elif value is None and item.metadata.get("required"):
+            elif value in (None, "") and item.metadata.get("required"):
                 raise UserError(f"{name}: {item.metadata['required']}")
             # OmegaConf refuses None where the type does; `Any` has it always.
             elif value is not None or (item.type == "Any" and item.default is not None):
