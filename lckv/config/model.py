@@ -7,6 +7,7 @@ from typing import Any
 
 from lckv.config.keys import Group, above_zero, at_least, each, fraction, key, not_negative, one_of, passes, such_that
 from lckv.config.names import ATTENTIONS, AUTO_LATENT, DTYPES, LATENTS, NO_LATENT, RANDOM, XKV
+from lckv.config.rotation import rotations
 from lckv.errors import UserError, check_choice
 from lckv.model_values import NORM_TYPES, check_heads
 from lckv.patterns import PATTERNS
@@ -88,7 +89,7 @@ class ModelConfig(Group):
     hidden_act: str = "silu"
     max_position_embeddings: int = key(2048, at_least())
     rms_norm_eps: float = key(1e-6, not_negative)
-    rope_parameters: dict[str, Any] = key({}, only_with={"learned_positions": (False,)})
+    rope_parameters: dict[str, Any] = key({}, rotations, only_with={"learned_positions": (False,)})
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_output_bias: bool | None = None
