@@ -15,7 +15,10 @@ from lckv.iteration import CONVERGE
 Rule = Callable[[str, Any], object]
 """Refuses a wrong value of the key of this full name, with a `UserError`."""
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+WORDS: dict[type, str] = {
+    **{int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"},
+    **{list: "a list, in brackets", dict: "keys of its own"},
+}
 """What is allowed of a key of this type, in answers to mistakes."""
 
 MODEL_REQUIRED = "give one: model=FOLDER (a run folder or a checkpoint), or a name on the Hub"
