@@ -55,6 +55,8 @@ def describe(error: Exception, schema: type) -> str:
     if isinstance(cause, OmegaConfBaseException) and (full_key := re.search(r"^ *full_key: (\S+)", str(cause), re.M)):
         key, reason = full_key[1], str(cause).splitlines()[0]
         return f"{_describe_wrong_type(key, reason, schema) or f'{key}: {reason}'}{_where(error)}"
+    if (where := _where(error)) and "Cannot merge" in str(error):  # which does not say what
+        return f"{where.strip(' ()')}: has a list in the place of keys of its own, or these in the place of a list"
     lines = [line for line in str(error).splitlines() if line.strip(" ^") and not line.startswith("See https://")]
     if isinstance(error, OverrideParseException):
         reasons = [line for line in lines if error.override not in line]
