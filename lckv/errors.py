@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -50,12 +51,12 @@ def check_whole_number(key: str, value: object, minimum: int = 1, maximum: int |
 
 
 def check_positive(key: str, value: float) -> None:
-    """Refuses what is not above zero.
+    """Refuses what is not above zero, or infinite.
 
     Raises:
         UserError: naming the key, as the user writes it.
     """
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise UserError(f"{key}={value!r}: allowed is a number above 0")
 
 

@@ -70,9 +70,10 @@ def random_models(cfg: BenchmarkConfig) -> dict[str, dict[str, Any]]:
     model = _with_depth_of(patterns, cfg.model)
     arguments = {}
     for index, pattern in enumerate(patterns):
+        made = _arguments(model, pattern, f"patterns[{index}]")
         if pattern in arguments:
             raise UserError(f"patterns[{index}]={pattern}: is there twice; leave one of them out")
-        arguments[pattern] = _arguments(model, pattern, f"patterns[{index}]")
+        arguments[pattern] = made
     return arguments
 
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lckv import config
 from lckv.commands import hydra_store, overrides
-from lckv.commands.config_errors import CONFIG_ERRORS, describe, describe_flag, describe_key
+from lckv.commands.config_errors import CONFIG_ERRORS, check_elements, describe, describe_flag, describe_key
 from lckv.config import validate
 from lckv.config.keys import keys_of
 from lckv.config.run_names import default_run_name, file_name
@@ -253,6 +253,7 @@ def _to_dataclass(composed: DictConfig, hydra_cfg: DictConfig) -> Any:
     if isinstance(model := getattr(cfg, "model", None), config.ModelConfig):
         overrides.check_is_text(model.layer_types, "model.layer_types", _config_files(hydra_cfg))
     _check_keys(composed, schema)
+    check_elements(cfg, schema)
     for key in literal_keys(schema):
         group, _, name = key.rpartition(".")
         parent = attrgetter(group)(cfg) if group else cfg

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import typing
 from difflib import get_close_matches
+from operator import attrgetter
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -21,7 +22,7 @@ CONFIG_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError) 
 
 _WRONG_TYPE = re.compile(
     r"Value '(.*)' (?:of type|is not a valid)|Cannot convert '\w+' to string: '(.*)'$|field '.*' is not Optional"
-    r"|is not a ListConfig, list or tuple|is not a subclass of|Cannot assign \w+ to Dict"
+    r"|is not a ListConfig, list or tuple|is not a subclass of|Cannot assign \w+ to Dict|Cannot merge \w+ with"
 )
 
 _EXTRAS = {
@@ -47,13 +48,16 @@ def describe(error: Exception, schema: type) -> str:
     if found := re.match(r"In '(\w+)/(\w+)': Could not override '([^']+)'", str(error)):
         given, group = f"{found[1]}={found[2]}", found[3]
         return f"{given}: is for another command: it chooses {group}=..., and there is no such group here"
-    if found := re.match(r"Could not override '([^'.]+)'", str(error)):  # one that other commands have
+    found = re.match(r"Could not override '([^'.]+)'", str(error))
+    if found and found[1] not in keys_of(schema):  # one that other commands have
         return f"unknown key {found[1]!r}{_hint(found[1], schema)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _describe_unknown_key(cause, error, schema)
     if isinstance(cause, OmegaConfBaseException) and (full_key := re.search(r"^ *full_key: (\S+)", str(cause), re.M)):
         key, reason = full_key[1], str(cause).splitlines()[0]
         return f"{_describe_wrong_type(key, reason, schema) or f'{key}: {reason}'}{_where(error)}"
+    if (where := _where(error)) and "Cannot merge" in str(error):  # which does not say what
+        return f"{where.strip(' ()')}: has a list in the place of keys of its own, or these in the place of a list"
     lines = [line for line in str(error).splitlines() if line.strip(" ^") and not line.startswith("See https://")]
     if isinstance(error, OverrideParseException):
         reasons = [line for line in lines if error.override not in line]
@@ -80,8 +84,26 @@ def _describe_wrong_type(key: str, reason: str, schema: type) -> str | None:
             return str(error)
         except TypeError:  # a rule for numbers alone
             pass
-    allowed = dict.fromkeys(WORDS[kind] for kind in _kinds_of(declared.type))
-    return f"{key}={given or 'null'}: allowed is {', or '.join(allowed)}"
+    return f"{key}={given or 'null'}: allowed is {_allowed(declared.type, is_element)}"
+
+
+def check_elements(cfg: Any, schema: type) -> None:
+    """Refuses lists and mappings in a list of numbers or texts: OmegaConf looks at its other elements alone.
+
+    Raises:
+        UserError: naming the element.
+    """
+    for key, declared in keys_of(schema).items():
+        value = attrgetter(key)(cfg)
+        for index, element in enumerate(value if isinstance(value, list | tuple) else ()):
+            if isinstance(element, list | dict) and {*_kinds_of(declared.type)} <= WORDS.keys():
+                raise UserError(f"{key}[{index}]={element}: allowed is {_allowed(declared.type, is_element=True)}")
+
+
+def _allowed(declared: Any, is_element: bool) -> str:
+    """A type in words, or that of a list's elements."""
+    kinds = [kind for kind in _kinds_of(declared) if not (is_element and kind is type(None))]
+    return ", or ".join(dict.fromkeys(WORDS[kind] for kind in kinds))
 
 
 def _kinds_of(declared: Any) -> list[type]:

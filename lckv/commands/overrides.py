@@ -32,7 +32,7 @@ FLAGS = (
 
 _KEY = re.compile(rf"(?:\+\+|[+~])?(?:[\w$/-]+\.)*(?:{'|'.join(_TEXT_KEYS)})(?:@[\w.]*)?=\s*", re.ASCII)
 _OPTIONAL_GROUP = re.compile(r"^\+(?=(?:experiment|debug)=)")
-_LIKE_A_NUMBER = re.compile(r"\d+|true|false", re.IGNORECASE)
+_NO_TEXT = re.compile(r"[+-]?\d[\w.+-]*|true|false|null|nan|inf", re.IGNORECASE)
 # Text such as the folders of a sweep, `runs/sweep/sharing=cla,seed=0`: in what Hydra's grammar allows, a value has an
 # equals sign only in quotes, behind a backslash, or among the arguments of a function.
 _TEXT_WITH_EQUALS = re.compile(r"""(?P<key>[^=]+=)(?P<text>[^\s'"\\(\[{$][^'"\\(\[{$]*=[^'"\\(\[{$]*)""")
@@ -140,7 +140,7 @@ def unescape(text: str | None) -> str | None:
 def _quote_override(override: str) -> str:
     override = _OPTIONAL_GROUP.sub("", override)
     name, _, text = override.partition("=")
-    if name in hydra_store.groups() and _LIKE_A_NUMBER.fullmatch(text):
+    if name in hydra_store.groups() and _NO_TEXT.fullmatch(text):
         return f"{name}='{text}'"
     if pair := _TEXT_WITH_EQUALS.fullmatch(override):
         return f"{pair['key']}'{pair['text']}'"

@@ -15,7 +15,10 @@ from lckv.sharing.iteration import CONVERGE
 Rule = Callable[[str, Any], object]
 """Refuses a wrong value of the key of this full name, with a `UserError`."""
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+WORDS: dict[type, str] = {
+    **{int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"},
+    **{list: "a list, in brackets", dict: "keys of its own"},
+}
 """What is allowed of a key of this type, in answers to mistakes."""
 
 MODEL_REQUIRED = "give one: model=FOLDER (a run folder or a checkpoint), or a name on the Hub"
@@ -63,7 +66,7 @@ class Group:
             name, value = prefix + item.name, getattr(self, item.name)
             if isinstance(value, Group):
                 value.validate(f"{name}.")
-            elif value is None and item.metadata.get("required"):
+            elif value in (None, "") and item.metadata.get("required"):
                 raise UserError(f"{name}: {item.metadata['required']}")
             # OmegaConf refuses None where the type does; `Any` has it always.
             elif value is not None or (item.type == "Any" and item.default is not None):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lckv.config.keys import Group, above_zero, at_least, each, fraction, key, one_of, passes, such_that
+from lckv.config.keys import Group, above_zero, at_least, each, fraction, key, not_negative, one_of, passes, such_that
 from lckv.config.names import ATTENTIONS, AUTO_LATENT, DTYPES, LATENTS, NO_LATENT, RANDOM, XKV
+from lckv.config.rotation import rotations
 from lckv.errors import UserError, check_choice
 from lckv.sharing.model_values import NORM_TYPES, check_heads
 from lckv.sharing.patterns import PATTERNS
@@ -87,8 +88,8 @@ class ModelConfig(Group):
     head_dim: int | None = key(None, at_least())
     hidden_act: str = "silu"
     max_position_embeddings: int = key(2048, at_least())
-    rms_norm_eps: float = 1e-6
-    rope_parameters: dict[str, Any] = key({}, only_with={"learned_positions": (False,)})
+    rms_norm_eps: float = key(1e-6, not_negative)
+    rope_parameters: dict[str, Any] = key({}, rotations, only_with={"learned_positions": (False,)})
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_output_bias: bool | None = None
@@ -104,7 +105,7 @@ class ModelConfig(Group):
     final_logit_softcapping: float | None = key(None, above_zero)
     mlp_bias: bool = False
     attention_dropout: float = key(0.0, fraction)
-    initializer_range: float = 0.02
+    initializer_range: float = key(0.02, not_negative)
     sliding_window: int | None = key(None, at_least())
     forward_passes: Any = key(1, passes)
     backward_passes: int = key(1, at_least())

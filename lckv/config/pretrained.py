@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lckv.config.keys import Group, above_zero, at_least, key, not_negative, one_of
+from lckv.config.keys import Group, above_zero, at_least, is_named, key, not_negative, one_of
 from lckv.config.names import DTYPES, LOSS_PARTS, METHODS
 from lckv.errors import UserError
 
@@ -33,7 +33,7 @@ class InitConfig(CalibrationConfig):
         method: how keys and values that layers are to share come from those that each computes in the source.
     """
 
-    source: str | None = None
+    source: str | None = key(None, is_named)
     revision: str | None = None
     method: str = key("average", one_of(METHODS))
 
@@ -58,7 +58,7 @@ class TeacherConfig(Group):
         dtype: "float32", "bfloat16" or "float16"; "auto": as the teacher was saved.
     """
 
-    source: str | None = None
+    source: str | None = key(None, is_named)
     revision: str | None = None
     logits_weight: float = key(1.0, not_negative)
     attention_weight: float = key(1.0, not_negative)

@@ -195,8 +195,8 @@ class OptimConfig(Group):
             "allowed are two numbers, 0 up to, but without, 1",
         ),
     )
-    eps: float = 1e-8
-    momentum: float = key(0.95, only_with={"name": ("muon",)})
+    eps: float = key(1e-8, not_negative)
+    momentum: float = key(0.95, not_negative, only_with={"name": ("muon",)})
     fused: bool | None = None
 
     def check(self, prefix: str) -> None:

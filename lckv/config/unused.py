@@ -202,7 +202,7 @@ TABLE: dict[type, tuple[Unused, ...]] = {
             "without teacher.source; give one, or leave it out",
         ),
         _unless("init.method", _fits_by_method, _LATENT_FIT),
-        _unless("init", lambda cfg: cfg.init.source, "without init.source; give one, or leave it out"),
+        _unless("init", lambda cfg: cfg.init.source is not None, "without init.source; give one, or leave it out"),
         _unless(
             "iso",
             lambda cfg: cfg.init.source is None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
 
 from lckv.config import ChatConfig, GenerateConfig
-from lckv.errors import UserError, check_positive, check_whole_number
+from lckv.errors import UserError, check_whole_number
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -35,10 +35,8 @@ class Sampling:
         if self.top_k is not None:
             check_whole_number("top_k", self.top_k)
         for name in ("temperature", "repetition_penalty"):
-            if (value := getattr(self, name)) is not None:
-                check_positive(name, value)
-                if not _SMALLEST <= value <= _LARGEST:
-                    raise UserError(f"{name}={value}: allowed is a number from {_SMALLEST:g} to {_LARGEST:g}")
+            if (value := getattr(self, name)) is not None and not _SMALLEST <= value <= _LARGEST:
+                raise UserError(f"{name}={value}: allowed is a number from {_SMALLEST:g} to {_LARGEST:g}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: allowed is a number above 0, up to 1")
         if self.seed is not None:

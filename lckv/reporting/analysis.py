@@ -232,16 +232,17 @@ def llama_flops(run: Row) -> float | None:
     model = {key.removeprefix("model."): value for key, value in run.config.items() if key.startswith("model.")}
     model["vocab_size"] = model.get("vocab_size") or run.config.get("tokenizer.vocab_size")
     model["sliding_window"] = model.get("sliding_window") or DEFAULT_SLIDING_WINDOW
-    try:
-        sizes = ModelSizes.from_config(model)
-    except (KeyError, TypeError):  # an earlier version's, or one that leaves sizes to a pretrained model
-        return None
     plan, own = run.plan, run.train_flops_per_token
     if plan is None or run.context_length is None or own is None:
         return None
     names = ("forward_passes", "backward_passes", "cyclic_groups", "use_sequential")
     iteration, length = Iteration(**{name: model[name] for name in names if name in model}), int(run.context_length)
-    counted = count_flops(plan, sizes, length, iteration).train
+    try:
+        sizes = ModelSizes.from_config(model)
+        counted = count_flops(plan, sizes, length, iteration).train
+    # An earlier version's, a damaged one, or one that leaves sizes to a pretrained model.
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return None
     if counted is None or not math.isclose(counted, own, rel_tol=1e-6):
         return None
     return count_flops(llama_plan(plan), sizes.of_llama, length, iteration).train

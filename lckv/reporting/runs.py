@@ -94,7 +94,7 @@ def _run_folders(folder: Path, seen: set[Path]) -> Iterator[Path]:
 def _read_run(path: Path) -> dict[str, Any]:
     problems: list[str] = []
     names = ("config.yaml", "results.json", "evaluation/results.json", "failure.json")
-    config, results, evaluated, failure = (_read_mapping(path / name, problems) for name in names)
+    config, results, evaluated, failure = (_read_mapping(path, name, problems) for name in names)
     evaluations = {**_mapping(results.get("evaluations")), **_mapping(evaluated.get("evaluations"))}
     leaves = dict(flatten(results))
     run = {
@@ -119,18 +119,19 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _read_mapping(file: Path, problems: list[str]) -> dict[str, Any]:
-    """The file's mapping; an empty one where it is missing or, which is noted, cannot be read."""
+def _read_mapping(run: Path, name: str, problems: list[str]) -> dict[str, Any]:
+    """The mapping in a file of a run; an empty one where it is missing or, which is noted, cannot be read."""
+    file = run / name
     if not file.is_file():
         return {}
     try:
         text = file.read_text(encoding="utf-8")
         value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        problems.append(f"{file.name} cannot be read: {type(error).__name__}")
+        problems.append(f"{name} cannot be read: {type(error).__name__}")
         return {}
     if not isinstance(value, dict):
-        problems.append(f"{file.name} holds no settings or figures")
+        problems.append(f"{name} holds no settings or figures")
         return {}
     return value
 

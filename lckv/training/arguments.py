@@ -8,7 +8,8 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -61,6 +62,8 @@ def build_training_arguments(
                 f"trainer.hf.{name}: transformers' TrainingArguments has no such field{near_miss(name, allowed)}"
             )
         _check_type(f"trainer.hf.{name}", value, types[name])
+        if choices := kind.__dataclass_fields__[name].metadata.get("choices"):
+            check_choice(f"trainer.hf.{name}", value, choices)
     if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else processes under torchrun do not find each other
     fields = _fields_set_here(cfg) | own | trainer.hf
@@ -79,10 +82,15 @@ def build_training_arguments(
 
 
 def _check_type(key: str, value: Any, declared: Any) -> None:
-    """Refuses what is not of a field's type, if that is a number or a switch: transformers itself does not look."""
-    kinds = get_args(declared) or (declared,)
-    if set(kinds) <= WORDS.keys() - {str} and type(value) not in kinds and (type(value), *kinds[:1]) != (int, float):
-        raise UserError(f"{key}={value!r}: allowed is {', or '.join(WORDS[kind] for kind in kinds)}")
+    """Refuses what is not of a field's type: transformers itself does not look.
+
+    Not where only text is declared, in whose place it takes other things, such as `fsdp=True`.
+    """
+    kinds = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+    shapes = [get_origin(kind) or kind for kind in kinds]
+    is_text = not {*shapes} & (WORDS.keys() - {str, NoneType})
+    if not is_text and type(value) not in shapes and not (type(value) is int and float in shapes):
+        raise UserError(f"{key}={value!r}: allowed is {', or '.join(WORDS[shape] for shape in shapes)}")
 
 
 def _check_accelerate(args: TrainingArguments, precision: str) -> None:
@@ -172,6 +180,10 @@ def _check_switches(cfg: TrainerConfig) -> None:
         return
     backends = torch.compiler.list_backends(exclude_tags=())
     check_choice("trainer.torch_compile_backend", cfg.torch_compile_backend, backends)
+    if cfg.torch_compile_backend == "inductor" and cfg.torch_compile_mode is not None:
+        from torch._inductor import list_mode_options  # takes seconds to import
+
+        check_choice("trainer.torch_compile_mode", cfg.torch_compile_mode, list_mode_options())
     if cfg.torch_compile_backend == "inductor" and torch.cuda.is_available():
         if importlib.util.find_spec("triton") is None:
             raise UserError("trainer.torch_compile=true: needs Triton, which is not installed")

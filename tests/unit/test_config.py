@@ -37,6 +37,7 @@ from lckv.data.sources import SOURCES
 from lckv.errors import UserError
 from lckv.evaluation.evaluations import FUNCTIONS
 from lckv.models import LCKVLlamaConfig
+from lckv.models.parts.rotary import rotary_frequencies
 from lckv.sharing.patterns import PATTERNS, build_layer_types, parse_layer_types
 from lckv.training.loggers import LOGGERS
 from lckv.training.optim import OPTIMIZERS, SCHEDULES, TRAINABLE
@@ -218,6 +219,26 @@ def test_model_arguments_are_those_of_the_model():
     assert made._attn_implementation == "sdpa"
     assert made.head_dim == 64
     assert model_arguments(config(layer_types="0", vocab_size=300), 256)["vocab_size"] == 300
+
+
+@pytest.mark.parametrize(
+    "rotation",
+    [
+        {"rope_theta": 5.0, "partial_rotary_factor": 0.5},
+        {"rope_type": "linear", "factor": 2},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {"rope_theta": 50.0}},
+    ],
+)
+def test_rotations_that_are_allowed_make_a_model(rotation: dict):
+    cfg = config(layer_types="0_0s_2_1s", head_dim=8, rope_parameters=rotation)
+    cfg.model.validate("model.")
+    made = LCKVLlamaConfig(**model_arguments(cfg, 256))
+    for label in made.rotations:
+        assert rotary_frequencies(made, label).isfinite().all()
 
 
 def test_run_names():

@@ -57,7 +57,7 @@ def _of_run(evaluations: Mapping[str, Any]) -> tuple[list[float], list[float], n
         lengths, depths, cells = needle["lengths"], needle["depths"], numpy.array(needle["accuracy"], dtype=float)
         is_whole = cells.size > 0 and cells.shape == (len(depths), len(lengths))
         return (lengths, depths, cells) if is_whole and numpy.isfinite([*lengths, *depths]).all() else None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

@@ -127,6 +127,10 @@ FIRST_LINE = "# @package _global_\n"
             "model.hidden_size='big': allowed is a whole number, 1 or more (in exper",
         ),
         ("model: [", "mine.yaml"),
+        (
+            "model:\n  rope_parameters: [1]",
+            "error: in experiment/mine.yaml: has a list in the place of keys of its own, ",
+        ),
         ("seed: 3", "error: in experiment/mine.yaml: needs '# @package _global_' as its first line\n"),
         ("seed: ${nowhere}", "seed: Interpolation key 'nowhere' not found"),
         (

@@ -3,11 +3,13 @@
 import io
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import yaml
 from rich.console import Console
 
+from lckv.config import ModelConfig
 from lckv.errors import UserError
 from lckv.reporting.analysis import analyse
 from lckv.reporting.metrics import Metric, choose_metric
@@ -48,6 +50,8 @@ def test_states_and_their_reasons(tmp_path):
     (write_run(tmp_path / "e") / "results.json").write_text('{"eval_loss": 1')
     write_config(tmp_path / "f", "cla", {})
     write_failure(write_run(tmp_path / "g"))  # finished after it had failed
+    write_evaluations(tmp_path / "g", {})
+    (tmp_path / "g" / "evaluation" / "results.json").write_text("{")
     (tmp_path / "h").mkdir()  # failed before there was a configuration
     (tmp_path / "h" / "failure.json").write_text(json.dumps({"error": "no", "layer_types": "0_0"}))
     runs = read_runs(tmp_path)
@@ -61,7 +65,9 @@ def test_states_and_their_reasons(tmp_path):
         "g": ("finished", ""),
         "h": ("failed", "no"),
     }
-    assert [run.name for run in analyse(runs, tmp_path).troubles] == ["a", "c", "e", "h", "b", "f"]
+    report = analyse(runs, tmp_path)
+    assert [run.name for run in report.troubles] == ["a", "c", "e", "h", "b", "f"]
+    assert report.notes == ["g: evaluation/results.json cannot be read: JSONDecodeError"]
     assert [*runs.iloc[-1][["layer_types", "family"]]] == ["0_0", None]
 
 
@@ -143,7 +149,10 @@ DAMAGES = [
     ("results.json", {"eval_bits_per_byte": 10**400}),
     ("results.json", {"eval_perplexity": 1e300, "eval_bits_per_byte": 1e300}),
     ("results.json", {"evaluations": {"needle": {"lengths": [8], "depths": [math.nan], "accuracy": [[1.0]]}}}),
+    ("results.json", {"evaluations": {"needle": {"lengths": [8], "depths": [0.5], "accuracy": [[10**400]]}}}),
     ("results.json", "[" * 100_000),
+    ("config.yaml", {"model": {**asdict(ModelConfig()), "num_attention_heads": 0}}),
+    ("config.yaml", {"model": {**asdict(ModelConfig()), "vocab_size": "many"}}),
 ]
 
 

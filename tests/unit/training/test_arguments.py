@@ -39,8 +39,13 @@ def test_global_batch_that_does_not_divide_is_refused(global_size, micro_size, p
     ("settings", "message"),
     [
         ({"trainer__hf": {"fsdpp": True}}, "did you mean 'fsdp'"),
+        ({"trainer__hf": {"log_level": "infoo"}}, "trainer.hf.log_level='infoo': allowed are"),
         ({"model__max_position_embeddings": 8}, "longer than model.max_position_embeddings=8"),
         ({"trainer__torch_compile": True, "trainer__torch_compile_backend": "inducter"}, "did you mean 'inductor'"),
+        (
+            {"trainer__torch_compile": True, "trainer__torch_compile_mode": "max-autotone"},
+            "did you mean 'max-autotune'",
+        ),
         ({"model__mlp_bias": True, "trainer__use_liger_kernel": True}, "has no MLP for model.mlp_bias=true"),
     ],
 )
@@ -116,9 +121,14 @@ def test_accelerate_does_not_cut_batches_up(
         ("neftune_noise_alpha", "5", "a number, or null"),
         ("full_determinism", 3, "true or false"),
         ("adam_epsilon", None, "a number"),
+        ("label_names", 3, "a list, in brackets, or null"),
+        ("gradient_checkpointing_kwargs", 3, "keys of its own, or text, or null"),
+        ("debug", 3, "text, or a list, in brackets"),
     ],
 )
-def test_numbers_and_switches_of_transformers_are_such(make_config: MakeConfig, field: str, value: Any, allowed: str):
+def test_fields_of_transformers_have_values_of_their_types(
+    make_config: MakeConfig, field: str, value: Any, allowed: str
+):
     with pytest.raises(UserError) as caught:
         build_training_arguments(make_config(trainer__hf={field: value}))
     assert str(caught.value) == f"trainer.hf.{field}={value!r}: allowed is {allowed}"
