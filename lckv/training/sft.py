@@ -18,6 +18,7 @@ from lckv.data.chat_tokens import ConversationCollator, ConversationData, pad_to
 from lckv.data.packing import IGNORE_INDEX
 from lckv.errors import UserError
 from lckv.evaluation.perplexity import in_eval_mode, token_losses
+from lckv.sharing.iteration import CONVERGE
 from lckv.training.adapters import build_lora_config, check_adapter_fits, read_adapter
 from lckv.training.arguments import build_training_arguments
 from lckv.training.callbacks import sample_text
@@ -125,9 +126,13 @@ def with_pairs(trainer: Any) -> type[RunMixin]:
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             """Adds what the answers' log-probabilities are before training, so that no copy of the model is kept."""
             before = torch.zeros(2, len(dataset), dtype=torch.float64)
-            needed = sorted(set(self.order_of(len(dataset)))) if name == "train" else range(len(dataset))
+            is_trained_on, needed = name == "train", list(range(len(dataset)))
+            if is_trained_on:  # what no step comes to is not needed
+                needed = sorted(set(self.order_of(len(dataset))))
             for places in self._shares(needed, batch_size, f"log-probabilities, {name}"):
-                before[:, list(places)] = self._log_probabilities([dataset[place] for place in places])
+                before[:, list(places)] = self._log_probabilities(
+                    [dataset[place] for place in places], None if is_trained_on else CONVERGE
+                )
             better, worse = self._sum_over_processes(before).tolist()
             return dataset.add_column("ref_chosen_logps", better).add_column("ref_rejected_logps", worse)
 
@@ -137,10 +142,10 @@ def with_pairs(trainer: Any) -> type[RunMixin]:
             starts = range(rank * batch_size, len(places), world_size * batch_size)
             return track((places[start : start + batch_size] for start in starts), what, len(starts))
 
-        def _log_probabilities(self, rows: list[dict[str, Any]]) -> Tensor:
-            """Of the better answers and of the worse ones, `(2, rows)`, after the passes of training."""
+        def _log_probabilities(self, rows: list[dict[str, Any]], forward_passes: str | None) -> Tensor:
+            """Of the better answers and of the worse ones, `(2, rows)`; `None` for the passes of training."""
             answers = self._prepare_inputs(self._collate_answers(rows))
-            with in_eval_mode(self.model, None), torch.no_grad(), self.accelerator.autocast():
+            with in_eval_mode(self.model, forward_passes), torch.no_grad(), self.accelerator.autocast():
                 losses = token_losses(self.model, answers)
             return -losses.double().sum(dim=1).cpu().view(2, -1)
 
@@ -155,14 +160,14 @@ def with_pairs(trainer: Any) -> type[RunMixin]:
             return {name: values.chunk(2)[0] for name, values in self._collate_answers(rows).items()}
 
         def further_eval_metrics(self) -> dict[str, float]:
-            """The part of the pairs that are ranked right, and by how much."""
+            """The part of the pairs that are ranked right, and by how much, as decoding would."""
             totals, rows = torch.zeros(2, dtype=torch.float64), self.eval_dataset
             for places in self._shares(range(len(rows)), self.args.per_device_eval_batch_size, "pairs"):
                 pairs = [rows[place] for place in places]
                 before = torch.tensor(
                     [[pair[f"ref_{name}_logps"] for pair in pairs] for name in ("chosen", "rejected")]
                 )
-                better, worse = self._log_probabilities(pairs) - before
+                better, worse = self._log_probabilities(pairs, CONVERGE) - before
                 margins = self.beta * (better - worse)
                 totals += torch.stack([(margins > 0).sum(), margins.sum()])
             num_right, margin = (self._sum_over_processes(totals) / len(rows)).tolist()

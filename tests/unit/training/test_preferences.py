@@ -17,6 +17,7 @@ from lckv.data.chat_templates import read_chat_template, render_chat, set_chat_t
 from lckv.data.chat_tokens import build_conversation_data
 from lckv.data.conversations import build_conversations, check_conversations
 from lckv.errors import UserError
+from lckv.sharing.iteration import EXACT
 from lckv.training.run_folder import RunFolder
 from tests.tiny import merging_tokenizer
 from tests.unit.training.test_sft import PATTERNS, build_model
@@ -68,21 +69,21 @@ def make_session(tmp_path: Path) -> Callable[..., SFTSession]:
     return make
 
 
-def log_probability(model: Any, asked: list[int], answer: list[int]) -> float:
+def log_probability(model: Any, asked: list[int], answer: list[int], **passes: Any) -> float:
     """Of an answer alone, without padding and by the model's plain logits."""
     ids = torch.tensor([asked + answer])
     with torch.no_grad():
-        logits = model.eval()(ids, use_cache=False).logits[0, len(asked) - 1 : -1]
+        logits = model.eval()(ids, use_cache=False, **passes).logits[0, len(asked) - 1 : -1]
     return -F.cross_entropy(logits.double(), ids[0, len(asked) :], reduction="sum").item()
 
 
-def margins(rows: Any, model: Any, reference: Any) -> list[float]:
+def margins(rows: Any, model: Any, reference: Any, **passes: Any) -> list[float]:
     """By how much the better answers are preferred, as Rafailov et al. define it."""
     found = []
     for row in rows:
         better, worse = (
-            log_probability(model, row["prompt_ids"], row[name])
-            - log_probability(reference, row["prompt_ids"], row[name])
+            log_probability(model, row["prompt_ids"], row[name], **passes)
+            - log_probability(reference, row["prompt_ids"], row[name], **passes)
             for name in ("chosen_ids", "rejected_ids")
         )
         found.append(BETA * (better - worse))
@@ -99,7 +100,7 @@ def test_the_loss_is_that_of_each_pair_alone_against_the_model_at_the_start(make
     trainer, rows = session.trainer, list(session.data.train)
     first, *_, evaluation = session.folder.read_metrics()
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)  # nothing has been learnt yet
-    held_out = margins(session.data.validation, trainer.model, start)
+    held_out = margins(session.data.validation, trainer.model, start, **EXACT)
     assert any(abs(margin) > 1e-2 for margin in held_out)
     assert evaluation["eval_preference_margin"] == pytest.approx(sum(held_out) / len(held_out), abs=1e-4)
     accuracy = sum(margin > 0 for margin in held_out) / len(held_out)
@@ -119,12 +120,11 @@ def test_the_better_answers_come_to_be_preferred(make_session):
     assert evaluations[-1]["eval_preference_margin"] > evaluations[0]["eval_preference_margin"] > 0
     assert "pairs" not in results["layer_types"] and results["train_loss"] < 0.3
     model = AutoModelForCausalLM.from_pretrained(session.folder.model)
-    exact = {"forward_passes": "converge", "converge_tolerance": 1e-5}
     rows, losses, count = session.data.validation, 0.0, 0
     for row in rows:  # the perplexity is that of the better answers, as decoding gives it
         ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
         with torch.no_grad():
-            logits = model.eval()(ids, use_cache=False, **exact).logits[0, len(row["prompt_ids"]) - 1 : -1]
+            logits = model.eval()(ids, use_cache=False, **EXACT).logits[0, len(row["prompt_ids"]) - 1 : -1]
         losses += F.cross_entropy(logits, ids[0, len(row["prompt_ids"]) :], reduction="sum").item()
         count += len(row["chosen_ids"])
     assert results["eval_loss"] == pytest.approx(losses / count, abs=1e-4)
@@ -177,7 +177,7 @@ def test_an_adapter_that_is_gone_on_with_is_what_it_is_compared_with(make_sessio
     start = PeftModel.from_pretrained(build_model("upward"), adapter)
     further.run()
     evaluation = further.folder.read_metrics()[-1]
-    held_out = margins(further.data.validation, further.trainer.model, start)
+    held_out = margins(further.data.validation, further.trainer.model, start, **EXACT)
     assert evaluation["eval_preference_margin"] == pytest.approx(sum(held_out) / len(held_out), abs=1e-4)
     assert not (further.folder.adapter / "ref").exists()
 
