@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
@@ -15,18 +13,16 @@ from lckv.config import SFTConfig
 from lckv.config.sft import DPO
 from lckv.data.chat_templates import end_of_answer
 from lckv.data.chat_tokens import ConversationCollator, ConversationData, pad_token_of
-from lckv.data.packing import IGNORE_INDEX
 from lckv.errors import UserError
-from lckv.evaluation.perplexity import in_eval_mode, token_losses
-from lckv.sharing.iteration import CONVERGE
 from lckv.training.adapters import build_lora_config, check_adapter_fits, read_adapter
 from lckv.training.arguments import build_training_arguments
 from lckv.training.callbacks import sample_text
 from lckv.training.checkpoints import saving
+from lckv.training.preferences import with_pairs
 from lckv.training.run_folder import RunFolder
 from lckv.training.session import BaseSession
 from lckv.training.trainer import RunMixin
-from lckv.utils.console import command, track
+from lckv.utils.console import command
 from lckv.utils.storage import new_folder
 
 
@@ -103,77 +99,6 @@ def build_trainer_class(loss: str) -> type[RunMixin]:
             """Tells nobody of the run."""
 
     return with_pairs(ConversationTrainer) if loss == DPO else ConversationTrainer
-
-
-def with_pairs(trainer: Any) -> type[RunMixin]:
-    """A trainer of rows of pairs of answers, which tells of the better ones' perplexity beside its own loss."""
-
-    class PreferenceTrainer(trainer):
-        """TRL's loss over pairs of answers."""
-
-        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-            """The rows are what TRL makes of texts."""
-            return dataset
-
-        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            """TRL's loss, whose metrics get the loss of the better answers, in nats per token."""
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            is_better = inputs["completion_mask"].chunk(2)[0]
-            metrics["loss_labels"].append(-metrics["logps/chosen"][-1] * len(is_better) / is_better.sum().item())
-            return loss
-
-        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            """Adds what the answers' log-probabilities are before training, so that no copy of the model is kept."""
-            before = torch.zeros(2, len(dataset), dtype=torch.float64)
-            is_trained_on, needed = name == "train", list(range(len(dataset)))
-            if is_trained_on:  # what no step comes to is not needed
-                needed = sorted(set(self.order_of(len(dataset))))
-            for places in self._shares(needed, batch_size, f"log-probabilities, {name}"):
-                before[:, list(places)] = self._log_probabilities(
-                    [dataset[place] for place in places], None if is_trained_on else CONVERGE
-                )
-            better, worse = self._sum_over_processes(before).tolist()
-            return dataset.add_column("ref_chosen_logps", better).add_column("ref_rejected_logps", worse)
-
-        def _shares(self, places: Sequence[int], batch_size: int, what: str) -> Iterable[Sequence[int]]:
-            """Which of the rows this process looks at, batch by batch."""
-            rank, world_size = self.args.process_index, self.args.world_size
-            starts = range(rank * batch_size, len(places), world_size * batch_size)
-            return track((places[start : start + batch_size] for start in starts), what, len(starts))
-
-        def _log_probabilities(self, rows: list[dict[str, Any]], forward_passes: str | None) -> Tensor:
-            """Of the better answers and of the worse ones, `(2, rows)`; `None` for the passes of training."""
-            answers = self._prepare_inputs(self._collate_answers(rows))
-            with in_eval_mode(self.model, forward_passes), torch.no_grad(), self.accelerator.autocast():
-                losses = token_losses(self.model, answers)
-            return -losses.double().sum(dim=1).cpu().view(2, -1)
-
-        def _collate_answers(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-            """The better answers, then the worse ones, labelled behind what was asked."""
-            batch = self.data_collator(rows)
-            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
-            return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-
-        def collate_eval(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-            """The better answers alone."""
-            return {name: values.chunk(2)[0] for name, values in self._collate_answers(rows).items()}
-
-        def further_eval_metrics(self) -> dict[str, float]:
-            """The part of the pairs that are ranked right, and by how much, as decoding would."""
-            totals, rows = torch.zeros(2, dtype=torch.float64), self.eval_dataset
-            for places in self._shares(range(len(rows)), self.args.per_device_eval_batch_size, "pairs"):
-                pairs = [rows[place] for place in places]
-                before = torch.tensor(
-                    [[pair[f"ref_{name}_logps"] for pair in pairs] for name in ("chosen", "rejected")]
-                )
-                better, worse = self._log_probabilities(pairs, CONVERGE) - before
-                margins = self.beta * (better - worse)
-                totals += torch.stack([(margins > 0).sum(), margins.sum()])
-            num_right, margin = (self._sum_over_processes(totals) / len(rows)).tolist()
-            return {"eval_preference_accuracy": num_right, "eval_preference_margin": margin}
-
-    return PreferenceTrainer
 
 
 @dataclass(eq=False)
