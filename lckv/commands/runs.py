@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lckv.commands import cli
 from lckv.config import RunConfig, validate
+from lckv.config.names import PREFERENCES
 from lckv.training.run_folder import A_MOMENT, FOREVER, RunFolder, recorded_failure
 from lckv.utils.console import new_console
 from lckv.utils.processes import check_launch, is_main_process
@@ -35,7 +36,8 @@ def in_run_folder(
         adopt: what makes of the configuration the one that is stored.
 
     Returns:
-        The validation loss at the end, for sweepers that look for a low one; `None` in every process but the first.
+        The validation loss at the end, of pairs where these are trained on, for sweepers that look for a low one;
+        `None` in every process but the first.
     """
     check_launch(command)
     assert cfg.run_dir is not None  # filled in with the run's name
@@ -43,7 +45,9 @@ def in_run_folder(
     with folder, recorded_failure(folder, cfg, cli.task_overrides(), keeps_mistakes=cli.is_in_a_sweep()):
         validate(cfg)
         results = _finished_in_a_sweep(cfg, folder, adopt) or work(cfg, folder)
-    return None if results is None else float(results["eval_loss"])
+    if results is None:
+        return None
+    return float(results[PREFERENCES[0] if PREFERENCES[0] in results else "eval_loss"])
 
 
 def _finished_in_a_sweep(

@@ -14,6 +14,8 @@ TRAINABLE = ("all", "kv", "qkv")
 RIEMANNIAN = "riemannian_adam"
 OPTIMIZERS = ("adamw", "muon", RIEMANNIAN)
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+PREFERENCES = ("eval_preference_loss", "eval_preference_accuracy", "eval_preference_margin")
+"""What an evaluation on pairs of answers says of them, beside the perplexity of the better ones."""
 LOSS_PARTS = ("logits", "attention", "reconstruction", "labels")
 """What a loss against a teacher is the weighted sum of."""
 

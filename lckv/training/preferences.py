@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lckv.config.names import PREFERENCES
 from lckv.data.packing import IGNORE_INDEX
 from lckv.evaluation.perplexity import in_eval_mode, token_losses
 from lckv.sharing.iteration import CONVERGE
@@ -70,8 +72,8 @@ def with_pairs(trainer: Any) -> type[RunMixin]:
             return {name: values.chunk(2)[0] for name, values in self._collate_answers(rows).items()}
 
         def further_eval_metrics(self) -> dict[str, float]:
-            """The part of the pairs that are ranked right, and by how much, as decoding would."""
-            totals, rows = torch.zeros(2, dtype=torch.float64), self.eval_dataset
+            """The loss of the pairs, the part of them that are ranked right, and by how much, as decoding would."""
+            totals, rows = torch.zeros(3, dtype=torch.float64), self.eval_dataset
             for places in self._shares([*range(len(rows))], self.args.per_device_eval_batch_size, "pairs"):
                 pairs = [rows[place] for place in places]
                 before = torch.tensor(
@@ -79,8 +81,8 @@ def with_pairs(trainer: Any) -> type[RunMixin]:
                 )
                 better, worse = self._log_probabilities(pairs, CONVERGE) - before
                 margins = self.beta * (better - worse)
-                totals += torch.stack([(margins > 0).sum(), margins.sum()])
-            num_right, margin = (self._sum_over_processes(totals) / len(rows)).tolist()
-            return {"eval_preference_accuracy": num_right, "eval_preference_margin": margin}
+                totals += torch.stack([-F.logsigmoid(margins).sum(), (margins > 0).sum(), margins.sum()])
+            means = (self._sum_over_processes(totals) / len(rows)).tolist()
+            return dict(zip(PREFERENCES, means, strict=True))
 
     return PreferenceTrainer

@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from lckv.config import RunConfig, TrainerConfig
-from lckv.config.names import LOSS_PARTS
+from lckv.config.names import LOSS_PARTS, PREFERENCES
 from lckv.data.dataset import RunData
 from lckv.evaluation.model_costs import cost_figures, llama_sizes_of, sharing_plan_of
 from lckv.evaluation.results_file import scalar_figures
@@ -23,9 +23,6 @@ from lckv.training.run_folder import RunFolder
 from lckv.training.trainer import RunMixin
 from lckv.utils.console import arguments_of_this_run, command
 from lckv.utils.environment import describe_hardware, versions
-
-PREFERENCES = ("eval_preference_accuracy", "eval_preference_margin")
-"""What an evaluation on pairs of answers says beside the loss of the better ones."""
 
 _OF_CONVERT = {"source": "init.source", "revision": "init.revision", "method": "init.method"}
 """Settings of `lckv.convert` by what `lckv.train` calls them."""
@@ -136,8 +133,9 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("speed", f"{results['tokens_per_second']:,.0f} tokens/s{mfu}"),
         ("peak memory", f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ]
-    if "eval_preference_accuracy" in results:
-        ranked = f"{results['eval_preference_accuracy']:.1%}  (mean margin {results['eval_preference_margin']:.3f})"
+    if PREFERENCES[0] in results:
+        loss, accuracy, margin = (results[name] for name in PREFERENCES)
+        ranked = f"{accuracy:.1%}  (mean margin {margin:.3f}, loss {loss:.4f})"
         rows.insert(2, ("pairs ranked right", ranked))
     if "loss_labels" in results:
         rows.insert(2, ("training loss", f"{results['train_loss']:.4f}  ({describe_loss_parts(results)})"))

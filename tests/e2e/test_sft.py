@@ -121,11 +121,13 @@ def test_two_processes_give_the_curve_of_one(
     settings = json.loads((model / "config.json").read_text())
     # Dropout draws other random numbers in every process.
     (model / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.0}))
-    sft.main(cli.compose(arguments(model, conversations, one, *given)[3:], "sft"))
+    loss = sft.main(cli.compose(arguments(model, conversations, one, *given)[3:], "sft"))
     command = arguments(model, conversations, two, *given, "trainer.micro_batch_size=1")
     process = commands.run(command, tmp_path, timeout=200, num_processes=2)
     assert process.returncode == 0, process.stdout + process.stderr
     assert_same_curve(one, two)
+    sought = "eval_preference_loss" if "loss=dpo" in given else "eval_loss"  # what a sweeper looks for
+    assert loss == training.read_metrics(one)[-1][sought]
     accuracies = [
         json.loads((each / "results.json").read_text()).get("eval_preference_accuracy") for each in (one, two)
     ]

@@ -103,6 +103,8 @@ def test_the_loss_is_that_of_each_pair_alone_against_the_model_at_the_start(make
     held_out = margins(session.data.validation, trainer.model, start, **EXACT)
     assert any(abs(margin) > 1e-2 for margin in held_out)
     assert evaluation["eval_preference_margin"] == pytest.approx(sum(held_out) / len(held_out), abs=1e-4)
+    loss = sum(math.log1p(math.exp(-margin)) for margin in held_out) / len(held_out)
+    assert evaluation["eval_preference_loss"] == pytest.approx(loss, abs=1e-4)
     accuracy = sum(margin > 0 for margin in held_out) / len(held_out)
     assert evaluation["eval_preference_accuracy"] == results["eval_preference_accuracy"] == accuracy
     # What is trained on, in a padded batch.
