@@ -99,7 +99,7 @@ class ChatEncoder:
             ids, labels = self.encode([*conversation.messages[:-1], answer])
             learnt = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
             sides.append((ids[: learnt[-1] + 1], labels) if learnt else ([], labels))
-        (chosen, labels), (rejected, _) = sides
+        (chosen, labels), (rejected, _) = sides  # which have the same labels as far as they are the same
         start = len(os.path.commonprefix([chosen, rejected]))
         while start and labels[start - 1] != IGNORE_INDEX:  # back to where the answers begin, which may be alike
             start -= 1
@@ -156,8 +156,8 @@ class SplitCounts:
 
     Attributes:
         num_conversations: conversations.
-        num_tokens: tokens, without those that fill up.
-        num_predicted_tokens: labels that are not ignored.
+        num_tokens: tokens, without those that fill up; of a pair, with both answers, and what was asked twice.
+        num_predicted_tokens: labels that are not ignored; of a pair, those of the better answer.
         num_too_long: conversations that were longer than a row.
         num_left_out: those of which no label was left, or that were left out because they were too long.
     """
@@ -244,7 +244,7 @@ def build_conversation_data(
     folder = find_cache_dir(cfg.data.cache_dir) / "conversations" / key
     data = load_or_build(folder, build, lambda folder: ConversationData(folder, key, max_length))
     for split, counts in data.counts.items():
-        if counts.num_too_long:
+        if counts.num_too_long or counts.num_left_out:
             done = "left out" if cfg.too_long == DROP else "cut off"
             logger.warning(
                 "%s (%s): %d of %d conversations are longer than max_length=%d and were %s; nothing was left to learn "
@@ -296,11 +296,16 @@ class _SplitWriter:
             limit = self._encoder.max_length
             raise UserError(
                 f"{conversation.where}: is {length} tokens long, more than max_length={limit}, as are "
-                f"{counts.num_too_long} of {counts.num_conversations} conversations; give a larger max_length, "
-                "too_long=truncate or too_long=drop"
+                f"{counts.num_too_long} of {counts.num_conversations} conversations for {split}; give a larger "
+                "max_length, too_long=truncate or too_long=drop"
             )
         if not len(rows):
-            raise UserError(f"{self._name}: no conversation is left for {split}: all are longer than max_length")
+            counts = self.counts
+            raise UserError(
+                f"{self._name}: none of {counts.num_conversations} conversations for {split} is left: "
+                f"{counts.num_too_long} are longer than max_length={self._encoder.max_length}, and of "
+                f"{counts.num_left_out} nothing is left to learn"
+            )
         if is_packed:
             rows = pack_dataset(rows.remove_columns("seq_lengths"), self._encoder.max_length, "bfd")
         rows.save_to_disk(str(folder / split))
@@ -337,13 +342,14 @@ class _SplitWriter:
                 asked, *answers = self._encoder.encode_pair(conversation)
             longest, limit = len(asked) + max(map(len, answers)), self._encoder.max_length
             found["num_conversations"] += 1
-            is_kept = min(map(len, answers)) > 0
+            is_kept = True
             if longest > limit:
                 found["num_too_long"] += 1
                 self._first_too_long = self._first_too_long or (conversation, longest)
                 answers = [ids[: max(0, limit - len(asked))] for ids in answers]
-                is_kept = self._too_long != DROP and len(asked) < limit and answers[0] != answers[1]
-            if is_kept:
+                is_kept = self._too_long != DROP
+            # The template may have made two answers alike, or cutting them off.
+            if is_kept and all(answers) and answers[0] != answers[1]:
                 self._label_counts += np.bincount(answers[0], minlength=len(self._label_counts))
                 found["num_tokens"] += 2 * len(asked) + sum(map(len, answers))
                 found["num_predicted_tokens"] += len(answers[0])

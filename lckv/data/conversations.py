@@ -187,14 +187,21 @@ def _side(row: dict[str, Any], name: str, where: str) -> list[Message]:
     prompt, answer = row.get(PROMPT), row[name]
     if isinstance(answer, str):
         answer = [{"role": ASSISTANT, "content": answer}]
-    first = answer[0] if isinstance(answer, list) and answer else None
-    if prompt is not None and isinstance(first, dict) and first.get("role") == ASSISTANT:
+    if prompt is None and (isinstance(row[name], str) or _first_role(answer) == ASSISTANT):
+        raise UserError(f"{where}: has no {PROMPT}, nor does {name} begin with one; here are {', '.join(row)}")
+    if prompt is not None and isinstance(answer, list):
         asked = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
-        answer = (asked if isinstance(asked, list) else [asked]) + answer
+        asked = asked if isinstance(asked, list) else [asked]
+        answer = answer if answer[: len(asked)] == asked else asked + answer  # some have it in both places
     messages = check_messages(answer, f"{where}: {name}")
     if messages[-1]["role"] != ASSISTANT or not messages[-1]["content"].strip():
         raise UserError(f"{where}: {name} does not end with something that the assistant says")
     return messages
+
+
+def _first_role(messages: Any) -> Any:
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return first.get("role") if isinstance(first, dict) else None
 
 
 def _find_files(config: ConversationsConfig) -> dict[str, list[Path]]:

@@ -112,6 +112,7 @@ class FiguresCallback(TrainerCallback):
         """Adds the measurements."""
         logs = kwargs["logs"]
         logs["tokens"] = state.global_step * self.tokens_per_step
+        logs["epoch"] = round(state.global_step * (self.global_batch_size / self.num_blocks), 4)
         if "loss" in logs:
             self._add_speed(args, state, logs)
             loss = text_loss(logs)
@@ -123,7 +124,6 @@ class FiguresCallback(TrainerCallback):
 
     def _add_speed(self, args: Arguments, state: TrainerState, logs: dict[str, Any]) -> None:
         num_steps, self._logged_step = state.global_step - self._logged_step, state.global_step
-        logs["epoch"] = round(state.global_step * (self.global_batch_size / self.num_blocks), 4)
         logs["tokens_per_second"] = round(num_steps * self.tokens_per_step / self._training_seconds, 1)
         self._training_seconds = 0.0
         # Model FLOPs utilisation: what the formula says training takes, over what all devices could do at best.
@@ -143,7 +143,7 @@ class FiguresCallback(TrainerCallback):
 
 
 def text_loss(logs: dict[str, Any]) -> float:
-    """The cross entropy with the text in training metrics: the loss, or with a teacher a part of it."""
+    """The cross entropy with the text in training metrics: the loss, or beside another loss, such as a teacher's."""
     return float(logs.get("loss_labels", logs["loss"]))
 
 
@@ -385,7 +385,7 @@ def _describe_training(logs: dict[str, Any]) -> str:
 
 
 def describe_loss_parts(values: dict[str, Any]) -> str:
-    """The parts of a loss against a teacher that are among `values`."""
+    """The parts of a loss against a teacher, or what is measured beside one of pairs, that are among `values`."""
     names = [name for name in LOSS_PARTS if f"loss_{name}" in values]
     return ", ".join(f"{name} {values[f'loss_{name}']:.4f}" for name in names)
 

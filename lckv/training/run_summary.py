@@ -134,6 +134,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ]
     if PREFERENCES[0] in results:
+        rows[:2] = [(f"{name} of better answers", value) for name, value in rows[:2]]
         loss, accuracy, margin = (results[name] for name in PREFERENCES)
         ranked = f"{accuracy:.1%}  (mean margin {margin:.3f}, loss {loss:.4f})"
         rows.insert(2, ("pairs ranked right", ranked))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from lckv.config import RunConfig, SFTConfig, TrainConfig
 from lckv.config.model_arguments import random_sharing
-from lckv.config.names import RIEMANNIAN
+from lckv.config.names import PREFERENCES, RIEMANNIAN
 from lckv.data.dataset import RunData, TokenizedData, collate
 from lckv.data.readers import join_line_ends
 from lckv.errors import UserError
@@ -195,6 +195,8 @@ class BaseSession(ABC):
             figures = self.evaluations.figures or self.evaluations.run()
             results["evaluations"] = dict(figures)
         title = f"{results['run_name']}   {results['layer_types']}"
+        if PREFERENCES[0] in results:
+            title += "   (the better answers)"
         plot_loss(self.folder.read_metrics(), self.folder.loss_plot, title=title, unigram_loss=results["unigram_loss"])
         write_json(self.folder.results, results)
         return results

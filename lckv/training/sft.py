@@ -39,7 +39,7 @@ def build_sft_arguments(cfg: SFTConfig) -> TrainingArguments:
         args = build_training_arguments(
             cfg,
             DPOArguments,
-            left_open=("loss_type", "loss_weights", "label_smoothing", "ld_alpha", "activation_offloading"),
+            left_open=("activation_offloading",),
             beta=cfg.beta,
             max_length=None,  # longer rows have been seen to
             disable_dropout=False,  # what is configured is done

@@ -91,7 +91,7 @@ MODULES = [".".join(("lckv", *path.relative_to(PACKAGE).with_suffix("").parts)) 
 
 
 def part(module: str) -> str:
-    """The name in `LAYERS` that a module such as `lckv.data.text` belongs to."""
+    """The name in `LAYERS` that a module such as `lckv.data.sources` belongs to."""
     return module.split(".")[1] if "." in module else ""
 
 

@@ -191,10 +191,11 @@ def test_an_adapter_that_is_gone_on_with_is_what_it_is_compared_with(make_sessio
         {"prompt": [ASK], "chosen": [YES], "rejected": [NO]},
         {"chosen": [ASK, YES], "rejected": [ASK, NO]},
         {"prompt": "?", "chosen": [ASK, YES], "rejected": [ASK, NO]},
+        {"prompt": [ASK], "chosen": [ASK, YES], "rejected": "n"},
     ],
 )
 def test_all_forms_of_pairs_are_read_alike(tmp_path, row):
-    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"prompt": "other"}) + "\n")
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
     config = ConversationsConfig(files=str(tmp_path / "p.jsonl"))
     found = next(iter(build_conversations(config, is_paired=True).read_training()))
     assert (found.messages, found.worse) == ([ASK, YES], NO)
@@ -209,7 +210,8 @@ def test_all_forms_of_pairs_are_read_alike(tmp_path, row):
         ({"prompt": "?", "chosen": "y", "rejected": " "}, "rejected does not end with something"),
         ({"prompt": "?", "chosen": [ASK], "rejected": [ASK, NO]}, "chosen does not end with something"),
         ({"chosen": [ASK, YES, ASK, YES], "rejected": [ASK, NO, ASK, NO]}, "part before the last message"),
-        ({"chosen": "y", "rejected": "n"}, "chosen: message 1, of the assistant, stands first"),
+        ({"chosen": "y", "rejected": "n", "question": "?"}, "has no prompt, .* here are chosen, rejected, question"),
+        ({"prompt": "other", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "chosen: message 2, of the user, stands"),
         ({"prompt": 3, "chosen": "y", "rejected": "n"}, "chosen: message 1 must have text as role and content"),
     ],
 )
@@ -219,6 +221,20 @@ def test_other_rows_are_refused_with_their_line(tmp_path, row, said):
     )
     with pytest.raises(UserError, match=rf"p\.jsonl:2: .*{said}"):
         check_conversations(ConversationsConfig(files=str(tmp_path / "p.jsonl")), is_paired=True)
+
+
+def test_answers_that_the_template_makes_alike_are_left_out(make_session, tmp_path, caplog):
+    session = make_session()
+    file = tmp_path / "trimmed.jsonl"
+    rows = [{"prompt": f"{number}?", "chosen": "y", "rejected": "y " if number == 3 else "n"} for number in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    session.cfg.data.files = str(file)
+    template = str(read_chat_template("chatml")).replace("message['content'] +", "(message['content'] | trim) +")
+    set_chat_template(session.tokenizer, template, "test")
+    data = build_conversation_data(session.cfg, session.tokenizer, max_length=160, multiple_of=1)
+    assert sum(counts.num_left_out for counts in data.counts.values()) == 1
+    assert len(data.train) + len(data.validation) == 19
+    assert "nothing was left to learn of 1" in caplog.text
 
 
 def test_pairs_that_are_too_long_and_answers_to_one_question_in_both_splits(make_session, tmp_path):
