@@ -82,7 +82,7 @@ def test_throughput_leaves_out_what_is_not_training(clock: Clock):
     callback.on_save(ARGS, state, TrainerControl())
     take_steps(callback, state, clock, [0.5])
     assert log(callback, state, loss=1.0)["tokens_per_second"] == 2000
-    assert log(callback, state, eval_loss=1.0) == {"eval_loss": 1.0, "tokens": 3000}
+    assert log(callback, state, eval_loss=1.0) == {"eval_loss": 1.0, "tokens": 3000, "epoch": 0.75}
 
 
 def test_mfu_only_where_the_peak_is_known(clock: Clock, monkeypatch: pytest.MonkeyPatch):
