@@ -15,6 +15,7 @@ _TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "yarn": (("factor",), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
     "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
+    "proportional": ((), ("factor",)),
 }
 """What each `rope_type` needs, and what else it takes beside what all do."""
 
