@@ -59,7 +59,7 @@ study: $(STAMP) ## compare Llama and ten patterns at two KV budgets on the embed
 	"$(RUN)" -m lckv.report runs/study || status=$$?; \
 	exit $$status
 
-test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (about 6 minutes)
+test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU (about 7 minutes)
 	$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 test-slow: $(STAMP) ## run the slow tests

@@ -91,19 +91,19 @@ class ChatEncoder:
         labels = [token if learnt else IGNORE_INDEX for token, learnt in zip(ids, is_learnt, strict=True)]
         return ids, [IGNORE_INDEX, *labels[1:]]
 
-    def encode_pair(self, conversation: Conversation) -> list[list[int]]:
-        """Tokens of what was asked, of the better answer behind it, and of the worse one, up to where these end."""
+    def encode_pair(self, conversation: Conversation) -> list[tuple[list[int], list[int]]]:
+        """The same with each of two answers, which alone is learnt, up to where it ends."""
         assert conversation.worse is not None
         sides = []
         for answer in conversation.messages[-1], conversation.worse:
             ids, labels = self.encode([*conversation.messages[:-1], answer])
-            learnt = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
-            sides.append((ids[: learnt[-1] + 1], labels) if learnt else ([], labels))
-        (chosen, labels), (rejected, _) = sides  # which have the same labels as far as they are the same
-        start = len(os.path.commonprefix([chosen, rejected]))
+            end = max((at + 1 for at, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
+            sides.append((ids[:end], labels[:end]))
+        start = len(os.path.commonprefix([ids for ids, _ in sides]))
+        labels = sides[0][1]  # as far as both are the same, these are too
         while start and labels[start - 1] != IGNORE_INDEX:  # back to where the answers begin, which may be alike
             start -= 1
-        return [chosen[:start], chosen[start:], rejected[start:]]
+        return [(ids, [IGNORE_INDEX] * start + ids[start:]) for ids, _ in sides]
 
     def fill_up(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """What is no longer than `max_length`, filled up as `multiple_of` asks for."""
@@ -225,7 +225,8 @@ def build_conversation_data(
         UserError: if they cannot be read, are too long, or none is left; or the cache cannot be written.
     """
     encoder = build_encoder(tokenizer, cfg, max_length, multiple_of)
-    source = build_conversations(cfg.data, is_paired=cfg.loss == DPO)
+    is_paired = cfg.loss == DPO
+    source = build_conversations(cfg.data, is_paired)
     tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, encoder.template, encoder.end]
     key = fingerprint(
         *(_VERSION, source.content, cfg.data.validation_fraction, tokens, tokenizer.special_tokens_map),
@@ -236,8 +237,8 @@ def build_conversation_data(
         logger.info("tokenising %s into rows of %d tokens", source.name, max_length)
         counts = {}
         for split, read in zip((TRAIN, VALIDATION), source.splits(), strict=True):
-            writer = _SplitWriter(encoder, cfg.too_long, source.name)
-            writer.write(read, folder, split, is_packed=cfg.packing and cfg.loss != DPO, is_paired=cfg.loss == DPO)
+            writer = _SplitWriter(encoder, cfg.too_long, source.name, is_paired)
+            writer.write(read, folder, split, is_packed=cfg.packing and not is_paired)
             counts[split] = asdict(writer.counts)
         (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
 
@@ -258,21 +259,13 @@ def build_conversation_data(
 class _SplitWriter:
     """Writes the rows of one split, and counts what is in them."""
 
-    def __init__(self, encoder: ChatEncoder, too_long: str, name: str) -> None:
-        self._encoder, self._too_long, self._name = encoder, too_long, name
+    def __init__(self, encoder: ChatEncoder, too_long: str, name: str, is_paired: bool) -> None:
+        self._encoder, self._too_long, self._name, self._is_paired = encoder, too_long, name, is_paired
         self._label_counts = np.zeros(vocab_size_of(encoder.tokenizer), np.int64)
         self._first_too_long: tuple[Conversation, int] | None = None
         self.counts = SplitCounts()
 
-    def write(
-        self,
-        read: Callable[[], Iterable[Conversation]],
-        folder: Path,
-        split: str,
-        *,
-        is_packed: bool,
-        is_paired: bool,
-    ) -> None:
+    def write(self, read: Callable[[], Iterable[Conversation]], folder: Path, split: str, *, is_packed: bool) -> None:
         """Writes them below `folder`.
 
         Raises:
@@ -284,11 +277,11 @@ class _SplitWriter:
 
         work = folder / "work"
         work.mkdir()
-        columns, rows_of = (_PAIR_COLUMNS, self._pairs) if is_paired else (_COLUMNS, self._rows)
+        columns = _PAIR_COLUMNS if self._is_paired else _COLUMNS
         schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in columns})
         # Not by `Dataset.from_generator`, which wraps up what is raised in it.
         with pyarrow.ipc.new_stream(str(work / "rows.arrow"), schema) as stream:
-            for batch in _batches(rows_of(read()), _ROWS_AT_ONCE):
+            for batch in _batches(self._rows(read()), _ROWS_AT_ONCE):
                 stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
         rows: Any = datasets.Dataset.from_file(str(work / "rows.arrow"))
         if self._first_too_long is not None and self._too_long == REFUSE:
@@ -316,47 +309,38 @@ class _SplitWriter:
         found = asdict(self.counts)
         for conversation in track(conversations, "tokenising"):
             with explain_template_errors(f"{conversation.where}: "):
-                ids, labels = self._encoder.encode(conversation.messages)
+                sides = self._encode(conversation)
             found["num_conversations"] += 1
             is_kept = True
-            if len(ids) > self._encoder.max_length:
+            longest, limit = max(len(ids) for ids, _ in sides), self._encoder.max_length
+            if longest > limit:
                 found["num_too_long"] += 1
-                self._first_too_long = self._first_too_long or (conversation, len(ids))
-                ids, labels = ids[: self._encoder.max_length], labels[: self._encoder.max_length]
+                self._first_too_long = self._first_too_long or (conversation, longest)
+                sides = [(ids[:limit], labels[:limit]) for ids, labels in sides]
                 is_kept = self._too_long != DROP
-            learnt = np.array([label for label in labels if label != IGNORE_INDEX], np.int64)
-            if is_kept and len(learnt):
-                self._label_counts += np.bincount(learnt, minlength=len(self._label_counts))
-                found["num_tokens"] += len(ids)
-                found["num_predicted_tokens"] += len(learnt)
-                ids, labels = self._encoder.fill_up(ids, labels)
-                yield {"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]}
+            learnt = [[label for label in labels if label != IGNORE_INDEX] for _, labels in sides]
+            # Two answers may have been made alike, by the template or by cutting them off.
+            if is_kept and all(learnt) and learnt[1:] != learnt[:1]:
+                self._label_counts += np.bincount(learnt[0], minlength=len(self._label_counts))
+                found["num_tokens"] += sum(len(ids) for ids, _ in sides)
+                found["num_predicted_tokens"] += len(learnt[0])
+                yield self._row(sides, learnt)
             else:
                 found["num_left_out"] += 1
             self.counts = SplitCounts(**found)
 
-    def _pairs(self, conversations: Iterable[Conversation]) -> Iterator[dict[str, list[int]]]:
-        found = asdict(self.counts)
-        for conversation in track(conversations, "tokenising"):
-            with explain_template_errors(f"{conversation.where}: "):
-                asked, *answers = self._encoder.encode_pair(conversation)
-            longest, limit = len(asked) + max(map(len, answers)), self._encoder.max_length
-            found["num_conversations"] += 1
-            is_kept = True
-            if longest > limit:
-                found["num_too_long"] += 1
-                self._first_too_long = self._first_too_long or (conversation, longest)
-                answers = [ids[: max(0, limit - len(asked))] for ids in answers]
-                is_kept = self._too_long != DROP
-            # The template may have made two answers alike, or cutting them off.
-            if is_kept and all(answers) and answers[0] != answers[1]:
-                self._label_counts += np.bincount(answers[0], minlength=len(self._label_counts))
-                found["num_tokens"] += 2 * len(asked) + sum(map(len, answers))
-                found["num_predicted_tokens"] += len(answers[0])
-                yield dict(zip(_PAIR_COLUMNS, (asked, *answers), strict=True))
-            else:
-                found["num_left_out"] += 1
-            self.counts = SplitCounts(**found)
+    def _encode(self, conversation: Conversation) -> list[tuple[list[int], list[int]]]:
+        """Tokens and labels: of the conversation, or with the better answer and with the worse one."""
+        if self._is_paired:
+            return self._encoder.encode_pair(conversation)
+        return [self._encoder.encode(conversation.messages)]
+
+    def _row(self, sides: list[tuple[list[int], list[int]]], learnt: list[list[int]]) -> dict[str, list[int]]:
+        ids, labels = sides[0]
+        if self._is_paired:
+            return dict(zip(_PAIR_COLUMNS, (ids[: len(ids) - len(learnt[0])], *learnt), strict=True))
+        ids, labels = self._encoder.fill_up(ids, labels)
+        return {"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]}
 
 
 def _batches(rows: Iterator[dict[str, list[int]]], size: int) -> Iterator[list[dict[str, list[int]]]]:

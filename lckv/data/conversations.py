@@ -156,8 +156,8 @@ def check_messages(messages: Any, where: str) -> list[Message]:
     return checked
 
 
-def _check_row(row: dict[str, Any], where: str, field: str, is_paired: bool) -> Conversation:
-    if is_paired:
+def _check_row(row: dict[str, Any], where: str, field: str | None) -> Conversation:
+    if field is None:
         return _check_pair(row, where)
     if field not in row and CHOSEN in row:
         raise UserError(f"{where}: is a pair of answers, {', '.join(row)}; give loss=dpo, which learns from pairs")
@@ -204,6 +204,11 @@ def _first_role(messages: Any) -> Any:
     return first.get("role") if isinstance(first, dict) else None
 
 
+def _field(config: ConversationsConfig, is_paired: bool) -> str | None:
+    """What holds the messages of a row; `None`: the fields of pairs do."""
+    return None if is_paired else config.messages_field
+
+
 def _find_files(config: ConversationsConfig) -> dict[str, list[Path]]:
     """The files that were given, by key."""
     return {
@@ -214,10 +219,10 @@ def _find_files(config: ConversationsConfig) -> dict[str, list[Path]]:
 
 
 def _read_files(files: Iterable[Path], config: ConversationsConfig, is_paired: bool) -> Iterator[Conversation]:
-    field = None if is_paired else config.messages_field
+    field = _field(config, is_paired)
     rows = (item for path in files for item in read_rows(path, field))
     for where, row in islice(rows, config.max_conversations):
-        yield _check_row(row, where, config.messages_field, is_paired)
+        yield _check_row(row, where, field)
 
 
 @CONVERSATIONS.register("files")
@@ -261,7 +266,7 @@ def _read_hub(config: ConversationsConfig, split: str | None, is_paired: bool) -
         rows: Any = datasets.load_dataset(config.dataset, config.subset, split=split, revision=config.revision)
         for number, row in enumerate(islice(rows, config.max_conversations)):
             where = f"data set {config.dataset!r}, split {split!r}, row {number}"
-            yield _check_row(row, where, config.messages_field, is_paired)
+            yield _check_row(row, where, _field(config, is_paired))
 
 
 @CONVERSATIONS.register("bible")
